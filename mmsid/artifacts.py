@@ -1,0 +1,256 @@
+"""The only door to disk: artefact folders written whole or not at all, typed readers, hashes. Pickles are refused.
+
+A stage writes into a temporary sibling (`.<name>.draft`), every file is fsynced, `manifest.json` is written last, and
+one rename publishes the folder. A folder without a manifest is unfinished: resumed or refused, never read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from pydantic import BaseModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+import mmsid
+from mmsid.errors import ArtifactError
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+
+
+@dataclass
+class Draft:
+    """The folder being written: put files under `path`, fill `counts` and `extra`; the manifest takes them over."""
+
+    path: Path
+    counts: dict[str, int] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@contextlib.contextmanager
+def writing(
+    out: Path, *, stage: str, config: BaseModel | Mapping[str, Any], inputs: Mapping[str, Path | None] | None = None, resume: bool = False
+) -> Iterator[Draft]:
+    """Write the artefact folder `out` atomically.
+
+    With `resume=True` an unfinished draft of the same configuration and inputs is kept (its files are where the last
+    run left them); any other draft is wiped. An exception leaves the draft in place and publishes nothing.
+
+    Raises:
+        ArtifactError: `out` is finished already, holds foreign files, or another job is writing it.
+    """
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    draft_path = out.parent / f".{out.name}.draft"
+    with _locked(out.parent / f".{out.name}.lock", out):
+        if (out / MANIFEST).exists():
+            raise ArtifactError(f"{out} is finished already; remove it, or run `mmsid {stage} --redo`, to write it again")
+        if out.exists() and any(out.iterdir()):
+            raise ArtifactError(f"{out} holds files but no {MANIFEST}, so mmsid did not write it; name another folder")
+        identity = {"stage": stage, "config": plain(config), "inputs": input_hashes(inputs or {}), "schema_version": SCHEMA_VERSION}
+        _open_draft(draft_path, sha256(identity), resume)
+        draft, started = Draft(draft_path), time.time()
+        yield draft
+        manifest = identity | {
+            "package_version": mmsid.__version__,
+            "seed": identity["config"].get("seed"),
+            "counts": draft.counts,
+            "extra": draft.extra,
+            "wall_seconds": round(time.time() - started, 3),
+            "finished_unix": round(time.time()),
+        }
+        _check_counts(draft.counts, out)
+        (draft_path / "draft.json").unlink()
+        for path in sorted(draft_path.rglob("*")):
+            if path.is_file():
+                _fsync(path)
+        write_json(draft_path / MANIFEST, manifest)
+        _fsync(draft_path)
+        if out.exists():
+            out.rmdir()
+        os.replace(draft_path, out)
+        _fsync(out.parent)
+
+
+def read_manifest(folder: Path, stage: str | None = None) -> dict[str, Any]:
+    """The manifest of a finished folder.
+
+    Raises:
+        ArtifactError: no manifest (unfinished), another schema version, or another stage than asked for.
+    """
+    path = Path(folder) / MANIFEST
+    if not path.is_file():
+        state = "is unfinished" if Path(folder).exists() else "does not exist"
+        raise ArtifactError(f"{folder} {state} (no {MANIFEST}); run the stage that writes it{f' ({stage})' if stage else ''} first")
+    manifest = read_json(path)
+    if manifest.get("schema_version") != SCHEMA_VERSION:
+        found = manifest.get("schema_version")
+        raise ArtifactError(f"{path}: schema version {found!r}, this mmsid reads {SCHEMA_VERSION}; write the folder anew")
+    if stage is not None and manifest.get("stage") != stage:
+        found = manifest.get("stage")
+        raise ArtifactError(f"{folder} was written by stage {found!r}, expected {stage!r}; check the path in the configuration")
+    return manifest
+
+
+def is_complete(folder: Path) -> bool:
+    """True when the folder carries a manifest, i.e. was published whole."""
+    return (Path(folder) / MANIFEST).is_file()
+
+
+def input_hashes(inputs: Mapping[str, Path | None]) -> dict[str, str]:
+    """Hash of each input: a finished folder by what made it (stage, config, inputs), a file by its bytes."""
+    hashes = {}
+    for name, path in sorted(inputs.items()):
+        if path is None:
+            continue
+        if Path(path).is_dir():
+            manifest = read_manifest(path)
+            hashes[name] = sha256({key: manifest[key] for key in ("stage", "config", "inputs", "package_version")})
+        elif Path(path).is_file():
+            hashes[name] = file_sha256(path)
+        else:
+            raise ArtifactError(f"input {name}: {path} does not exist; run the stage that writes it or correct the path")
+    return hashes
+
+
+def plain(value: Any) -> Any:
+    """`value` as JSON-able data: pydantic models and paths become dicts and strings."""
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    return json.loads(json.dumps(value, default=str))
+
+
+def sha256(value: bytes | str | Any) -> str:
+    """Hex digest of bytes, of text (UTF-8), or of JSON-able data with sorted keys."""
+    if not isinstance(value, (bytes, str)):
+        value = json.dumps(plain(value), sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(value if isinstance(value, bytes) else value.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """Hex digest of a file's bytes, read in pieces."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically (temporary sibling, fsync, rename), NaN refused."""
+    with _replacing(path) as temporary:
+        temporary.write_text(json.dumps(plain(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON; a missing or torn file is an ArtifactError naming it."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ArtifactError(f"{path} cannot be read as JSON ({type(error).__name__}); write the folder again") from error
+
+
+def write_table(path: Path, table: pa.Table | list[dict[str, Any]], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a parquet file atomically; `metadata` goes into the schema (keys and values are text)."""
+    if not isinstance(table, pa.Table):
+        table = pa.Table.from_pylist(table)
+    if metadata is not None:
+        table = table.replace_schema_metadata({**(table.schema.metadata or {}), **{key: str(value) for key, value in metadata.items()}})
+    with _replacing(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd")
+
+
+def read_table(path: Path) -> pa.Table:
+    """Read a parquet file whole; a missing or torn file is an ArtifactError naming it."""
+    try:
+        return pq.read_table(path, partitioning=None)
+    except (OSError, pa.ArrowException) as error:
+        raise ArtifactError(f"{path} cannot be read as parquet ({type(error).__name__}); write the folder again") from error
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write safetensors atomically."""
+    with _replacing(path) as temporary:
+        save_file(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, str(temporary), metadata=dict(metadata or {})
+        )
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Read safetensors. Anything else, above all a pickle, is refused.
+
+    Raises:
+        ArtifactError: the file is missing, torn, or not safetensors.
+    """
+    if Path(path).suffix != ".safetensors":
+        raise ArtifactError(f"{path}: only .safetensors is read (a pickle can run code); convert it first")
+    try:
+        return load_file(str(path))
+    except (OSError, SafetensorError, ValueError) as error:
+        raise ArtifactError(
+            f"{path} is missing or is not a whole safetensors file ({type(error).__name__}); write the folder again"
+        ) from error
+
+
+def _check_counts(counts: Mapping[str, int], out: Path) -> None:
+    if {"in", "ok", "quarantined"} <= counts.keys() and counts["in"] != counts["ok"] + counts["quarantined"]:
+        raise ArtifactError(
+            f"{out}: rows do not add up: in {counts['in']} != ok {counts['ok']} + quarantined {counts['quarantined']}; "
+            "this is a bug, please report it"
+        )
+
+
+def _open_draft(path: Path, identity: str, resume: bool) -> None:
+    marker = path / "draft.json"
+    if path.exists():
+        same = marker.is_file() and json.loads(marker.read_text(encoding="utf-8") or "{}").get("identity") == identity
+        if not (resume and same):
+            shutil.rmtree(path)
+    path.mkdir(exist_ok=True)
+    if not marker.exists():
+        write_json(marker, {"identity": identity})
+
+
+@contextlib.contextmanager
+def _locked(lock: Path, out: Path) -> Iterator[None]:
+    """One writer per folder; the kernel drops the lock when the process dies, however it dies."""
+    handle = os.open(lock, os.O_CREAT | os.O_RDWR, 0o644)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ArtifactError(f"another job is writing {out} right now; wait for it or name another folder") from error
+        yield
+    finally:
+        os.close(handle)  # the file stays: removing it would let a third job lock a new file beside a running second one
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        _fsync(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,159 @@
+"""Strict configuration: one YAML per run, a section per stage.
+
+An unknown key, a wrong type or a missing file is an error that names the key, the file and the remedy. Strings may hold
+`${NAME}` or `${NAME:-default}`, replaced from the environment. Overrides are dotted: `train_tokenizer.steps=50`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from mmsid.errors import ConfigError
+
+_VARIABLE = re.compile(r"\$\{(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?::-(?P<default>[^}]*))?\}")
+
+
+class Section(BaseModel):
+    """Base of every configuration section: no unknown keys, immutable once built."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class StageConfig(Section):
+    """What every stage needs: the folder it writes and its seed."""
+
+    out: Path
+    seed: int = 0
+
+
+SectionT = TypeVar("SectionT", bound=BaseModel)
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """A safe loader that refuses a key written twice in one mapping (YAML would silently keep the last)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, typing.Hashable):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be a plain word", key_node.start_mark)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def load_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Read one YAML mapping, fill in environment variables, apply dotted overrides.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML, is not a mapping, or an override has no `=`.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"configuration {path} does not exist (looked in {Path.cwd()}); give the path of a YAML file")
+    try:
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}; mend the line named") from error
+    if data is None:
+        data = {}
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path} holds a {type(data).__name__} at the top, expected sections as `name: value`")
+    for override in overrides:
+        apply_override(data, override, source=str(path))
+    return _expand(data, source=str(path))
+
+
+def apply_override(data: dict[str, Any], override: str, *, source: str) -> None:
+    """Set `a.b.c=value` in place; the value is read as YAML, so `true`, `3`, `[1, 2]` and `null` work."""
+    key, sign, text = override.partition("=")
+    if not sign or not key:
+        raise ConfigError(f"override {override!r} is not of the form section.key=value (for {source})")
+    *parents, last = key.split(".")
+    target = data
+    for depth, parent in enumerate(parents):
+        inner = target.setdefault(parent, {})
+        if inner is None:
+            inner = target[parent] = {}
+        if not isinstance(inner, dict):
+            place = ".".join(parents[: depth + 1])
+            raise ConfigError(f"override {override!r}: {place} is {inner!r} in {source}, not a section; override {place} itself")
+        target = inner
+    try:
+        target[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value {text!r} is not valid YAML; quote it") from error
+
+
+def build(cls: type[SectionT], data: dict[str, Any], *, source: str, section: str) -> SectionT:
+    """Validate one section into its config class.
+
+    Raises:
+        ConfigError: names each wrong key, the file, the value found and what was expected.
+    """
+    try:
+        return cls.model_validate(data)
+    except ValidationError as error:
+        lines = [_explain(cls, problem, section) for problem in error.errors()]
+        raise ConfigError(f"{source}: " + "; ".join(lines)) from error
+
+
+def _explain(cls: type[BaseModel], problem: dict[str, Any], section: str) -> str:
+    place = ".".join([section, *[str(part) for part in problem["loc"]]]) if section else ".".join(map(str, problem["loc"]))
+    if problem["type"] == "extra_forbidden":
+        known = sorted(_fields_at(cls, problem["loc"][:-1]))
+        close = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
+        return f"unknown key {place}; {hint}"
+    if problem["type"] == "missing":
+        return f"key {place} is missing; add it"
+    return f"key {place} is {problem.get('input')!r}: {problem['msg']}; correct the value"
+
+
+def _fields_at(cls: type[BaseModel], path: Sequence[Any]) -> list[str]:
+    """Names of the fields of the (nested) model that `path` leads to, for the hint of an unknown key."""
+    for part in path:
+        if isinstance(part, str) and part in cls.model_fields:
+            inner = _model_in(cls.model_fields[part].annotation)
+            if inner is not None:
+                cls = inner
+    return list(cls.model_fields)
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType, list, tuple, dict):
+        return next((found for part in typing.get_args(annotation) if (found := _model_in(part)) is not None), None)
+    return None
+
+
+def _expand(value: Any, *, source: str) -> Any:
+    if isinstance(value, dict):
+        return {key: _expand(inner, source=source) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_expand(inner, source=source) for inner in value]
+    if not isinstance(value, str):
+        return value
+
+    def replace(match: re.Match[str]) -> str:
+        found = os.environ.get(match["name"], match["default"])
+        if found is None:
+            raise ConfigError(
+                f"{source}: {value!r} needs the environment variable {match['name']}; set it or write a default ${{{match['name']}:-…}}"
+            )
+        return found
+
+    return _VARIABLE.sub(replace, value)

@@ -1,0 +1,24 @@
+"""Every test runs on one CPU thread, offline: the suite must not depend on the network or on the machine's load."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def data_root() -> Path:
+    """Root of the public data sets; a test that asks for it is skipped where they are absent."""
+    root = Path(os.environ.get("MMSID_DATA", Path(__file__).parents[1] / "../shared/data")).resolve()
+    if not root.is_dir():
+        pytest.skip(f"no public data at {root}: set MMSID_DATA to the folder that holds fashion9k, grocery, ml_posters")
+    return root
