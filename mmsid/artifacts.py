@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 
 import mmsid
 from mmsid.errors import ArtifactError
+from mmsid.progress import is_main_process
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -50,22 +51,30 @@ def writing(
     With `resume=True` an unfinished draft of the same configuration and inputs is kept (its files are where the last
     run left them); any other draft is wiped. An exception leaves the draft in place and publishes nothing.
 
+    Under `accelerate launch` only rank 0 locks, writes the manifest and publishes; the other ranks see the same draft
+    path and must wait for rank 0 (`accelerator.wait_for_everyone()`) before they read from it.
+
     Raises:
         ArtifactError: `out` is finished already, holds foreign files, or another job is writing it.
     """
     out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
     draft_path = out.parent / f".{out.name}.draft"
+    if not is_main_process():
+        yield Draft(draft_path)
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
     with _locked(out.parent / f".{out.name}.lock", out):
         if (out / MANIFEST).exists():
             raise ArtifactError(f"{out} is finished already; remove it, or run `mmsid {stage} --redo`, to write it again")
         if out.exists() and any(out.iterdir()):
             raise ArtifactError(f"{out} holds files but no {MANIFEST}, so mmsid did not write it; name another folder")
-        identity = {"stage": stage, "config": plain(config), "inputs": input_hashes(inputs or {}), "schema_version": SCHEMA_VERSION}
+        inputs = {name: Path(path) for name, path in (inputs or {}).items() if path is not None}
+        identity = {"stage": stage, "config": plain(config), "inputs": input_hashes(inputs), "schema_version": SCHEMA_VERSION}
         _open_draft(draft_path, sha256(identity), resume)
         draft, started = Draft(draft_path), time.time()
         yield draft
         manifest = identity | {
+            "input_paths": {name: str(path) for name, path in inputs.items()},
             "package_version": mmsid.__version__,
             "seed": identity["config"].get("seed"),
             "counts": draft.counts,

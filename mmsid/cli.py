@@ -1,0 +1,261 @@
+"""The `mmsid` command: it parses, wires the stages of one run together, and calls them. Nothing else.
+
+mmsid run CONFIG [key=value ...] [--redo STAGE]      every stage of the configuration in order; continues where it stopped
+mmsid STAGE --config CONFIG [key=value ...] [--redo] one stage; also `accelerate launch scripts/STAGE.py --config CONFIG`
+mmsid catalog --config CONFIG                        read the catalogue and describe it
+mmsid demo-catalog OUT --items N --users M --seed S  draw the demo catalogue
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from mmsid.artifacts import input_hashes, is_complete, plain, read_manifest
+from mmsid.config import Section, StageConfig, build, load_yaml
+from mmsid.errors import ArtifactError, ConfigError, MmsidError
+from mmsid.progress import done
+
+Stage = tuple[type[StageConfig], Callable[..., Path]]
+
+
+def _load_stage(name: str) -> Stage:
+    """The config class and the function of a stage; imported only when asked for, so that `mmsid --help` is quick."""
+    if name == "train_captioner":
+        from mmsid.annotate.captioner.stage import TrainCaptionerConfig, run
+
+        return TrainCaptionerConfig, run
+    if name == "caption":
+        from mmsid.annotate.caption import CaptionConfig, run
+
+        return CaptionConfig, run
+    if name == "interests":
+        from mmsid.annotate.interests import InterestsConfig, run
+
+        return InterestsConfig, run
+    if name == "train_tokenizer":
+        from mmsid.tokenizer.train import TrainTokenizerConfig, run
+
+        return TrainTokenizerConfig, run
+    if name == "assign":
+        from mmsid.tokenizer.assign import AssignConfig, run
+
+        return AssignConfig, run
+    if name == "baselines":
+        from mmsid.tokenizer.baselines import BaselinesConfig, run
+
+        return BaselinesConfig, run
+    if name == "refine":
+        from mmsid.refine.refine import RefineConfig, run
+
+        return RefineConfig, _with_quick_recommender(run)
+    if name == "train_recommender":
+        from mmsid.recommend.train import TrainRecommenderConfig, run
+
+        return TrainRecommenderConfig, run
+    from mmsid.report.summary import ReportConfig, run
+
+    return ReportConfig, run
+
+
+STAGES = ("train_captioner", "caption", "interests", "train_tokenizer", "assign", "baselines", "refine", "train_recommender", "report")
+
+
+class RunHeader(Section):
+    """The keys at the top of a run's YAML that are not stages."""
+
+    name: str
+    runs: Path = Path("runs")
+    seed: int = 0
+    catalog: dict[str, Any]
+
+
+def wire(data: dict[str, Any], source: str) -> dict[str, StageConfig]:
+    """Turn a run's YAML into one config per stage, in run order.
+
+    A section holds what a person chose; output folders, the catalogue, the seed and the folders of earlier stages are
+    filled in here unless the section names others.
+
+    Raises:
+        ConfigError: unknown section or key, wrong type, missing key; names key, file and remedy.
+    """
+    unknown = sorted(set(data) - set(STAGES) - set(RunHeader.model_fields))
+    if unknown:
+        known = ", ".join([*RunHeader.model_fields, *STAGES])
+        raise ConfigError(f"{source}: unknown section {unknown[0]}; known sections: {known}")
+    header = build(RunHeader, {key: value for key, value in data.items() if key not in STAGES}, source=source, section="")
+    sections = {stage: data[stage] or {} for stage in STAGES if stage in data}
+    folder = {stage: header.runs / header.name / stage for stage in sections}
+    configs = {}
+    for stage, section in sections.items():
+        if not isinstance(section, dict):
+            raise ConfigError(f"{source}: section {stage} is {section!r}, expected keys below it (or nothing for the defaults)")
+        cls, _ = _load_stage(stage)
+        filled = {"out": folder[stage], "seed": header.seed, "catalog": header.catalog, **_upstream(stage, folder, header)}
+        filled = {key: value for key, value in filled.items() if key in cls.model_fields and value is not None}
+        configs[stage] = build(cls, {**filled, **section}, source=source, section=stage)
+    return configs
+
+
+def _upstream(stage: str, folder: dict[str, Path], header: RunHeader) -> dict[str, Any]:
+    """Where a stage finds what earlier stages wrote."""
+    arms = {f"baselines/{arm}": None for arm in ()}
+    if stage == "train_recommender":
+        if "baselines" in folder:
+            arms |= {arm: folder["baselines"] / arm for arm in ("random", "rq_kmeans", "balanced_rq")}
+        if "assign" in folder:
+            arms["ours"] = folder["assign"]
+        if "refine" in folder:
+            arms["ours_refined"] = folder["refine"] / "sids"
+    return {
+        "model": folder.get("train_captioner") if stage == "caption" else None,
+        "cache": header.runs / ".cache" / "annotations.sqlite",
+        "captions": folder.get("caption"),
+        "interests": folder.get("interests"),
+        "tokenizer": folder.get("train_tokenizer"),
+        "sids": folder.get("assign"),
+        "arms": arms or None,
+        "run": header.runs / header.name,
+    }
+
+
+def run_stages(configs: dict[str, StageConfig], redo: Sequence[str] = ()) -> None:
+    """Run every stage in order, keeping those that are finished and unchanged.
+
+    Raises:
+        ArtifactError: a finished folder was written with another configuration or other inputs.
+    """
+    for stage in redo:
+        if stage not in configs:
+            raise ConfigError(f"--redo {stage}: the configuration has no such stage; it has {', '.join(configs)}")
+    redone = False
+    for stage, config in configs.items():
+        redone = redone or stage in redo
+        if redone:
+            shutil.rmtree(config.out, ignore_errors=True)
+        if is_complete(config.out):
+            _check_unchanged(stage, config)
+            done(f"{stage}: finished earlier, kept ({config.out})")
+            continue
+        _load_stage(stage)[1](config)
+
+
+def _check_unchanged(stage: str, config: StageConfig) -> None:
+    manifest = read_manifest(config.out, stage)
+    was, now = manifest["config"], plain(config)
+    changed = [f"{key} was {was.get(key)!r}, is {now.get(key)!r}" for key in sorted(set(was) | set(now)) if was.get(key) != now.get(key)]
+    paths = {name: Path(path) for name, path in manifest["input_paths"].items()}
+    hashes = input_hashes(paths)
+    changed += [f"its input {name} ({paths[name]}) has changed" for name in paths if hashes[name] != manifest["inputs"][name]]
+    if changed:
+        remedy = f"--redo {stage} writes it (and what follows) again; another `name:` keeps both"
+        raise ArtifactError(f"{config.out} was finished with another configuration: {'; '.join(changed)}. {remedy}")
+
+
+def _with_quick_recommender(run: Callable[..., Path]) -> Callable[..., Path]:
+    """Refinement may not import the recommender (rooms of one storey), so the gate's quick look at it is handed in."""
+
+    def run_with(config: StageConfig) -> Path:
+        from mmsid.recommend.train import quick_recommender
+
+        return run(config, quick_recommender=quick_recommender(config.catalog, seed=config.seed))
+
+    return run_with
+
+
+def main_stage(stage: str, arguments: Sequence[str] | None = None) -> None:
+    """What every script in `scripts/` calls: one stage from `--config CONFIG [key=value ...]`."""
+    _guarded(lambda: _one_stage(stage, list(sys.argv[1:] if arguments is None else arguments)))
+
+
+def _one_stage(stage: str, arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog=f"mmsid {stage}", description=f"Run the stage {stage} of a configuration.")
+    parser.add_argument("--config", required=True, type=Path, help="YAML of the run; the section with the stage's name is used")
+    parser.add_argument("--redo", action="store_true", help="write a finished folder again")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides, e.g. train_tokenizer.steps=50")
+    parsed = parser.parse_args(arguments)
+    data = load_yaml(parsed.config, parsed.overrides)
+    data.setdefault(stage, {})
+    configs = wire(data, source=str(parsed.config))
+    run_stages({stage: configs[stage]}, redo=[stage] if parsed.redo else [])
+
+
+def _run(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="mmsid run", description="Run all stages of a configuration in order; continues where it stopped."
+    )
+    parser.add_argument("config", type=Path)
+    parser.add_argument("--redo", action="append", default=[], metavar="STAGE", help="write this stage and what follows again")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parsed = parser.parse_args(arguments)
+    run_stages(wire(load_yaml(parsed.config, parsed.overrides), source=str(parsed.config)), redo=parsed.redo)
+
+
+def _catalog(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="mmsid catalog", description="Read a catalogue and describe it: items, pictures, users, problems."
+    )
+    parser.add_argument("--config", required=True, type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parsed = parser.parse_args(arguments)
+    from mmsid.catalog import CatalogConfig, describe, read_catalog, split_histories, summary
+
+    data = load_yaml(parsed.config, parsed.overrides)
+    config = build(CatalogConfig, data.get("catalog") or {}, source=str(parsed.config), section="catalog")
+    catalog = read_catalog(config)
+    print(summary(describe(catalog, split_histories(catalog, config.split))))
+
+
+def _demo_catalog(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="mmsid demo-catalog", description="Draw a catalogue of ads with users whose best achievable HR is known."
+    )
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--items", type=int, default=1200)
+    parser.add_argument("--users", type=int, default=1500)
+    parser.add_argument("--seed", type=int, default=0)
+    parsed = parser.parse_args(arguments)
+    from mmsid.catalog.demo import write_demo_catalog
+
+    if is_complete(parsed.out):
+        extra = read_manifest(parsed.out, "demo_catalog")["config"]
+        if all(extra.get(key) == getattr(parsed, key) for key in ("items", "users", "seed")):
+            done(f"demo-catalog: drawn earlier, kept ({parsed.out})")
+            return
+    write_demo_catalog(parsed.out, items=parsed.items, users=parsed.users, seed=parsed.seed)
+
+
+def _guarded(action: Callable[[], None]) -> None:
+    """Our own errors are told in one line with exit code 1; anything else is a bug and keeps its traceback."""
+    try:
+        action()
+    except MmsidError as error:
+        print(f"mmsid: {error}", file=sys.stderr)
+        raise SystemExit(1) from error
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of the `mmsid` command."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
+    if command == "run":
+        _guarded(lambda: _run(rest))
+    elif command == "catalog":
+        _guarded(lambda: _catalog(rest))
+    elif command == "demo-catalog":
+        _guarded(lambda: _demo_catalog(rest))
+    elif command in STAGES:
+        main_stage(command, rest)
+    elif command in ("-h", "--help", "help"):
+        print(f"{__doc__}\nstages: {', '.join(STAGES)}")
+    else:
+        print(f"mmsid: unknown command {command!r}; known: run, catalog, demo-catalog, {', '.join(STAGES)}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+if __name__ == "__main__":
+    main()
