@@ -1,0 +1,1 @@
+"""Encoders: text encoder, vision-language model, query tokens, LoRA, and plain embeddings for baselines."""

@@ -1,0 +1,1 @@
+"""The item tokenizer: heads (the quantizer policy), losses, training, assignment, clustering baselines."""
