@@ -185,9 +185,7 @@ def _one_stage(stage: str, arguments: list[str]) -> None:
 
 
 def _run(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="mmsid run", description="Run all stages of a configuration in order; continues where it stopped."
-    )
+    parser = argparse.ArgumentParser(prog="mmsid run", description="Run all stages in order; continues where it stopped.")
     parser.add_argument("config", type=Path)
     parser.add_argument("--redo", action="append", default=[], metavar="STAGE", help="write this stage and what follows again")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
@@ -196,9 +194,7 @@ def _run(arguments: list[str]) -> None:
 
 
 def _catalog(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="mmsid catalog", description="Read a catalogue and describe it: items, pictures, users, problems."
-    )
+    parser = argparse.ArgumentParser(prog="mmsid catalog", description="Read a catalogue and describe it.")
     parser.add_argument("--config", required=True, type=Path)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parsed = parser.parse_args(arguments)
@@ -211,9 +207,7 @@ def _catalog(arguments: list[str]) -> None:
 
 
 def _demo_catalog(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="mmsid demo-catalog", description="Draw a catalogue of ads with users whose best achievable HR is known."
-    )
+    parser = argparse.ArgumentParser(prog="mmsid demo-catalog", description="Draw ads, and users whose best achievable HR is known.")
     parser.add_argument("out", type=Path)
     parser.add_argument("--items", type=int, default=1200)
     parser.add_argument("--users", type=int, default=1500)
