@@ -1,0 +1,222 @@
+"""What a drawn ad is about: the facts, and the caption and interests that follow from them.
+
+A card shows product, colour, pattern, brand badge, price tag and headline. Material, season and collection stand only in the
+title, the description and the attributes. Caption and interests are functions of what the picture shows, so a captioner that
+reads the picture perfectly would write them perfectly.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+
+import numpy as np
+
+# product -> (level 1, level 2); the product is level 3.
+_TREE = {
+    "running shoe": ("fashion", "footwear"),
+    "boot": ("fashion", "footwear"),
+    "sandal": ("fashion", "footwear"),
+    "t-shirt": ("fashion", "clothing"),
+    "dress": ("fashion", "clothing"),
+    "watch": ("fashion", "accessories"),
+    "handbag": ("fashion", "accessories"),
+    "cap": ("fashion", "accessories"),
+    "armchair": ("home", "furniture"),
+    "chair": ("home", "furniture"),
+    "table": ("home", "furniture"),
+    "lamp": ("home", "lighting"),
+    "candle": ("home", "lighting"),
+    "mug": ("home", "kitchen"),
+    "bottle": ("home", "kitchen"),
+    "pan": ("home", "kitchen"),
+    "headset": ("tech", "audio"),
+    "speaker": ("tech", "audio"),
+    "music player": ("tech", "audio"),
+    "laptop": ("tech", "devices"),
+    "camera": ("tech", "devices"),
+    "bicycle": ("leisure", "outdoors"),
+    "tent": ("leisure", "outdoors"),
+    "guitar": ("leisure", "hobbies"),
+}
+PRODUCTS: tuple[str, ...] = tuple(_TREE)
+CATEGORIES: dict[str, tuple[str, str, str]] = {product: (*path, product) for product, path in _TREE.items()}
+COLORS: tuple[str, ...] = ("red", "orange", "yellow", "green", "blue", "purple", "black", "white")
+PATTERNS: tuple[str, ...] = ("plain", "striped", "dotted", "checkered")
+BRANDS: tuple[str, ...] = ("Velo", "Lumo", "Pexa", "Zento", "Norra", "Kavo", "Rilo", "Ozio")
+HEADLINES: tuple[str, ...] = ("SALE", "NEW", "BEST", "HOT", "DEAL", "TOP", "FREE", "ECO", "VIP", "LAST", "GIFT", "PLUS")
+PRICES = range(10, 100)
+MATERIALS: tuple[str, ...] = ("leather", "canvas", "bamboo", "steel", "wool", "cork")
+SEASONS: tuple[str, ...] = ("spring", "summer", "autumn", "winter")
+COLLECTIONS: tuple[str, ...] = ("Harbour", "Meadow", "Atlas", "Studio", "Nomad", "Heritage")
+
+PICTURE_FIELDS: tuple[str, ...] = ("color", "pattern", "product", "brand", "price", "headline")  # what a caption must name
+PICTURE_ONLY: tuple[str, ...] = ("color", "pattern", "brand", "price", "headline")  # stand nowhere in the texts or attributes
+TEXT_ONLY: tuple[str, ...] = ("material", "season", "collection")
+PRICE_TIERS: tuple[str, ...] = ("budget", "middle", "premium")
+
+HELD_OUT_SHARE = 0.15
+
+_NEED = {
+    "running shoe": "daily running",
+    "boot": "long walks",
+    "sandal": "beach days",
+    "t-shirt": "casual wear",
+    "dress": "evenings out",
+    "watch": "keeping time",
+    "handbag": "city errands",
+    "cap": "sunny days",
+    "armchair": "slow evenings",
+    "chair": "desk work",
+    "table": "dinner guests",
+    "lamp": "late reading",
+    "candle": "cosy nights",
+    "mug": "coffee breaks",
+    "bottle": "drinks to go",
+    "pan": "home cooking",
+    "headset": "focused work",
+    "speaker": "house parties",
+    "music player": "commuting",
+    "laptop": "study and work",
+    "camera": "travel photos",
+    "bicycle": "cycling",
+    "tent": "camping trips",
+    "guitar": "making music",
+}
+_MOOD = {
+    "red": "bold",
+    "orange": "warm",
+    "yellow": "sunny",
+    "green": "fresh",
+    "blue": "calm",
+    "purple": "rich",
+    "black": "sleek",
+    "white": "airy",
+}
+_STYLE = {"plain": "minimal", "striped": "sporty", "dotted": "playful", "checkered": "retro"}
+_BUYER = {"budget": "bargain hunters", "middle": "practical buyers", "premium": "quality lovers"}
+_NEED_CONFIDENCE = 0.9
+_STYLE_CONFIDENCE = {"plain": 0.6, "striped": 0.7, "dotted": 0.8, "checkered": 0.7}
+_BUYER_CONFIDENCE = {"budget": 0.8, "middle": 0.5, "premium": 0.7}
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """All facts of one ad. The first six are on the card, the last three only in the text."""
+
+    product: str
+    color: str
+    pattern: str
+    brand: str
+    price: int
+    headline: str
+    material: str
+    season: str
+    collection: str
+
+    @property
+    def categories(self) -> tuple[str, str, str]:
+        """Category path, root to leaf; the leaf is the product."""
+        return CATEGORIES[self.product]
+
+    @property
+    def price_tier(self) -> str:
+        """`budget` (10-39), `middle` (40-69) or `premium` (70-99)."""
+        return PRICE_TIERS[(self.price - 10) // 30]
+
+
+def random_facts(rng: np.random.Generator, held_out_triples: bool | None = None) -> CardFacts:
+    """Draw every fact uniformly and independently.
+
+    `held_out_triples` True draws only combinations with `held_out(f)`, False only the others, None any.
+    """
+    while True:
+        facts = CardFacts(
+            product=PRODUCTS[rng.integers(len(PRODUCTS))],
+            color=COLORS[rng.integers(len(COLORS))],
+            pattern=PATTERNS[rng.integers(len(PATTERNS))],
+            brand=BRANDS[rng.integers(len(BRANDS))],
+            price=PRICES[rng.integers(len(PRICES))],
+            headline=HEADLINES[rng.integers(len(HEADLINES))],
+            material=MATERIALS[rng.integers(len(MATERIALS))],
+            season=SEASONS[rng.integers(len(SEASONS))],
+            collection=COLLECTIONS[rng.integers(len(COLLECTIONS))],
+        )
+        if held_out_triples is None or held_out(facts) == held_out_triples:
+            return facts
+
+
+def held_out(facts: CardFacts) -> bool:
+    """Whether the (product, colour, pattern) triple belongs to the 15 % that a captioner must never train on."""
+    digest = hashlib.sha256(f"{facts.product}|{facts.color}|{facts.pattern}".encode()).digest()
+    return int.from_bytes(digest[:4], "big") / 2**32 < HELD_OUT_SHARE
+
+
+def caption(facts: CardFacts) -> str:
+    """The card in words: "a red striped running shoe by Velo, priced 49, headline SALE"."""
+    article = "an" if facts.color[0] in "aeiou" else "a"
+    return f"{article} {facts.color} {facts.pattern} {facts.product} by {facts.brand}, priced {facts.price}, headline {facts.headline}"
+
+
+_CAPTION = re.compile(r"an? (\S+) (\S+) (\S(?:.*?\S)?) by (\S+), priced (\d{1,4}), headline (\S+)")
+
+
+def parse_caption_fields(text: str) -> dict[str, str | int] | None:
+    """Inverse of `caption`: the six picture fields, or None if the text is not of that form.
+
+    Words outside the vocabularies are returned as they stand, so that one garbled word costs one field and not the whole caption.
+    """
+    match = _CAPTION.fullmatch(text.strip())
+    if match is None:
+        return None
+    color, pattern, product, brand, price, headline = match.groups()
+    return {"color": color, "pattern": pattern, "product": product, "brand": brand, "price": int(price), "headline": headline}
+
+
+def interests(facts: CardFacts) -> dict:
+    """The interests behind the ad, from product (need), colour and pattern (taste) and price tier (kind of buyer).
+
+    Three descriptors with confidences and one summary; as JSON at most 256 characters, because a very small language model has to
+    write it. Nothing sensitive about a person can be said in this vocabulary.
+    """
+    need, buyer = _NEED[facts.product], _BUYER[facts.price_tier]
+    taste = f"{_MOOD[facts.color]} {_STYLE[facts.pattern]} taste"
+    return {
+        "descriptors": [
+            {"descriptor": need, "confidence": _NEED_CONFIDENCE},
+            {"descriptor": taste, "confidence": _STYLE_CONFIDENCE[facts.pattern]},
+            {"descriptor": buyer, "confidence": _BUYER_CONFIDENCE[facts.price_tier]},
+        ],
+        "summary": f"{need} for {buyer} of {taste}",
+    }
+
+
+_TITLES = (
+    "{Season} {group} with {material} details",
+    "{collection} {group}, {material} finish",
+    "{group} for {season} in {material}",
+    "The {collection} {season} {group}",
+)
+_DESCRIPTIONS = (
+    "From the {collection} collection: {group} made for {season}, finished with {material}.",
+    "{Group} with a touch of {material}. Part of {collection}, our {season} range.",
+    "Designed for {season} days. {material} parts, {collection} collection, {group} department.",
+    "{collection} brings {material} to your {season}: new in {group}.",
+)
+
+
+def texts(facts: CardFacts, rng: np.random.Generator) -> tuple[str, str]:
+    """Title and description: category group, material, season, collection; never a fact that only the picture shows."""
+    group = facts.categories[1]
+    words = {
+        "group": group,
+        "Group": group.capitalize(),
+        "season": facts.season,
+        "Season": facts.season.capitalize(),
+        "material": facts.material,
+        "collection": facts.collection,
+    }
+    title = _TITLES[rng.integers(len(_TITLES))].format(**words)
+    description = _DESCRIPTIONS[rng.integers(len(_DESCRIPTIONS))].format(**words)
+    return title[0].upper() + title[1:], description[0].upper() + description[1:]
