@@ -1,0 +1,73 @@
+"""A catalogue in a few lines, for the person who is about to use it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from mmsid.catalog.histories import Catalog
+from mmsid.catalog.splits import Split
+
+
+def describe(catalog: Catalog, split: Split | None = None) -> dict[str, Any]:
+    """Counts of items, facts, users and problems, as plain JSON-able data.
+
+    `target_seen_before` counts test users whose target stands in their own history: seen items are masked, so every
+    model must miss it.
+    """
+    items = catalog.items
+    depths = [len(item.categories) for item in items]
+    facts: dict[str, Any] = {
+        "items": len(items),
+        "distinct_contents": len({item.content_sha256 for item in items}),
+        "items_with_picture": sum(bool(item.images) for item in items),
+        "pictures": sum(len(item.images) for item in items),
+        "items_with_text": sum(bool(item.title or item.description) for item in items),
+        "items_with_categories": sum(depth > 0 for depth in depths),
+        "categories_per_depth": [
+            len({item.categories[: depth + 1] for item in items if len(item.categories) > depth}) for depth in range(max(depths, default=0))
+        ],
+        "attributes": sorted({name for item in items for name in item.attributes}),
+        "users": len(catalog.histories),
+        "interactions": sum(len(user.rows) for user in catalog.histories),
+        "problems": dict(sorted(catalog.problems.items())),
+        "sha256": catalog.sha256,
+    }
+    if split is not None:
+        facts["split"] = {
+            "train_interactions": sum(map(len, split.train)),
+            "valid_users": len(split.users("valid")),
+            "test_users": len(split.users("test")),
+            "held_out_users": int(split.held_out.sum()),
+            "target_seen_before": sum(bool(np.isin(split.test[user], split.before_test[user])) for user in split.users("test")),
+        }
+    return facts
+
+
+def summary(facts: dict[str, Any]) -> str:
+    """The result of `describe` as short readable text, one fact a line."""
+    items = facts["items"]
+    lines = [
+        f"items         {items:,} ({facts['distinct_contents']:,} of distinct content)",
+        f"with picture  {facts['items_with_picture']:,} ({_share(facts['items_with_picture'], items)}), {facts['pictures']:,} pictures",
+        f"with text     {facts['items_with_text']:,} ({_share(facts['items_with_text'], items)})",
+        f"categories    {facts['items_with_categories']:,} items ({_share(facts['items_with_categories'], items)}), "
+        f"distinct per depth: {', '.join(map(str, facts['categories_per_depth'])) or 'none'}",
+        f"attributes    {', '.join(facts['attributes'][:12]) or 'none'}{', …' if len(facts['attributes']) > 12 else ''}",
+        f"users         {facts['users']:,} with {facts['interactions']:,} interactions",
+    ]
+    if "split" in facts:
+        split = facts["split"]
+        lines.append(
+            f"split         {split['train_interactions']:,} train interactions, {split['valid_users']:,} valid and "
+            f"{split['test_users']:,} test users, {split['held_out_users']:,} users held out of train; "
+            f"{split['target_seen_before']:,} test targets seen before"
+        )
+    problems = ", ".join(f"{code} {count:,}" for code, count in facts["problems"].items())
+    lines.append(f"problems      {problems or 'none'}")
+    return "\n".join(lines)
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{100 * part / max(whole, 1):.1f} %"

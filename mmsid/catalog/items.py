@@ -1,0 +1,220 @@
+"""Items of a catalogue: text, pictures, categories, attributes, and the hash of their content.
+
+The content hash covers title, description, categories, attributes and the bytes of the pictures, and nothing else: no
+ids, no paths, no place in the file. Whatever is ordered by it cannot depend on how rows or ids came about.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmsid.catalog.config import CatalogConfig, Fields
+from mmsid.catalog.pictures import InspectedPicture, inspect_picture
+from mmsid.catalog.tables import Cells, Table, read_table_rows
+from mmsid.errors import CatalogError
+
+
+@dataclass(frozen=True)
+class Item:
+    """One ad or product.
+
+    Attributes:
+        item_id: unique in its catalogue.
+        title, description: text, '' where missing.
+        images: creatives that passed the checks of path, size and header; a file can still fail when it is decoded.
+        categories: names from root to leaf, of any depth.
+        attributes: name -> labels.
+        content_sha256: hash of all of the above but `item_id` and paths (64 hex digits).
+        problems: what is missing or was refused, as short codes: `no_title`, `no_description`, `no_categories`,
+            `no_picture` (where the table has such a column), and one `picture_<reason>` for each refused picture.
+    """
+
+    item_id: str
+    title: str
+    description: str
+    images: tuple[Path, ...]
+    categories: tuple[str, ...]
+    attributes: dict[str, tuple[str, ...]]
+    content_sha256: str
+    problems: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Content:
+    """One row, or one item made of several rows, before it has an id."""
+
+    title: str
+    description: str
+    categories: tuple[str, ...]
+    attributes: dict[str, tuple[str, ...]]
+    pictures: tuple[InspectedPicture, ...]
+
+    def sha256(self) -> str:
+        fields = [self.title, self.description, self.categories, sorted(self.attributes.items()), [p.sha256 for p in self.pictures]]
+        return hashlib.sha256(json.dumps(fields, ensure_ascii=False).encode("utf-8")).hexdigest()
+
+
+def read_items(config: CatalogConfig) -> list[Item]:
+    """All items of `config.items`, in the order of the file.
+
+    Raises:
+        CatalogError: unreadable or empty table, a mapped column that is absent, a cell of the wrong kind, a missing or
+            doubled id. Pictures and texts that are missing or bad are recorded in `Item.problems` instead.
+    """
+    fields = config.fields
+    table = read_table_rows(config.items, wanted_columns(fields), config_key="catalog.items")
+    present = _check_columns(table, fields)
+    if _names(fields.image) & present and not config.root.is_dir():
+        raise CatalogError(f"catalog.image_root: {config.root} is not a folder; name the folder that the pictures of {table.path} lie in")
+    cells = Cells(table, fields.list_separator)
+    contents = _Rows(table, cells, config, present).contents()
+    if fields.group_by is None:
+        groups = _by_unique_id(table, cells, fields.item_id)
+    else:
+        groups = _by_group(table, cells, fields.group_by)
+    return [_item(item_id, _merged([contents[row] for row in rows]), fields, present) for item_id, rows in groups.items()]
+
+
+def wanted_columns(fields: Fields) -> list[str]:
+    """Every column of the items table that the mapping may read."""
+    names = [fields.group_by or fields.item_id, fields.title, fields.description]
+    names += [*sorted(_names(fields.image)), *sorted(_names(fields.categories)), *fields.attributes]
+    return list(dict.fromkeys(name for name in names if name is not None))
+
+
+def require_column(table: Table, column: str, config_key: str) -> None:
+    """Raise CatalogError when `column`, mapped under `config_key`, is not in the table."""
+    if column not in table.columns:
+        found = ", ".join(table.columns)
+        raise CatalogError(f"{table.path}: no column {column!r} ({config_key}); found: {found}; correct the mapping or add the column")
+
+
+def _names(mapped: str | Sequence[str] | None) -> set[str]:
+    return set() if mapped is None else {mapped} if isinstance(mapped, str) else set(mapped)
+
+
+def _check_columns(table: Table, fields: Fields) -> set[str]:
+    """Columns that exist; what the user named, and the id, must."""
+    id_field = "item_id" if fields.group_by is None else "group_by"
+    require_column(table, getattr(fields, id_field), f"catalog.fields.{id_field}")
+    for field in ("title", "description", "image", "categories"):
+        if field in fields.model_fields_set:
+            for column in sorted(_names(getattr(fields, field))):
+                require_column(table, column, f"catalog.fields.{field}")
+    for column in fields.attributes:
+        require_column(table, column, "catalog.fields.attributes")
+    return set(table.columns)
+
+
+class _Rows:
+    """Reads the content of each row; a picture that several rows show is read once."""
+
+    def __init__(self, table: Table, cells: Cells, config: CatalogConfig, present: set[str]) -> None:
+        self._table, self._cells, self._config, self._present = table, cells, config, present
+        self._seen: dict[str, InspectedPicture] = {}
+        fields = config.fields
+        self._title = fields.title if fields.title in present else None
+        self._description = fields.description if fields.description in present else None
+        self._images = self._columns(fields.image)
+        self._categories = self._columns(fields.categories)
+
+    def _columns(self, mapped: str | Sequence[str] | None) -> list[str]:
+        names = [] if mapped is None else [mapped] if isinstance(mapped, str) else list(mapped)
+        return [name for name in names if name in self._present]
+
+    def contents(self) -> list[_Content]:
+        return [self._content(index) for index in range(len(self._table.rows))]
+
+    def _content(self, index: int) -> _Content:
+        cells = self._cells
+        paths = [path for column in self._images for path in cells.texts(index, column)]
+        return _Content(
+            title=cells.text(index, self._title),
+            description=cells.text(index, self._description),
+            categories=tuple(name for column in self._categories for name in cells.texts(index, column)),
+            attributes=self._attributes(index),
+            pictures=tuple(self._picture(path) for path in paths),
+        )
+
+    def _attributes(self, index: int) -> dict[str, tuple[str, ...]]:
+        names = self._config.fields.attributes
+        if len(names) == 1 and (mapping := self._cells.mapping(index, names[0])) is not None:
+            return mapping
+        found = {name: self._cells.texts(index, name) for name in names}
+        return {name: values for name, values in found.items() if values}
+
+    def _picture(self, path: str) -> InspectedPicture:
+        if path not in self._seen:
+            self._seen[path] = inspect_picture(path, self._config.pictures, self._config.root)
+        return self._seen[path]
+
+
+def _by_unique_id(table: Table, cells: Cells, column: str) -> dict[str, list[int]]:
+    rows: dict[str, list[int]] = {}
+    for index in range(len(table.rows)):
+        rows.setdefault(_id_of(table, cells, index, column), []).append(index)
+    doubled = {item_id: found for item_id, found in rows.items() if len(found) > 1}
+    if doubled:
+        item_id, found = next(iter(doubled.items()))
+        where = ", ".join(str(table.numbers[index]) for index in found[:5])
+        raise CatalogError(
+            f"{table.path}, {table.unit}s {where}: {column} {item_id!r} stands {len(found)} times ({len(doubled)} ids are doubled); "
+            "ids must be unique: remove the extra rows, or set fields.group_by if they are creatives of one item"
+        )
+    return rows
+
+
+def _by_group(table: Table, cells: Cells, column: str) -> dict[str, list[int]]:
+    groups: dict[str, list[int]] = {}
+    for index in range(len(table.rows)):
+        groups.setdefault(_id_of(table, cells, index, column), []).append(index)
+    return groups
+
+
+def _id_of(table: Table, cells: Cells, index: int, column: str) -> str:
+    item_id = cells.text(index, column)
+    if not item_id:
+        raise CatalogError(f"{table.place(index)}, field {column!r}: empty, expected an id; fill it in or remove the row")
+    return item_id
+
+
+def _merged(rows: list[_Content]) -> _Content:
+    """One item from its rows, put in the order of their own content: the first that has a field gives it."""
+    if len(rows) == 1:
+        return rows[0]
+    rows = sorted(rows, key=_Content.sha256)
+    attributes: dict[str, tuple[str, ...]] = {}
+    for row in rows:
+        for name, values in row.attributes.items():
+            attributes.setdefault(name, values)
+    return _Content(
+        title=_first(row.title for row in rows) or "",
+        description=_first(row.description for row in rows) or "",
+        categories=_first(row.categories for row in rows) or (),
+        attributes=attributes,
+        pictures=tuple(picture for row in rows for picture in row.pictures),
+    )
+
+
+def _first(values: Iterable[Any]) -> Any:
+    return next(filter(None, values), None)
+
+
+def _item(item_id: str, content: _Content, fields: Fields, present: set[str]) -> Item:
+    problems = [f"picture_{picture.reason}" for picture in content.pictures if picture.reason]
+    images = tuple(picture.path for picture in content.pictures if picture.path is not None)
+    facts = {
+        "no_title": (fields.title, content.title),
+        "no_description": (fields.description, content.description),
+        "no_categories": (fields.categories, content.categories),
+        "no_picture": (fields.image, images),
+    }
+    problems += [code for code, (mapped, value) in facts.items() if not value and _names(mapped) & present]
+    return Item(
+        item_id, content.title, content.description, images, content.categories, content.attributes, content.sha256(), tuple(problems)
+    )

@@ -1,0 +1,40 @@
+"""Which items are engaged with near each other: counts for statistics, ordered pairs for figures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from scipy import sparse
+
+
+def co_engagement(histories: Sequence[np.ndarray], num_items: int, window: int = 3) -> sparse.csr_matrix:
+    """How strongly items are engaged with together, (num_items, num_items) float64, symmetric, empty diagonal.
+
+    Two items d <= window steps apart in a history add 1/d to each other. Hand in train prefixes only.
+    """
+    items, users = _concatenated(histories)
+    total = sparse.csr_matrix((num_items, num_items), dtype=np.float64)
+    for distance in range(1, window + 1):
+        left, right = items[:-distance], items[distance:]
+        kept = (users[:-distance] == users[distance:]) & (left != right)
+        weights = np.ones(int(kept.sum()))
+        # whole counts first, divided once: sums of thirds would depend on their order
+        counts = sparse.coo_matrix((weights, (left[kept], right[kept])), shape=(num_items, num_items)).tocsr()
+        total = total + (counts + counts.T) / distance
+    total.sort_indices()
+    return total.tocsr()
+
+
+def adjacent_pairs(histories: Sequence[np.ndarray]) -> np.ndarray:
+    """Consecutive items of each history, (P, 2) int64, in time order; an item followed by itself is left out."""
+    items, users = _concatenated(histories)
+    kept = (users[:-1] == users[1:]) & (items[:-1] != items[1:])
+    return np.stack([items[:-1][kept], items[1:][kept]], axis=1)
+
+
+def _concatenated(histories: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """All histories end to end, and which history each place belongs to."""
+    lengths = [len(rows) for rows in histories]
+    items = np.concatenate([np.asarray(rows, dtype=np.int64) for rows in histories]) if histories else np.empty(0, np.int64)
+    return items, np.repeat(np.arange(len(histories)), lengths)

@@ -1,0 +1,196 @@
+"""Tables in three dress codes (parquet, jsonl, csv), read into the same rows, with errors that name file and row."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import decimal
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mmsid.errors import CatalogError
+
+_LONGEST_CSV_CELL = 16_000_000
+
+
+@dataclass
+class Table:
+    """Rows as dictionaries, and how a person finds row i in the file: `f"{unit} {numbers[i]}"`, counted from 1."""
+
+    path: Path
+    columns: list[str]
+    rows: list[dict[str, Any]]
+    numbers: Sequence[int]
+    unit: str
+    is_csv: bool
+
+    def place(self, index: int) -> str:
+        """`file, row n`, for messages."""
+        return f"{self.path}, {self.unit} {self.numbers[index]}"
+
+
+def read_table_rows(path: Path, wanted: Sequence[str], *, config_key: str) -> Table:
+    """Read the `wanted` columns (those that exist) of a .parquet, .jsonl or .csv file.
+
+    Raises:
+        CatalogError: the file is missing, of another kind, torn, or holds no rows.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CatalogError(f"{config_key}: {path} does not exist or is not a file (looked in {Path.cwd()}); correct the path")
+    readers = {".parquet": _read_parquet, ".jsonl": _read_jsonl, ".csv": _read_csv}
+    if path.suffix.lower() not in readers:
+        raise CatalogError(f"{config_key}: {path} ends in {path.suffix!r}; name a .parquet, .jsonl or .csv file")
+    table = readers[path.suffix.lower()](path, wanted)
+    if not table.rows:
+        raise CatalogError(f"{config_key}: {path} holds no rows; it needs at least one")
+    return table
+
+
+def _read_parquet(path: Path, wanted: Sequence[str]) -> Table:
+    try:
+        with pq.ParquetFile(path) as file:
+            columns = file.schema_arrow.names
+            _refuse_doubled(path, columns)
+            rows = file.read(columns=[name for name in wanted if name in columns]).to_pylist(maps_as_pydicts="strict")
+    except (OSError, pa.ArrowException, KeyError, ValueError) as error:
+        raise CatalogError(f"{path} cannot be read as parquet ({type(error).__name__}); write the file anew") from error
+    return Table(path, columns, rows, range(1, len(rows) + 1), "row", is_csv=False)
+
+
+def _read_jsonl(path: Path, wanted: Sequence[str]) -> Table:
+    rows, numbers, columns = [], [], {}
+    try:
+        with open(path, encoding="utf-8-sig") as lines:
+            for number, line in enumerate(lines, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise CatalogError(f"{path}, line {number}: not valid JSON ({error}); write one JSON object per line") from error
+                if not isinstance(row, dict):
+                    raise CatalogError(f"{path}, line {number}: holds a {type(row).__name__}; write one JSON object per line")
+                columns.update(dict.fromkeys(row))
+                rows.append({name: row[name] for name in wanted if name in row})
+                numbers.append(number)
+    except (OSError, UnicodeDecodeError) as error:
+        raise CatalogError(f"{path} cannot be read as UTF-8 text ({type(error).__name__}); save it as UTF-8") from error
+    return Table(path, list(columns), rows, numbers, "line", is_csv=False)
+
+
+def _read_csv(path: Path, wanted: Sequence[str]) -> Table:
+    rows, numbers = [], []
+    csv.field_size_limit(_LONGEST_CSV_CELL)
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as text:
+            lines = csv.reader(text, strict=True)
+            columns = next(lines, [])
+            _refuse_doubled(path, columns)
+            for number, cells in enumerate(lines, start=1):
+                if not cells:
+                    continue
+                if len(cells) != len(columns):
+                    raise CatalogError(f"{path}, row {number}: {len(cells)} cells under {len(columns)} columns; quote cells with commas")
+                row = dict(zip(columns, cells, strict=True))
+                rows.append({name: row[name] for name in wanted if name in row})
+                numbers.append(number)
+    except (OSError, UnicodeDecodeError) as error:
+        raise CatalogError(f"{path} cannot be read as UTF-8 text ({type(error).__name__}); save it as UTF-8") from error
+    except csv.Error as error:
+        raise CatalogError(f"{path}, row {len(rows) + 1}: not valid csv ({error}); correct the quoting") from error
+    return Table(path, columns, rows, numbers, "row", is_csv=True)
+
+
+def _refuse_doubled(path: Path, columns: Sequence[str]) -> None:
+    doubled = sorted({name for name in columns if list(columns).count(name) > 1})
+    if doubled:
+        raise CatalogError(f"{path}: column {', '.join(map(repr, doubled))} stands twice in the header; rename one of them")
+
+
+class Cells:
+    """Turns raw cells of one table into text, lists and mappings, the same for every kind of file."""
+
+    def __init__(self, table: Table, list_separator: str) -> None:
+        self._table = table
+        self._separator = list_separator
+
+    def text(self, index: int, column: str | None) -> str:
+        """The cell as text without outer blanks; missing is ''. Raises CatalogError for lists, mappings and bytes."""
+        return "" if column is None else self._plain(self._table.rows[index].get(column), index, column)
+
+    def texts(self, index: int, column: str) -> tuple[str, ...]:
+        """The cell as a list of texts, empty ones left out; a single value is a list of one."""
+        return tuple(filter(None, (self._plain(value, index, column) for value in self._listed(index, column))))
+
+    def mapping(self, index: int, column: str) -> dict[str, tuple[str, ...]] | None:
+        """The cell as name -> values, keys sorted, or None when it does not hold a mapping."""
+        value = self._table.rows[index].get(column)
+        if self._table.is_csv and isinstance(value, str) and value.lstrip().startswith("{"):
+            value = self._json(value, index, column)
+        if not isinstance(value, dict):
+            return None
+        found = {}
+        for key in sorted(value):
+            inner = value[key] if isinstance(value[key], (list, tuple)) else [value[key]]
+            values = tuple(filter(None, (self._plain(each, index, f"{column}.{key}") for each in inner)))
+            if values:
+                found[key] = values
+        return found
+
+    def numbers(self, index: int, column: str) -> list[int | float]:
+        """The cell as a list of numbers; dates become seconds since 1970."""
+        return [self._number(value, index, column) for value in self._listed(index, column)]
+
+    def _listed(self, index: int, column: str) -> list[Any]:
+        value = self._table.rows[index].get(column)
+        if isinstance(value, (list, tuple)):
+            return list(value)
+        if self._table.is_csv and isinstance(value, str):
+            if value.lstrip().startswith("["):
+                return self._json(value, index, column)
+            return [part for part in value.split(self._separator) if part.strip()]
+        return [] if value is None else [value]
+
+    def _json(self, text: str, index: int, column: str) -> Any:
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError) as error:
+            place = self._table.place(index)
+            raise CatalogError(f"{place}, field {column!r}: starts like JSON but is not ({error}); correct the cell") from error
+
+    def _plain(self, value: Any, index: int, column: str) -> str:
+        if value is None or (isinstance(value, float) and math.isnan(value)):
+            return ""
+        if isinstance(value, str):
+            # lone surrogates and NUL cannot be written out again by what follows
+            return value.encode("utf-8", "replace").decode("utf-8").replace("\0", " ").strip()
+        if isinstance(value, bool):
+            return str(value).lower()
+        if isinstance(value, float) and value.is_integer():
+            return str(int(value))
+        if isinstance(value, (int, float, decimal.Decimal, datetime.date)):
+            return str(value)
+        place = self._table.place(index)
+        raise CatalogError(f"{place}, field {column!r}: holds a {type(value).__name__}, expected text; map another column or convert it")
+
+    def _number(self, value: Any, index: int, column: str) -> int | float:
+        if isinstance(value, datetime.datetime):
+            return value.replace(tzinfo=value.tzinfo or datetime.UTC).timestamp()
+        if isinstance(value, str):
+            try:
+                value = float(value) if any(mark in value for mark in ".eE") else int(value)
+            except ValueError:
+                value = None
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+            found = self._table.rows[index].get(column)
+            place = self._table.place(index)
+            raise CatalogError(f"{place}, field {column!r}: {str(found)[:80]!r} is not a list of numbers; give one time per interaction")
+        return value
