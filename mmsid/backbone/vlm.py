@@ -1,0 +1,107 @@
+"""Vision-language backbones: any model that AutoModelForImageTextToText loads, read through its own processor.
+
+Works on llava, paligemma, idefics3 and gemma3 stubs built from config (tests) and on the demo captioner; Qwen-VL needs
+torchvision for its processor (extra `gpu`) and is unmeasured here. The vision tower is frozen like the rest of the body; LoRA
+goes on the language part only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from mmsid.backbone.query_tokens import Batch, QueryBackbone, Readable
+from mmsid.errors import ConfigError, PictureError
+
+INSTRUCTION = "Given the following ad, generate its Semantic IDs and embedding."
+
+
+def open_as_is(picture: Any) -> Any:
+    """Pictures handed over as PIL images need no opening."""
+    return picture
+
+
+class VlmBackbone(QueryBackbone):
+    """Reads an instruction, the item's pictures and its text in one chat turn.
+
+    Args:
+        path: folder or hub id of an image-text-to-text model.
+        open_picture: turns an entry of `item.pictures` into an RGB PIL image; a PictureError means the picture is left out
+            (a fact about the item, not an error).
+        max_pictures: most pictures read of one item.
+        max_length: most tokens of the item's text (instruction and picture tokens come on top).
+    """
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        num_levels: int = 3,
+        max_length: int = 128,
+        max_pictures: int = 1,
+        open_picture: Callable[[Any], Any] = open_as_is,
+        instruction: str = INSTRUCTION,
+        seed: int = 0,
+    ) -> None:
+        try:
+            processor = AutoProcessor.from_pretrained(path)
+            model = AutoModelForImageTextToText.from_pretrained(path, attn_implementation="sdpa").model
+        except (OSError, ValueError, AttributeError, ImportError) as error:
+            raise ConfigError(
+                f"backbone {path!r} cannot be loaded as a vision-language model ({error}); give the folder or hub id of an "
+                "image-text-to-text model (Qwen-VL needs the extra `gpu`)"
+            ) from error
+        text_tokenizer = processor.tokenizer
+        self._is_paligemma = model.config.model_type == "paligemma"
+        seed_token = next((t for t in (text_tokenizer.eos_token_id, text_tokenizer.bos_token_id) if t is not None), 0)
+        pad_token = text_tokenizer.pad_token_id if text_tokenizer.pad_token_id is not None else seed_token
+        super().__init__(model, num_levels=num_levels, seed_token=seed_token, pad_token=pad_token, seed=seed)
+        self.extra_fill = self.probe_fill()
+        self.path, self.processor, self.max_length, self.max_pictures = path, processor, max_length, max_pictures
+        self.open_picture, self.instruction = open_picture, instruction
+        model.requires_grad_(False)
+
+    def probe_fill(self) -> dict[str, int]:
+        """PaliGemma reads tokens of type 0 in both directions and tokens of type 1 causally; the other families need nothing."""
+        return {"token_type_ids": 1} if self._is_paligemma else {}
+
+    def tokens(self, item: Readable) -> Batch:
+        """The processor's own inputs for one chat turn: ids (1, T), per-token types, pixels."""
+        pictures = self._open(item)
+        text = "\n".join(part for part in (self.instruction, self._truncate(item.text)) if part)
+        content = [{"type": "image"} for _ in pictures] + [{"type": "text", "text": text}]
+        if getattr(self.processor, "chat_template", None):
+            prompt = self.processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=False)
+        else:
+            prompt = getattr(self.processor, "image_token", "<image>") * len(pictures) + text
+        encoded = self.processor(text=[prompt], images=[pictures] if pictures else None, return_tensors="pt")
+        encoded.pop("labels", None)
+        encoded.pop("attention_mask", None)  # made anew, with the query tokens in it
+        batch = {key: value for key, value in encoded.items() if isinstance(value, torch.Tensor)}
+        if self._is_paligemma:
+            batch["token_type_ids"] = torch.zeros_like(batch["input_ids"])
+        return batch
+
+    def _open(self, item: Readable) -> list[Any]:
+        opened = []
+        for picture in item.pictures:
+            if len(opened) == self.max_pictures:
+                break
+            try:
+                opened.append(self.open_picture(picture))
+            except PictureError:
+                continue
+        return opened
+
+    def _truncate(self, text: str) -> str:
+        offsets = self.processor.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        return text if len(offsets) <= self.max_length else text[: offsets[self.max_length - 1][1]]
+
+
+def is_vlm(path: str) -> bool:
+    """True for a local folder that carries a processor or image-processor configuration."""
+    return any((Path(path) / name).is_file() for name in ("preprocessor_config.json", "processor_config.json"))
