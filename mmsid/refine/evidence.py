@@ -1,0 +1,181 @@
+"""What the behaviour of users says about a candidate code sequence of one item, scored against everybody else's codes.
+
+All three components are *difference* terms: the item is taken out of the table before it is judged, so that two colliding items see
+each other but never themselves. Interactions come from the histories that the caller passes: fit users only; the held-out tenth
+belongs to the gate.
+
+* neighbours: share of an item's co-engagement weight that lies under the candidate's prefix, minus the share that chance would put there
+  (the prefix's part of all co-engagement weight), per level. Without the chance term fat clusters win (one code for all scores 1).
+* crowding: another item already holds the whole path, plus how full the last-level group is.
+* rebuild: growth of the quantisation error against the item's own best path (handed in by the caller, who knows the code vectors).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import sparse
+
+from mmsid.config import Section
+
+Codes = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+
+class EvidenceConfig(Section):
+    """How the parts are weighted into one evidence figure (calibration: .6/.4/0, .5, .3 did best)."""
+
+    level_weights: tuple[float, ...] = (0.6, 0.4)  # deeper levels weigh nothing
+    rebuild: float = 0.5
+    crowding: float = 0.3
+    prior: float = 1.0  # co-engagement weight that an item must have before its share counts half
+    window: int = 3
+
+
+def split_users(histories: Sequence[NDArray], shares: Sequence[float], seed: int) -> list[list[NDArray]]:
+    """Disjoint groups of users with the given shares (adding up to 1), drawn by seed. Order inside a group is kept."""
+    order = np.random.default_rng(seed).permutation(len(histories))
+    cuts = np.round(np.cumsum(shares)[:-1] * len(histories)).astype(int)
+    return [[histories[user] for user in np.sort(part)] for part in np.split(order, cuts)]
+
+
+def prefix_keys(codes: Codes, codebook_size: int) -> Codes:
+    """Number every prefix: (..., L) codes -> (..., L) keys, key l naming the first l+1 codes. Raises ValueError if 64 bits do not suffice."""
+    levels = codes.shape[-1]
+    if levels * np.log2(codebook_size) >= 62:
+        raise ValueError(f"{codebook_size}^{levels} prefixes do not fit 64 bits")
+    keys = np.empty(codes.shape, dtype=np.int64)
+    running = np.zeros(codes.shape[:-1], dtype=np.int64)
+    for level in range(levels):
+        running = running * codebook_size + codes[..., level]
+        keys[..., level] = running
+    return keys
+
+
+@dataclass
+class _Level:
+    """One level of a table: its prefixes in ascending order of key, and what lies under each."""
+
+    keys: Codes  # (U,)
+    inverse: Codes  # (N,) prefix number of each item
+    items: Floats  # (U,) items under the prefix, exact duplicates counted once
+    weight: Floats  # (U,) co-engagement weight of the items under the prefix
+    pair_keys: Codes  # (E,) row * U + prefix number, ascending: who has neighbours where
+    pair_weight: Floats  # (E,)
+
+
+class CodeTable:
+    """Everybody's current codes, ready to answer what would happen if one item took another path.
+
+    Args:
+        codes: (N, L) current codes.
+        codebook_size: K.
+        neighbours: (N, N) symmetric co-engagement weights.
+        content: (N,) equal numbers for exact duplicates (they may share codes and never crowd each other); None = all different.
+        prior: see EvidenceConfig.
+    """
+
+    def __init__(
+        self, codes: Codes, codebook_size: int, neighbours: sparse.spmatrix, content: NDArray | None = None, prior: float = 1.0
+    ) -> None:
+        self.codes, self.codebook_size, self.prior = np.asarray(codes, dtype=np.int64), codebook_size, prior
+        self.keys = prefix_keys(self.codes, codebook_size)
+        edges = sparse.csr_matrix(neighbours, dtype=np.float64)
+        edges.setdiag(0)
+        edges.eliminate_zeros()
+        self.degree = np.asarray(edges.sum(axis=1)).ravel()
+        edges = edges.tocoo()
+        if content is None:
+            share = np.ones(len(self.codes))
+        else:
+            _, which, sizes = np.unique(content, return_inverse=True, return_counts=True)
+            share = 1.0 / sizes[which]
+        self.levels = [self._level(self.keys[:, level], share, edges) for level in range(self.codes.shape[1])]
+
+    def _level(self, keys: Codes, share: Floats, edges: sparse.coo_matrix) -> _Level:
+        unique, inverse = np.unique(keys, return_inverse=True)
+        size = len(unique)
+        pair_keys, where = np.unique(edges.row.astype(np.int64) * size + inverse[edges.col], return_inverse=True)
+        return _Level(
+            keys=unique,
+            inverse=inverse,
+            items=np.bincount(inverse, weights=share, minlength=size),
+            weight=np.bincount(inverse, weights=self.degree, minlength=size),
+            pair_keys=pair_keys,
+            pair_weight=np.bincount(where, weights=edges.data, minlength=len(pair_keys)),
+        )
+
+    def others(self, rows: NDArray, candidates: Codes) -> Floats:
+        """(R,), (R, P, L) -> (R, P, L): other items (duplicates of the item itself left out) under each prefix of each candidate."""
+        keys = prefix_keys(candidates, self.codebook_size)
+        counts = np.zeros(keys.shape)
+        for level, table in enumerate(self.levels):
+            number, found = _look_up(table.keys, keys[..., level])
+            own = keys[..., level] == self.keys[rows, level][:, None]
+            counts[..., level] = np.where(found, table.items[number], 0.0) - own
+        return np.maximum(counts, 0.0)
+
+    def agreement(self, rows: NDArray, candidates: Codes) -> tuple[Floats, Floats]:
+        """(R,), (R, P, L) -> share of the row's neighbour weight under each prefix minus chance, and that chance; both (R, P, L).
+
+        The share is shrunk towards chance by `prior`; a row without neighbours scores 0 everywhere.
+        """
+        keys = prefix_keys(candidates, self.codebook_size)
+        excess, chance = np.zeros(keys.shape), np.zeros(keys.shape)
+        degree = self.degree[rows][:, None]
+        rest = np.maximum(self.degree.sum() - degree, 1e-12)
+        for level, table in enumerate(self.levels):
+            number, found = _look_up(table.keys, keys[..., level])
+            own = keys[..., level] == self.keys[rows, level][:, None]
+            weight = np.where(found, table.weight[number], 0.0) - np.where(own, degree, 0.0)
+            pair, paired = _look_up(table.pair_keys, rows[:, None].astype(np.int64) * len(table.keys) + number)
+            under = np.where(found & paired, table.pair_weight[pair] if len(table.pair_weight) else 0.0, 0.0)
+            chance[..., level] = np.maximum(weight, 0.0) / rest
+            excess[..., level] = (under - degree * chance[..., level]) / (degree + self.prior)
+        return excess, chance
+
+    def components(self, rows: NDArray, candidates: Codes, error_growth: Floats, config: EvidenceConfig) -> dict[str, Floats]:
+        """The three components, each (R, P), higher is better. `error_growth` (R, P): relative growth of the quantisation error."""
+        levels = candidates.shape[-1]
+        weights = np.array((*config.level_weights, *[0.0] * levels)[:levels])
+        excess, _ = self.agreement(rows, candidates)
+        others = self.others(rows, candidates)
+        fullness = others[..., -2] / self.codebook_size if levels > 1 else 0.0
+        return {
+            "neighbours": excess @ weights,
+            "crowding": -(np.minimum(others[..., -1], 1.0) + np.minimum(fullness, 1.0)),
+            "rebuild": -error_growth,
+        }
+
+    def evidence(self, rows: NDArray, candidates: Codes, error_growth: Floats, config: EvidenceConfig) -> Floats:
+        """The composite evidence (R, P): neighbours + weighted crowding + weighted rebuild."""
+        parts = self.components(rows, candidates, error_growth, config)
+        return parts["neighbours"] + config.crowding * parts["crowding"] + config.rebuild * parts["rebuild"]
+
+    def mean_under(self, vectors: NDArray, rows: NDArray, candidates: Codes, level: int) -> tuple[NDArray, NDArray]:
+        """Mean vector of the *other* items under each candidate's prefix of `level` (0-based), (R, P, D), and their number (R, P).
+
+        An empty prefix gives zeros.
+        """
+        table = self.levels[level]
+        totals = np.zeros((len(table.keys), vectors.shape[1]), dtype=vectors.dtype)
+        np.add.at(totals, table.inverse, vectors)
+        sizes = np.bincount(table.inverse, minlength=len(table.keys))
+        keys = prefix_keys(candidates[..., : level + 1], self.codebook_size)[..., -1]
+        number, found = _look_up(table.keys, keys)
+        own = keys == self.keys[rows, level][:, None]
+        total = np.where(found[..., None], totals[number], 0) - np.where(own[..., None], vectors[rows][:, None], 0)
+        size = np.where(found, sizes[number], 0) - own
+        return total / np.maximum(size, 1)[..., None], size
+
+
+def _look_up(sorted_keys: Codes, wanted: Codes) -> tuple[Codes, NDArray[np.bool_]]:
+    """Position of each wanted key among the sorted ones, and whether it is there (position 0 where it is not)."""
+    if len(sorted_keys) == 0:
+        return np.zeros(wanted.shape, dtype=np.int64), np.zeros(wanted.shape, dtype=bool)
+    position = np.minimum(np.searchsorted(sorted_keys, wanted), len(sorted_keys) - 1)
+    found = sorted_keys[position] == wanted
+    return np.where(found, position, 0), found

@@ -1,0 +1,206 @@
+"""The acceptance gate: refined codes are published only if the target got better and no guard got worse.
+
+Figures are of the *published* codes (after relocation) and of users that nothing was fitted on: the held-out tenth of the train users.
+The target is a chance-corrected agreement, so a collapsed table (all agree, chance 1) and a scrambled one (nobody agrees) both score 0;
+the guards cover what a single figure never can: collisions, the least perplexity, lift, rebuild, and a quick recommender on valid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmsid.config import Section
+from mmsid.refine.evidence import Codes, prefix_keys
+
+
+class GateConfig(Section):
+    """Margins of non-inferiority. Relative ones are shares of the figure before; set them from the noise between seeds."""
+
+    level_weights: tuple[float, ...] = (0.6, 0.4)
+    confidence: float = 0.8  # least share of the bootstrap draws over held-out users in which the target gains
+    draws: int = 500
+    raw_collisions: float = 0.02  # absolute growth of the share of items that share raw codes
+    published_collisions: float = 0.0
+    least_perplexity: float = 0.03  # relative fall
+    lift: float = 0.03  # relative fall of level-1 lift over chance
+    rebuild: float = 0.05  # relative growth of the mean quantisation error
+    hit_rate: float = 0.03  # relative fall of HR@50
+    coverage: float = 0.05  # relative fall of the recommender's coverage
+
+
+@dataclass
+class GateRow:
+    """One line of the gate: `margin` is how far the figure may fall (or grow) in its own unit; `passed` is the verdict."""
+
+    metric: str
+    role: Literal["target", "guard"]
+    before: float
+    after: float
+    margin: float
+    passed: bool
+    better: Literal["higher", "lower"] = "higher"
+
+
+@dataclass
+class GateResult:
+    """Verdict with every figure. `reasons` is empty iff `accepted`."""
+
+    accepted: bool
+    reasons: list[str]
+    rows: list[GateRow] = field(default_factory=list)
+    gain_share: float | None = None  # share of bootstrap draws in which the target gains
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class HeldOutPairs:
+    """Adjacent pairs of the held-out users: `pairs` (P, 2) item rows, `users` (P,) number of the user each comes from."""
+
+    pairs: NDArray[np.int64]
+    users: NDArray[np.int64]
+
+    @classmethod
+    def from_histories(cls, histories: Sequence[NDArray]) -> HeldOutPairs:
+        """Adjacent items of each history; a pair of an item with itself says nothing and is left out."""
+        parts = [np.stack([history[:-1], history[1:]], axis=1) for history in histories if len(history) > 1]
+        users = [np.full(len(history) - 1, user) for user, history in enumerate(histories) if len(history) > 1]
+        pairs = np.concatenate(parts).astype(np.int64) if parts else np.empty((0, 2), dtype=np.int64)
+        owners = np.concatenate(users).astype(np.int64) if users else np.empty(0, dtype=np.int64)
+        keep = pairs[:, 0] != pairs[:, 1]
+        return cls(pairs[keep], owners[keep])
+
+
+def agreement(codes: Codes, codebook_size: int, held_out: HeldOutPairs, level_weights: Sequence[float], draws: NDArray | None = None) -> Any:
+    """Weighted over levels: share of pairs that agree on the prefix minus its chance, the chance from the pairs' own items.
+
+    Chance = sum over prefixes of (share of pair ends under it)^2. With `draws` (D, users) of user weights: one value per draw (D,);
+    else a float. 0 for a collapsed table, about 0 for a random one.
+    """
+    keys = prefix_keys(codes, codebook_size)
+    weights = np.ones((1, 1 + int(held_out.users.max(initial=0)))) if draws is None else draws
+    per_pair = weights[:, held_out.users].astype(np.float64)
+    total = np.maximum(per_pair.sum(axis=1), 1e-12)
+    value = np.zeros(len(weights))
+    for level, weight in zip(range(codes.shape[1]), level_weights, strict=False):
+        _, number = np.unique(keys[:, level], return_inverse=True)
+        ends = number[held_out.pairs]
+        agree = per_pair @ (ends[:, 0] == ends[:, 1]) / total
+        size = int(number.max(initial=0)) + 1
+        chance = np.array(
+            [np.square(np.bincount(ends.ravel(), weights=np.repeat(row, 2), minlength=size) / (2 * mass)).sum() for row, mass in zip(per_pair, total, strict=True)]
+        )
+        value += weight * (agree - chance)
+    return value if draws is not None else float(value[0])
+
+
+def level_lift(codes: Codes, held_out: HeldOutPairs, level: int = 0) -> float:
+    """Share of held-out adjacent pairs agreeing on the first `level`+1 codes, over that of random pairs of different items."""
+    keys = prefix_keys(codes, int(codes.max(initial=0)) + 1)[:, level]
+    _, sizes = np.unique(keys, return_counts=True)
+    count = len(keys)
+    chance = float((sizes * (sizes - 1)).sum() / max(count * (count - 1), 1))
+    if len(held_out.pairs) == 0 or chance == 0.0:
+        return 0.0
+    return float((keys[held_out.pairs[:, 0]] == keys[held_out.pairs[:, 1]]).mean()) / chance
+
+
+def colliding_share(codes: Codes, content: NDArray) -> float:
+    """Share of the items that hold the codes of an item of other content (exact duplicates may share)."""
+    if len(codes) == 0:
+        return 0.0
+    _, bucket = np.unique(codes, axis=0, return_inverse=True)
+    bucket = bucket.reshape(-1)
+    first = np.full(int(bucket.max()) + 1, -1, dtype=np.int64)
+    _, kind = np.unique(content, return_inverse=True)
+    first[bucket[::-1]] = kind[::-1]
+    mixed = np.zeros(len(first), dtype=bool)
+    np.logical_or.at(mixed, bucket, kind != first[bucket])
+    return float(mixed[bucket].mean())
+
+
+def least_perplexity(codes: Codes, codebook_size: int) -> float:
+    """Smallest perplexity e^H of the code use over the levels; between 1 and K."""
+    least = float(codebook_size)
+    for level in range(codes.shape[1]):
+        share = np.bincount(codes[:, level], minlength=codebook_size) / max(len(codes), 1)
+        share = share[share > 0]
+        least = min(least, float(np.exp(-(share * np.log(share)).sum())))
+    return least
+
+
+def measure(
+    codes: Codes,
+    raw_codes: Codes,
+    codebook_size: int,
+    content: NDArray,
+    held_out: HeldOutPairs,
+    rebuild_error: Callable[[Codes], NDArray] | None,
+    quick_recommender: Callable[[Codes], Mapping[str, float]] | None,
+    level_weights: Sequence[float],
+) -> dict[str, float]:
+    """Every figure of the gate for one table of published `codes` (N, L). Optional ones are absent where their function is None."""
+    figures = {
+        "target": agreement(codes, codebook_size, held_out, level_weights),
+        "raw_collisions": colliding_share(raw_codes, content),
+        "published_collisions": colliding_share(codes, content),
+        "least_perplexity": least_perplexity(codes, codebook_size),
+        "lift": level_lift(codes, held_out),
+    }
+    if rebuild_error is not None:
+        figures["rebuild"] = float(np.mean(rebuild_error(codes)))
+    if quick_recommender is not None:
+        ranked = quick_recommender(codes)
+        figures["hit_rate"], figures["coverage"] = float(ranked["HR@50"]), float(ranked["coverage"])
+    return figures
+
+
+def gain_share(before: Codes, after: Codes, codebook_size: int, held_out: HeldOutPairs, config: GateConfig, seed: int) -> float:
+    """Paired bootstrap over the held-out users: the share of draws in which `after` scores above `before` on the target."""
+    users = int(held_out.users.max(initial=-1)) + 1
+    if users == 0:
+        return 0.0
+    draws = np.random.default_rng(seed).multinomial(users, np.full(users, 1 / users), size=config.draws)
+    gains = agreement(after, codebook_size, held_out, config.level_weights, draws) - agreement(
+        before, codebook_size, held_out, config.level_weights, draws
+    )
+    return float((gains > 0).mean())
+
+
+def decide(before: Mapping[str, float], after: Mapping[str, float], share: float, config: GateConfig) -> GateResult:
+    """Compare figures of the same names. Accepted iff the target gains, in enough draws, and every guard keeps within its margin."""
+    gained = after["target"] > before["target"] and share >= config.confidence
+    rows = [GateRow("target", "target", before["target"], after["target"], 0.0, gained)]
+    for metric, margin, better in (
+        ("raw_collisions", config.raw_collisions, "lower"),
+        ("published_collisions", config.published_collisions, "lower"),
+        ("least_perplexity", config.least_perplexity * before["least_perplexity"], "higher"),
+        ("lift", config.lift * before["lift"], "higher"),
+        ("rebuild", config.rebuild * before.get("rebuild", 0.0), "lower"),
+        ("hit_rate", config.hit_rate * before.get("hit_rate", 0.0), "higher"),
+        ("coverage", config.coverage * before.get("coverage", 0.0), "higher"),
+    ):
+        if metric in before:
+            worse = before[metric] - after[metric] if better == "higher" else after[metric] - before[metric]
+            rows.append(GateRow(metric, "guard", before[metric], after[metric], margin, bool(worse <= margin + 1e-12), better))
+    reasons = []
+    if not gained:
+        reasons.append(
+            f"target {before['target']:.4f} -> {after['target']:.4f}, gaining in {share:.0%} of the draws over held-out users "
+            f"(needed: a gain in {config.confidence:.0%})"
+        )
+    reasons += [
+        f"{row.metric} {row.before:.4g} -> {row.after:.4g}, beyond the margin of {row.margin:.4g}" for row in rows[1:] if not row.passed
+    ]
+    return GateResult(accepted=not reasons, reasons=reasons, rows=rows, gain_share=share)
+
+
+def refused(reason: str) -> GateResult:
+    """A verdict without figures: the run stopped before there was anything to compare."""
+    return GateResult(accepted=False, reasons=[reason])

@@ -1,0 +1,242 @@
+"""The refinement loop: groups of sampled paths, leave-one-out advantages, a few PPO epochs per round, exact KL to the frozen start.
+
+One round: everybody's greedy codes become the table; a random half of the items draws G paths each; every path is scored against the
+table of the others (so that of two colliding items not both leave); the policy takes a few clipped steps on those groups. The policy is
+amortised: its parameters are the tokenizer's own, there are no logits per item.
+
+Several processes: all draw the same samples from the same seed, each computes the gradient of its share of every minibatch, and the
+gradients are added up. Hence the same codes as one process, up to rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mmsid.config import Section
+from mmsid.errors import MmsidError
+from mmsid.progress import track
+from mmsid.refine import ppo
+from mmsid.refine.evidence import Codes, Floats
+from mmsid.refine.policy import BATCH, Reference, path_log_prob
+from mmsid.tokenizer.heads import CodeHead
+
+States = Callable[[Tensor], Tensor]  # item rows (B,) -> their SID states (B, L, H), with gradient where the backbone is trained
+Scorer = Callable[[NDArray, Codes, Codes], dict[str, Floats]]  # rows (R,), candidates (R, C, L), everybody's codes (N, L) -> components (R, C)
+
+
+class LoopConfig(Section):
+    """Policy optimisation. The ratio is joint over the levels of a path; KL is KL(policy || reference) over the item's tree."""
+
+    rounds: int = 30
+    group: int = 8
+    epochs: int = 3
+    batch: int = 256  # items per minibatch; a group is never cut
+    lr: float = 5e-4
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    kl: float = 0.05  # coefficient of the exact KL to the reference
+    entropy: float = 0.0  # bonus; not 0 means the policy moves even under a constant reward
+    advantage: Literal["leave_one_out", "group_normalised"] = "leave_one_out"
+    negatives: Literal["bounded", "clipped"] = "bounded"
+    gradient: Literal["sampled", "exact"] = "sampled"  # exact: expected gradient over the whole tree, the control arm
+    moving: float = 0.5  # share of the items that moves per round
+    grad_norm: float = 1.0
+    step_kl: float = 0.05  # a round ends before the step after which approx_kl would pass 1.5 times this
+    most_kl: float = 1.0  # the run ends when the mean exact KL to the reference passes this
+    weights: dict[str, float] = {"sid_reward": 1.0, "crowding": 0.3, "rebuild": 0.2}
+
+
+class Refinement:
+    """Holds what a run changes: head and optimiser, running scales, random streams.
+
+    Args:
+        head: the policy's head, trained in place.
+        states: where SID states come from (cached, or the live backbone).
+        trainable: parameters that the optimiser moves.
+        reference: the frozen start with its path trees.
+        scorer: reward components of candidates, higher is better, finite.
+        quality: (N,) multiplies the advantage of each item's group (anything constant within a group cancels otherwise).
+        accelerator: device and processes.
+    """
+
+    def __init__(
+        self,
+        head: CodeHead,
+        states: States,
+        trainable: list[Tensor],
+        reference: Reference,
+        scorer: Scorer,
+        config: LoopConfig,
+        accelerator: Accelerator,
+        seed: int = 0,
+        quality: NDArray | None = None,
+    ) -> None:
+        self.head, self.states, self.trainable, self.reference = head, states, trainable, reference
+        self.scorer, self.config, self.accelerator = scorer, config, accelerator
+        self.items = len(reference.greedy)
+        self.quality = torch.ones(self.items, 1) if quality is None else torch.as_tensor(quality, dtype=torch.float32)[:, None]
+        # a large epsilon keeps Adam from blowing rounding noise up to full steps where there is nothing to learn
+        self.optimizer = torch.optim.Adam(trainable, lr=config.lr, eps=1e-6)
+        self.scale = ppo.RunningScale()
+        self.draw = torch.Generator().manual_seed(seed)
+        self.order = np.random.default_rng(seed)
+        self.skipped = 0
+
+    def run(self, log: Callable[[dict[str, Any]], None]) -> Codes:
+        """All rounds; `log` gets one flat record per round. -> greedy codes (N, L) at the end.
+
+        Raises MmsidError when the loss is not finite in three steps running.
+        """
+        table, note = self.greedy(), {}
+        for number in track(range(self.config.rounds), what="refine", unit="rounds", note=note):
+            record = self.round(table)
+            after = self.greedy()
+            record |= self._table_figures(after, table)
+            table = after
+            log({"round": number, **record})
+            note |= {key: record[key] for key in ("reward", "kl", "churn", "collisions") if key in record}
+            if record["kl"] > self.config.most_kl:
+                log({"round": number, "stopped": f"mean KL to the reference {record['kl']:.3f} is above most_kl {self.config.most_kl}"})
+                break
+        return table
+
+    def greedy(self) -> Codes:
+        """Argmax codes of all items under the current policy, (N, L)."""
+        with torch.no_grad():
+            rows = torch.arange(self.items, device=self.accelerator.device)
+            return np.concatenate([self.head.greedy(self.head.project(self.states(piece))).codes.cpu().numpy() for piece in rows.split(BATCH)])
+
+    def log_prob(self, rows: Tensor) -> Tensor:
+        """(B,) item rows -> (B, P) log-probabilities over each item's tree."""
+        tree = self.reference.tree
+        return path_log_prob(self.head, self.states(rows), tree.codes[rows], tree.branching, self.reference.temperature)
+
+    def round(self, table: Codes) -> dict[str, Any]:
+        """Sample, score, optimise once; -> the round's figures."""
+        config, device = self.config, self.accelerator.device
+        moving = np.sort(self.order.permutation(self.items)[: max(1, round(config.moving * self.items))])
+        rows = torch.as_tensor(moving, device=device)
+        with torch.no_grad():
+            old_all = torch.cat([self.log_prob(piece) for piece in rows.split(BATCH)])
+        picks = ppo.sample_groups(old_all.cpu(), config.group, self.draw)
+        if config.gradient == "exact":
+            picks = torch.arange(old_all.shape[1]).expand(len(moving), -1)
+        candidates = self.reference.tree.codes[rows].cpu().gather(1, picks[..., None].expand(-1, -1, table.shape[1])).numpy()
+        parts = self.scorer(moving, candidates, table)
+        rewards = torch.zeros(picks.shape, dtype=torch.float64)
+        record: dict[str, Any] = {}
+        for name, weight in config.weights.items():
+            if weight == 0.0 or name not in parts:
+                continue
+            part = torch.as_tensor(parts[name], dtype=torch.float64)
+            mean = part.mean() if config.gradient == "sampled" else (part * old_all.cpu().exp()).sum(1).mean()
+            record[f"reward_{name}"] = float(mean)
+            rewards += weight * self.scale(name, part)
+        record |= {"zero_variance_groups": ppo.zero_variance_share(rewards)}
+        record["reward"] = float(rewards.mean() if config.gradient == "sampled" else (rewards * old_all.cpu().exp()).sum(1).mean())
+        if config.gradient == "exact":
+            signal = rewards * self.quality[moving]
+        else:
+            advantage = ppo.leave_one_out(rewards) if config.advantage == "leave_one_out" else ppo.group_normalised(rewards)
+            signal = advantage * self.quality[moving]
+        old = old_all.gather(1, picks.to(device))
+        return record | self._optimise(rows, old_all, picks.to(device), old, signal.float().to(device))
+
+    def _optimise(self, rows: Tensor, old_all: Tensor, picks: Tensor, old: Tensor, signal: Tensor) -> dict[str, Any]:
+        """`epochs` passes over the groups; stops the round before a step that would go too far. All of first axis R."""
+        config, figures, steps, stopped = self.config, [], 0, False
+        for epoch in range(config.epochs):
+            for chosen in np.array_split(self.order.permutation(len(rows)), max(1, math.ceil(len(rows) / config.batch))):
+                batch = torch.as_tensor(chosen, device=rows.device)
+                mine = batch[self.accelerator.process_index :: self.accelerator.num_processes]
+                loss, sums = self._loss(rows[mine], old_all[mine], picks[mine], old[mine], signal[mine], len(batch), first=steps == 0)
+                sums = self.accelerator.reduce(sums, reduction="sum")
+                approximate, kl, clipped, loudest = (float(value) / len(batch) for value in sums)
+                if steps and approximate > 1.5 * config.step_kl:
+                    stopped = True
+                    break
+                figures.append((approximate, kl, clipped))
+                if loudest == 0.0 and kl < 1e-9 and config.entropy == 0.0:
+                    continue  # nothing to learn and nothing to undo: a step could only amplify rounding noise
+                self._step(loss)
+                steps += 1
+            if stopped:
+                break
+        with torch.no_grad():
+            now = torch.cat([self.log_prob(piece) for piece in rows.split(BATCH)])
+        levels = ppo.level_entropies(now, self.reference.tree.branching).mean(0)
+        return {
+            "steps": steps,
+            "epochs": epoch + 1,
+            "stopped_early": stopped,
+            "approximate_kl": float(np.mean([figure[0] for figure in figures])) if figures else 0.0,
+            "clip_fraction": float(np.mean([figure[2] for figure in figures])) if figures else 0.0,
+            "round_kl": float(ppo.exact_kl(old_all, now).mean()),
+            "kl": float(ppo.exact_kl(now, self.reference.tree.log_prob[rows]).mean()),
+            "skipped_steps": self.skipped,
+            **{f"entropy_{level + 1}": float(value) for level, value in enumerate(levels)},
+        }
+
+    def _loss(
+        self, rows: Tensor, old_all: Tensor, picks: Tensor, old: Tensor, signal: Tensor, size: int, first: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Loss summed over the rows over `size`, and sums for the log: approx KL, exact KL, clip fraction, |signal|."""
+        config = self.config
+        new_all = self.log_prob(rows)
+        if first and len(rows) and float((new_all.detach() - old_all).abs().max()) > 1e-3:
+            raise MmsidError("the policy scores its own samples differently in the first step: dropout or a mask differs; this is a bug")
+        new = new_all.gather(1, picks)
+        if config.gradient == "exact":
+            gain = ppo.expected_reward(new_all, signal)
+        else:
+            gain = ppo.surrogate(new, old, signal, config.clip_low, config.clip_high, config.negatives).mean(dim=1)
+        kl = ppo.exact_kl(new_all, self.reference.tree.log_prob[rows])
+        loss = (-gain + config.kl * kl - config.entropy * ppo.entropy(new_all)).sum() / size
+        with torch.no_grad():
+            ratios = ppo.log_ratio(new, old)
+            moved = ((ratios.exp() < 1 - config.clip_low) | (ratios.exp() > 1 + config.clip_high)).float().mean(1).sum()
+            # the exact arm has no samples: its distance from the old policy is exact too
+            distance = ppo.exact_kl(old_all, new_all).sum() if config.gradient == "exact" else ppo.kl_estimates(old, new).k3.mean(1).sum()
+            return loss, torch.stack([distance, kl.sum(), moved, signal.abs().sum()])
+
+    def _step(self, loss: Tensor) -> None:
+        self.optimizer.zero_grad()
+        self.accelerator.backward(loss)
+        if self.accelerator.num_processes > 1:
+            for parameter in self.trainable:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                parameter.grad.copy_(self.accelerator.reduce(parameter.grad, reduction="sum"))
+        norm = torch.nn.utils.clip_grad_norm_(self.trainable, self.config.grad_norm)
+        if not bool(torch.isfinite(norm)):
+            self.skipped += 1
+            if self.skipped >= 3:
+                raise MmsidError(f"refinement: the gradient was not finite in {self.skipped} steps; lower refine.loop.lr ({self.config.lr})")
+            return
+        self.optimizer.step()
+
+    def _table_figures(self, codes: Codes, before: Codes) -> dict[str, Any]:
+        """Collisions, perplexity per level, churn against the last round and the start, greedy codes outside the tree."""
+        _, bucket, sizes = np.unique(codes, axis=0, return_inverse=True, return_counts=True)
+        size = self.head.codebook_size
+        figures: dict[str, Any] = {"collisions": float((sizes[bucket.reshape(-1)] > 1).mean())}
+        for level in range(codes.shape[1]):
+            share = np.bincount(codes[:, level], minlength=size) / len(codes)
+            share = share[share > 0]
+            figures[f"perplexity_{level + 1}"] = float(np.exp(-(share * np.log(share)).sum()))
+            figures[f"dead_codes_{level + 1}"] = int(size - len(share))
+        tree = self.reference.tree.codes.cpu().numpy()
+        inside = (tree == codes[:, None]).all(-1).any(-1)
+        return figures | {
+            "churn": float((codes != before).any(1).mean()),
+            "moved_since_start": float((codes != self.reference.greedy).any(1).mean()),
+            "outside_tree": float(1 - inside.mean()),
+        }

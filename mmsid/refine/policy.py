@@ -1,0 +1,137 @@
+"""The quantizer policy seen as a bandit over an enumerated tree of paths, and the frozen reference it is compared with.
+
+The tree of every item is fixed once under the reference: its m best codes per level, given each kept prefix (m^L paths, 512 for m = 8 and
+L = 3). Both the policy and the reference are renormalised over exactly these paths, in sampling and in scoring, so that KL, entropy and
+the expected gradient are exact. What the policy does outside the tree is not seen here; the loop logs how many greedy codes leave it.
+
+Symbols: N items, P paths, L levels, K codes, H hidden size, D code space.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mmsid.refine.evidence import Codes, Floats
+from mmsid.tokenizer.heads import CodeHead, ParallelHead, ResidualHead
+
+BATCH = 512  # items per piece where the whole catalogue is walked: bounds memory, changes no figure
+
+
+@dataclass(frozen=True)
+class PathTree:
+    """`codes` (N, P, L) int64, depth first, the reference's best path first; `log_prob` (N, P) of the reference; P = prod(branching)."""
+
+    codes: Tensor
+    log_prob: Tensor
+    branching: tuple[int, ...]
+
+
+def path_log_prob(head: CodeHead, h: Tensor, paths: Tensor, branching: tuple[int, ...], temperature: float = 1.0) -> Tensor:
+    """Joint log-probability of each path, renormalised over the tree: h (B, L, H), paths (B, P, L) -> (B, P).
+
+    Each distinct prefix is scored once (m^l of them at level l, not P). For residual heads the scores come from inner products between
+    code vectors, so no (B, m^l, D) residual is ever built; equal to `head.log_prob(s, paths).sum(-1).log_softmax(-1)`.
+    `temperature` flattens (> 1) the joint distribution; whoever compares two policies passes the same one.
+    """
+    s = head.project(h)
+    batch, left = paths.shape[0], paths.shape[1]
+    joint = torch.zeros(batch, 1, dtype=s.dtype, device=s.device)
+    for level, children in enumerate(branching):
+        prefixes = paths[:, ::left, :level]
+        left //= children
+        chosen = paths[:, ::left, level].reshape(batch, -1, children)
+        logits = _level_logits(head, s, prefixes)
+        scores = logits.gather(-1, chosen) - logits.logsumexp(-1, keepdim=True)
+        joint = (joint[..., None] + scores).flatten(1)
+    return (joint / temperature).log_softmax(-1)
+
+
+def _level_logits(head: CodeHead, s: Tensor, prefixes: Tensor) -> Tensor:
+    """(B, M, K) logits up to a constant per row: softmax does not see |r|^2, so -|r - e|^2 / t becomes (2 r.e - |e|^2) / t."""
+    if not isinstance(head, ResidualHead):
+        return head.level_logits(s, prefixes)
+    level = prefixes.shape[-1]
+    table = head.vectors[level]
+    inner = (s[:, level] @ table.T)[:, None]
+    for before in range(level):
+        inner = inner - (head.vectors[before] @ table.T)[prefixes[..., before]]
+    return (2 * inner - table.square().sum(-1)) / head.log_temperature[level].exp()
+
+
+class Reference:
+    """The frozen start: a copy of the head, the items' states under it, their path trees and their distances.
+
+    Args:
+        head: the tokenizer's head; copied and frozen.
+        states: (N, L, H) SID states of all items, fp32.
+        top_m: codes kept per level.
+        freeze_first_level: keep only the paths under the item's best first code.
+        temperature: see `path_log_prob`.
+    """
+
+    def __init__(self, head: CodeHead, states: Tensor, top_m: int, freeze_first_level: bool = False, temperature: float = 1.0) -> None:
+        self.head = copy.deepcopy(head).eval().requires_grad_(False)
+        self.states, self.temperature = states, temperature
+        with torch.no_grad():
+            parts = [self._enumerate(piece, top_m, freeze_first_level) for piece in states.split(BATCH)]
+            m = min(top_m, head.codebook_size)
+            branching = (1 if freeze_first_level else m, *[m] * (head.num_levels - 1))
+            self.tree = PathTree(torch.cat([codes for codes, _ in parts]), torch.cat([log_prob for _, log_prob in parts]), branching)
+            self.greedy = torch.cat([self.head.greedy(self.head.project(piece)).codes for piece in states.split(BATCH)]).cpu().numpy()
+        best = self._distortion(np.arange(len(states)), self.greedy[:, None])
+        self._best = best[:, 0]
+        self._scale = float(best.mean()) if isinstance(head, ResidualHead) else float(np.log(head.codebook_size))
+
+    def _enumerate(self, h: Tensor, top_m: int, freeze_first_level: bool) -> tuple[Tensor, Tensor]:
+        codes, log_prob = self.head.top_paths(self.head.project(h), top_m)
+        if freeze_first_level:
+            kept = codes.shape[1] // min(top_m, self.head.codebook_size)
+            codes, log_prob = codes[:, :kept], log_prob[:, :kept]
+        return codes, (log_prob / self.temperature).log_softmax(-1)
+
+    def _distortion(self, rows: NDArray, candidates: Codes) -> Floats:
+        device, pieces = self.states.device, []
+        with torch.no_grad():
+            for start in range(0, len(rows), BATCH):
+                s = self.head.project(self.states[torch.as_tensor(rows[start : start + BATCH], device=device)])
+                codes = torch.as_tensor(candidates[start : start + BATCH], device=device)
+                if isinstance(self.head, ResidualHead):
+                    value = (s[:, None, -1] - self.code_vectors(codes)).square().sum(-1)
+                else:
+                    value = -self.head.log_prob(s, codes).sum(-1)
+                pieces.append(value.double().cpu().numpy())
+        return np.concatenate(pieces) if pieces else np.zeros(candidates.shape[:2])
+
+    def error_growth(self, rows: NDArray, candidates: Codes) -> Floats:
+        """(R,), (R, C, L) -> (R, C): growth of the quantisation error over the item's own best path, in units of the mean error.
+
+        Always measured with the frozen states and vectors: the policy cannot shrink it by moving them. A parallel head has no code
+        vectors; there it is the loss of log-probability in units of log K.
+        """
+        return (self._distortion(rows, candidates) - self._best[rows][:, None]) / max(self._scale, 1e-12)
+
+    def rebuild_error(self, codes: Codes) -> Floats:
+        """(N, L) codes of all items -> (N,) error in the frozen space, in units of the mean error of the raw start."""
+        return self._distortion(np.arange(len(codes)), codes[:, None])[:, 0] / max(self._scale, 1e-12)
+
+    def code_vectors(self, codes: Tensor) -> Tensor:
+        """One vector per code sequence, (..., L) -> (..., D): the summed code vectors, or the summed classifier rows of a parallel head."""
+        if isinstance(self.head, ParallelHead):
+            return torch.stack([linear.weight[codes[..., level]] for level, linear in enumerate(self.head.levels)]).sum(0)
+        return self.head.prefix_vectors(codes)[..., -1, :]
+
+    def level_log_prob(self, rows: NDArray, candidates: Codes) -> NDArray[np.float32]:
+        """(R,), (R, C, L) -> (R, C, L) log pi_ref(c_l | c_<l), full softmax."""
+        pieces = []
+        with torch.no_grad():
+            for start in range(0, len(rows), BATCH):
+                s = self.head.project(self.states[torch.as_tensor(rows[start : start + BATCH], device=self.states.device)])
+                codes = torch.as_tensor(candidates[start : start + BATCH], device=self.states.device)
+                pieces.append(self.head.log_prob(s, codes).float().cpu().numpy())
+        return np.concatenate(pieces) if pieces else np.zeros(candidates.shape, dtype=np.float32)

@@ -1,0 +1,109 @@
+"""Evidence by hand on a four-item table, and what it must not reward (trap T10 of the refinement notes)."""
+
+import numpy as np
+import pytest
+from scipy import sparse
+
+from mmsid.refine.evidence import CodeTable, EvidenceConfig, prefix_keys, split_users
+
+CONFIG = EvidenceConfig()
+
+
+def _neighbours(size: int, edges: list[tuple[int, int, float]]) -> sparse.csr_matrix:
+    matrix = np.zeros((size, size))
+    for left, right, weight in edges:
+        matrix[left, right] = matrix[right, left] = weight
+    return sparse.csr_matrix(matrix)
+
+
+def _clustered(rng: np.random.Generator, clusters: int = 8, per: int = 16, codebook: int = 16):
+    """Items of a cluster share the first code and are each other's neighbours; codes are unique."""
+    items = clusters * per
+    cluster = np.arange(items) // per
+    codes = np.stack([cluster, np.arange(items) % 4, np.arange(items) % per], axis=1)
+    left, right = rng.integers(0, items, 4000), rng.integers(0, items, 4000)
+    keep = (cluster[left] == cluster[right]) & (left != right)
+    counts = sparse.coo_matrix((np.ones(keep.sum()), (left[keep], right[keep])), shape=(items, items)).tocsr()
+    return codes, counts + counts.T, codebook
+
+
+def _mean_evidence(codes, neighbours, codebook, content=None):
+    table = CodeTable(codes, codebook, neighbours, content)
+    rows = np.arange(len(codes))
+    return float(table.evidence(rows, codes[:, None], np.zeros((len(codes), 1)), CONFIG).mean())
+
+
+def test_prefix_keys():
+    assert prefix_keys(np.array([[1, 2, 3]]), 10).tolist() == [[1, 12, 123]]
+    with pytest.raises(ValueError, match="64 bits"):
+        prefix_keys(np.zeros((1, 6), dtype=np.int64), 8192)
+
+
+def test_agreement_by_hand():
+    codes = np.array([[0, 0], [0, 1], [1, 0], [1, 1]])
+    table = CodeTable(codes, 2, _neighbours(4, [(0, 1, 3.0), (0, 2, 1.0), (2, 3, 2.0)]), prior=0.0)
+    assert table.degree.tolist() == [4, 3, 3, 2]
+    excess, chance = table.agreement(np.array([0]), np.array([[[0, 1], [1, 1]]]))
+    # of the others' 8 units of weight 3 lie under code 0 (item 1) and 5 under code 1; item 0 has 3/4 of its own weight under code 0
+    assert chance[0].tolist() == [[3 / 8, 3 / 8], [5 / 8, 2 / 8]]
+    assert excess[0].tolist() == [[3 / 4 - 3 / 8, 3 / 4 - 3 / 8], [1 / 4 - 5 / 8, 0 - 2 / 8]]
+
+
+def test_prior_shrinks_and_no_neighbours_score_zero():
+    codes = np.array([[0], [0], [1]])
+    table = CodeTable(codes, 2, _neighbours(3, [(0, 1, 1.0)]), prior=1.0)
+    excess, _ = table.agreement(np.array([0, 2]), np.array([[[0]], [[0]]]))
+    assert excess[:, 0, 0].tolist() == [(1 - 1.0) / 2, 0.0]  # all the others' weight is under code 0: chance 1
+
+
+def test_crowding_sees_others_never_itself_nor_its_duplicates():
+    codes = np.array([[0, 0], [0, 0], [0, 1], [0, 1]])
+    table = CodeTable(codes, 2, _neighbours(4, []), content=np.array([0, 1, 2, 2]))
+    others = table.others(np.arange(4), codes[:, None])
+    assert others[:, 0].tolist() == [[2.0, 1.0], [2.0, 1.0], [2.0, 0.0], [2.0, 0.0]]
+    parts = table.components(np.array([0]), np.array([[[0, 0], [1, 0]]]), np.array([[0.0, 0.5]]), CONFIG)
+    assert parts["crowding"].tolist() == [[-(1.0 + 1.0), 0.0]]
+    assert parts["rebuild"].tolist() == [[0.0, -0.5]]
+
+
+def test_mean_under_leaves_the_item_out():
+    vectors = np.array([[1.0, 0], [0, 1], [4, 4]])
+    table = CodeTable(np.array([[0, 0], [0, 1], [1, 0]]), 2, _neighbours(3, []))
+    mean, size = table.mean_under(vectors, np.array([0]), np.array([[[0, 1], [1, 1]]]), level=0)
+    assert mean[0].tolist() == [[0, 1], [4, 4]] and size[0].tolist() == [1, 1]
+    mean, size = table.mean_under(vectors, np.array([0]), np.array([[[0, 0], [1, 1]]]), level=1)
+    assert mean[0].tolist() == [[0, 0], [0, 0]] and size[0].tolist() == [0, 0]
+
+
+def test_t10_scrambling_and_collapse_score_below_the_start():
+    rng = np.random.default_rng(0)
+    codes, neighbours, codebook = _clustered(rng)
+    start = _mean_evidence(codes, neighbours, codebook)
+    scrambled = _mean_evidence(codes[rng.permutation(len(codes))], neighbours, codebook)
+    collapsed = _mean_evidence(np.zeros_like(codes), neighbours, codebook)
+    assert start > 0.3 > abs(scrambled) and collapsed < scrambled
+
+
+def test_t10_permuting_labels_changes_nothing():
+    rng = np.random.default_rng(1)
+    codes, neighbours, codebook = _clustered(rng)
+    relabelled = np.stack([rng.permutation(codebook)[codes[:, level]] for level in range(3)], axis=1)
+    assert _mean_evidence(relabelled, neighbours, codebook) == pytest.approx(_mean_evidence(codes, neighbours, codebook), abs=1e-12)
+
+
+def test_t10_duplicating_an_item_does_not_raise_the_total():
+    codes, neighbours, codebook = _clustered(np.random.default_rng(2))
+    content = np.arange(len(codes))
+    total = _mean_evidence(codes, neighbours, codebook, content) * len(codes)
+    wider = sparse.block_diag([neighbours, sparse.csr_matrix((1, 1))]).tocsr()
+    again = np.concatenate([codes, codes[:1]])
+    doubled = _mean_evidence(again, wider, codebook, np.append(content, 0)) * len(again)
+    assert doubled <= total + 1e-9
+
+
+def test_split_users_is_disjoint_whole_and_seeded():
+    histories = [np.array([user]) for user in range(100)]
+    parts = split_users(histories, (0.4, 0.4, 0.2), seed=3)
+    assert [len(part) for part in parts] == [40, 40, 20]
+    assert sorted(int(history[0]) for part in parts for history in part) == list(range(100))
+    assert [[int(h[0]) for h in part] for part in split_users(histories, (0.4, 0.4, 0.2), seed=3)] == [[int(h[0]) for h in part] for part in parts]

@@ -1,0 +1,97 @@
+"""The gate takes a real gain and refuses what a reward can be bribed into: scrambling, collapse, uniqueness at any price."""
+
+import numpy as np
+import pytest
+
+from mmsid.refine import gate
+from mmsid.refine.gate import GateConfig, HeldOutPairs
+
+
+def _world(seed: int = 0, clusters: int = 8, per: int = 12, users: int = 60):
+    rng = np.random.default_rng(seed)
+    items = clusters * per
+    cluster = np.arange(items) // per
+    codes = np.stack([cluster, np.arange(items) % 4, np.arange(items) % per], axis=1)
+    histories = [rng.permutation(np.flatnonzero(cluster == rng.integers(clusters)))[:6] for _ in range(users)]
+    blurred = codes.copy()  # the start: a third of the items stand in a wrong cluster
+    wrong = rng.permutation(items)[: items // 3]
+    blurred[wrong, 0] = (blurred[wrong, 0] + 1 + rng.integers(clusters - 1, size=len(wrong))) % clusters
+    blurred[:, 2] = np.arange(items) % 96
+    codes = codes.copy()
+    codes[:, 2] = np.arange(items) % 96
+    return codes, blurred, HeldOutPairs.from_histories(histories), rng
+
+
+def _judge(before, after, held_out, raw=None, **figures):
+    content, config = np.arange(len(before)), GateConfig()
+    rows = []
+    for codes, raw_codes in ((before, before), (after, after if raw is None else raw)):
+        quick = figures.get("quick")
+        rows.append(gate.measure(codes, raw_codes, 96, content, held_out, figures.get("rebuild"), quick, config.level_weights))
+    share = gate.gain_share(before, after, 96, held_out, config, seed=0)
+    return gate.decide(*rows, share, config)
+
+
+def test_a_real_gain_is_accepted():
+    good, blurred, held_out, _ = _world()
+    verdict = _judge(blurred, good, held_out)
+    assert verdict.accepted and not verdict.reasons and verdict.gain_share == 1.0
+    assert {row.metric for row in verdict.rows} == {"target", "raw_collisions", "published_collisions", "least_perplexity", "lift"}
+
+
+def test_no_change_and_scrambling_are_refused():
+    good, blurred, held_out, rng = _world()
+    assert not _judge(blurred, blurred, held_out).accepted
+    scrambled = _judge(blurred, good[rng.permutation(len(good))], held_out)
+    assert not scrambled.accepted and any(reason.startswith("lift") for reason in scrambled.reasons)
+
+
+def test_total_collapse_is_refused_on_every_count():
+    good, blurred, held_out, _ = _world()
+    collapsed = np.zeros_like(good)
+    verdict = _judge(blurred, collapsed, held_out)
+    assert gate.agreement(collapsed, 96, held_out, (0.6, 0.4)) == pytest.approx(0.0)
+    failed = {row.metric for row in verdict.rows if not row.passed}
+    assert failed == {"target", "raw_collisions", "published_collisions", "least_perplexity", "lift"}
+
+
+def test_uniqueness_bought_with_meaning_is_refused():
+    good, _, held_out, rng = _world()
+    start = good.copy()
+    start[:20] = start[20:40]  # many collisions; the "refined" table is perfectly unique, and random
+    unique = np.stack([rng.permutation(len(good)) % 8, rng.permutation(len(good)) % 4, rng.permutation(len(good))], axis=1)
+    verdict = _judge(start, unique, held_out)
+    assert not verdict.accepted and {row.metric for row in verdict.rows if not row.passed} >= {"target", "lift"}
+
+
+def test_every_guard_can_refuse_a_better_target():
+    good, blurred, held_out, _ = _world()
+    crowded = good.copy()
+    crowded[:30] = crowded[0]
+    assert [reason.split()[0] for reason in _judge(blurred, good, held_out, raw=crowded).reasons] == ["raw_collisions"]
+    worse = _judge(blurred, good, held_out, rebuild=lambda codes: np.full(3, 2.0 if codes is good else 1.0))
+    assert [reason.split()[0] for reason in worse.reasons] == ["rebuild"]
+    thin = _judge(blurred, good, held_out, quick=lambda codes: {"HR@50": 0.5 if codes is good else 0.6, "coverage": 0.9})
+    assert [reason.split()[0] for reason in thin.reasons] == ["hit_rate"]
+    narrow = _judge(blurred, good, held_out, quick=lambda codes: {"HR@50": 0.6, "coverage": 0.5 if codes is good else 0.9})
+    assert [reason.split()[0] for reason in narrow.reasons] == ["coverage"]
+
+
+def test_figures_by_hand():
+    codes = np.array([[0, 0], [0, 1], [1, 0], [1, 0]])
+    held_out = HeldOutPairs.from_histories([np.array([0, 1, 2]), np.array([3]), np.array([2, 2, 3])])
+    assert held_out.pairs.tolist() == [[0, 1], [1, 2], [2, 3]] and held_out.users.tolist() == [0, 0, 2]
+    # level 1: 2 of 3 pairs agree; pair ends 3 under code 0 and 3 under code 1: chance 1/4 + 1/4
+    assert gate.agreement(codes, 2, held_out, (1.0,)) == pytest.approx(2 / 3 - 1 / 2)
+    assert gate.level_lift(codes, held_out) == pytest.approx((2 / 3) / (4 / 12))
+    assert gate.colliding_share(codes, np.array([0, 1, 2, 3])) == 0.5
+    assert gate.colliding_share(codes, np.array([0, 1, 2, 2])) == 0.0
+    assert gate.least_perplexity(codes, 2) == pytest.approx(np.exp(-(0.75 * np.log(0.75) + 0.25 * np.log(0.25))))
+    draws = np.array([[1, 0, 0], [0, 0, 1]])
+    assert gate.agreement(codes, 2, held_out, (1.0,), draws).tolist() == pytest.approx([1 / 2 - (9 + 1) / 16, 1 - 1])
+
+
+def test_without_held_out_users_nothing_is_accepted():
+    good, blurred, _, _ = _world()
+    assert not _judge(blurred, good, HeldOutPairs.from_histories([])).accepted
+    assert gate.refused("why").to_json() == {"accepted": False, "reasons": ["why"], "rows": [], "gain_share": None}
