@@ -1,0 +1,10 @@
+"""Codebooks from embeddings: balanced residual clustering, RQ-KMeans, and the behaviour space they are fitted on."""
+
+from mmsid.quantize.balanced import FitResult, balanced_residual_kmeans
+from mmsid.quantize.behaviour import fuse, ppmi_svd
+from mmsid.quantize.codebooks import ResidualCodebooks
+from mmsid.quantize.rqkmeans import rq_kmeans
+from mmsid.quantize.scores import CodebookScores
+from mmsid.quantize.sinkhorn import sinkhorn
+
+__all__ = ["CodebookScores", "FitResult", "ResidualCodebooks", "balanced_residual_kmeans", "fuse", "ppmi_svd", "rq_kmeans", "sinkhorn"]

@@ -1,0 +1,128 @@
+"""Residual codebooks: L levels of K code vectors; an item is the sum of one vector per level."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mmsid.artifacts import read_tensors, write_tensors
+from mmsid.errors import ArtifactError, MmsidError
+
+_BLOCK_ROWS = 8192
+_TIE = 1e-10  # relative to the squared norms: float64 rounding differs between a row alone and a row in a batch
+
+
+def as_matrix(x: np.ndarray | torch.Tensor, what: str = "embeddings") -> torch.Tensor:
+    """`x` as a contiguous (N, D) float32 tensor on the CPU.
+
+    Raises:
+        MmsidError: not two-dimensional, no rows or no columns, or a NaN or infinite value (names the first such row).
+    """
+    matrix = torch.as_tensor(x).detach().to("cpu", torch.float32).contiguous()
+    if matrix.ndim != 2 or 0 in matrix.shape:
+        raise MmsidError(f"{what}: need a matrix (items, dimensions) with at least one of each, got shape {tuple(matrix.shape)}")
+    finite = torch.isfinite(matrix).all(dim=1)
+    if not finite.all():
+        bad = (~finite).nonzero().flatten()
+        raise MmsidError(f"{what}: {len(bad)} of {len(matrix)} rows hold NaN or infinite values, first row {int(bad[0])}; embed them again")
+    return matrix
+
+
+def row_blocks(num_rows: int, size: int = _BLOCK_ROWS) -> Iterator[slice]:
+    """Slices that walk `num_rows` rows in blocks."""
+    return (slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size))
+
+
+@dataclass
+class ResidualCodebooks:
+    """Code vectors of a residual quantizer.
+
+    Attributes:
+        vectors: (L, K, D) float32.
+        used: (L, K) bool; False marks a code no item needed (fewer distinct items than codes). Its vector is a copy of a
+            used one, so that relocation and training may still take it; `encode` never chooses it.
+    """
+
+    vectors: torch.Tensor
+    used: torch.Tensor = field(default=None)  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        if self.vectors.ndim != 3 or 0 in self.vectors.shape:
+            raise ValueError(f"vectors must be (levels, codes, dimensions), got shape {tuple(self.vectors.shape)}")
+        if self.used is None:
+            self.used = torch.ones(self.vectors.shape[:2], dtype=torch.bool)
+        if self.used.shape != self.vectors.shape[:2] or not self.used.any(dim=1).all():
+            raise ValueError(f"used must be {tuple(self.vectors.shape[:2])} with a used code at every level, got {tuple(self.used.shape)}")
+
+    @property
+    def num_levels(self) -> int:
+        return self.vectors.shape[0]
+
+    @property
+    def codebook_size(self) -> int:
+        return self.vectors.shape[1]
+
+    @property
+    def dim(self) -> int:
+        return self.vectors.shape[2]
+
+    def encode(self, x: np.ndarray | torch.Tensor) -> torch.Tensor:
+        """Nearest code per level, greedily on the residual; ties go to the lowest index.
+
+        In float64 with a tie margin, so that a row alone, in a batch and in another order gets the same codes.
+
+        Args:
+            x: (N, D).
+        Returns:
+            (N, L) int64.
+        Raises:
+            MmsidError: see `as_matrix`; or D differs from the codebooks'.
+        """
+        matrix = self._checked(x)
+        vectors = self.vectors.double()
+        norms = vectors.square().sum(-1)
+        blocked = torch.where(self.used, 0.0, torch.inf)
+        codes = torch.empty((len(matrix), self.num_levels), dtype=torch.int64)
+        for rows in row_blocks(len(matrix)):
+            residual = matrix[rows].double()
+            for level in range(self.num_levels):
+                distance = norms[level] - 2 * residual @ vectors[level].T + blocked[level]
+                margin = _TIE * (residual.square().sum(1, keepdim=True) + norms[level].max())
+                tied = (distance <= distance.min(dim=1, keepdim=True).values + margin).numpy()
+                codes[rows, level] = torch.from_numpy(tied.argmax(axis=1))  # numpy promises the first of equals
+                residual = residual - vectors[level][codes[rows, level]]
+        return codes
+
+    def decode(self, codes: np.ndarray | torch.Tensor, levels: int | None = None) -> torch.Tensor:
+        """Sum of the code vectors of the first `levels` levels (all by default): (N, L) codes -> (N, D) float32."""
+        codes = torch.as_tensor(codes).long()
+        if codes.ndim != 2 or codes.shape[1] > self.num_levels or codes.shape[1] < (levels or 0):
+            raise ValueError(f"codes must be (N, at most {self.num_levels}) and hold {levels or 'all'} levels, got {tuple(codes.shape)}")
+        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.codebook_size:
+            raise ValueError(f"codes must lie in [0, {self.codebook_size}), got {int(codes.min())}..{int(codes.max())}")
+        total = torch.zeros((len(codes), self.dim))
+        for level in range(codes.shape[1] if levels is None else levels):
+            total += self.vectors[level][codes[:, level]]
+        return total
+
+    def save(self, path: Path) -> None:
+        """Write `vectors` and `used` as safetensors."""
+        write_tensors(path, {"vectors": self.vectors, "used": self.used})
+
+    @classmethod
+    def load(cls, path: Path) -> ResidualCodebooks:
+        """Read what `save` wrote; another file is an ArtifactError."""
+        tensors = read_tensors(path)
+        if "vectors" not in tensors:
+            raise ArtifactError(f"{path}: tensor 'vectors' missing (found {sorted(tensors)}); expected residual codebooks")
+        return cls(tensors["vectors"], tensors.get("used"))  # type: ignore[arg-type]
+
+    def _checked(self, x: np.ndarray | torch.Tensor) -> torch.Tensor:
+        matrix = as_matrix(x)
+        if matrix.shape[1] != self.dim:
+            raise MmsidError(f"embeddings have {matrix.shape[1]} dimensions, the codebooks {self.dim}; use the encoder they were fitted on")
+        return matrix

@@ -1,0 +1,86 @@
+"""Residual codebooks as a policy: log pi of codes given a prefix, in the form that collision handling asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from mmsid.quantize.codebooks import ResidualCodebooks, row_blocks
+
+_BEAM = 1024
+
+
+class CodebookScores:
+    """log pi(c_l | x, c_<l) = log softmax(-|r_l - e|^2 / t_l) of a set of items, r_l = x - the vectors chosen before.
+
+    Both methods are what `mmsid.sids.collisions.relocate` takes; a tokenizer head offers the same two.
+
+    Args:
+        codebooks: L levels of K codes.
+        x: (N, D) item vectors, row i = item i of the table.
+        temperature: one per level, in squared distance; default: the mean squared residual that the level leaves behind.
+    """
+
+    def __init__(self, codebooks: ResidualCodebooks, x: np.ndarray | torch.Tensor, temperature: Sequence[float] | None = None) -> None:
+        self.codebooks = codebooks
+        self.x = codebooks._checked(x)
+        if temperature is None:
+            temperature = self._default_temperature()
+        if len(temperature) != codebooks.num_levels or min(temperature) <= 0:
+            raise ValueError(f"need one positive temperature for each of {codebooks.num_levels} levels, got {list(temperature)}")
+        self.temperature = [float(value) for value in temperature]
+
+    def last_scores(self, rows: np.ndarray, prefixes: np.ndarray) -> np.ndarray:
+        """(n,) item rows and (n, L-1) prefixes -> (n, K) float64 log pi of the last code."""
+        prefixes = torch.as_tensor(np.asarray(prefixes, dtype=np.int64))
+        residual = self.x[torch.as_tensor(np.asarray(rows, dtype=np.int64))].double()
+        if prefixes.shape[1]:
+            residual = residual - self.codebooks.decode(prefixes).double()
+        return self._log_pi(residual, self.codebooks.num_levels - 1).numpy()
+
+    def prefix_candidates(self, row: int) -> list[tuple[tuple[int, ...], float]]:
+        """The item's prefixes (L-1 codes) with their joint log probability, best first; at most 1,024, found by beam."""
+        residual = self.x[int(row)][None].double()
+        prefixes, log_prob = torch.zeros((1, 0), dtype=torch.int64), torch.zeros(1, dtype=torch.float64)
+        size = self.codebooks.codebook_size
+        for level in range(self.codebooks.num_levels - 1):
+            joint = (log_prob[:, None] + self._log_pi(residual, level)).flatten()
+            kept = torch.argsort(joint, descending=True, stable=True)[:_BEAM]
+            parent, code = kept // size, kept % size
+            prefixes, log_prob = torch.cat([prefixes[parent], code[:, None]], dim=1), joint[kept]
+            residual = residual[parent] - self.codebooks.vectors[level][code].double()
+        return [(tuple(codes), float(value)) for codes, value in zip(prefixes.tolist(), log_prob.tolist(), strict=True)]
+
+    def margin(self, codes: np.ndarray | torch.Tensor) -> np.ndarray:
+        """(N, L) codes -> (N,) float32: the least, over levels, of log pi(code) - log pi(best other code).
+
+        Negative where another code fits better than the chosen one.
+        """
+        codes = torch.as_tensor(codes).long()
+        result = np.empty(len(codes), dtype=np.float32)
+        for rows in row_blocks(len(codes)):
+            residual = self.x[rows].double()
+            least = torch.full((len(residual),), torch.inf, dtype=torch.float64)
+            for level in range(self.codebooks.num_levels if self.codebooks.codebook_size > 1 else 0):
+                chosen = codes[rows, level : level + 1]
+                log_pi = self._log_pi(residual, level)
+                own = log_pi.gather(1, chosen)[:, 0]
+                least = torch.minimum(least, own - log_pi.scatter(1, chosen, -torch.inf).max(dim=1).values)
+                residual = residual - self.codebooks.vectors[level][chosen[:, 0]].double()
+            result[rows] = least.numpy()
+        return result
+
+    def _log_pi(self, residual: torch.Tensor, level: int) -> torch.Tensor:
+        vectors = self.codebooks.vectors[level].double()
+        scores = (2 * residual @ vectors.T - vectors.square().sum(1)) / self.temperature[level]
+        return torch.log_softmax(scores, dim=1)
+
+    def _default_temperature(self) -> list[float]:
+        codes = self.codebooks.encode(self.x)
+        energy = max(float(self.x.double().square().sum(1).mean()), 1e-12)
+        errors = [
+            float((self.x - self.codebooks.decode(codes, level)).double().square().sum(1).mean()) for level in range(1, codes.shape[1] + 1)
+        ]
+        return [max(error, 1e-6 * energy) for error in errors]
