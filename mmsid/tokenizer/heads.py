@@ -105,20 +105,21 @@ class CodeHead(nn.Module):
 
 
 class ResidualHead(CodeHead):
-    """Residual codes in one space of size `code_dim`, one projection W shared by all levels, a learnable temperature per level."""
+    """Residual codes in one space of size `code_dim`, one projection W shared by all levels, a bias and a learnable temperature per level."""
 
     kind = "residual"
 
     def __init__(self, hidden_size: int, num_levels: int = 3, codebook_size: int = 256, code_dim: int = 448) -> None:
         super().__init__()
         self.num_levels, self.codebook_size, self.code_dim = num_levels, codebook_size, code_dim
-        self.projection = nn.Linear(hidden_size, code_dim)
+        self.projection = nn.Linear(hidden_size, code_dim, bias=False)
+        self.bias = nn.Parameter(torch.zeros(num_levels, code_dim))  # per level: every SID token adds a constant of its own to its state
         self.vectors = nn.Parameter(torch.randn(num_levels, codebook_size, code_dim) / math.sqrt(code_dim))
         self.log_temperature = nn.Parameter(torch.zeros(num_levels))
 
     def project(self, h: Tensor) -> Tensor:
-        """s = W h: (B, L, H) -> (B, L, code_dim)."""
-        return self.projection(h)
+        """s_l = W h_l + b_l: (B, L, H) -> (B, L, code_dim)."""
+        return self.projection(h) + self.bias
 
     def prefix_vectors(self, codes: Tensor) -> Tensor:
         """Cumulative sums of the chosen code vectors: codes (..., l) -> (..., l, code_dim); entry j is the rebuild from j+1 levels."""
