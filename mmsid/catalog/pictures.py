@@ -6,6 +6,7 @@ Errors carry a short fixed code; the decoder's own text is never passed on, sinc
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import os
@@ -106,13 +107,18 @@ def _confined(path: str | Path, root: Path | None) -> str:
     try:
         if root is None:
             return os.path.realpath(path)
-        real_root = os.path.realpath(root)
+        real_root = _real_root(str(root))
         real = os.path.realpath(os.path.join(real_root, path))
         if os.path.commonpath([real, real_root]) == real_root:
             return real
     except (ValueError, OSError):  # NUL bytes, names that no file system takes
         raise _refusal("not_a_file", path) from None
     raise _refusal("outside_root", path)
+
+
+@functools.lru_cache(maxsize=8)
+def _real_root(root: str) -> str:
+    return os.path.realpath(root)  # once, not for every picture: it comes from the configuration, not from the table
 
 
 def _read(path: str | Path, limits: PictureLimits, root: Path | None) -> bytes:
@@ -123,17 +129,19 @@ def _read(path: str | Path, limits: PictureLimits, root: Path | None) -> bytes:
     except FileNotFoundError:
         raise _refusal("missing", path) from None
     except (OSError, ValueError):
-        raise _refusal("not_a_file" if os.path.isdir(real) else "unreadable", path) from None
-    with os.fdopen(handle, "rb") as file:
-        facts = os.fstat(file.fileno())
+        raise _refusal("unreadable", path) from None
+    try:
+        facts = os.fstat(handle)
         if not stat.S_ISREG(facts.st_mode):
             raise _refusal("not_a_file", path)
         if facts.st_size > limits.max_bytes:
             raise _refusal("too_many_bytes", path)
-        try:
+        with open(handle, "rb", closefd=False) as file:
             data = file.read(limits.max_bytes + 1)
-        except OSError:
-            raise _refusal("unreadable", path) from None
+    except OSError:
+        raise _refusal("unreadable", path) from None
+    finally:
+        os.close(handle)
     if len(data) > limits.max_bytes:  # it grew while we looked
         raise _refusal("too_many_bytes", path)
     return data
@@ -150,7 +158,7 @@ def _open(data: bytes, limits: PictureLimits, path: str | Path) -> Image.Image:
     except UnidentifiedImageError:
         raise _refusal("format", path) from None
     except Exception:  # see load_picture
-        raise _refusal("corrupt", path) from None
+        raise _refusal("truncated" if _is_truncated(data) else "corrupt", path) from None
     if picture.width * picture.height > limits.max_pixels:
         raise _refusal("too_many_pixels", path)
     # MPO is how telephones store a JPEG with a preview beside it: its first frame is the picture
