@@ -1,1 +1,5 @@
 """The drawn demo catalogue: ads made with Pillow whose facts, users and best achievable ranking are known."""
+
+from mmsid.catalog.demo.write import write_demo_catalog
+
+__all__ = ["write_demo_catalog"]

@@ -1,0 +1,101 @@
+"""The demo users: the sequence model and its optimum, against figures worked by hand and against simulation."""
+
+import numpy as np
+import pytest
+
+from mmsid.catalog.demo import users
+from mmsid.catalog.demo.facts import PICTURE_ONLY, TEXT_ONLY, random_facts
+from mmsid.catalog.demo.users import Interest, Sequences, UserModel
+
+
+def _world(items=200, people=400, seed=0):
+    rng = np.random.default_rng(seed)
+    model = users.draw_user_model([random_facts(rng) for _ in range(items)], people, rng)
+    return model, users.draw_sequences(model, rng)
+
+
+def _tiny_model() -> UserModel:
+    """Three items, one user, two interests of weight 3/4 and 1/4 with appeals (6, 3, 1) and (1, 1, 8)."""
+    interests = (Interest("picture", (("color", "red", 1.0),)), Interest("text", (("season", "summer", 1.0),)))
+    appeal = np.array([[6.0, 3.0, 1.0], [1.0, 1.0, 8.0]])
+    return UserModel(interests, appeal, appeal, np.ones(3), np.array([[0, 1]]), np.array([[0.75, 0.25]]))
+
+
+def test_predictive_distribution_of_three_items_by_hand():
+    """The user has taken item 0. Posterior of interest 0: 3/4 * 6/10 against 1/4 * 1/10 -> 18/19 and 1/19. Prior of the next step:
+    stay .75 or redraw: .75 * 18/19 + .25 * .75 and .75 * 1/19 + .25 * .25. Left are items 1 and 2: (3/4, 1/4) and (1/9, 8/9)."""
+    model = _tiny_model()
+    taken = Sequences(np.array([[0, 1]]), np.array([[0, 0]]), np.array([2]))
+    belief = users.believe(model, taken, np.array([0]), np.array([1]))
+    first, second = 0.75 * 18 / 19 + 0.25 * 0.75, 0.75 / 19 + 0.25 * 0.25
+    np.testing.assert_allclose(belief.slot, [[first, second]])
+    chances = users.predictive(model.appeal, model.members, belief)
+    np.testing.assert_allclose(chances, [[0.0, first * 3 / 4 + second / 9, first / 4 + second * 8 / 9]])
+    told = users.believe(model, taken, np.array([0]), np.array([1]), told_active=True)
+    np.testing.assert_allclose(told.slot, [[0.75 + 0.25 * 0.75, 0.25 * 0.25]])
+
+
+def test_expected_gains_by_hand(monkeypatch):
+    monkeypatch.setattr(users, "CUTOFFS", (1, 2))
+    truth = np.array([[0.5, 0.2, 0.3]])
+    discount = 1 / np.log2(3)
+    np.testing.assert_allclose(users.expected_gains(truth, truth), [[0.5, 0.8, 0.5, 0.5 + 0.3 * discount]])
+    np.testing.assert_allclose(users.expected_gains(truth, np.array([[1.0, 3.0, 2.0]])), [[0.2, 0.5, 0.2, 0.2 + 0.3 * discount]])
+
+
+def test_realised_gains_by_hand_with_ties_at_expectation(monkeypatch):
+    monkeypatch.setattr(users, "CUTOFFS", (1, 2))
+    scores = np.array([[0.1, 0.9, 0.5], [0.4, 0.4, 0.1]])
+    discount = 1 / np.log2(3)
+    gains = users.realised_gains(np.array([2, 0]), scores)
+    np.testing.assert_allclose(gains, [[0, 1, 0, discount], [0.5, 1, 0.5, (1 + discount) / 2]])
+
+
+def test_sequences_never_repeat_an_item_and_keep_their_lengths():
+    model, drawn = _world()
+    assert drawn.lengths.min() >= users.MIN_LENGTH
+    assert abs(drawn.lengths.mean() - users.MEAN_LENGTH) < 0.5
+    for row, active, length in zip(drawn.items, drawn.active, drawn.lengths, strict=True):
+        assert len(set(row[:length])) == length and (row[:length] >= 0).all() and (row[length:] == -1).all()
+        assert (active[:length] >= 0).all()
+    assert (np.take_along_axis(model.weights, np.maximum(drawn.active, 0), axis=1)[drawn.active >= 0] > 0).all()
+
+
+def test_draws_do_not_depend_on_how_users_are_chunked(monkeypatch):
+    model, drawn = _world()
+    figures = users.optimum(model, drawn)
+    monkeypatch.setattr(users, "_CELLS", 200 * 7)
+    again_model, again = _world()
+    np.testing.assert_array_equal(drawn.items, again.items)
+    assert users.optimum(again_model, again) == figures
+
+
+def test_the_oracle_is_calibrated_and_beats_what_knows_less():
+    model, drawn = _world(items=300, people=1500)
+    for position in ("valid", "test"):
+        figures = users.optimum(model, drawn)[position]
+        for name, expected in figures["expected"].items():
+            assert abs(figures["realised"][name] - expected) < 4 * figures["standard_error"][name] + 1e-3, (position, name)
+            assert figures["knowing_active_interest"][name] >= expected - 0.005
+            assert expected > figures["without_pictures"][name] > figures["one_ranking_for_all"][name] > 0
+
+
+def test_optimum_of_one_user_is_the_hand_worked_mixture():
+    """Items 0 and 1 taken: item 2 is all that is left at test; at valid the chances are those of the first test of this file."""
+    drawn = Sequences(np.array([[0, 1, 2]]), np.array([[0, 0, 0]]), np.array([3]))
+    figures = users.optimum(_tiny_model(), drawn)
+    first, second = 0.75 * 18 / 19 + 0.25 * 0.75, 0.75 / 19 + 0.25 * 0.25
+    assert figures["test"]["expected"]["HR@1"] == 1.0
+    assert figures["valid"]["expected"]["HR@1"] == pytest.approx(first * 3 / 4 + second / 9, abs=1e-4)
+    assert figures["valid"]["realised"] == dict.fromkeys(figures["valid"]["realised"], 1.0)
+
+
+def test_interest_kinds_have_their_documented_shares_and_fields():
+    model, _ = _world(items=600, people=3000)
+    seen = {"picture": {*PICTURE_ONLY, "price_tier"}, "text": set(TEXT_ONLY), "category": {"product", "group"}}
+    for interest in model.interests:
+        assert {field for field, _, _ in interest.wants} <= seen[interest.kind]
+    kinds = np.array([interest.kind for interest in model.interests])[model.members[:, 0]]
+    for kind, share in users.KINDS.items():
+        assert abs((kinds == kind).mean() - share) < 0.05
+    assert all((model.members[u][:, None] == model.members[u]).sum() == 3 for u in range(50))
