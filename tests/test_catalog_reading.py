@@ -167,6 +167,8 @@ def test_bad_sequences_are_refused(folder):
     assert "rows 1 and 2: user_id 'u' stands twice" in refusal(config(folder, sequences=[SEQUENCES[0], SEQUENCES[0]]))
     short = [{"user_id": "u", "items": ["a", "b"], "times": [1]}]
     assert "row 1: times holds 1 values, items 2" in refusal(config(folder, sequences=short))
+    huge = [{"user_id": "u", "items": ["a"], "times": [10**30]}]
+    assert "line 1, field 'times'" in refusal(config(folder, ".jsonl", sequences=huge))
     words = [{"user_id": "u", "items": ["a"], "times": ["noon"]}]
     assert "row 1, field 'times'" in refusal(config(folder, sequences=words))
     assert "no column 'events' (catalog.fields.sequence)" in refusal(config(folder, fields={"sequence": "events"}))

@@ -11,7 +11,6 @@ import hashlib
 import io
 import os
 import stat
-import threading
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +34,8 @@ REASONS = {
     "corrupt": "the file cannot be decoded; copy it anew",
 }
 _MODES_WITH_ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
-_WARNING_FILTERS = threading.Lock()  # warnings.catch_warnings changes process-wide state
+# once for the process: warnings.catch_warnings around each picture is neither thread-safe nor cheap
+warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 
 
 @dataclass(frozen=True)
@@ -150,9 +150,7 @@ def _read(path: str | Path, limits: PictureLimits, root: Path | None) -> bytes:
 def _open(data: bytes, limits: PictureLimits, path: str | Path) -> Image.Image:
     """Parse the header alone and hold it against the limits; pixels are decoded later, by `.load()`."""
     try:
-        with _WARNING_FILTERS, warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            picture = Image.open(io.BytesIO(data), formats=limits.formats)
+        picture = Image.open(io.BytesIO(data), formats=limits.formats)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise _refusal("too_many_pixels", path) from None
     except UnidentifiedImageError:

@@ -189,7 +189,7 @@ class Cells:
                 value = float(value) if any(mark in value for mark in ".eE") else int(value)
             except ValueError:
                 value = None
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not abs(value) < 2**63:
             found = self._table.rows[index].get(column)
             place = self._table.place(index)
             raise CatalogError(f"{place}, field {column!r}: {str(found)[:80]!r} is not a list of numbers; give one time per interaction")
