@@ -1,0 +1,1 @@
+"""The SID table and everything that needs only codes: collisions, trie, intrinsic metrics, exports."""

@@ -1,0 +1,213 @@
+"""`sids.parquet`, the narrow waist: which item has which codes. What follows knows nothing of how they were made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from mmsid.artifacts import read_table, write_table
+from mmsid.errors import ArtifactError
+
+SCHEMA_VERSION = 1
+
+
+@dataclass
+class SidTable:
+    """One row per item.
+
+    Attributes:
+        item_ids: N unique ids.
+        codes: (N, L) int64, the published codes (after collision handling).
+        raw_codes: (N, L) int64, the policy's own argmax.
+        suffix: (N,) int64 or None; the number of an item within its colliding bucket, -1 where it needs none.
+        margin: (N,) float32, how far the chosen path leads the next best; NaN where unknown.
+        codebook_sizes: codes per level, L of them.
+        tokenizer_sha256, catalog_sha256: what made the table; empty when unknown (imported sets).
+    Raises:
+        ArtifactError: on construction, when a column does not fit the others (names rows and both values).
+    """
+
+    item_ids: list[str]
+    codes: np.ndarray
+    raw_codes: np.ndarray
+    suffix: np.ndarray | None
+    margin: np.ndarray
+    codebook_sizes: tuple[int, ...]
+    tokenizer_sha256: str = ""
+    catalog_sha256: str = ""
+
+    def __post_init__(self) -> None:
+        self.item_ids = list(self.item_ids)
+        self.codes = np.ascontiguousarray(self.codes, dtype=np.int64)
+        self.raw_codes = np.ascontiguousarray(self.raw_codes, dtype=np.int64)
+        self.suffix = None if self.suffix is None else np.ascontiguousarray(self.suffix, dtype=np.int64)
+        self.margin = np.ascontiguousarray(self.margin, dtype=np.float32)
+        self.codebook_sizes = tuple(int(size) for size in self.codebook_sizes)
+        self._validate()
+
+    @classmethod
+    def from_codes(cls, item_ids: Sequence[str], codes: np.ndarray, codebook_sizes: Sequence[int], **columns: object) -> SidTable:
+        """A table of (N, L) codes alone: raw codes the same unless given, margin unknown, no suffix unless given."""
+        columns = {"raw_codes": codes, "suffix": None, "margin": np.full(len(item_ids), np.nan, dtype=np.float32)} | columns
+        return cls(list(item_ids), codes, codebook_sizes=tuple(codebook_sizes), **columns)  # type: ignore[arg-type]
+
+    def __len__(self) -> int:
+        return len(self.item_ids)
+
+    @property
+    def num_levels(self) -> int:
+        return self.codes.shape[1]
+
+    @property
+    def row_of(self) -> dict[str, int]:
+        """item_id -> row; made anew at each call."""
+        return {item_id: row for row, item_id in enumerate(self.item_ids)}
+
+    def full_codes(self) -> np.ndarray:
+        """(N, L) codes, or (N, L+1) with the suffix as last column (-1: the SID ends before it)."""
+        return self.codes if self.suffix is None else np.concatenate([self.codes, self.suffix[:, None]], axis=1)
+
+    def align(self, item_ids: Sequence[str]) -> SidTable:
+        """The same table in the order of `item_ids`; items not asked for are left out.
+
+        Raises:
+            ArtifactError: an item has no SID.
+        """
+        row_of = self.row_of
+        missing = [item_id for item_id in item_ids if item_id not in row_of]
+        if missing:
+            raise ArtifactError(
+                f"{len(missing)} of {len(item_ids)} items have no Semantic ID (first: {missing[0]!r}; the table holds {len(self)}); "
+                "assign SIDs for this catalogue first"
+            )
+        rows = np.array([row_of[item_id] for item_id in item_ids], dtype=np.int64)
+        return replace(
+            self,
+            item_ids=list(item_ids),
+            codes=self.codes[rows],
+            raw_codes=self.raw_codes[rows],
+            suffix=None if self.suffix is None else self.suffix[rows],
+            margin=self.margin[rows],
+        )
+
+    def save(self, path: Path) -> None:
+        """Write parquet; sizes, hashes and schema version go into the schema metadata."""
+        columns = {
+            "item_id": pa.array(self.item_ids, pa.string()),
+            "codes": _list_column(self.codes),
+            "raw_codes": _list_column(self.raw_codes),
+            "suffix": pa.nulls(len(self), pa.int32())
+            if self.suffix is None
+            else pa.array(self.suffix.astype(np.int32), mask=self.suffix < 0),
+            "margin": pa.array(self.margin, pa.float32(), mask=np.isnan(self.margin)),
+        }
+        metadata = {
+            "mmsid_sids_version": str(SCHEMA_VERSION),
+            "num_levels": str(self.num_levels),
+            "codebook_sizes": ",".join(map(str, self.codebook_sizes)),
+            "has_suffix": str(int(self.suffix is not None)),
+            "tokenizer_sha256": self.tokenizer_sha256,
+            "catalog_sha256": self.catalog_sha256,
+        }
+        write_table(path, pa.table(columns), metadata)
+
+    @classmethod
+    def load(cls, path: Path) -> SidTable:
+        """Read and check a table.
+
+        Raises:
+            ArtifactError: not a SID table, another schema version, wrong number of levels, a code out of range, a
+                duplicate id; names the file, the row and both values.
+        """
+        table = read_table(path)
+        metadata = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
+        version = metadata.get("mmsid_sids_version")
+        if version != str(SCHEMA_VERSION):
+            found = "none" if version is None else version
+            raise ArtifactError(f"{path}: SID table version {found}, this mmsid reads {SCHEMA_VERSION}; run `mmsid assign` again")
+        missing = {"item_id", "codes", "raw_codes", "suffix", "margin"} - set(table.column_names)
+        if missing:
+            raise ArtifactError(f"{path}: columns {sorted(missing)} missing, found {table.column_names}; run `mmsid assign` again")
+        try:
+            sizes = tuple(int(size) for size in metadata["codebook_sizes"].split(","))
+            num_levels = int(metadata["num_levels"])
+        except (KeyError, ValueError) as error:
+            raise ArtifactError(f"{path}: schema metadata num_levels or codebook_sizes missing or unreadable; write it anew") from error
+        if len(sizes) != num_levels:
+            raise ArtifactError(
+                f"{path}: metadata says num_levels {num_levels} but codebook_sizes has {len(sizes)} entries; write it again"
+            )
+        suffix = None
+        if metadata.get("has_suffix") == "1":
+            suffix = np.asarray(table["suffix"].combine_chunks().fill_null(-1).to_numpy(zero_copy_only=False), dtype=np.int64)
+        try:
+            return cls(
+                item_ids=table["item_id"].to_pylist(),
+                codes=_matrix(table["codes"], "codes", num_levels),
+                raw_codes=_matrix(table["raw_codes"], "raw_codes", num_levels),
+                suffix=suffix,
+                margin=np.asarray(table["margin"].to_numpy(), dtype=np.float32),
+                codebook_sizes=sizes,
+                tokenizer_sha256=metadata.get("tokenizer_sha256", ""),
+                catalog_sha256=metadata.get("catalog_sha256", ""),
+            )
+        except ArtifactError as error:
+            raise ArtifactError(f"{path}: {error}") from error
+
+    def _validate(self) -> None:
+        num_items, num_levels = len(self.item_ids), len(self.codebook_sizes)
+        if num_levels == 0 or min(self.codebook_sizes) < 1:
+            raise ArtifactError(f"codebook_sizes must name at least one level, every size positive, got {self.codebook_sizes}")
+        for name, codes in (("codes", self.codes), ("raw_codes", self.raw_codes)):
+            if codes.shape != (num_items, num_levels):
+                raise ArtifactError(
+                    f"{name} has shape {codes.shape}, but there are {num_items} items and {num_levels} codebook sizes; "
+                    "every item needs one code per level"
+                )
+            outside = (codes < 0) | (codes >= np.array(self.codebook_sizes))
+            if outside.any():
+                row, level = (int(index) for index in np.argwhere(outside)[0])
+                raise ArtifactError(
+                    f"{name} of row {row} (item {self.item_ids[row]!r}): level {level + 1} holds code {codes[row, level]}, "
+                    f"its codebook has {self.codebook_sizes[level]} codes (0..{self.codebook_sizes[level] - 1}); "
+                    f"{int(outside.any(axis=1).sum())} rows are outside; assign again with the right codebook size"
+                )
+        for name, column in (("suffix", self.suffix), ("margin", self.margin)):
+            if column is not None and column.shape != (num_items,):
+                raise ArtifactError(f"{name} has shape {column.shape}, expected ({num_items},): one value per item")
+        if self.suffix is not None and (self.suffix < -1).any():
+            row = int(np.argmax(self.suffix < -1))
+            raise ArtifactError(f"suffix of row {row} (item {self.item_ids[row]!r}) is {self.suffix[row]}, expected -1 (none) or more")
+        if len(set(self.item_ids)) != num_items:
+            first_row: dict[str, int] = {}
+            for row, item_id in enumerate(self.item_ids):
+                if item_id in first_row:
+                    raise ArtifactError(
+                        f"item_id {item_id!r} stands in row {first_row[item_id]} and again in row {row}; ids must be unique"
+                    )
+                first_row[item_id] = row
+
+
+def _list_column(codes: np.ndarray) -> pa.Array:
+    offsets = pa.array(np.arange(len(codes) + 1, dtype=np.int32) * codes.shape[1])
+    return pa.ListArray.from_arrays(offsets, pa.array(codes.ravel().astype(np.int32)))
+
+
+def _matrix(column: pa.ChunkedArray, name: str, num_levels: int) -> np.ndarray:
+    array = column.combine_chunks()
+    if isinstance(array, pa.ChunkedArray):  # an empty table has no chunk to combine into
+        array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], pa.list_(pa.int32()))
+    if array.null_count:
+        raise ArtifactError(f"{name} is null in {array.null_count} rows; every item needs codes")
+    lengths = np.diff(array.offsets.to_numpy())
+    if (lengths != num_levels).any():
+        row = int(np.argmax(lengths != num_levels))
+        raise ArtifactError(f"{name} of row {row} has {lengths[row]} levels, the table says {num_levels}; every item needs one per level")
+    values = array.flatten()
+    if values.null_count:
+        raise ArtifactError(f"{name} holds {values.null_count} null codes; every level needs a code")
+    return values.to_numpy(zero_copy_only=False).astype(np.int64).reshape(len(array), num_levels)
