@@ -1,0 +1,1 @@
+"""Captions, interests and judged text quality: one job runner, several generators."""

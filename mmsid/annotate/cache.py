@@ -1,0 +1,74 @@
+"""Answers kept across runs, by content: one sqlite file, safe to share between jobs and to delete at any time."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from mmsid.errors import AnnotationError
+
+
+class AnnotationCache:
+    """Maps an `input_sha256` to the finished outcome of a generation (only good ones are kept: failures deserve another try).
+
+    With `path=None` the store is a private temporary file that vanishes with the job: duplicates inside one job still meet.
+    Each `put` is one transaction; a SIGKILL loses at most the transaction under way.
+
+    Raises:
+        AnnotationError: reason `cache_unreadable`, when the file is not a sqlite database or cannot be written.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        try:
+            if path is not None:
+                Path(path).parent.mkdir(parents=True, exist_ok=True)
+            self._db = sqlite3.connect("" if path is None else str(path), timeout=60.0)
+            self._db.execute("PRAGMA journal_mode=WAL")
+            self._db.execute("PRAGMA synchronous=NORMAL")
+            self._db.execute("CREATE TABLE IF NOT EXISTS annotations (input_sha256 TEXT PRIMARY KEY, outcome TEXT NOT NULL) WITHOUT ROWID")
+            self._db.commit()
+        except (sqlite3.Error, OSError) as error:
+            raise self._broken(error) from error
+
+    def get(self, keys: Iterable[str]) -> dict[str, dict[str, Any]]:
+        """The outcomes known among `keys`."""
+        wanted = list(dict.fromkeys(keys))
+        found: dict[str, dict[str, Any]] = {}
+        try:
+            for start in range(0, len(wanted), 500):
+                part = wanted[start : start + 500]
+                marks = ",".join("?" * len(part))
+                rows = self._db.execute(f"SELECT input_sha256, outcome FROM annotations WHERE input_sha256 IN ({marks})", part)
+                found.update((key, json.loads(outcome)) for key, outcome in rows)
+        except (sqlite3.Error, json.JSONDecodeError) as error:
+            raise self._broken(error) from error
+        return found
+
+    def put(self, outcomes: Mapping[str, Mapping[str, Any]]) -> None:
+        """Keep `outcomes`; the first answer to a key stays (a row once published never changes under a reader)."""
+        rows = [(key, json.dumps(outcome, ensure_ascii=False)) for key, outcome in outcomes.items()]
+        try:
+            with self._db:
+                self._db.executemany("INSERT OR IGNORE INTO annotations VALUES (?, ?)", rows)
+        except sqlite3.Error as error:
+            raise self._broken(error) from error
+
+    def close(self) -> None:
+        self._db.close()
+
+    def __enter__(self) -> AnnotationCache:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _broken(self, error: Exception) -> AnnotationError:
+        return AnnotationError(
+            "cache_unreadable",
+            f"annotation cache {self.path}: {error}; delete the file (answers are then generated anew) or set cache: null",
+        )

@@ -1,0 +1,91 @@
+"""Stage `caption` (CMSA): one caption per creative, written by a vision-language model from the picture alone."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from PIL import Image
+
+from mmsid.annotate.generator import Generator
+from mmsid.annotate.huggingface import DEMO, HuggingFaceGenerator
+from mmsid.annotate.job import annotate
+from mmsid.annotate.prompts import evidence_json, load_prompt
+from mmsid.annotate.records import Caption, parse_caption
+from mmsid.annotate.units import ModelJobConfig, Task, Unit
+from mmsid.artifacts import Draft, is_complete, writing
+from mmsid.catalog import CatalogConfig, Item, load_picture, read_catalog
+from mmsid.progress import done
+
+PICTURE = "picture_"  # prefix of the catalogue's problem codes that name a refused picture
+
+
+class CaptionConfig(ModelJobConfig):
+    """What to caption and with which model. Prompt: `caption_demo` for our own small models, else `caption`."""
+
+
+def run(config: CaptionConfig, generator: Generator | None = None) -> Path:
+    """Caption every creative of the catalogue into `config.out`; `generator` replaces the configured model (tests, servers).
+
+    Raises:
+        AnnotationError: reason `gate`, when too many creatives failed (the rows stay in the draft, see `job`).
+        ConfigError, CatalogError: model, prompt or catalogue cannot be used.
+    """
+    prompt = load_prompt(config.prompt or default_prompt("caption", config))
+    task = Task("caption", prompt, Caption, parse_caption, picture_loader(config.catalog))
+    with writing(config.out, stage="caption", config=config, inputs=input_paths(config), resume=True) as draft:
+        catalog = read_catalog(config.catalog)
+        units = [unit for item in catalog.items for unit in _units(item, prompt.wants_evidence)]
+        annotate(units, task, generator or model_of(config), config, draft)
+        draft.extra.update(catalog_sha256=catalog.sha256, prompt=prompt.name, prompt_sha256=prompt.sha256)
+    done(closing_line("caption", draft, config.out))
+    return config.out
+
+
+def _units(item: Item, with_text: bool) -> list[Unit]:
+    """A unit per usable creative, then one per creative that the catalogue refused; `no_picture` when there is neither."""
+    evidence = evidence_json(title=item.title, description=item.description) if with_text else ""
+    units = [Unit(item.item_id, at, (path,), evidence) for at, path in enumerate(item.images)]
+    refused = [problem for problem in item.problems if problem.startswith(PICTURE)]
+    units += [Unit(item.item_id, len(units) + at, reason=reason) for at, reason in enumerate(refused)]
+    return units or [Unit(item.item_id, reason="no_picture")]
+
+
+def default_prompt(kind: str, config: ModelJobConfig) -> str:
+    """The prompt that suits the model: our own small models know one short instruction each, hub models need it spelled out."""
+    model = Path(config.model)
+    return f"{kind}_demo" if str(config.model) == DEMO or is_complete(model) else kind
+
+
+def model_of(config: ModelJobConfig) -> HuggingFaceGenerator:
+    """The configured Hugging Face model."""
+    return HuggingFaceGenerator(
+        config.model, revision=config.revision, dtype=config.dtype, device=config.device, max_new_tokens=config.max_new_tokens
+    )
+
+
+def picture_loader(catalog: CatalogConfig) -> partial[Image.Image]:
+    """Reads a creative under the catalogue's limits; absolute paths, since relative ones would be taken from the root again."""
+    return partial(_load, catalog)
+
+
+def _load(catalog: CatalogConfig, path: Path) -> Image.Image:
+    return load_picture(path.absolute(), catalog.pictures, root=catalog.root)
+
+
+def input_paths(config: ModelJobConfig) -> dict[str, Path]:
+    """Files and finished folders that the rows are made from (for the manifest)."""
+    paths = {"items": config.catalog.items, "sequences": config.catalog.sequences}
+    model = Path(config.model) if is_complete(Path(config.model)) else None
+    return {name: path for name, path in (paths | {"model": model}).items() if path is not None}
+
+
+def closing_line(what: str, draft: Draft, out: Path) -> str:
+    """What was written, for the last line of the stage."""
+    counts, reasons = draft.counts, draft.extra["reasons"]
+    why = f": {', '.join(f'{reason} {count:,}' for reason, count in list(reasons.items())[:3])}" if reasons else ""
+    work = draft.extra["work"]
+    return (
+        f"{what}: wrote {counts['in']:,} rows ({counts['ok']:,} ok, {counts['quarantined']:,} quarantined{why}; "
+        f"{work.get('generated', 0):,} generations, {work.get('cache_hits', 0):,} from the cache) to {out}"
+    )

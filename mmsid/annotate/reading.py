@@ -1,0 +1,65 @@
+"""How later stages read annotations: finished folders only, good rows only."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmsid.annotate.flags import SENSITIVE
+from mmsid.annotate.records import Interest
+from mmsid.artifacts import read_manifest, read_table
+
+
+@dataclass(frozen=True)
+class ItemInterests:
+    """The mined interests of one item. Rows of source "coengagement" may be reconstructed but never read by an encoder."""
+
+    descriptors: tuple[Interest, ...]
+    summary: str
+    source: str
+
+
+def read_rows(folder: Path, stage: str) -> Iterator[dict[str, Any]]:
+    """Every row of a finished annotation folder, quarantined ones included, in canonical order.
+
+    Raises:
+        ArtifactError: the folder is unfinished or was written by another stage.
+    """
+    read_manifest(folder, stage)
+    for shard in sorted((Path(folder) / "shards").glob("part-*.parquet")):
+        yield from read_table(shard).to_pylist()
+
+
+def read_captions(folder: Path, without_flags: Collection[str] = ()) -> dict[str, str]:
+    """item id -> caption; those of several creatives are joined by " ; ", the same text only once.
+
+    Args:
+        without_flags: rows that carry one of these flags are left out.
+    """
+    captions: dict[str, list[str]] = {}
+    for row in _good(folder, "caption", without_flags):
+        known = captions.setdefault(row["item_id"], [])
+        if row["caption"] not in known:
+            known.append(row["caption"])
+    return {item_id: " ; ".join(found) for item_id, found in captions.items()}
+
+
+def read_interests(folder: Path, without_flags: Collection[str] = (SENSITIVE,)) -> dict[str, ItemInterests]:
+    """item id -> interests. Rows flagged `sensitive` are left out unless asked for: such words must not shape a Semantic ID."""
+    return {
+        row["item_id"]: ItemInterests(
+            descriptors=tuple(Interest.model_validate(interest) for interest in json.loads(row["descriptors"])),
+            summary=row["summary"],
+            source=row["source"],
+        )
+        for row in _good(folder, "interests", without_flags)
+    }
+
+
+def _good(folder: Path, stage: str, without_flags: Collection[str]) -> Iterator[dict[str, Any]]:
+    for row in read_rows(folder, stage):
+        if row["status"] == "ok" and not set(row["flags"]) & set(without_flags):
+            yield row

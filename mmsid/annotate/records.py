@@ -1,0 +1,187 @@
+"""What a generator may say, strictly: captions and interests as typed records, parsed from JSON without any repair.
+
+The rules follow DCIM (arXiv 2604.20861, section 2.2): duplicate keys, NaN and infinities, booleans as numbers, extra
+fields and descriptors that agree after NFKC + casefold + whitespace normalisation are rejected, never mended. One thing is
+forgiven: a single ```json fence around the object, because instruction-tuned models write it whatever they are told.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from typing import Annotated, Any, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from mmsid.annotate.flags import REFUSAL, normalise, refuses
+from mmsid.errors import AnnotationError
+
+SCHEMA_VERSION = 1
+MAX_OUTPUT_CHARS = 20_000
+
+
+def _printable(text: str) -> str:
+    """One line of visible text. Control, surrogate, private and format characters are refused; ZWJ/ZWNJ are part of scripts."""
+    for character in text:
+        if unicodedata.category(character) in ("Cc", "Cs", "Co", "Cn", "Zl", "Zp") or (
+            unicodedata.category(character) == "Cf" and character not in "\u200c\u200d\u00ad"
+        ):
+            raise ValueError("control_character")
+    if not normalise(text):
+        raise ValueError("empty_text")
+    return text.strip()
+
+
+def _text(longest: int) -> Any:
+    return Annotated[str, Field(strict=True, min_length=1, max_length=longest), AfterValidator(_printable)]
+
+
+CaptionText, DescriptorText, SummaryText = _text(600), _text(120), _text(400)
+
+
+class Record(BaseModel):
+    """Base of what a generator may say: strict types, no extra fields, immutable."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    def texts(self) -> list[str]:
+        """The free text of the record, for the detectors."""
+        raise TypeError(f"{type(self).__name__} names no texts")
+
+
+class Caption(Record):
+    """CMSA: what one picture shows, 1..600 characters."""
+
+    caption: CaptionText
+
+    def texts(self) -> list[str]:
+        return [self.caption]
+
+
+class Interest(Record):
+    """One deep-interest descriptor (1..120 characters) and how sure its author is, in [0, 1]."""
+
+    descriptor: DescriptorText
+    confidence: Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
+
+
+class Interests(Record):
+    """DCIM: 1..8 descriptors, strongest evidence first, and one summary of 1..400 characters."""
+
+    descriptors: Annotated[list[Interest], Field(min_length=1, max_length=8)]
+    summary: SummaryText
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Interests:
+        names = [normalise(interest.descriptor) for interest in self.descriptors]
+        if len(set(names)) != len(names):
+            raise ValueError("duplicate_descriptor")
+        return self
+
+    def texts(self) -> list[str]:
+        return [interest.descriptor for interest in self.descriptors] + [self.summary]
+
+
+RecordT = TypeVar("RecordT", bound=Record)
+
+
+def parse_caption(text: str) -> Caption:
+    """Read `{"caption": "..."}`. Raises AnnotationError whose `reason` is a short code."""
+    return _parse(Caption, text)
+
+
+def parse_interests(text: str) -> Interests:
+    """Read `{"descriptors": [{"descriptor", "confidence"}, ...], "summary": "..."}`. Raises AnnotationError(reason)."""
+    return _parse(Interests, text)
+
+
+def _parse(cls: type[RecordT], text: str) -> RecordT:
+    data = strict_json(text)
+    if not isinstance(data, dict):
+        raise AnnotationError("not_an_object", f"expected a JSON object, found {type(data).__name__}")
+    try:
+        record = cls.model_validate(data)
+    except ValidationError as error:
+        raise AnnotationError(_reason(error), f"{cls.__name__}: {_places(error)}") from error
+    if any(refuses(part) for part in record.texts()):
+        raise AnnotationError(REFUSAL, f"{cls.__name__}: the model declined instead of answering")
+    return record
+
+
+def strict_json(text: str) -> Any:
+    """Decode one JSON document: no duplicate keys, no NaN or infinity, nothing around it but at most one code fence.
+
+    Raises:
+        AnnotationError: reason `empty_output`, `output_too_long`, `truncated`, `invalid_json`, `duplicate_key`, `not_finite`.
+    """
+    if not text or not text.strip():
+        raise AnnotationError("empty_output", "the model wrote nothing")
+    if len(text) > MAX_OUTPUT_CHARS:
+        raise AnnotationError("output_too_long", f"{len(text)} characters, at most {MAX_OUTPUT_CHARS}")
+    body = _unfence(text.strip())
+    if refuses(body):
+        raise AnnotationError(REFUSAL, "the model declined instead of answering")
+    try:
+        return json.loads(body, object_pairs_hook=_unique_keys, parse_constant=_not_finite, parse_float=_finite, parse_int=_small_int)
+    except json.JSONDecodeError as error:
+        cut = error.msg.startswith("Unterminated string") or error.pos >= len(body)
+        raise AnnotationError("truncated" if cut else "invalid_json", f"not JSON at character {error.pos}: {error.msg}") from error
+    except RecursionError as error:
+        raise AnnotationError("invalid_json", "nested too deeply") from error
+
+
+_FENCE = re.compile(r"\A```(?:json)?[ \t]*\r?\n(?P<body>.*)\r?\n```\Z", re.DOTALL)
+
+
+def _unfence(text: str) -> str:
+    fenced = _FENCE.match(text)
+    return fenced["body"].strip() if fenced and "```" not in fenced["body"] else text
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len({key for key, _ in pairs}) != len(pairs):
+        raise AnnotationError("duplicate_key", "a key stands twice in one object")
+    return dict(pairs)
+
+
+def _not_finite(word: str) -> float:
+    raise AnnotationError("not_finite", f"{word} is not a number in JSON")
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if value in (float("inf"), float("-inf")):
+        raise AnnotationError("not_finite", "a number overflows")
+    return value
+
+
+def _small_int(digits: str) -> int:
+    if len(digits) > 18:  # Python's own limit on int() raises a bare ValueError, and nothing here needs such numbers
+        raise AnnotationError("number_out_of_range", "an integer of more than 18 digits")
+    return int(digits)
+
+
+_REASONS = {
+    "extra_forbidden": "extra_field",
+    "missing": "missing_field",
+    "string_too_short": "empty_text",
+    "string_too_long": "text_too_long",
+    "too_short": "no_descriptors",
+    "too_long": "too_many_descriptors",
+    "greater_than_equal": "number_out_of_range",
+    "less_than_equal": "number_out_of_range",
+    "finite_number": "not_finite",
+    "string_unicode": "control_character",  # a lone surrogate
+}
+
+
+def _reason(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    if problem["type"] == "value_error":
+        return str(problem["ctx"]["error"])
+    return _REASONS.get(problem["type"], "wrong_type")
+
+
+def _places(error: ValidationError) -> str:
+    return "; ".join(f"{'.'.join(map(str, problem['loc'])) or 'record'}: {problem['type']}" for problem in error.errors()[:5])

@@ -1,0 +1,223 @@
+"""The job runner behind every annotation: accounting, retries, cache, duplicates, the gate, and kills."""
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import time
+
+import pytest
+from annotate_stub import StubGenerator, caption_config, rows_of, write_catalog
+from PIL import Image
+
+from mmsid.annotate.caption import run
+from mmsid.annotate.generator import GenerationFailure
+from mmsid.annotate.reading import read_captions
+from mmsid.artifacts import is_complete, read_manifest
+from mmsid.errors import AnnotationError, ArtifactError
+
+
+@pytest.fixture(scope="module")
+def catalog(tmp_path_factory):
+    return write_catalog(tmp_path_factory.mktemp("catalog"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(catalog, tmp_path_factory):
+    return rows_of(run(caption_config(catalog, tmp_path_factory.mktemp("clean") / "caption"), StubGenerator()))
+
+
+def test_every_creative_gets_one_row_with_its_provenance(catalog, undisturbed, tmp_path):
+    out = run(caption_config(catalog, tmp_path / "caption"), StubGenerator())
+    rows = rows_of(out)
+    assert rows == undisturbed
+    assert len(rows) == 28
+    assert len({(row["item_id"], row["creative"]) for row in rows}) == 28
+    assert all(row["status"] == "ok" and row["reason"] is None and row["attempts"] == ["ok"] for row in rows)
+    assert all(len(row["prompt_sha256"]) == len(row["input_sha256"]) == 64 and row["model_id"] == "stub@0" for row in rows)
+    assert read_manifest(out, "caption")["counts"] == {"in": 28, "ok": 28, "quarantined": 0}
+    captions = read_captions(out)
+    assert len(captions) == 24
+    assert captions["i4"].count(" ; ") == 1
+
+
+def test_rows_do_not_depend_on_how_the_work_was_cut(catalog, undisturbed, tmp_path):
+    config = caption_config(catalog, tmp_path / "caption", batch_size=3, shard_rows=1000)
+    assert rows_of(run(config, StubGenerator())) == undisturbed
+
+
+def test_a_malformed_answer_is_drawn_once_more_and_both_verdicts_are_recorded(catalog, tmp_path):
+    generator = StubGenerator(broken=lambda colour, drawn: '{"caption": "cut off' if colour[0] % 2 and not drawn else None)
+    out = run(caption_config(catalog, tmp_path / "caption"), generator)
+    rows = rows_of(out)
+    retried = [row for row in rows if row["attempts"] == ["truncated", "ok"]]
+    assert retried
+    assert all("drawn" in row["caption"] for row in retried)
+    assert all(row["status"] == "ok" for row in rows)
+    assert {request.temperature for call in generator.calls for request in call} == {0.0, 0.7}
+    # drawing is seeded by the input, so a second run draws the same
+    again = StubGenerator(broken=generator.broken)
+    assert rows_of(run(caption_config(catalog, tmp_path / "again"), again)) == rows
+
+
+@pytest.mark.parametrize("share, passes", [(0.01, True), (0.5, False)])
+def test_injected_failures_are_quarantined_counted_and_held_by_the_gate(tmp_path, share, passes):
+    catalog = write_catalog(tmp_path / "catalog", items=100)
+    bad = round(share * 120)
+
+    def broken(colour, drawn):
+        return "I'm sorry, I cannot help with that." if colour[2] == 0 and (colour[0] * 183) % 256 < bad else None
+
+    config = caption_config(catalog, tmp_path / "caption", shard_rows=50)
+    if passes:
+        counts = read_manifest(run(config, StubGenerator(broken)))["counts"]
+        assert 0 < counts["quarantined"] <= 3
+    else:
+        with pytest.raises(
+            AnnotationError, match=r"of 120 attempted rows were quarantined .* refusal \d+.*kept in .*\.caption\.draft"
+        ) as raised:
+            run(config, StubGenerator(broken))
+        assert raised.value.reason == "gate"
+        assert not is_complete(config.out)
+        report = json.loads((tmp_path / ".caption.draft" / "gate.json").read_text())
+        counts = report["counts"]
+        assert report["reasons"] == {"refusal": counts["quarantined"]}
+        assert counts["quarantined"] > 40
+    assert counts["in"] == 120 == counts["ok"] + counts["quarantined"]
+
+
+def test_after_a_failed_gate_only_the_quarantined_rows_are_tried_again(catalog, undisturbed, tmp_path):
+    config = caption_config(catalog, tmp_path / "caption")
+    with pytest.raises(AnnotationError, match="8 of 28"):
+        run(config, StubGenerator(broken=lambda colour, drawn: GenerationFailure("timeout") if colour[0] < 49 else None))
+    mended = StubGenerator()
+    assert rows_of(run(config, mended)) == undisturbed
+    assert mended.asked == 8
+
+
+def test_a_quarantined_row_keeps_no_text_but_the_start_of_what_was_refused(catalog, tmp_path):
+    config = caption_config(catalog, tmp_path / "caption", max_quarantined=1.0)
+    rows = rows_of(run(config, StubGenerator(broken=lambda colour, drawn: "no JSON \x1b[31mat all")))
+    assert all(row["caption"] is None and row["reason"] == "invalid_json" for row in rows)
+    assert all(row["attempts"] == ["invalid_json", "invalid_json"] and row["rejected"] == "no JSON  [31mat all" for row in rows)
+    assert read_captions(config.out) == {}
+
+
+def test_pictures_that_are_missing_corrupt_or_absent_are_told_apart(tmp_path):
+    catalog = write_catalog(tmp_path / "catalog", items=3)
+    folder = catalog.items.parent
+    noise = Image.effect_noise((64, 64), 90)
+    noise.save(folder / "images" / "spoiled.png")
+    (folder / "images" / "torn.png").write_bytes((folder / "images" / "spoiled.png").read_bytes()[:1000])
+    data = bytearray((folder / "images" / "spoiled.png").read_bytes())
+    data[400:900] = bytes(500)  # header and end mark whole, pixels not: only decoding finds out
+    (folder / "images" / "spoiled.png").write_bytes(data)
+    extra = [
+        ("gone", ["images/nowhere.png", "images/1_0.png"]),
+        ("torn", ["images/torn.png"]),
+        ("spoiled", ["images/spoiled.png"]),
+        ("none", []),
+    ]
+    with open(catalog.items, "a") as handle:
+        handle.writelines(json.dumps({"item_id": name, "title": name, "image": images}) + "\n" for name, images in extra)
+    config = caption_config(catalog, tmp_path / "caption", max_quarantined=0.5)
+    rows = {(row["item_id"], row["creative"]): (row["status"], row["reason"]) for row in rows_of(run(config, StubGenerator()))}
+    assert rows[("gone", 0)] == ("ok", None)
+    assert rows[("gone", 1)] == ("quarantined", "picture_missing")
+    assert rows[("torn", 0)] == ("quarantined", "picture_truncated")
+    assert rows[("spoiled", 0)] == ("quarantined", "picture_corrupt")
+    assert rows[("none", 0)] == ("quarantined", "no_picture")
+    gate = read_manifest(config.out)["extra"]["gate"]
+    assert (gate["attempted"], gate["failed"]) == (len(rows) - 1, 3)
+
+
+def test_a_second_run_takes_every_row_from_the_cache(catalog, undisturbed, tmp_path):
+    cache = tmp_path / "annotations.sqlite"
+    run(caption_config(catalog, tmp_path / "first", cache=cache), StubGenerator())
+    second = StubGenerator()
+    assert rows_of(run(caption_config(catalog, tmp_path / "second", cache=cache), second)) == undisturbed
+    assert second.asked == 0
+    other = StubGenerator()
+    other.model_id = "stub@1"  # other weights: nothing of the cache fits
+    run(caption_config(catalog, tmp_path / "third", cache=cache), other)
+    assert other.asked == 28
+
+
+def test_a_cache_that_is_no_database_is_named_with_its_remedy(catalog, tmp_path):
+    (tmp_path / "annotations.sqlite").write_text("not a database, but long enough to be mistaken for one" * 10)
+    with pytest.raises(AnnotationError, match=r"annotations\.sqlite.*delete the file"):
+        run(caption_config(catalog, tmp_path / "caption", cache=tmp_path / "annotations.sqlite"), StubGenerator())
+
+
+def test_exact_duplicates_are_generated_once_even_across_shards(tmp_path):
+    catalog = write_catalog(tmp_path / "catalog", items=1)
+    folder = catalog.items.parent
+    lines = [json.dumps({"item_id": f"copy{at}", "title": f"t{at}", "image": ["images/0_0.png"]}) for at in range(40)]
+    catalog.items.write_text("\n".join(lines))
+    generator = StubGenerator()
+    rows = rows_of(run(caption_config(catalog, tmp_path / "caption"), generator))
+    assert (len(rows), generator.asked, folder.is_dir()) == (40, 1, True)
+    failing = StubGenerator(broken=lambda colour, drawn: "nonsense")
+    rows = rows_of(run(caption_config(catalog, tmp_path / "failing", max_quarantined=1.0), failing))
+    assert failing.asked == 2  # one greedy, one drawn
+    assert {row["reason"] for row in rows} == {"invalid_json"}
+
+
+def test_a_changed_picture_is_captioned_anew_on_resume(tmp_path):
+    catalog = write_catalog(tmp_path / "catalog", items=10)
+    config = caption_config(catalog, tmp_path / "caption")
+    with pytest.raises(AnnotationError):
+        run(config, StubGenerator(broken=lambda colour, drawn: "x" if colour[0] > 40 else None))
+    Image.new("RGB", (9, 9), (1, 2, 3)).save(catalog.items.parent / "images" / "0_0.png")
+    run(config, StubGenerator())
+    assert read_captions(config.out)["i0"] == "a plain card of colour (1, 2, 3)"
+
+
+def test_an_unfinished_folder_is_refused(tmp_path):
+    (tmp_path / "caption").mkdir()
+    with pytest.raises(ArtifactError, match="unfinished"):
+        read_captions(tmp_path / "caption")
+
+
+# SIGKILL at random moments
+
+
+def _killed_run(config, moment: float) -> bool:
+    """Run the job in a process of its own and kill it after `moment` seconds; True when the kill came before the end."""
+    job = multiprocessing.get_context("fork").Process(target=run, args=(config, StubGenerator(sleep=0.01)))
+    job.start()
+    time.sleep(moment)
+    if job.is_alive():
+        os.kill(job.pid, signal.SIGKILL)
+    job.join()
+    return job.exitcode == -signal.SIGKILL
+
+
+def _kills(catalog, undisturbed, tmp_path, moments, cache):
+    killed = 0
+    for at, moment in enumerate(moments):
+        config = caption_config(catalog, tmp_path / f"run{at}" / "caption", cache=tmp_path / "cache.sqlite" if cache else None)
+        for part in (moment, moment / 2):  # killed twice on the way, then left in peace
+            if not is_complete(config.out):
+                killed += _killed_run(config, part)
+        if not is_complete(config.out):
+            run(config, StubGenerator())
+        assert rows_of(config.out) == undisturbed
+        assert not [path for path in config.out.rglob("*") if path.name.endswith(".tmp")]
+        (tmp_path / "cache.sqlite").unlink(missing_ok=True)
+        shutil.rmtree(tmp_path / f"run{at}")
+    return killed
+
+
+def test_killed_at_three_random_moments_the_rows_are_those_of_an_undisturbed_run(catalog, undisturbed, tmp_path):
+    chance = random.Random(1)
+    assert _kills(catalog, undisturbed, tmp_path, [chance.uniform(0.02, 0.3) for _ in range(3)], cache=True) >= 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cache", [False, True])
+def test_killed_at_twenty_random_moments(catalog, undisturbed, tmp_path, cache):
+    chance = random.Random(2 + cache)
+    assert _kills(catalog, undisturbed, tmp_path, [chance.uniform(0.01, 0.5) for _ in range(20)], cache) >= 10
