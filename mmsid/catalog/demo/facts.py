@@ -201,7 +201,7 @@ _TITLES = (
 _DESCRIPTIONS = (
     "From the {collection} collection: {group} made for {season}, finished with {material}.",
     "{Group} with a touch of {material}. Part of {collection}, our {season} range.",
-    "Designed for {season} days. {material} parts, {collection} collection, {group} department.",
+    "Designed for {season} days: {material} parts, {collection} collection, {group} department.",
     "{collection} brings {material} to your {season}, now in {group}.",
 )
 

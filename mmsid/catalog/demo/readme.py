@@ -73,7 +73,8 @@ next item is drawn from the *unseen* items in proportion to
 
 A picture or text interest: {model.FACT_WEIGHT} for each of its facts that i has, and {model.BOTH} more if it has both. A category interest:
 {model.PRODUCT_WEIGHT} for the product, {model.GROUP_WEIGHT} for the group. Popularity is log-normal with spread
-{model.POPULARITY_SPREAD} and independent of the facts. Lengths are {model.MIN_LENGTH} + Poisson({model.MEAN_LENGTH - model.MIN_LENGTH}). No item repeats, so seen
+{model.POPULARITY_SPREAD} and independent of the facts. Lengths are
+{model.MIN_LENGTH} + Poisson({model.MEAN_LENGTH - model.MIN_LENGTH}). No item repeats, so seen
 items must be masked when ranking.
 
 ## Best achievable ranking

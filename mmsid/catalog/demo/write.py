@@ -29,7 +29,8 @@ def write_demo_catalog(out: Path, items: int, users: int, seed: int, workers: in
     """Draw a catalogue of `items` ads and the sequences of `users` users into the new folder `out`.
 
     Every data file is the same byte for byte for the same (items, users, seed), whatever `workers` is; only
-    `manifest.json` carries times. `workers` rendering processes take seconds to start: they pay from some ten thousand ads on. The first n ads of two catalogues with one seed show the same facts.
+    `manifest.json` carries times. `workers` rendering processes take seconds to start: they pay from some ten thousand ads
+    on. The first n ads of two catalogues with one seed show the same facts.
 
     Writes items.parquet (item_id, title, description, image, categories, attributes), images/, sequences.parquet (user_id, items,
     timestamps; absent without users), truth.parquet and truth_users.parquet (never an input of a stage), optimum.json, README.md.
