@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from mmsid.backbone.query_tokens import Batch, QueryBackbone, Readable
 from mmsid.errors import ConfigError
@@ -29,6 +29,19 @@ def minilm_path() -> Path:
 def resolve(path: str) -> str:
     """`minilm` becomes the packaged folder; anything else is a path or a hub id and stays."""
     return str(minilm_path()) if path == MINILM else path
+
+
+def hidden_size_of(path: str) -> int:
+    """H of a backbone, from its configuration alone.
+
+    Raises:
+        ConfigError: no model configuration there.
+    """
+    try:
+        config = AutoConfig.from_pretrained(resolve(path))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"backbone {path!r} has no readable configuration ({error}); give a folder or hub id, or `minilm`") from error
+    return (config.get_text_config() if hasattr(config, "get_text_config") else config).hidden_size
 
 
 class TextBackbone(QueryBackbone):

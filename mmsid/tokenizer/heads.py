@@ -105,7 +105,7 @@ class CodeHead(nn.Module):
 
 
 class ResidualHead(CodeHead):
-    """Residual codes in one space of size `code_dim`, one projection W shared by all levels, a bias and a learnable temperature per level."""
+    """Residual codes in one space of size `code_dim`: a projection W shared by all levels, a bias and a temperature per level."""
 
     kind = "residual"
 

@@ -7,20 +7,18 @@ else the tokenizer would look at the labels it is to predict, and could not enco
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import pyarrow.compute as pc
-import pyarrow.dataset as ds
-
-from mmsid.artifacts import read_manifest
+from mmsid.artifacts import read_manifest, read_table
 from mmsid.catalog import Catalog, Item
 from mmsid.errors import ArtifactError, ConfigError
 
 FieldName = Literal["title", "caption", "interests", "categories", "attributes", "description", "pictures"]
 ALL_FIELDS: tuple[FieldName, ...] = ("title", "caption", "interests", "categories", "attributes", "description", "pictures")
+SENSITIVE = "sensitive"  # the flag that annotation puts on texts about health, faith and the like
 
 
 @dataclass(frozen=True)
@@ -57,18 +55,19 @@ def read_mined_interests(folder: Path | None) -> dict[str, MinedInterests]:
     return found
 
 
-def _ok_rows(folder: Path | None, stage: str, columns: Sequence[str]) -> list[dict]:
+def _ok_rows(folder: Path | None, stage: str, columns: Sequence[str]) -> Iterator[dict]:
+    """Rows of status ok. Those flagged `sensitive` are left out: such words must not shape a Semantic ID."""
     if folder is None:
-        return []
+        return
     read_manifest(folder, stage)
-    shards = sorted(Path(folder).glob("shards/*.parquet"))
-    if not shards:
-        raise ArtifactError(f"{folder} holds no shards/*.parquet; run the stage {stage} again")
-    table = ds.dataset([str(path) for path in shards]).to_table()
-    absent = [name for name in (*columns, "status") if name not in table.column_names]
-    if absent:
-        raise ArtifactError(f"{folder}: column {absent[0]!r} is missing (found {table.column_names}); run the stage {stage} again")
-    return table.filter(pc.equal(table["status"], "ok")).select(list(columns)).to_pylist()
+    for path in sorted((Path(folder) / "shards").glob("part-*.parquet")):
+        table = read_table(path)
+        absent = [name for name in (*columns, "status", "flags") if name not in table.column_names]
+        if absent:
+            raise ArtifactError(f"{path}: column {absent[0]!r} is missing (found {table.column_names}); run the stage {stage} again")
+        for row in table.select([*columns, "status", "flags"]).to_pylist():
+            if row["status"] == "ok" and SENSITIVE not in (row["flags"] or ()):
+                yield row
 
 
 def readable_fields(use: Sequence[FieldName] | None, interests: Mapping[str, MinedInterests]) -> tuple[FieldName, ...]:

@@ -1,0 +1,122 @@
+"""Stage `train_tokenizer`: from a catalogue and its annotations to a tokenizer folder.
+
+Start (closed form, `targets`), then a short accelerate loop on the losses of `objective`. Single process, or
+`accelerate launch` (DDP; on a machine without GPU: `accelerate launch --multi_gpu --num_processes 2`, gloo). The data order is
+a function of (seed, step, rank) and nothing is random inside a step, so that a resumed run equals the uninterrupted one.
+Checkpoints are safetensors. Only rank 0 writes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from pydantic import Field
+
+from mmsid.artifacts import writing
+from mmsid.catalog import CatalogConfig, read_catalog, split_histories
+from mmsid.config import StageConfig
+from mmsid.errors import ConfigError
+from mmsid.progress import done
+from mmsid.tokenizer import targets
+from mmsid.tokenizer.inputs import FieldName
+from mmsid.tokenizer.model import BackboneSettings
+from mmsid.tokenizer.objective import UNISID_WEIGHTS, LossWeights
+from mmsid.tokenizer.training import OnStep, Training
+
+
+class TrainTokenizerConfig(StageConfig):
+    """`loss: ours` starts from balanced residual codes and distils them; `loss: unisid` is the published loss: parallel heads,
+    random start, multi-granularity contrast on the logits + InfoNCE + 0.1 reconstruction. `head`, `start` and `weights` override
+    what the loss implies. `reconstruct` None takes summaries where there are interests, else attributes, else nothing."""
+
+    catalog: CatalogConfig
+    captions: Path | None = None
+    interests: Path | None = None
+    use: tuple[FieldName, ...] | None = None
+    backbone: BackboneSettings = BackboneSettings()
+    num_levels: int = Field(3, ge=1, le=8)
+    codebook_size: int = Field(256, ge=2)
+    loss: Literal["ours", "unisid"] = "ours"
+    head: Literal["residual", "parallel"] | None = None
+    start: targets.StartSettings | None = None
+    weights: LossWeights | None = None
+    tau: float = Field(0.07, gt=0)
+    finest: Literal["engaged", "category"] | None = None
+    reconstruct: Literal["summary", "attributes", "off"] | None = None
+    reconstruct_from: Literal["states", "codes"] = "states"
+    decoder: str | None = None
+    decoder_steps: int = Field(120, ge=1)
+    steps: int = Field(100, ge=0)
+    batch_size: int = Field(32, ge=2)
+    accumulate: int = Field(1, ge=1)
+    learning_rate: float = Field(1e-3, gt=0)
+    head_learning_rate: float = Field(3e-4, gt=0)
+    warmup: float = Field(0.1, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0)
+    clip: float = Field(1.0, gt=0)
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    rebalance_every: int = Field(0, ge=0)
+    checkpoint_every: int = Field(50, ge=1)
+    held_out_items: float = Field(0.0, ge=0, lt=0.5)
+    evaluate_every: int = Field(25, ge=1)
+    patience: int = Field(0, ge=0)
+
+    def resolved_head(self) -> str:
+        """Residual for our loss, parallel for UniSID's, unless set."""
+        return self.head or ("parallel" if self.loss == "unisid" else "residual")
+
+    def resolved_start(self) -> targets.StartSettings:
+        """Balanced for our loss, random for UniSID's, unless set."""
+        return self.start or targets.StartSettings(mode="random" if self.loss == "unisid" else "balanced")
+
+    def resolved_weights(self) -> LossWeights:
+        """The published weights for UniSID's loss, ours otherwise, unless set."""
+        return self.weights or (UNISID_WEIGHTS if self.loss == "unisid" else LossWeights())
+
+
+def run(config: TrainTokenizerConfig, on_step: OnStep | None = None) -> Path:
+    """Train a tokenizer into `config.out` (a tokenizer folder with a manifest); resumes an unfinished run of the same config.
+
+    `on_step(step, losses)` is called after every optimiser step.
+
+    Raises:
+        ConfigError, CatalogError, ArtifactError: what is wrong with settings, catalogue or earlier folders.
+    """
+    accelerator = make_accelerator(config.precision)
+    catalog = read_catalog(config.catalog)
+    split = split_histories(catalog, config.catalog.split) if catalog.histories else None
+    folders = {
+        "items": config.catalog.items,
+        "sequences": config.catalog.sequences,
+        "captions": config.captions,
+        "interests": config.interests,
+    }
+    with writing(config.out, stage="train_tokenizer", config=config, inputs=folders, resume=True) as draft:
+        accelerator.wait_for_everyone()  # rank 0 has opened the draft
+        training = Training(config, accelerator, catalog, split, draft)
+        training.loop(on_step)
+        training.finish()
+        accelerator.wait_for_everyone()
+    done(
+        f"train_tokenizer: wrote a tokenizer of {config.num_levels} x {config.codebook_size} codes, {config.steps} steps on "
+        f"{len(catalog.items):,} items, to {config.out}"
+    )
+    return config.out
+
+
+def make_accelerator(precision: str) -> Accelerator:
+    """bf16 autocast on a GPU, and on a CPU only where the hardware has it (it is emulated elsewhere, dozens of times slower)."""
+    on_gpu = torch.cuda.is_available()
+    if precision == "bf16" and not on_gpu and not cpu_has_bf16():
+        raise ConfigError("precision is bf16, but this CPU only emulates it (no AVX512-BF16, no AMX); use fp32 or auto")
+    bf16 = precision == "bf16" or (precision == "auto" and (torch.cuda.is_bf16_supported() if on_gpu else cpu_has_bf16()))
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+    return Accelerator(cpu=not on_gpu, mixed_precision="bf16" if bf16 else "no", kwargs_handlers=[unused])
+
+
+def cpu_has_bf16() -> bool:
+    """True where matrix products in bf16 run in hardware."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

@@ -1,0 +1,315 @@
+"""The training loop behind the stage `train_tokenizer`: start, steps, checkpoints, the finished folder."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from safetensors import safe_open
+
+from mmsid.artifacts import Draft, read_tensors, write_json, write_tensors
+from mmsid.backbone.text import hidden_size_of
+from mmsid.catalog import Catalog, Split, load_picture
+from mmsid.errors import ConfigError
+from mmsid.progress import track
+from mmsid.tokenizer import targets
+from mmsid.tokenizer.batches import PairPlan
+from mmsid.tokenizer.card import model_card
+from mmsid.tokenizer.inputs import ItemInput, build_inputs, read_caption_texts, read_mined_interests, readable_fields
+from mmsid.tokenizer.model import ItemTokenizer, TokenizerSettings
+from mmsid.tokenizer.objective import Labels, Objective
+from mmsid.tokenizer.reconstruction import FrozenDecoder, train_decoder
+
+if TYPE_CHECKING:
+    from mmsid.tokenizer.train import TrainTokenizerConfig
+
+OnStep = Callable[[int, dict[str, float]], None]
+
+
+class Training:
+    """One run: everything that the loop needs, and what it leaves behind."""
+
+    def __init__(self, config: TrainTokenizerConfig, accelerator: Accelerator, catalog: Catalog, split: Split | None, draft: Draft) -> None:
+        self.config, self.accelerator, self.catalog, self.draft = config, accelerator, catalog, draft
+        mined = read_mined_interests(config.interests)
+        fields = readable_fields(config.use, mined)
+        self.inputs: list[ItemInput] = build_inputs(
+            catalog, read_caption_texts(config.captions), mined if "interests" in fields else None, fields
+        )
+        start = config.resolved_start()
+        behaviour = targets.read_behaviour(catalog, split, start, config.seed)
+        limits, root = config.catalog.pictures, config.catalog.root
+        settings = TokenizerSettings(
+            backbone=config.backbone,
+            head=config.resolved_head(),
+            num_levels=config.num_levels,
+            codebook_size=config.codebook_size,
+            code_dim=hidden_size_of(config.backbone.path) + behaviour.vectors.shape[1],
+            use=fields,
+            seed=config.seed,
+        )
+        self.tokenizer = ItemTokenizer(settings, lambda path: load_picture(path, limits, root))
+        self.tokenizer.to(accelerator.device)
+        self.categories = targets.category_ids(catalog.items, config.num_levels)
+        self.texts, self.reconstruct = self._texts(mined)
+        decoder = self._prepare(behaviour, start)
+        weights = config.resolved_weights()
+        finest = config.finest or ("category" if config.loss == "unisid" else "engaged")
+        self.objective = Objective(
+            self.tokenizer, weights, decoder, tau=config.tau, finest=finest, reconstruct_from=config.reconstruct_from
+        ).to(accelerator.device)
+        held = np.random.default_rng([config.seed, 7]).permutation(len(self.inputs))[: int(config.held_out_items * len(self.inputs))]
+        self.held_out = np.sort(held)
+        self.plan = PairPlan(
+            [len(item.text) for item in self.inputs],
+            self.categories[:, -1].numpy(),
+            behaviour.pairs,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            rows=np.setdiff1d(np.arange(len(self.inputs)), self.held_out),
+        )
+        self.history: list[dict[str, float]] = []
+        self.best, self.waited = math.inf, 0
+
+    # --- the start, made by rank 0, read by all
+
+    def _texts(self, mined: dict[str, Any]) -> tuple[list[str], str]:
+        choice = self.config.reconstruct
+        if self.config.resolved_weights().reconstruction == 0:
+            choice = "off"
+        for target in ("summary", "attributes"):
+            if choice in (None, target):
+                texts = targets.reconstruction_texts(self.catalog.items, mined, target)
+                if any(texts):
+                    return texts, target
+                if choice == target:
+                    raise ConfigError(
+                        f"reconstruct is {target!r}, but no item has such a text; give the interests folder, or set it to off"
+                    )
+        return [""] * len(self.catalog.items), "off"
+
+    def _prepare(self, behaviour: targets.Behaviour, start: targets.StartSettings) -> FrozenDecoder | None:
+        folder, config = self.draft.path, self.config
+        if self.accelerator.is_main_process and not (folder / "start.safetensors").exists():
+            if self.reconstruct != "off" and config.decoder is None:
+                train_decoder(
+                    self.texts, prompt_length=config.num_levels + 1, steps=config.decoder_steps, seed=config.seed
+                ).save_pretrained(folder / "decoder")
+            codes = torch.zeros(len(self.inputs), config.num_levels, dtype=torch.int64)
+            fused = torch.zeros(len(self.inputs), 0)
+            if start.mode == "balanced":
+                readings = targets.read_states(self.tokenizer, self.inputs, config.batch_size, config.seed)
+                space = targets.fused_space(readings.pooled, behaviour, start.behaviour_weight, centre=config.backbone.kind == "vlm")
+                codes, fused = targets.balanced_start(self.tokenizer, readings, space, config.seed), torch.from_numpy(space)
+            write_tensors(folder / "initial.safetensors", self.tokenizer.trained_state())
+            write_tensors(folder / "start.safetensors", {"codes": codes, "fused": fused})
+        self.accelerator.wait_for_everyone()
+        self.tokenizer.load_state_dict(read_tensors(folder / "initial.safetensors"), strict=False)
+        started = read_tensors(folder / "start.safetensors")
+        self.codes, self.fused = started["codes"], started["fused"]
+        if self.reconstruct == "off":
+            return None
+        return FrozenDecoder.from_pretrained(config.decoder or str(folder / "decoder"))
+
+    # --- the loop
+
+    def loop(self, on_step: OnStep | None) -> None:
+        """All steps from the last checkpoint on."""
+        config, accelerator = self.config, self.accelerator
+        head_weights = [p for n, p in self.objective.named_parameters() if p.requires_grad and "backbone." not in n]
+        body_weights = [p for n, p in self.objective.named_parameters() if p.requires_grad and "backbone." in n]
+        groups = [(head_weights, config.head_learning_rate), (body_weights, config.learning_rate)]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": weights, "lr": rate, "base": rate} for weights, rate in groups if weights], weight_decay=config.weight_decay
+        )
+        first = self._resume()
+        wrapped, optimizer = accelerator.prepare(self.objective, self.optimizer)
+        note: dict[str, object] = {}
+        for step in track(range(first, config.steps), what="train_tokenizer", unit="steps", note=note):
+            if config.rebalance_every and step and step % config.rebalance_every == 0:
+                self._rebalance()
+            for group in self.optimizer.param_groups:
+                group["lr"] = group["base"] * schedule(step, config.steps, config.warmup)
+            wrapped.train()
+            sums: dict[str, float] = {}
+            for micro in range(config.accumulate):
+                batch, labels = self._batch(step * config.accumulate + micro)
+                last = micro == config.accumulate - 1
+                with contextlib.nullcontext() if last else accelerator.no_sync(wrapped):
+                    total, parts = wrapped(batch, labels)
+                    accelerator.backward(total / config.accumulate)
+                for name, value in {"loss": total.detach(), **parts}.items():
+                    sums[name] = sums.get(name, 0.0) + float(value) / config.accumulate
+            accelerator.clip_grad_norm_(self.objective.parameters(), config.clip)
+            optimizer.step()
+            optimizer.zero_grad()
+            self.history.append(sums)
+            note["loss"] = sums["loss"]
+            stop = self._evaluate(step + 1)
+            if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps or stop:
+                self._checkpoint(step + 1)
+            if on_step is not None:
+                on_step(step, sums)
+            if stop:
+                break
+        if self.best < math.inf and config.patience:
+            self._load(read_tensors(self.draft.path / "best.safetensors"))
+
+    def _batch(self, micro: int) -> tuple[dict[str, torch.Tensor], Labels]:
+        pairs = self.plan.batch(micro, self.accelerator.process_index, self.accelerator.num_processes)
+        return self._collate(pairs.rows, pairs.engaged, pairs.paired)
+
+    def _collate(self, rows: np.ndarray, engaged: np.ndarray, paired: np.ndarray) -> tuple[dict[str, torch.Tensor], Labels]:
+        device = self.accelerator.device
+        batch = self.tokenizer.backbone.collate([self.inputs[row] for row in rows])
+        decoder = self.objective.decoder
+        empty = torch.zeros(len(rows), 1, dtype=torch.int64), torch.zeros(len(rows), 1)
+        ids, mask = decoder.ids([self.texts[row] for row in rows]) if decoder is not None else empty
+        index = torch.from_numpy(rows)
+        labels = Labels(
+            index,
+            self.codes[index],
+            self.fused[index],
+            self.categories[index],
+            torch.from_numpy(engaged),
+            torch.from_numpy(paired),
+            ids,
+            mask,
+        )
+        return {key: value.to(device) for key, value in batch.items()}, labels.to(device)
+
+    @torch.no_grad()
+    def _evaluate(self, step: int) -> bool:
+        """Loss on the held-out items; True when it has not fallen for `patience` evaluations."""
+        config = self.config
+        if not len(self.held_out) or step % config.evaluate_every:
+            return False
+        self.objective.eval()
+        values = []
+        size = config.batch_size - config.batch_size % 2
+        for start in range(0, len(self.held_out) - 1, size):
+            rows = self.held_out[start : start + size]
+            rows = rows[: len(rows) - len(rows) % 2]
+            nobody = np.zeros(len(rows) // 2, bool)
+            parts = self.objective(*self._collate(rows, nobody, nobody))[1]
+            values.append((len(rows), float(parts.get("codes", parts.get("reconstruction", torch.tensor(math.nan))))))
+        value = sum(n * v for n, v in values) / max(1, sum(n for n, _ in values))
+        value = broadcast_object_list([value])[0] if self.accelerator.num_processes > 1 else value
+        self.history[-1]["held_out"] = value
+        if value < self.best:
+            self.best, self.waited = value, 0
+            if config.patience and self.accelerator.is_main_process:
+                write_tensors(self.draft.path / "best.safetensors", self._weights())
+        else:
+            self.waited += 1
+        self.accelerator.wait_for_everyone()
+        return bool(config.patience) and self.waited >= config.patience
+
+    @torch.no_grad()
+    def _rebalance(self) -> None:
+        """Re-estimate the target codes from the current policy, balanced (rank 0; the others read them)."""
+        path = self.draft.path / "targets.safetensors"
+        if self.accelerator.is_main_process:
+            scores = self.tokenizer.encode(self.inputs, self.config.batch_size).scores
+            head = self.tokenizer.head
+            codes = targets.rebalanced_codes(head, scores.to(self.accelerator.device)).cpu()
+            write_tensors(path, {"codes": codes})
+        self.accelerator.wait_for_everyone()
+        self.codes = read_tensors(path)["codes"]
+
+    # --- checkpoints
+
+    def _weights(self) -> dict[str, torch.Tensor]:
+        return {f"model.{name}": value.detach() for name, value in self.objective.named_parameters() if value.requires_grad}
+
+    def _load(self, tensors: dict[str, torch.Tensor]) -> None:
+        with torch.no_grad():
+            for name, value in self.objective.named_parameters():
+                if f"model.{name}" in tensors:
+                    value.copy_(tensors[f"model.{name}"])
+
+    def _checkpoint(self, step: int) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        tensors = self._weights()
+        for index, state in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in state.items()}
+        tensors |= {"targets": self.codes, "progress": torch.tensor([float(step), self.best, float(self.waited)], dtype=torch.float64)}
+        names = sorted({name for losses in self.history for name in losses})
+        rows = [[losses.get(name, math.nan) for name in names] for losses in self.history]
+        tensors["history"] = torch.tensor(rows, dtype=torch.float64).reshape(len(rows), len(names))
+        write_tensors(self.draft.path / "checkpoint.safetensors", tensors, metadata={"history": ",".join(names)})
+
+    def _resume(self) -> int:
+        path = self.draft.path / "checkpoint.safetensors"
+        if not path.exists():
+            return 0
+        tensors = read_tensors(path)
+        self._load(tensors)
+        state: dict[int, dict[str, torch.Tensor]] = {}
+        for name, value in tensors.items():
+            if name.startswith("optimizer."):
+                _, index, key = name.split(".", 2)
+                state.setdefault(int(index), {})[key] = value
+        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        self.codes = tensors["targets"]
+        step, self.best, waited = tensors["progress"].tolist()
+        self.waited = int(waited)
+        with safe_open(str(path), framework="pt") as handle:
+            names = handle.metadata()["history"].split(",")
+        self.history = [{n: v for n, v in zip(names, row) if not math.isnan(v)} for row in tensors["history"].tolist()]
+        return int(step)
+
+    # --- the end
+
+    def finish(self) -> None:
+        """Rank 0: measure a sample, write the tokenizer folder, drop the checkpoint."""
+        if not self.accelerator.is_main_process:
+            return
+        self.objective.eval()
+        folder, config = self.draft.path, self.config
+        sample = np.sort(np.random.default_rng([config.seed, 9]).permutation(len(self.inputs))[:512])
+        encoded = self.tokenizer.encode([self.inputs[row] for row in sample], config.batch_size)
+        balanced = config.resolved_start().mode == "balanced"
+        figures = measure(encoded.raw_codes, self.codes[torch.from_numpy(sample)] if balanced else None, config.codebook_size)
+        if self.history:
+            last = self.history[-10:]
+            figures["losses_last_steps"] = {n: float(np.mean([row[n] for row in last if n in row])) for n in last[-1]}
+        if self.objective.reconstruction is not None:
+            write_tensors(folder / "reconstruction.safetensors", self.objective.reconstruction.state_dict())
+        write_json(folder / "training.json", {"figures": figures, "reconstruct": self.reconstruct, "history": self.history})
+        (folder / "README.md").write_text(model_card(self.tokenizer, config, figures, len(self.inputs)), encoding="utf-8")
+        self.tokenizer.save_pretrained(folder)
+        for name in ("checkpoint", "initial", "best", "targets"):
+            (folder / f"{name}.safetensors").unlink(missing_ok=True)
+        self.draft.counts.update({"items": len(self.inputs), "steps": len(self.history), "processes": self.accelerator.num_processes})
+        self.draft.extra.update({"figures": figures, "use": list(self.tokenizer.settings.use), "reconstruct": self.reconstruct})
+
+
+def schedule(step: int, steps: int, warmup: float) -> float:
+    """Linear warm-up, then a cosine to a tenth: a factor on the learning rate at `step` of `steps`."""
+    first = max(1, round(warmup * steps))
+    if step < first:
+        return (step + 1) / first
+    return 0.55 + 0.45 * math.cos(math.pi * (step - first) / max(1, steps - first))
+
+
+def measure(codes: torch.Tensor, target: torch.Tensor | None, codebook_size: int) -> dict[str, Any]:
+    """Figures of raw codes (n, L) on a sample: perplexity per level, share of items in collision, agreement with the targets."""
+    counts = [torch.bincount(codes[:, level], minlength=codebook_size).double() for level in range(codes.shape[1])]
+    shares = [count / count.sum().clamp_min(1) for count in counts]
+    _, inverse, multiple = codes.unique(dim=0, return_inverse=True, return_counts=True)
+    found: dict[str, Any] = {
+        "items": len(codes),
+        "perplexity": [float(torch.special.entr(share).sum().exp()) for share in shares],
+        "in_collision": float((multiple[inverse] > 1).double().mean()) if len(codes) else 0.0,
+    }
+    if target is not None:
+        found["agreement_with_targets"] = (codes == target).double().mean(0).tolist()
+    return found
