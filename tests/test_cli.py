@@ -1,0 +1,60 @@
+"""The command wires the stages of a run, and answers mistakes with the key, the file and the remedy."""
+
+from pathlib import Path
+
+import pytest
+
+from mmsid import cli
+from mmsid.config import load_yaml
+from mmsid.errors import ConfigError
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_configuration_is_accepted(path):
+    configs = cli.wire(load_yaml(path), source=str(path))
+    assert list(configs) == [stage for stage in cli.STAGES if stage in configs] and "assign" in configs
+    assert configs["assign"].tokenizer == configs["train_tokenizer"].out
+
+
+def test_a_stage_finds_what_earlier_stages_wrote():
+    configs = cli.wire(load_yaml(CONFIGS[0].with_name("demo.yaml"), ["name=x", "runs=/r"]), source="demo.yaml")
+    assert configs["train_tokenizer"].captions == Path("/r/x/caption")
+    assert configs["refine"].sids == Path("/r/x/assign")
+    assert configs["train_recommender"].arms["ours_refined"] == Path("/r/x/refine/sids")
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ({"name": "x", "catalog": {"items": "i"}, "captoin": {}}, "unknown section captoin"),
+        ({"catalog": {"items": "i"}}, "name is missing"),
+        ({"name": "x", "catalog": {"items": "i"}, "caption": {"batchsize": 3}}, "caption.batchsize; did you mean 'batch_size'"),
+        ({"name": "x", "catalog": {"items": "i"}, "caption": 3}, "expected keys below it"),
+        ({"name": "x", "catalog": {"itms": "i"}, "caption": {}}, "caption.catalog.itms"),
+    ],
+)
+def test_mistakes_name_the_key(data, words):
+    with pytest.raises(ConfigError, match=words):
+        cli.wire(data, source="run.yaml")
+
+
+def test_errors_are_one_line_and_exit_code_1(capsys, tmp_path):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["run", str(tmp_path / "none.yaml")])
+    assert caught.value.code == 1
+    error = capsys.readouterr().err
+    assert error.startswith("mmsid: ") and "none.yaml" in error and error.count("\n") == 1
+
+
+def test_an_unknown_command_lists_the_known_ones(capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["recaption"])
+    assert caught.value.code == 2 and "caption" in capsys.readouterr().err
+
+
+def test_there_is_a_script_for_every_stage_that_trains_or_writes():
+    named = {path.stem for path in SCRIPTS.glob("*.py")}
+    assert {"train_rl" if stage == "refine" else stage for stage in cli.STAGES} - {"report"} <= named
