@@ -1,0 +1,271 @@
+"""The stage `train_captioner`: a small VLM from config, or a hub VLM with LoRA, taught to caption a catalogue's pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from pydantic import Field
+
+from mmsid.annotate.captioner import evaluate
+from mmsid.annotate.captioner.data import PictureSet, Targets, answer, catalog_set, draw_set
+from mmsid.annotate.captioner.labels import LabelHeads, build_labels
+from mmsid.annotate.captioner.model import ModelSizes, build_captioner, build_processor, save_captioner, tower, train_text_tokenizer
+from mmsid.annotate.captioner.template import CaptionTemplate
+from mmsid.annotate.captioner.training import (
+    Augment,
+    Checkpoint,
+    Phase,
+    SeeObjective,
+    TellObjective,
+    encode_answers,
+    fast_bf16,
+    make_batch,
+    run_phase,
+)
+from mmsid.annotate.prompts import load_prompt
+from mmsid.artifacts import write_json, writing
+from mmsid.catalog.config import CatalogConfig
+from mmsid.config import Section, StageConfig
+from mmsid.errors import ConfigError
+from mmsid.progress import done
+
+DEMO_DENSE = {
+    "product": "product",
+    "color": "product",
+    "pattern": "product",
+    "brand": "brand",
+    "price_tens": "tens",
+    "price_units": "units",
+    "headline": "headline",
+}
+DEMO_TEMPLATE = "a {color} {pattern} {product} by {brand}, priced {price}, headline {headline}"
+
+
+class DrawnSource(Section):
+    """Freshly drawn demo cards: `cards` for training (never a held-out triple), `held_out` and `seen` for the measurement."""
+
+    cards: int = 100_000
+    held_out: int = 1000
+    seen: int = 500
+    seed: int = 0
+    workers: int = 1
+    cache: Path | None = None
+
+
+class LoraSection(Section):
+    """Low-rank adapters on a hub VLM's language model. `merge` writes one ordinary model folder, else adapter and processor."""
+
+    rank: int = 8
+    alpha: int = 16
+    dropout: float = 0.0
+    target: str = r".*(language_model|text_model).*\.(q_proj|k_proj|v_proj|o_proj)"
+    merge: bool = True
+
+
+class TrainCaptionerConfig(StageConfig):
+    """Configuration of `train_captioner`.
+
+    `see` warms the tower up on labels, `tell` trains the language model with the tower fixed, `joint` trains all. `fields` become label
+    heads; those of `digit_fields` are two-digit numbers read digit by digit; `dense` says on which boxed element's patches a label lies.
+    With `base_model` (path or hub id) only `tell` is run, on LoRA adapters.
+    """
+
+    source: Literal["drawn", "catalog"] = "catalog"
+    drawn: DrawnSource = DrawnSource()
+    catalog: CatalogConfig | None = None
+    targets: Targets = Targets()
+    caption_template: str = DEMO_TEMPLATE
+    fields: tuple[str, ...] = ("product", "color", "pattern", "brand", "price", "headline")
+    digit_fields: tuple[str, ...] = ("price",)
+    dense: dict[str, str] = Field(default_factory=lambda: dict(DEMO_DENSE))
+    caption_prompt: str = "caption_demo"
+    interests_prompt: str = "interests_demo"
+    interest_share: float = 0.25
+    sizes: ModelSizes = ModelSizes()
+    augment: Augment = Augment()
+    see: Phase = Phase(steps=3000)
+    tell: Phase = Phase(steps=400, muon_lr=6e-3, adamw_lr=1e-3)
+    joint: Phase = Phase(steps=400, muon_lr=6e-3, adamw_lr=1e-3)
+    label_weight: float = 0.2
+    compile_tower: bool = False
+    checkpoint_seconds: float = 180.0
+    evaluate_pictures: int = 1000
+    base_model: str | None = None
+    lora: LoraSection = LoraSection()
+
+
+def run(config: TrainCaptionerConfig) -> Path:
+    """Train, measure and write a model folder that any Hugging Face code path loads.
+
+    Writes `config.out/` = model and processor files, `measured.json` (field accuracies on held-out and seen pictures, rate), manifest.
+
+    Raises:
+        ConfigError: source, targets and prompts do not fit together.
+        CatalogError: the targets table lacks a column or matches no item.
+    """
+    if config.source == "catalog" and config.catalog is None:
+        raise ConfigError("train_captioner.catalog is missing although source is 'catalog'; name the catalogue or set source: drawn")
+    inputs = {} if config.catalog is None else {"items": config.catalog.items, "targets": config.targets.table}
+    with writing(config.out, stage="train_captioner", config=config, inputs=inputs, resume=True) as draft:
+        train, checks = load_pictures(config, draft.path)
+        draft.counts["training_pictures"] = len(train.rows(False))
+        draft.counts |= {f"{name}_pictures": len(rows) for name, (_, rows) in checks.items()}
+        if config.base_model is not None:
+            from mmsid.annotate.captioner.lora import fine_tune
+
+            model, processor, history = fine_tune(config, train, draft.path)
+        else:
+            model, processor, history = train_from_config(config, train, draft.path)
+        draft.extra["phases"] = history
+        if Accelerator().is_main_process:
+            measured = measure(config, model, processor, checks, train)
+            write_json(draft.path / "measured.json", measured)
+            draft.extra["measured"] = measured
+        for leftover in ("pictures", "state"):
+            _remove(draft.path / leftover)
+    done(f"train_captioner: wrote {config.out} ({_summary(draft.extra.get('measured', {}))})")
+    return config.out
+
+
+def load_pictures(config: TrainCaptionerConfig, draft: Path) -> tuple[PictureSet, dict[str, tuple[PictureSet, np.ndarray]]]:
+    """Training pictures, and per check its pictures and rows."""
+    if config.source == "drawn":
+        drawn, folder = config.drawn, config.drawn.cache or draft / "pictures"
+        train = draw_set(folder, drawn.cards, drawn.seed, workers=drawn.workers)
+        checks = {}
+        for name, number, seed, held_out in (("held_out", drawn.held_out, 11, True), ("seen", drawn.seen, 12, False)):
+            if number:
+                some = draw_set(folder, number, drawn.seed + 1000 * seed, held_out, drawn.workers)
+                checks[name] = (some, np.arange(number))
+        return train, checks
+    train = catalog_set(
+        config.catalog, config.targets, config.fields, config.caption_template, config.sizes.image_size, draft / "pictures", config.seed
+    )
+    limit, order = config.evaluate_pictures, np.random.default_rng(config.seed)
+    checks = {}
+    for name, held_out in (("held_out", True), ("seen", False)):
+        rows = train.rows(held_out)
+        if len(rows):
+            checks[name] = (train, np.sort(order.permutation(rows)[:limit]))
+    return train, checks
+
+
+def train_from_config(config: TrainCaptionerConfig, train: PictureSet, draft: Path) -> tuple[torch.nn.Module, Any, dict[str, Any]]:
+    """The three phases on a model built from `config.sizes`; leaves model and processor files in `draft`."""
+    accelerator = Accelerator(mixed_precision="bf16" if fast_bf16() else "no")
+    rows = train.rows(False)
+    labels = build_labels({f: train.values[f] for f in config.fields}, config.fields, config.digit_fields)
+    prompts = [load_prompt(config.caption_prompt).text, load_prompt(config.interests_prompt).text]
+    answers = [answer(caption) for caption in train.captions]
+    sample = np.random.default_rng([config.seed, 7]).permutation(rows)[:4000]
+    corpus = [answers[row] for row in sample] + [train.interests[row] for row in sample if train.interests[row]] + prompts * 200
+    template = CaptionTemplate(config.caption_template)
+    tokenizer = train_text_tokenizer(corpus, config.sizes.vocabulary, template.literals)
+    processor = build_processor(config.sizes, tokenizer)
+    model = build_captioner(config.sizes, tokenizer, config.seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed + 1)
+        classes = {name: max(1, len(vocabulary)) for name, vocabulary in labels.vocabularies.items()}
+        heads = LabelHeads(config.sizes.tower_hidden, classes, config.dense if train.boxes is not None else {}, train.elements)
+    model.to(accelerator.device), heads.to(accelerator.device)
+    patches = (config.sizes.image_size // config.sizes.patch_size) ** 2
+    spoken = [encode_answers(processor, prompts[0], answers, rows, patches)]
+    if any(train.interests) and config.interest_share > 0:
+        spoken.append(encode_answers(processor, prompts[1], train.interests, rows, patches))
+    parts = {"model": model, "heads": heads}
+    checkpoint = Checkpoint(draft / "state", config.checkpoint_seconds, accelerator)
+    reached, at_step = checkpoint.load(parts)
+
+    def seeing(phase: Phase):
+        def batch_at(step: int, rng: np.random.Generator) -> dict[str, Any]:
+            chosen = rng.choice(rows, phase.batch_size)
+            batch = make_batch(train, labels, chosen, config.sizes.patch_size, rng, config.augment)
+            return {"pixels": batch.pixels, "codes": batch.codes} | ({} if batch.masks is None else {"masks": batch.masks})
+
+        return batch_at
+
+    def telling(phase: Phase):
+        def batch_at(step: int, rng: np.random.Generator) -> dict[str, Any]:
+            # One prompt per batch, so that no answer is padded to the length of another prompt's answers.
+            about_interests = len(spoken) > 1 and np.random.default_rng([config.seed, 9, step]).random() < config.interest_share
+            which = spoken[int(about_interests)]
+            known = rows if len(which.answer_ids) == len(rows) else np.array(sorted(which.answer_ids))
+            batch = make_batch(train, labels, rng.choice(known, phase.batch_size), config.sizes.patch_size, rng, config.augment)
+            ids, mask, prompt_length = which.tokens(batch.rows, tokenizer.pad_token_id)
+            made = {"pixels": batch.pixels, "codes": batch.codes, "input_ids": ids, "attention_mask": mask, "prompt_length": prompt_length}
+            return made | ({} if batch.masks is None else {"masks": batch.masks})
+
+        return batch_at
+
+    vision, history = tower(model), {}
+    plan = [
+        ("see", config.see, lambda: SeeObjective(vision, heads, config.compile_tower), [vision, heads], seeing),
+        ("tell", config.tell, lambda: TellObjective(model, heads, 0.0), [model], telling),
+        ("joint", config.joint, lambda: TellObjective(model, heads, config.label_weight), [model, heads], telling),
+    ]
+    for number, (name, phase, objective, trained, batches) in enumerate(plan):
+        if number < reached:
+            continue
+        vision.requires_grad_(name != "tell")
+        heads.requires_grad_(name != "tell")
+        history[name] = run_phase(
+            phase,
+            f"{name} ({phase.batch_size} pictures a step)",
+            objective(),
+            trained,
+            batches(phase),
+            accelerator,
+            seed=(config.seed, number),
+            start=at_step if number == reached else 0,
+            after_step=lambda step, number=number: checkpoint.save(parts, number, step),
+        )
+        checkpoint.save(parts, number + 1, 0, force=True)
+    accelerator.wait_for_everyone()
+    model.eval()
+    if accelerator.is_main_process:
+        save_captioner(model, processor, draft)
+    return model, processor, history
+
+
+def measure(
+    config: TrainCaptionerConfig,
+    model: torch.nn.Module,
+    processor: Any,
+    checks: dict[str, tuple[PictureSet, np.ndarray]],
+    train: PictureSet,
+) -> dict[str, Any]:
+    """Field accuracy of generated captions (greedy, batched) and exact-match of interests, per check."""
+    vocabularies = {field: sorted({value for value in train.values[field] if value}) for field in config.fields}
+    template = CaptionTemplate(config.caption_template, vocabularies)
+    prompts = [load_prompt(config.caption_prompt).text, load_prompt(config.interests_prompt).text]
+    measured: dict[str, Any] = {}
+    for name, (data, rows) in checks.items():
+        rows = rows[: config.evaluate_pictures]
+        texts, rate = evaluate.generate_texts(model, processor, data.pictures[rows], prompts[0])
+        truth = {field: [data.values[field][row] for row in rows] for field in config.fields}
+        scored = evaluate.field_accuracy(texts, truth, template)
+        measured[name] = scored._asdict() | {"captions_per_second": round(rate, 1)}
+        learnt = {field: [train.values[field][row] for row in train.rows(False)] for field in config.fields}
+        measured[name]["majority"] = {field: evaluate.majority_accuracy(learnt[field], truth[field]) for field in config.fields}
+        spoken = [row for row in rows[:200] if data.interests[row] is not None]
+        if spoken:
+            texts, _ = evaluate.generate_texts(model, processor, data.pictures[spoken], prompts[1])
+            right = [text == data.interests[row] for text, row in zip(texts, spoken, strict=True)]
+            measured[name]["interests_exact"] = float(np.mean(right))
+    return measured
+
+
+def _remove(folder: Path) -> None:
+    if folder.is_dir():
+        for path in folder.iterdir():
+            path.unlink()
+        folder.rmdir()
+
+
+def _summary(measured: dict[str, Any]) -> str:
+    parts = [f"{name}: fields {m['mean']:.3f}, whole captions {m['exact']:.3f}" for name, m in measured.items()]
+    return "; ".join(parts) or "not measured"

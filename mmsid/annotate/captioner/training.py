@@ -1,0 +1,296 @@
+"""The two phases: the tower learns to see (labels), then the language model learns to tell (captions and interests).
+
+A captioning loss alone never teaches so small a tower digits or words; labels do. Phase 2 first keeps the tower fixed, then trains
+everything jointly, with the label loss at a small weight so that reading is not unlearnt."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from mmsid.annotate.captioner.data import PictureSet
+from mmsid.annotate.captioner.labels import LabelHeads, Labels, patch_masks
+from mmsid.annotate.captioner.model import tower
+from mmsid.annotate.captioner.muon import Muon, split_parameters
+from mmsid.artifacts import read_json, read_tensors, write_json, write_tensors
+from mmsid.config import Section
+from mmsid.errors import ConfigError
+from mmsid.progress import track
+
+
+class Phase(Section):
+    """Budget and rates of one phase. Give `steps` (reproducible) or `seconds` (whatever the machine manages); 0 steps skip it."""
+
+    steps: int | None = None
+    seconds: float | None = None
+    batch_size: int = 48
+    muon_lr: float = 9e-3
+    adamw_lr: float = 1.5e-3
+    warmup_steps: int = 50
+    weight_decay: float = 0.02
+    final_rate: float = 0.03
+    clip: float = 1.0
+
+
+class Augment(Section):
+    """Changes made to training pictures. `shift`: px each way, one per batch; `flip`: mirror half of the batch (photographs only: text
+    would be mirrored too); `tint`: largest relative change per colour channel."""
+
+    shift: int = 3
+    flip: bool = False
+    tint: float = 0.0
+
+
+@dataclass
+class Batch:
+    """pixels float32 (B, 3, S, S) in [-1, 1]; codes int64 (B, F); masks bool (B, E, P) or None; rows int64 (B,)."""
+
+    pixels: torch.Tensor
+    codes: torch.Tensor
+    masks: torch.Tensor | None
+    rows: np.ndarray
+
+
+def make_batch(
+    data: PictureSet, labels: Labels, rows: np.ndarray, patch_size: int, rng: np.random.Generator, augment: Augment | None
+) -> Batch:
+    """Pictures `rows` as tensors; boxes follow the shift and the mirror."""
+    rows = np.sort(rows)  # a memory map reads faster in order
+    pixels = torch.from_numpy(np.ascontiguousarray(data.pictures[rows])).permute(0, 3, 1, 2).float()
+    boxes = None if data.boxes is None else torch.from_numpy(data.boxes[rows])
+    side = pixels.shape[-1]
+    if augment is not None and augment.shift:
+        d, (dx, dy) = augment.shift, rng.integers(-augment.shift, augment.shift + 1, 2)
+        pixels = nn.functional.pad(pixels, (d, d, d, d), mode="replicate")[:, :, d - dy : d - dy + side, d - dx : d - dx + side]
+        boxes = None if boxes is None else boxes + torch.tensor([dx, dy, dx, dy], dtype=boxes.dtype)
+    pixels = pixels / 127.5 - 1
+    if augment is not None and augment.tint:
+        gain = 1 + rng.uniform(-augment.tint, augment.tint, (len(rows), 3, 1, 1))
+        pixels = ((pixels + 1) * torch.from_numpy(gain).float() - 1).clamp(-1, 1)
+    if augment is not None and augment.flip:
+        half = torch.from_numpy(rng.permutation(len(rows))[: len(rows) // 2])
+        pixels = pixels.contiguous()
+        pixels[half] = pixels[half].flip(-1)
+        if boxes is not None:
+            boxes = boxes.clone()
+            boxes[half] = torch.stack([side - boxes[half, :, 2], boxes[half, :, 1], side - boxes[half, :, 0], boxes[half, :, 3]], -1)
+    masks = None if boxes is None else patch_masks(boxes, side, patch_size)
+    return Batch(pixels, torch.from_numpy(labels.codes[rows]), masks, rows)
+
+
+def tower_states(vision: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
+    """Patch states (B, P, width) exactly as llava's projector reads them: the last layer, before the tower's closing norm."""
+    return vision(pixel_values=pixels, output_hidden_states=True).hidden_states[-1]
+
+
+class SeeObjective(nn.Module):
+    """Phase 1: label loss of the tower."""
+
+    def __init__(self, vision: nn.Module, heads: LabelHeads, compiled: bool = False):
+        super().__init__()
+        self.vision, self.heads = vision, heads
+        # In a tuple, so that the compiled twin is not registered as a second module with the same weights.
+        self._run = (torch.compile(vision) if compiled else vision,)
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return self.heads(tower_states(self._run[0], batch["pixels"]), batch["codes"], batch.get("masks"))
+
+
+class TellObjective(nn.Module):
+    """Phase 2: cross-entropy of the answer tokens, plus `label_weight` times the label loss while the tower is trained."""
+
+    def __init__(self, model: nn.Module, heads: LabelHeads, label_weight: float):
+        super().__init__()
+        self.model, self.heads, self.label_weight = model, heads, label_weight
+        self._states: list[torch.Tensor] = []
+        # The closing norm of the tower sees exactly the states that the projector reads.
+        tower(model).post_layernorm.register_forward_pre_hook(lambda module, args: self._states.append(args[0]))
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        self._states.clear()
+        output = self.model(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            pixel_values=batch["pixels"],
+            use_cache=False,
+        )
+        logits, targets = output.logits[:, batch["prompt_length"] - 1 : -1], batch["input_ids"][:, batch["prompt_length"] :]
+        targets = targets.masked_fill(batch["attention_mask"][:, batch["prompt_length"] :] == 0, -100)
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
+        states = self._states.pop()
+        if self.label_weight and states.requires_grad:
+            loss = loss + self.label_weight * self.heads(states, batch["codes"], batch.get("masks"))
+        return loss
+
+
+@dataclass
+class Answers:
+    """Token ids of one prompt and of every picture's answer to it; `rows` are the pictures that have one."""
+
+    prompt_ids: list[int]
+    answer_ids: dict[int, list[int]]
+
+    def tokens(self, rows: Sequence[int], pad: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """input_ids (B, T), attention_mask (B, T), prompt length; answers are padded on the right."""
+        answers = [self.answer_ids[int(row)] for row in rows]
+        width = max(map(len, answers))
+        ids = torch.tensor([self.prompt_ids + answer + [pad] * (width - len(answer)) for answer in answers])
+        mask = torch.tensor([[1] * (len(self.prompt_ids) + len(answer)) + [0] * (width - len(answer)) for answer in answers])
+        return ids, mask, len(self.prompt_ids)
+
+
+def encode_answers(processor: object, prompt: str, texts: Sequence[str | None], rows: Sequence[int], num_patches: int) -> Answers:
+    """Tokenise through the processor's own chat template, so that training and generation see the same ids."""
+    conversation = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
+    asked = processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+    asked = asked.replace(processor.image_token, processor.image_token * num_patches)
+    tokenizer = processor.tokenizer
+    chosen = [row for row in rows if texts[row] is not None]
+    encoded = tokenizer([texts[row] for row in chosen], add_special_tokens=False)["input_ids"] if chosen else []
+    return Answers(
+        prompt_ids=tokenizer(asked, add_special_tokens=False)["input_ids"],
+        answer_ids={row: [*ids, tokenizer.eos_token_id] for row, ids in zip(chosen, encoded, strict=True)},
+    )
+
+
+class Optimisers:
+    """Muon for hidden matrices, AdamW for the rest, one schedule: linear warm-up, then cosine to `final_rate`."""
+
+    def __init__(self, modules: Sequence[nn.Module], phase: Phase, accelerator: Accelerator):
+        muon, rest = split_parameters(modules)
+        pairs = [(Muon(muon, phase.muon_lr, weight_decay=phase.weight_decay), phase.muon_lr)] if muon else []
+        pairs.append((torch.optim.AdamW(rest, phase.adamw_lr, betas=(0.9, 0.98), weight_decay=phase.weight_decay), phase.adamw_lr))
+        self._all = [(accelerator.prepare(optimiser), rate) for optimiser, rate in pairs]
+        self._parameters, self._phase, self._accelerator = [*muon, *rest], phase, accelerator
+
+    def step(self, loss: torch.Tensor, step: int, progress: float) -> None:
+        """Backward, clip, update; `progress` in [0, 1] is the share of the budget that is spent."""
+        phase = self._phase
+        factor = min(1.0, (step + 1) / max(1, phase.warmup_steps))
+        factor *= phase.final_rate + (1 - phase.final_rate) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        self._accelerator.backward(loss)
+        if phase.clip:
+            self._accelerator.clip_grad_norm_(self._parameters, phase.clip)
+        for optimiser, rate in self._all:
+            for group in optimiser.param_groups:
+                group["lr"] = rate * factor
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+
+
+def budget(phase: Phase, what: str, start: int, note: dict[str, object], accelerator: Accelerator) -> Iterator[tuple[int, float]]:
+    """(step, share of the budget spent) until the budget is spent, behind a progress bar."""
+    if phase.steps is None and phase.seconds is None:
+        raise ConfigError(f"{what}: neither `steps` nor `seconds` is set; set one of them")
+    if phase.steps is None and accelerator.num_processes > 1:
+        raise ConfigError(
+            f"{what}: `seconds` cannot be used with {accelerator.num_processes} processes, they would stop apart; set `steps`"
+        )
+    if phase.steps is not None:
+        for step in track(range(start, phase.steps), what, total=phase.steps - start, unit="steps", note=note):
+            yield step, step / max(1, phase.steps)
+        return
+
+    begun = time.monotonic()
+
+    def ticks() -> Iterator[tuple[int, float]]:
+        step = start
+        while (spent := (time.monotonic() - begun) / phase.seconds) < 1:
+            yield step, spent
+            step += 1
+
+    yield from track(ticks(), what, unit="steps", note=note)
+
+
+class Checkpoint:
+    """Weights and step of an unfinished phase, as safetensors in the draft folder; optimiser moments start anew after a kill."""
+
+    def __init__(self, folder: Path, every_seconds: float, accelerator: Accelerator):
+        self._folder, self._every, self._accelerator = folder, every_seconds, accelerator
+        self._last = time.monotonic()
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def load(self, modules: dict[str, nn.Module]) -> tuple[int, int]:
+        """Restore `modules`; (phase, step) to go on from, (0, 0) when there is nothing."""
+        if not (self._folder / "progress.json").exists():
+            return 0, 0
+        state = read_json(self._folder / "progress.json")
+        tensors = read_tensors(self._folder / state["file"])
+        for name, module in modules.items():
+            own = {key.removeprefix(f"{name}/"): value for key, value in tensors.items() if key.startswith(f"{name}/")}
+            module.load_state_dict(own, strict=False)  # tied weights are stored once
+        return state["phase"], state["step"]
+
+    def save(self, modules: dict[str, nn.Module], phase: int, step: int, force: bool = False) -> None:
+        """Write now if `force`, else when the interval is over."""
+        if not force and time.monotonic() - self._last < self._every:
+            return
+        self._last = time.monotonic()
+        if self._accelerator.is_main_process:
+            tensors, seen = {}, set()
+            for name, module in modules.items():
+                for key, value in module.state_dict().items():
+                    if value.data_ptr() not in seen:
+                        seen.add(value.data_ptr())
+                        tensors[f"{name}/{key}"] = value
+            file = f"weights_{phase}_{step}.safetensors"
+            write_tensors(self._folder / file, tensors)
+            write_json(self._folder / "progress.json", {"phase": phase, "step": step, "file": file})
+            for old in self._folder.glob("weights_*.safetensors"):
+                if old.name != file:
+                    old.unlink()
+
+
+def run_phase(
+    phase: Phase,
+    what: str,
+    objective: nn.Module,
+    trained: Sequence[nn.Module],
+    batch_at: Callable[[int, np.random.Generator], dict[str, torch.Tensor]],
+    accelerator: Accelerator,
+    seed: Sequence[int],
+    start: int = 0,
+    after_step: Callable[[int], None] | None = None,
+) -> dict[str, float]:
+    """Train `trained` on `objective`; a step's batch depends on seed, step and rank alone: a resumed run sees the same data."""
+    if phase.steps == 0:
+        return {"steps": 0, "pictures": 0, "seconds": 0.0}
+    wrapped, note = accelerator.prepare(objective), {"loss": float("nan")}
+    optimisers = Optimisers(trained, phase, accelerator)
+    objective.train()
+    begun, step, loss = time.monotonic(), start - 1, None
+    for step, spent in budget(phase, what, start, note, accelerator):
+        rng = np.random.default_rng([*seed, step, accelerator.process_index])
+        batch = {
+            key: value.to(accelerator.device) if isinstance(value, torch.Tensor) else value for key, value in batch_at(step, rng).items()
+        }
+        with accelerator.autocast():
+            loss = wrapped(batch)
+        optimisers.step(loss, step, spent)
+        if step % 10 == 0:
+            note["loss"] = float(loss.detach())
+        if after_step is not None:
+            after_step(step + 1)
+    objective.eval()
+    steps = step + 1 - start
+    return {
+        "steps": steps,
+        "pictures": steps * phase.batch_size * accelerator.num_processes,
+        "seconds": round(time.monotonic() - begun, 1),
+        "last_loss": round(float(loss.detach()), 4) if loss is not None else float("nan"),
+    }
+
+
+def fast_bf16() -> bool:
+    """bf16 only where the hardware multiplies it: emulated on an older CPU it is some 80 times slower than fp32."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
