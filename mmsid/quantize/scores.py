@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 
 from mmsid.quantize.codebooks import ResidualCodebooks, row_blocks
 
-_BEAM = 1024
+_BEAMS = (16, 1024)
 
 
 class CodebookScores:
@@ -40,14 +40,25 @@ class CodebookScores:
             residual = residual - self.codebooks.decode(prefixes).double()
         return self._log_pi(residual, self.codebooks.num_levels - 1).numpy()
 
-    def prefix_candidates(self, row: int) -> list[tuple[tuple[int, ...], float]]:
-        """The item's prefixes (L-1 codes) with their joint log probability, best first; at most 1,024, found by beam."""
-        residual = self.x[int(row)][None].double()
+    def prefix_candidates(self, row: int) -> Iterator[tuple[tuple[int, ...], float]]:
+        """The item's prefixes (L-1 codes) with their joint log probability, best first, found by beam.
+
+        Lazily: a narrow beam answers nearly always; a wide one is run only for a caller who finds all of those full.
+        """
+        seen: set[tuple[int, ...]] = set()
+        for beam in _BEAMS:
+            for prefix, log_prob in self._prefixes(int(row), beam):
+                if prefix not in seen:
+                    seen.add(prefix)
+                    yield prefix, log_prob
+
+    def _prefixes(self, row: int, beam: int) -> list[tuple[tuple[int, ...], float]]:
+        residual = self.x[row][None].double()
         prefixes, log_prob = torch.zeros((1, 0), dtype=torch.int64), torch.zeros(1, dtype=torch.float64)
         size = self.codebooks.codebook_size
         for level in range(self.codebooks.num_levels - 1):
             joint = (log_prob[:, None] + self._log_pi(residual, level)).flatten()
-            kept = torch.argsort(joint, descending=True, stable=True)[:_BEAM]
+            kept = torch.argsort(joint, descending=True, stable=True)[:beam]
             parent, code = kept // size, kept % size
             prefixes, log_prob = torch.cat([prefixes[parent], code[:, None]], dim=1), joint[kept]
             residual = residual[parent] - self.codebooks.vectors[level][code].double()

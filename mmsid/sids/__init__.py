@@ -1,1 +1,21 @@
 """The SID table and everything that needs only codes: collisions, trie, intrinsic metrics, exports."""
+
+from mmsid.sids.collisions import Resolution, add_suffix, relocate, resolve
+from mmsid.sids.folder import read_sid_folder, write_sid_folder
+from mmsid.sids.intrinsic import intrinsic_metrics
+from mmsid.sids.summary import intrinsic_table
+from mmsid.sids.table import SidTable
+from mmsid.sids.trie import Trie
+
+__all__ = [
+    "Resolution",
+    "SidTable",
+    "Trie",
+    "add_suffix",
+    "intrinsic_metrics",
+    "intrinsic_table",
+    "read_sid_folder",
+    "relocate",
+    "resolve",
+    "write_sid_folder",
+]

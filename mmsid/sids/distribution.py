@@ -1,0 +1,129 @@
+"""How codes are spread: uniqueness, use of the codebooks, agreement expected by chance. Functions of the codes alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+
+def prefix_labels(codes: np.ndarray) -> np.ndarray:
+    """(N, L) -> (N, L) int64; column l numbers the prefixes of length l + 1, equal number = equal prefix."""
+    codes = np.asarray(codes, dtype=np.int64)
+    labels = np.empty_like(codes)
+    previous = np.zeros(len(codes), dtype=np.int64)
+    for level in range(codes.shape[1]):
+        pairs = previous * (int(codes[:, level].max(initial=0)) + 2) + codes[:, level] + 1  # + 1: a suffix may be -1
+        _, previous = np.unique(pairs, return_inverse=True)
+        labels[:, level] = previous
+    return labels
+
+
+def bucket_metrics(codes: np.ndarray, content_hashes: list[str] | None = None) -> dict[str, Any]:
+    """Uniqueness and bucket sizes of (N, L) SIDs.
+
+    Returns:
+        uniqueness: distinct SIDs / N. items_lost: N - distinct SIDs. colliding_share: items in buckets of more than one / N.
+        buckets, max_bucket, mean_bucket.
+        With hashes, exact_duplicates: N - distinct contents, the part of items_lost that no tokenizer can avoid.
+    """
+    sizes = np.bincount(prefix_labels(codes)[:, -1])
+    num_items = len(codes)
+    metrics: dict[str, Any] = {
+        "items": num_items,
+        "uniqueness": len(sizes) / num_items,
+        "items_lost": num_items - len(sizes),
+        "colliding_share": float(sizes[sizes > 1].sum()) / num_items,
+        "buckets": len(sizes),
+        "max_bucket": int(sizes.max()),
+        "mean_bucket": num_items / len(sizes),
+    }
+    if content_hashes is not None:
+        metrics["exact_duplicates"] = num_items - len(set(content_hashes))
+    return metrics
+
+
+def entropy(counts: np.ndarray) -> float:
+    """Entropy in nats of the distribution that counts describe; zero counts are allowed."""
+    share = counts[counts > 0] / counts.sum()
+    return max(0.0, float(-(share * np.log(share)).sum()))
+
+
+def gini(counts: np.ndarray) -> float:
+    """Gini coefficient 2 sum(i n_(i)) / (n sum n) - (n + 1) / n over ascending counts.
+
+    Pass ALL codes, the unused ones as zeros: over the occupied ones alone a total collapse scores 0, as if perfect.
+    """
+    ordered = np.sort(np.asarray(counts, dtype=np.float64))
+    size = len(ordered)
+    return float(2 * (np.arange(1, size + 1) * ordered).sum() / (size * ordered.sum()) - (size + 1) / size)
+
+
+def level_metrics(codes: np.ndarray, codebook_sizes: tuple[int, ...]) -> list[dict[str, float]]:
+    """Use of each level over all its K codes.
+
+    Returns:
+        Per level: utilisation (used / K), entropy (nats), normalised_entropy (/ log K), perplexity (e^entropy), gini over
+        all K, gini_floor (what perfectly uniform random codes show at this N / K, about 1 / sqrt(pi N / K); an
+        improvement below it is noise), conditional_entropy H(c_l | c_<l).
+    """
+    labels = prefix_labels(codes)
+    metrics, joint_before = [], 0.0
+    for level, size in enumerate(codebook_sizes):
+        counts = np.bincount(codes[:, level], minlength=size)
+        marginal, joint = entropy(counts), entropy(np.bincount(labels[:, level]))
+        metrics.append(
+            {
+                "utilisation": float((counts > 0).mean()),
+                "entropy": marginal,
+                "normalised_entropy": marginal / float(np.log(size)) if size > 1 else 1.0,
+                "perplexity": float(np.exp(marginal)),
+                "gini": gini(counts),
+                "gini_floor": min(1.0, float(np.sqrt(size / (np.pi * len(codes))))),
+                "conditional_entropy": max(0.0, joint - joint_before),
+            }
+        )
+        joint_before = joint
+    return metrics
+
+
+def joint_entropy(codes: np.ndarray) -> float:
+    """Entropy in nats of whole SIDs; e^H is the effective capacity, at most log N."""
+    return entropy(np.bincount(prefix_labels(codes)[:, -1]))
+
+
+def chance_agreement(codes: np.ndarray) -> np.ndarray:
+    """(N, L) -> (L,): probability that two different random items share the prefix of length l, exactly.
+
+    sum over prefixes of n (n - 1) / (N (N - 1)). Zero for a single item.
+    """
+    num_items = len(codes)
+    pairs = max(num_items * (num_items - 1), 1)
+    counts = [np.bincount(column).astype(np.float64) for column in prefix_labels(codes).T]
+    return np.array([(count * (count - 1)).sum() / pairs for count in counts])
+
+
+def pair_agreement(codes: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+    """(N, L), (P, 2) item rows -> (L,): share of pairs that agree on the prefix of length l. Pairs of an item with itself are left out.
+
+    Raises:
+        ValueError: no pair of two different items.
+    """
+    pairs = np.asarray(pairs, dtype=np.int64).reshape(-1, 2)
+    pairs = pairs[pairs[:, 0] != pairs[:, 1]]
+    if not len(pairs):
+        raise ValueError("no pair of two different items")
+    same = codes[pairs[:, 0]] == codes[pairs[:, 1]]
+    return np.logical_and.accumulate(same, axis=1).mean(axis=0)
+
+
+def flip_rate(codes_a: np.ndarray, codes_b: np.ndarray) -> np.ndarray:
+    """(N, L) twice, same items -> (L + 1,): share of items whose code differs, per level; last: at any level.
+
+    Noise is the caller's: another caption seed, another JPEG quality, another batch; or raw against published codes.
+    """
+    codes_a, codes_b = np.asarray(codes_a), np.asarray(codes_b)
+    if codes_a.shape != codes_b.shape or codes_a.ndim != 2 or not len(codes_a):
+        raise ValueError(f"need two (N, L) code arrays of one shape with N > 0, got {codes_a.shape} and {codes_b.shape}")
+    differs = codes_a != codes_b
+    return np.append(differs.mean(axis=0), differs.any(axis=1).mean())

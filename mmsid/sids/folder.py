@@ -1,0 +1,40 @@
+"""A SID folder: the table, its intrinsic metrics, and the exports. Written inside a stage's draft folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mmsid.artifacts import write_json
+from mmsid.errors import ArtifactError
+from mmsid.sids.exports import write_index_json, write_tokens
+from mmsid.sids.table import SidTable
+from mmsid.sids.trie import Trie
+
+TABLE = "sids.parquet"
+INTRINSIC = "intrinsic.json"
+
+
+def write_sid_folder(path: Path, table: SidTable, metrics: Mapping[str, Any]) -> None:
+    """Write sids.parquet, intrinsic.json, index.json, tokens.txt and trie.safetensors into `path` (made if absent)."""
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    write_json(path / INTRINSIC, metrics)
+    write_index_json(path / "index.json", table)
+    write_tokens(path / "tokens.txt", table)
+    Trie.from_table(table).save(path / "trie.safetensors")
+    table.save(path / TABLE)
+
+
+def read_sid_folder(path: Path) -> SidTable:
+    """The table of a SID folder (or of a sids.parquet named directly).
+
+    Raises:
+        ArtifactError: no table there, or what `SidTable.load` raises.
+    """
+    path = Path(path)
+    file = path if path.suffix == ".parquet" else path / TABLE
+    if not file.is_file():
+        raise ArtifactError(f"{path} holds no {TABLE}; run `mmsid assign` or `mmsid baselines`, or correct the path")
+    return SidTable.load(file)

@@ -1,0 +1,164 @@
+"""What codes mean: agreement with categories, fidelity to the embedding, retrieval by the embedding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+from scipy.stats import hypergeom
+
+from mmsid.sids.distribution import entropy, prefix_labels
+
+_BLOCK = 128  # queries at a time: 128 x N similarities in memory
+
+
+def cluster_agreement(clusters: np.ndarray, classes: np.ndarray) -> dict[str, float]:
+    """Agreement of two labelings of the same n items (integer labels from 0).
+
+    Returns:
+        homogeneity 1 - H(class|cluster)/H(class), completeness 1 - H(cluster|class)/H(cluster), v_measure their harmonic
+        mean (= NMI with the arithmetic mean), nmi with the geometric mean, purity. A side without entropy counts 1, as in
+        Rosenberg & Hirschberg 2007.
+    """
+    table = sp.coo_matrix((np.ones(len(clusters)), (clusters, classes))).tocsr()
+    table.sort_indices()  # one order of summation, whatever the order of the items
+    cluster_entropy, class_entropy, joint = (
+        entropy(np.bincount(clusters)),
+        entropy(np.bincount(classes)),
+        entropy(table.data),
+    )
+    shared = max(0.0, cluster_entropy + class_entropy - joint)
+    homogeneity = min(1.0, shared / class_entropy) if class_entropy > 0 else 1.0
+    completeness = min(1.0, shared / cluster_entropy) if cluster_entropy > 0 else 1.0
+    both = homogeneity + completeness
+    geometric = np.sqrt(cluster_entropy * class_entropy)
+    return {
+        "v_measure": 2 * homogeneity * completeness / both if both > 0 else 0.0,
+        "homogeneity": homogeneity,
+        "completeness": completeness,
+        "nmi": min(1.0, float(shared / geometric)) if geometric > 0 else float(cluster_entropy == class_entropy),
+        "purity": float(table.max(axis=1).toarray().sum()) / len(clusters),
+    }
+
+
+def category_agreement(codes: np.ndarray, categories: list[tuple[str, ...]], seed: int = 0) -> list[dict[str, Any]]:
+    """Agreement of each SID prefix with the category path down to each depth. Ragged paths: an item without that depth is left out.
+
+    Returns:
+        One record per (depth, level), both counted from 1: depth, level, items, classes, prefixes, the figures of
+        `cluster_agreement`, v_measure_chance (the same prefixes against shuffled categories: many small prefixes score
+        high by chance), v_measure_adjusted = (v - chance) / (1 - chance). Depths with fewer than two classes are left out.
+    """
+    records = []
+    for depth in range(1, max(map(len, categories), default=0) + 1):
+        rows = np.array([row for row, path in enumerate(categories) if len(path) >= depth], dtype=np.int64)
+        names = sorted({categories[row][:depth] for row in rows})
+        if len(names) < 2:
+            continue
+        number = {name: index for index, name in enumerate(names)}
+        classes = np.array([number[categories[row][:depth]] for row in rows])
+        shuffled = np.random.default_rng([seed, depth]).permutation(np.sort(classes))
+        labels = prefix_labels(np.asarray(codes)[rows])
+        for level in range(labels.shape[1]):
+            found = cluster_agreement(labels[:, level], classes)
+            # Both sides sorted before the shuffle: the chance level then does not depend on the order of the items.
+            chance = cluster_agreement(np.sort(labels[:, level]), shuffled)["v_measure"]
+            records.append(
+                {"depth": depth, "level": level + 1, "items": len(rows), "classes": len(names), "prefixes": int(labels[:, level].max()) + 1}
+                | found
+                | {"v_measure_chance": chance, "v_measure_adjusted": (found["v_measure"] - chance) / max(1 - chance, 1e-12)}
+            )
+    return records
+
+
+def fidelity(x: np.ndarray, vectors: np.ndarray, codes: np.ndarray) -> list[dict[str, float]]:
+    """How well the code vectors rebuild the embedding after 1..L levels.
+
+    Args:
+        x: (N, D); vectors: (L, K, D); codes: (N, L).
+    Returns:
+        Per level: mse (mean over items of the squared distance), r2 = 1 - residual / variance about the mean, cosine (mean).
+    """
+    x = np.asarray(x, dtype=np.float64)
+    vectors = np.asarray(vectors, dtype=np.float64)
+    variance = ((x - x.mean(axis=0)) ** 2).sum()
+    rebuilt = np.zeros_like(x)
+    norms = np.linalg.norm(x, axis=1)
+    metrics = []
+    for level in range(codes.shape[1]):
+        rebuilt += vectors[level][codes[:, level]]
+        error = ((x - rebuilt) ** 2).sum()
+        lengths = norms * np.linalg.norm(rebuilt, axis=1)
+        cosine = np.divide((x * rebuilt).sum(axis=1), lengths, out=np.zeros(len(x)), where=lengths > 0)
+        metrics.append(
+            {"mse": float(error / len(x)), "r2": float(1 - error / variance) if variance > 0 else 0.0, "cosine": float(cosine.mean())}
+        )
+    return metrics
+
+
+def retrieval_recall(
+    embeddings: np.ndarray, pairs: np.ndarray, ks: tuple[int, ...] = (1, 5, 10, 20), negatives: int = 999
+) -> dict[str, dict[str, float]]:
+    """R@K of the embedding (cosine) for pairs (query row, positive row): it scores the embedding, not the codes.
+
+    `full`: among the whole catalogue but the query. `sampled`: among the positive and `negatives` others drawn without
+    replacement; computed exactly as the expectation over all draws (hypergeometric), so no sampling noise and no seed.
+    Equal similarities count at expectation. A smaller catalogue uses all the negatives that it has.
+
+    Args:
+        embeddings: (N, D), N >= 2; pairs: (P, 2).
+    Returns:
+        {"full": {"1": ..., ...}, "sampled": {...}, "floor_full": {...}} with floor = k / (N - 1).
+    Raises:
+        ValueError: no pair of two different items.
+    """
+    pairs = np.asarray(pairs, dtype=np.int64).reshape(-1, 2)
+    pairs = pairs[pairs[:, 0] != pairs[:, 1]]
+    if not len(pairs):
+        raise ValueError("no pair of two different items")
+    x = np.asarray(embeddings, dtype=np.float32)
+    norms = np.linalg.norm(x, axis=1, keepdims=True)
+    x = x / np.where(norms > 0, norms, 1)
+    others = len(x) - 2
+    better, tied = np.empty(len(pairs), dtype=np.int64), np.empty(len(pairs), dtype=np.int64)
+    order = np.argsort(pairs[:, 0], kind="stable")
+    for start in range(0, len(order), _BLOCK):
+        block = order[start : start + _BLOCK]
+        queries, inverse = np.unique(pairs[block, 0], return_inverse=True)
+        similar = np.round(x[queries] @ x.T, 5)[inverse]  # rounding: exact duplicates must tie whatever the summation order
+        own = similar[np.arange(len(block)), pairs[block, 1]][:, None]
+        similar[np.arange(len(block)), pairs[block, 0]] = -np.inf
+        better[block] = (similar > own).sum(axis=1)
+        tied[block] = (similar == own).sum(axis=1) - 1
+    result: dict[str, dict[str, float]] = {"full": {}, "sampled": {}, "floor_full": {}}
+    drawn = min(negatives, others)
+    ahead = np.arange(others + 1)
+    for k in ks:
+        result["full"][str(k)] = float(np.clip((k - better) / (tied + 1), 0, 1).mean())
+        hit = hypergeom.cdf(k - 1, others, ahead, drawn) if drawn else np.ones(1)
+        running = np.concatenate([[0.0], np.cumsum(hit)])
+        result["sampled"][str(k)] = float(((running[better + tied + 1] - running[better]) / (tied + 1)).mean())
+        result["floor_full"][str(k)] = min(1.0, k / (len(x) - 1))
+    return result
+
+
+def nearest_neighbour_lcp(codes: np.ndarray, embeddings: np.ndarray, max_queries: int = 2000, seed: int = 0) -> float:
+    """Mean longest common prefix of an item and its nearest neighbour (cosine); over at most `max_queries` items drawn by seed.
+
+    Compare with the chance level (`chance_agreement` summed over levels): a collapsed table scores L here.
+    """
+    x = np.asarray(embeddings, dtype=np.float32)
+    norms = np.linalg.norm(x, axis=1, keepdims=True)
+    x = x / np.where(norms > 0, norms, 1)
+    queries = np.arange(len(x))
+    if len(x) > max_queries:
+        queries = np.sort(np.random.default_rng(seed).choice(len(x), max_queries, replace=False))
+    nearest = np.empty(len(queries), dtype=np.int64)
+    for start in range(0, len(queries), _BLOCK):
+        block = queries[start : start + _BLOCK]
+        similar = x[block] @ x.T
+        similar[np.arange(len(block)), block] = -np.inf
+        nearest[start : start + len(block)] = similar.argmax(axis=1)
+    same = np.asarray(codes)[queries] == np.asarray(codes)[nearest]
+    return float(np.logical_and.accumulate(same, axis=1).sum(axis=1).mean())

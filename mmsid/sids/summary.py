@@ -1,0 +1,47 @@
+"""Intrinsic metrics of several arms as one readable table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+
+def intrinsic_table(metrics: Mapping[str, Mapping[str, Any]]) -> str:
+    """Markdown, one row per arm; a figure an arm lacks is a dash, a column that all lack is left out.
+
+    Args:
+        metrics: arm name -> what `intrinsic_metrics` returned.
+    """
+    columns: list[tuple[str, Callable[[Mapping[str, Any]], str]]] = [
+        ("items", lambda m: f"{m['published']['items']:,}"),
+        ("unique", lambda m: f"{m['published']['uniqueness']:.3f}"),
+        ("items lost (raw)", lambda m: f"{m['published']['items_lost']:,} ({m['raw']['items_lost']:,})"),
+        ("max bucket", lambda m: f"{m['published']['max_bucket']:,}"),
+        ("perplexity", lambda m: "/".join(f"{level['perplexity']:.0f}" for level in m["levels"])),
+        ("max Gini", lambda m: f"{m['max_gini']:.2f}"),
+        ("lift", lambda m: "/".join("-" if lift is None else f"{lift:.1f}" for lift in m["coengagement"]["lift"])),
+        ("LCP co-engaged (chance)", lambda m: f"{m['coengagement']['lcp']:.3f} ({m['coengagement']['lcp_chance']:.3f})"),
+        ("V-measure by depth", lambda m: _v_measures(m["categories"])),
+        ("R2", lambda m: "/".join(f"{level['r2']:.2f}" for level in m["fidelity"])),
+        ("R@10 full / 1+999", lambda m: f"{m['retrieval']['full']['10']:.3f} / {m['retrieval']['sampled']['10']:.3f}"),
+        ("codes changed", lambda m: f"{100 * m['changed']['any']:.1f} %"),
+    ]
+    cells = {name: [_cell(render, arm) for arm in metrics.values()] for name, render in columns}
+    shown = {name: values for name, values in cells.items() if any(value != "-" for value in values)}
+    lines = ["| SIDs | " + " | ".join(shown) + " |", "|" + "---|" * (len(shown) + 1)]
+    for row, arm in enumerate(metrics):
+        lines.append(f"| {arm} | " + " | ".join(values[row] for values in shown.values()) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(render: Callable[[Mapping[str, Any]], str], metrics: Mapping[str, Any]) -> str:
+    try:
+        return render(metrics) or "-"
+    except KeyError:
+        return "-"
+
+
+def _v_measures(records: list[Mapping[str, Any]]) -> str:
+    """Prefix length and category depth paired: level l at depth l, or the last level where the tree is deeper."""
+    deepest = max((record["level"] for record in records), default=0)
+    return "/".join(f"{record['v_measure']:.2f}" for record in records if record["level"] == min(record["depth"], deepest))

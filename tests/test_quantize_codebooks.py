@@ -1,0 +1,177 @@
+"""Sinkhorn, balanced residual k-means, RQ-KMeans and the codebook policy, through their public doors."""
+
+import numpy as np
+import pytest
+import torch
+
+from mmsid.errors import MmsidError
+from mmsid.quantize import CodebookScores, ResidualCodebooks, balanced_residual_kmeans, rq_kmeans, sinkhorn
+from mmsid.quantize.sinkhorn import column_log_weights
+
+
+def clustered(num_items=600, dim=12, clusters=10, seed=0):
+    rng = np.random.default_rng(seed)
+    sizes = rng.dirichlet(np.full(clusters, 0.6))  # uneven on purpose: balancing must have something to do
+    centres = rng.normal(size=(clusters, dim)) * 2
+    return (centres[rng.choice(clusters, num_items, p=sizes)] + rng.normal(size=(num_items, dim))).astype(np.float32)
+
+
+def perplexity(codes, size):
+    share = torch.bincount(codes, minlength=size).double() / len(codes)
+    return float(torch.exp(-(share * share.clamp_min(1e-30).log()).sum()))
+
+
+def test_sinkhorn_by_hand():
+    # Both rows prefer column 0; the balanced plan of this symmetric pair is the swap-free one: row 0 prefers it more.
+    scores = torch.tensor([[2.0, 0.0], [1.0, 0.0]], dtype=torch.float64)
+    plan = sinkhorn(scores, epsilon=1.0, iterations=200)
+    # doubly stochastic 2x2: diagonal p with p^2/(1-p)^2 = e^2 e^0 / (e^0 e^1) = e  ->  p = sqrt(e) / (1 + sqrt(e))
+    p = np.sqrt(np.e) / (1 + np.sqrt(np.e))
+    assert plan.numpy() == pytest.approx(np.array([[p, 1 - p], [1 - p, p]]), abs=1e-9)
+
+
+def test_sinkhorn_marginals_and_row_shift():
+    scores = torch.randn((90, 6), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    plan = sinkhorn(scores, epsilon=0.5, iterations=100)
+    assert torch.allclose(plan.sum(1), torch.ones(90, dtype=torch.float64))
+    assert torch.allclose(plan.sum(0), torch.full((6,), 15.0, dtype=torch.float64), atol=1e-3)
+    shifted = sinkhorn(scores + torch.arange(90.0)[:, None].double(), epsilon=0.5, iterations=100)
+    assert torch.allclose(plan, shifted, atol=1e-9)
+
+
+def test_sinkhorn_survives_far_codes():
+    plan = sinkhorn(torch.tensor([[0.0, -100.0], [0.0, -200.0]]), epsilon=0.01)
+    assert torch.isfinite(plan).all()
+    assert plan[0, 1] > plan[1, 1]
+
+
+@pytest.mark.parametrize("scores", [torch.zeros(3), torch.zeros((0, 4)), torch.tensor([[float("nan"), 1.0]])])
+def test_sinkhorn_refuses(scores):
+    with pytest.raises(ValueError):
+        sinkhorn(scores)
+
+
+def test_blockwise_balancing_is_the_same_plan():
+    scores = torch.randn((50, 7), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    kernel = ((scores - scores.max(1, keepdim=True).values) / 0.3).exp()
+    plan = kernel * column_log_weights(lambda: iter(kernel.split(16)), 50, 7, iterations=8).exp()
+    assert torch.allclose(plan / plan.sum(1, keepdim=True), sinkhorn(scores, 0.3, 8), atol=1e-12)
+
+
+def test_balanced_levels_are_balanced_and_rebuild():
+    x = clustered()
+    fit = balanced_residual_kmeans(x, num_levels=3, codebook_size=16, seed=0)
+    plain = rq_kmeans(x, 3, 16).encode(x)
+    for level in range(3):
+        assert perplexity(fit.codes[:, level], 16) > 14.5
+        assert perplexity(fit.codes[:, level], 16) > perplexity(plain[:, level], 16) - 0.1
+    errors = [float((torch.from_numpy(x) - fit.codebooks.decode(fit.codes, level)).square().sum(1).mean()) for level in range(4)]
+    assert errors == sorted(errors, reverse=True) and errors[3] < 0.5 * errors[0]
+
+
+def test_centroids_are_means_of_their_residuals():
+    x = clustered(num_items=200)
+    fit = balanced_residual_kmeans(x, num_levels=2, codebook_size=8, seed=3)
+    residual = torch.from_numpy(x)
+    for level in range(2):
+        for code in fit.codes[:, level].unique():
+            mean = residual[fit.codes[:, level] == code].mean(0)
+            assert torch.allclose(fit.codebooks.vectors[level, code], mean, atol=1e-5)
+        residual = residual - fit.codebooks.vectors[level][fit.codes[:, level]]
+
+
+def test_fit_depends_on_seed_but_not_on_row_order_or_cache():
+    x = clustered()
+    order = np.random.default_rng(5).permutation(len(x))
+    first, again = balanced_residual_kmeans(x, 3, 16, seed=0), balanced_residual_kmeans(x, 3, 16, seed=0, cache_bytes=0)
+    permuted = balanced_residual_kmeans(x[order], 3, 16, seed=0)
+    assert torch.equal(first.codes, again.codes) and torch.equal(first.codebooks.vectors, again.codebooks.vectors)
+    assert torch.equal(first.codes[torch.from_numpy(order)], permuted.codes)
+    assert torch.equal(first.codebooks.vectors, permuted.codebooks.vectors)
+    assert not torch.equal(first.codebooks.vectors, balanced_residual_kmeans(x, 3, 16, seed=1).codebooks.vectors)
+    rq = rq_kmeans(x, 3, 16)
+    assert torch.equal(rq.vectors, rq_kmeans(x[order], 3, 16).vectors)
+
+
+def test_duplicates_share_codes_and_do_not_count_twice():
+    x = clustered(num_items=100)
+    doubled = np.concatenate([x, x[:40], x[:40]])
+    fit = balanced_residual_kmeans(doubled, 3, 8)
+    assert torch.equal(fit.codes[:40], fit.codes[100:140]) and torch.equal(fit.codes[:40], fit.codes[140:])
+    assert torch.equal(fit.codebooks.vectors, balanced_residual_kmeans(x, 3, 8).codebooks.vectors)
+
+
+@pytest.mark.parametrize("fit", [lambda x: balanced_residual_kmeans(x, 3, 16).codebooks, lambda x: rq_kmeans(x, 3, 16)])
+def test_fewer_items_than_codes(fit):
+    x = clustered(num_items=5)
+    codebooks = fit(x)
+    codes = codebooks.encode(x)
+    assert len(codes.unique(dim=0)) == 5
+    assert codebooks.used[0].sum() == 5 and torch.isfinite(codebooks.vectors).all()
+    assert codebooks.used[0][codes[:, 0]].all()
+    assert torch.allclose(codebooks.decode(codes), torch.from_numpy(x), atol=1e-4)
+
+
+@pytest.mark.parametrize("num_items", [1, 7])
+def test_zero_vectors_are_items_too(num_items):
+    x = np.zeros((num_items, 4), dtype=np.float32)
+    fit = balanced_residual_kmeans(x, 2, 4)
+    assert (fit.codes == 0).all() and (fit.codebooks.encode(x) == 0).all() and (rq_kmeans(x, 2, 4).encode(x) == 0).all()
+    assert torch.equal(fit.codebooks.vectors, torch.zeros(2, 4, 4))
+
+
+@pytest.mark.parametrize("fit", [balanced_residual_kmeans, rq_kmeans])
+def test_nan_is_named(fit):
+    x = clustered(num_items=20)
+    x[13, 2] = np.nan
+    with pytest.raises(MmsidError, match="first row 13"):
+        fit(x)
+    with pytest.raises(MmsidError, match=r"shape \(0, 4\)"):
+        fit(np.zeros((0, 4)))
+
+
+def test_encode_by_hand_ties_low_alone_as_in_batch():
+    codebooks = ResidualCodebooks(torch.tensor([[[1.0, 0], [-1, 0], [1, 0]], [[0.0, 0.5], [0, -0.5], [0.2, 0]]]))
+    x = np.array([[1.2, 0], [0, 0.4], [-1, -0.4]], dtype=np.float32)
+    # row 0: nearest (1, 0), twin code 2 loses the tie; residual (.2, 0) -> code 2. row 1: 0 and 1 and 2 tie -> 0; residual (-1, .4) -> 0
+    assert codebooks.encode(x).tolist() == [[0, 2], [0, 0], [1, 1]]
+    assert codebooks.decode([[0, 2]]).tolist() == [[pytest.approx(1.2), 0.0]]
+    assert codebooks.decode([[0, 2]], levels=1).tolist() == [[1.0, 0.0]]
+    with pytest.raises(MmsidError, match="3 dimensions, the codebooks 2"):
+        codebooks.encode(np.zeros((1, 3)))
+    many = clustered(num_items=64)
+    fitted = rq_kmeans(many, 3, 8)
+    assert torch.equal(fitted.encode(many), torch.cat([fitted.encode(row[None]) for row in many]))
+
+
+def test_codebooks_round_trip(tmp_path):
+    codebooks = rq_kmeans(clustered(num_items=6), 2, 8)
+    codebooks.save(tmp_path / "codebooks.safetensors")
+    loaded = ResidualCodebooks.load(tmp_path / "codebooks.safetensors")
+    assert torch.equal(loaded.vectors, codebooks.vectors) and torch.equal(loaded.used, codebooks.used)
+
+
+def test_scores_by_hand():
+    codebooks = ResidualCodebooks(torch.tensor([[[0.0], [4.0]], [[0.0], [1.0]]]))
+    scores = CodebookScores(codebooks, np.array([[4.5], [0.0]]), temperature=[2.0, 0.5])
+    # item 0 after prefix (1): residual .5, both codes at squared distance .25 -> log 1/2 each.
+    # item 1 after prefix (0): residual 0, distances 0 and 1, temperature .5 -> softmax(0, -2).
+    expected = [[np.log(0.5)] * 2, [-np.log1p(np.exp(-2)), -2 - np.log1p(np.exp(-2))]]
+    assert scores.last_scores(np.array([0, 1]), np.array([[1], [0]])) == pytest.approx(np.array(expected))
+    # prefixes of item 1: squared distances 0 and 16 over 2 -> softmax(0, -8)
+    candidates = list(scores.prefix_candidates(1))
+    assert [prefix for prefix, _ in candidates] == [(0,), (1,)]
+    assert candidates[1][1] == pytest.approx(-8 - np.log1p(np.exp(-8)))
+    # margins: item 1 with codes (0, 0): min(8, 2) = 2; with (0, 1): level 2 is 2 worse than the other code
+    assert scores.margin([[1, 0], [0, 1]])[1] == pytest.approx(-2)
+    assert scores.margin([[1, 0], [0, 0]])[1] == pytest.approx(2)
+
+
+def test_prefix_candidates_are_in_order_and_complete():
+    x = clustered(num_items=80)
+    fit = balanced_residual_kmeans(x, 3, 6)
+    candidates = list(CodebookScores(fit.codebooks, x).prefix_candidates(3))
+    assert len({prefix for prefix, _ in candidates}) == len(candidates) == 36
+    head = [value for _, value in candidates[:16]]
+    assert head == sorted(head, reverse=True)
+    assert sum(np.exp(value) for _, value in candidates) == pytest.approx(1)
