@@ -1,0 +1,169 @@
+"""Train one instrument on one SID table: all positions of all train prefixes, early stopping on valid NDCG@10."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from pydantic import Field
+
+from mmsid.catalog.splits import Split
+from mmsid.config import Section
+from mmsid.errors import MmsidError
+from mmsid.progress import track
+from mmsid.recommend.decode import ItemPaths, PathTrie, item_paths
+from mmsid.recommend.evaluate import Evaluation, Part, evaluate, instrument_scores
+from mmsid.recommend.instrument import Instrument, InstrumentShape, pad_histories
+from mmsid.sids.table import SidTable
+
+
+class Schedule(Section):
+    """How the instrument is trained. Equal for every arm of a comparison.
+
+    Attributes:
+        epochs: at most; the learning rate falls to zero over them (cosine, after `warmup` steps).
+        batch_size: users per step over all processes.
+        patience: epochs without a better valid NDCG@10 before stopping; the best epoch's weights are kept.
+        stop_users: users that early stopping looks at (a fixed sample by content hash); None: all.
+    """
+
+    epochs: int = Field(default=16, gt=0)
+    batch_size: int = Field(default=256, gt=0)
+    lr: float = Field(default=4e-3, gt=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    warmup: int = Field(default=50, ge=0)
+    patience: int = Field(default=4, gt=0)
+    stop_users: int | None = Field(default=2048, gt=0)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A trained instrument with its trie, the epochs run, the best valid NDCG@10 seen, and the seconds it took."""
+
+    model: Instrument
+    trie: PathTrie
+    epochs: int
+    best: float
+    seconds: float
+
+    def evaluate(self, split: Split, part: Part, decoding: str = "auto", beam: int = 50, limit: int | None = None) -> Evaluation:
+        """Item-level ranks of the model on one part of the split."""
+        scores = instrument_scores(self.model, self.trie, decoding, beam)
+        return evaluate(scores, split, part, self.trie.node_of.shape[1], limit)
+
+
+def table_paths(table: SidTable) -> ItemPaths:
+    """The paths of a SID table, rows as in the table (align it with the catalogue first)."""
+    return item_paths(table.codes, table.suffix, table.codebook_sizes)
+
+
+def fit(
+    paths: ItemPaths,
+    split: Split,
+    *,
+    shape: InstrumentShape | None = None,
+    schedule: Schedule | None = None,
+    seed: int = 0,
+    accelerator: Accelerator | None = None,
+    what: str = "recommender",
+) -> Fitted:
+    """Train an instrument.
+
+    Args:
+        paths: of all N items, in catalogue order.
+        accelerator: for several processes; each takes its share of every batch, rank 0 evaluates and decides to stop.
+
+    Raises:
+        MmsidError: no user has a train history, or the loss became NaN.
+    """
+    shape, schedule = shape or InstrumentShape(), schedule or Schedule()
+    accelerator = accelerator or Accelerator(cpu=not torch.cuda.is_available())
+    histories = [history for history in split.train if len(history)]
+    if not histories:
+        raise MmsidError("no user has a train history, so no recommender can be trained; give the catalogue sequences of 3 items or more")
+    started = time.perf_counter()
+    with torch.random.fork_rng(devices=[accelerator.device] if accelerator.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        model = Instrument(torch.from_numpy(paths.tokens), paths.sizes, torch.from_numpy(paths.decided), shape)
+        wrapped = accelerator.prepare(model)
+        model, trie = accelerator.unwrap_model(wrapped), PathTrie.build(paths, accelerator.device)
+        torch.manual_seed(seed + 1_000_003 * accelerator.process_index)  # dropout differs between processes, weights do not
+        epochs, best = _train(wrapped, model, trie, histories, split, schedule, seed, accelerator, what)
+    return Fitted(model.eval(), trie, epochs, best, time.perf_counter() - started)
+
+
+def _train(
+    wrapped: torch.nn.Module,
+    model: Instrument,
+    trie: PathTrie,
+    histories: list[np.ndarray],
+    split: Split,
+    schedule: Schedule,
+    seed: int,
+    accelerator: Accelerator,
+    what: str,
+) -> tuple[int, float]:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=schedule.lr, weight_decay=schedule.weight_decay)
+    steps = schedule.epochs * math.ceil(len(histories) / schedule.batch_size)
+    warmup = min(schedule.warmup, max(1, steps // 10))
+    rate = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (step + 1) / max(1, warmup)) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
+    )
+    order = np.random.default_rng(seed)
+    best, kept, waited, note = -1.0, None, 0, {}
+    epoch = 0
+    for epoch in track(range(1, schedule.epochs + 1), what=what, unit="epochs", note=note):
+        loss = _epoch(wrapped, histories, order.permutation(len(histories)), schedule.batch_size, optimizer, rate, accelerator)
+        verdict = [None]
+        if accelerator.is_main_process:
+            scores = instrument_scores(model, trie)
+            found = evaluate(scores, split, "valid", trie.node_of.shape[1], schedule.stop_users).summary()["NDCG@10"]
+            verdict = [(found, math.isfinite(loss))]
+        # one process judges for all: figures that differ in the last bit must not let the processes part ways
+        found, finite = broadcast_object_list(verdict)[0]
+        if not finite:
+            raise MmsidError(f"{what}: the loss is {loss} after epoch {epoch}; lower lr (now {schedule.lr})")
+        note |= {"loss": loss, "valid NDCG@10": found}
+        waited += 1
+        if found > best:
+            best, waited = found, 0
+            kept = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+        if waited >= schedule.patience:
+            break
+    model.load_state_dict(kept)
+    return epoch, best
+
+
+def _epoch(
+    wrapped: torch.nn.Module,
+    histories: list[np.ndarray],
+    order: np.ndarray,
+    batch_size: int,
+    optimizer: torch.optim.Optimizer,
+    rate: torch.optim.lr_scheduler.LRScheduler,
+    accelerator: Accelerator,
+) -> float:
+    """One pass; the mean negative log-likelihood per item (of this process's share), in nats."""
+    wrapped.train()
+    reach = accelerator.unwrap_model(wrapped).shape.max_history
+    total, count = 0.0, 0
+    for start in range(0, len(order), batch_size):
+        users = order[start : start + batch_size]
+        positions = sum(min(len(histories[user]), reach) for user in users)
+        mine = users[accelerator.process_index :: accelerator.num_processes]
+        batch = pad_histories([histories[user] for user in mine], reach).to(accelerator.device)
+        optimizer.zero_grad(set_to_none=True)
+        loss = wrapped(batch)
+        # gradients are averaged over processes, so each share is weighted by the whole batch's positions
+        accelerator.backward(loss * (accelerator.num_processes / positions))
+        accelerator.clip_grad_norm_(wrapped.parameters(), 1.0)
+        optimizer.step()
+        rate.step()
+        total += float(loss.detach())
+        count += int((batch >= 0).sum())
+    return total / max(1, count)

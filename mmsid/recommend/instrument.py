@@ -1,0 +1,146 @@
+"""The instrument: a small generative recommender that measures Semantic IDs, all arms under one budget.
+
+An item-level causal transformer reads a history (one position per item: the sum of its level-specific SID-token
+embeddings); from the state h of a position a depth decoder spells the next item's codes, level by level:
+
+    u_l = h + s_l + W2_l relu(W1_l h + V1_l s_l + b),   s_l = sum of the embeddings of the codes chosen before level l
+    p(c_l | history, c_<l) = softmax(E_l u_l + bias_l)
+
+with E_l the same table that embeds the codes at the input (tied). Nothing of an item is read but its path. The
+first-layer split and the skip are what lets decode.py score whole levels of the trie cheaply.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+@dataclass(frozen=True)
+class InstrumentShape:
+    """Sizes of the instrument; the defaults are those that every published figure of the bench uses."""
+
+    d_model: int = 128
+    layers: int = 2
+    heads: int = 4
+    hidden: int = 256
+    dropout: float = 0.15
+    max_history: int = 20
+
+
+class Instrument(nn.Module):
+    """Transformer over items and depth decoder over the levels of their paths.
+
+    Args:
+        paths: int64 (N, D), the token of every item at every level (a ragged suffix is a level of its own, decode.item_paths).
+        sizes: codes per level, length D.
+        decided: bool (N, D), False where the level is no choice for the item (an absent suffix): not trained there.
+    """
+
+    def __init__(self, paths: torch.Tensor, sizes: tuple[int, ...], decided: torch.Tensor, shape: InstrumentShape) -> None:
+        super().__init__()
+        self.sizes, self.shape = tuple(int(size) for size in sizes), shape
+        offsets = torch.tensor(np.concatenate([[0], np.cumsum(self.sizes)[:-1]]), dtype=torch.long)
+        self.register_buffer("paths", paths.long(), persistent=False)
+        self.register_buffer("tokens", paths.long() + offsets, persistent=False)
+        self.register_buffer("decided", decided, persistent=False)
+        width = shape.d_model
+        self.codes = nn.Embedding(sum(self.sizes), width)
+        self.start = nn.Parameter(torch.zeros(width))
+        self.positions = nn.Parameter(torch.zeros(shape.max_history + 1, width))
+        self.blocks = nn.ModuleList(_Block(shape) for _ in range(shape.layers))
+        self.norm = nn.LayerNorm(width)
+        self.dropout = nn.Dropout(shape.dropout)
+        self.from_state = nn.ModuleList(nn.Linear(width, shape.hidden) for _ in self.sizes)
+        self.from_prefix = nn.ModuleList(nn.Linear(width, shape.hidden, bias=False) for _ in self.sizes)
+        self.out = nn.ModuleList(nn.Linear(shape.hidden, width, bias=False) for _ in self.sizes)
+        self.bias = nn.Parameter(torch.zeros(sum(self.sizes)))
+        nn.init.normal_(self.codes.weight, std=0.05)
+        nn.init.normal_(self.positions, std=0.02)
+        for layer in self.out:
+            nn.init.normal_(layer.weight, std=0.02)
+
+    def last_states(self, histories: torch.Tensor) -> torch.Tensor:
+        """State (B, d) after the last item of each history (int64 (B, T), -1 pads on the right; an empty one is fine)."""
+        present = torch.cat([torch.ones_like(histories[:, :1], dtype=torch.bool), histories >= 0], 1)
+        return self._states(histories, present)[present.sum(1).cumsum(0) - 1]
+
+    def _states(self, histories: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
+        """States (P, d) of the positions `present` (B, 1 + T), position 0 standing before the first item.
+
+        Only real positions pass through the layers (histories are short and ragged: padding would triple the work).
+        """
+        items = self.codes(self.tokens[histories.clamp_min(0)]).sum(2)
+        x = torch.cat([self.start.expand(len(histories), 1, -1), items], 1) + self.positions[: present.shape[1]]
+        x = self.dropout(x[present])
+        for block in self.blocks:
+            x = block(x, present)
+        return self.norm(x)
+
+    def level_table(self, level: int) -> torch.Tensor:
+        """Embeddings (K_l, d) of one level's codes, a view of the tied table."""
+        start = sum(self.sizes[:level])
+        return self.codes.weight[start : start + self.sizes[level]]
+
+    def level_bias(self, level: int) -> torch.Tensor:
+        """Output bias (K_l,) of one level's codes."""
+        start = sum(self.sizes[:level])
+        return self.bias[start : start + self.sizes[level]]
+
+    def level_logits(self, level: int, state: torch.Tensor, prefix: torch.Tensor) -> torch.Tensor:
+        """Logits (..., K_l) from the state (..., d) and the sum of the chosen codes' embeddings (..., d)."""
+        hidden = torch.relu(self.from_state[level](state) + self.from_prefix[level](prefix))
+        mixed = state + prefix + self.out[level](self.dropout(hidden))
+        return mixed @ self.level_table(level).T + self.level_bias(level)
+
+    def path_log_prob(self, state: torch.Tensor, paths: torch.Tensor, decided: torch.Tensor) -> torch.Tensor:
+        """log p (P, D) of each code of `paths` (P, D) given states (P, d); softmax over all K_l codes, 0 where not decided."""
+        prefix, columns = torch.zeros_like(state), []
+        for level in range(len(self.sizes)):
+            logits = self.level_logits(level, state, prefix)
+            columns.append(-F.cross_entropy(logits, paths[:, level], reduction="none") * decided[:, level])
+            prefix = prefix + self.level_table(level)[paths[:, level]]
+        return torch.stack(columns, 1)
+
+    def forward(self, histories: torch.Tensor) -> torch.Tensor:
+        """Sum of negative log-likelihoods of every item of `histories` (B, T) given the items before it."""
+        real = histories >= 0
+        targets = histories[real]
+        states = self.dropout(self._states(histories[:, :-1], real))
+        return -self.path_log_prob(states, self.paths[targets], self.decided[targets]).sum()
+
+
+class _Block(nn.Module):
+    """Pre-norm causal attention and feed-forward."""
+
+    def __init__(self, shape: InstrumentShape) -> None:
+        super().__init__()
+        width = shape.d_model
+        self.heads, self.rate = shape.heads, shape.dropout
+        self.norm_attention, self.norm_feed = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.project = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.feed = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.dropout = nn.Dropout(shape.dropout)
+
+    def forward(self, x: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
+        """x (P, d) of the true positions of `present` (B, T); causal, so what pads the end is never attended to."""
+        (batch, length), width = present.shape, x.shape[1]
+        padded = x.new_zeros(batch, length, 3 * width)
+        padded[present] = self.qkv(self.norm_attention(x))
+        q, k, v = padded.view(batch, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.rate if self.training else 0.0)
+        x = x + self.dropout(self.project(mixed.transpose(1, 2).reshape(batch, length, width)[present]))
+        return x + self.dropout(self.feed(self.norm_feed(x)))
+
+
+def pad_histories(histories: list[np.ndarray], max_history: int) -> torch.Tensor:
+    """The last `max_history` rows of each history, int64 (B, T) padded with -1 on the right; T >= 1."""
+    recent = [np.asarray(history[-max_history:]) for history in histories]
+    padded = np.full((len(recent), max(1, max((len(history) for history in recent), default=1))), -1, dtype=np.int64)
+    for row, history in enumerate(recent):
+        padded[row, : len(history)] = history
+    return torch.from_numpy(padded)

@@ -1,0 +1,290 @@
+"""Stage `train_recommender`: every SID arm under one recommender, classical floors beside, one ranking table.
+
+Reads sids.parquet of each arm and the catalogue's sequences; knows nothing else of how the SIDs were made. Writes
+metrics.json, ranking.md, and ranks/<arm>/<seed>.parquet (one row per user and part), from which every figure and every
+paired difference can be computed again. A finished arm and seed in the draft is not run again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from pydantic import Field
+
+from mmsid.artifacts import read_json, read_table, write_json, write_table, writing
+from mmsid.catalog import Catalog, CatalogConfig, Split, read_catalog, split_histories
+from mmsid.config import Section, StageConfig
+from mmsid.errors import ConfigError
+from mmsid.progress import done
+from mmsid.recommend.evaluate import Evaluation, Part, evaluate
+from mmsid.recommend.fit import Schedule, fit, table_paths
+from mmsid.recommend.floors import FLOOR_NAMES, classical_floors
+from mmsid.recommend.instrument import InstrumentShape
+from mmsid.recommend.metrics import Ranks, over_seeds, paired_bootstrap, per_position
+from mmsid.recommend.tables import ranking_table
+from mmsid.sids.folder import read_sid_folder
+from mmsid.sids.table import SidTable
+
+COMPARED = ("NDCG@10", "HR@10")
+
+
+class ModelConfig(Section):
+    """Sizes of the instrument; change them for every arm or for none."""
+
+    d_model: int = Field(default=128, gt=0)
+    layers: int = Field(default=2, gt=0)
+    heads: int = Field(default=4, gt=0)
+    hidden: int = Field(default=256, gt=0)
+    dropout: float = Field(default=0.15, ge=0, lt=1)
+    max_history: int = Field(default=20, gt=0)
+
+    def shape(self) -> InstrumentShape:
+        """The same sizes, as the model reads them."""
+        if self.d_model % self.heads:
+            raise ConfigError(f"train_recommender.model: d_model {self.d_model} is no multiple of heads {self.heads}; change one")
+        return InstrumentShape(**self.model_dump())
+
+
+class TrainRecommenderConfig(StageConfig):
+    """Configuration of the stage.
+
+    Attributes:
+        arms: name -> SID folder (or a sids.parquet).
+        seeds: recommender seeds, each arm trained once per seed; default: the run's seed.
+        floors: add popularity, item-kNN, TF-IDF and their hybrid.
+        truth: optimum.json of the demo catalogue; adds the row of the best achievable figures.
+        eval: which parts are ranked at the end. Early stopping and tuning read valid in any case, never test.
+        decoding: `exact` scores every item, `beam` searches with `beam` beams, `auto` is exact up to 20,000 items.
+        baseline: the arm that the others are compared with; default: `balanced_rq` where it is an arm, else the first.
+    """
+
+    catalog: CatalogConfig
+    arms: dict[str, Path] = Field(min_length=1)
+    seeds: list[int] | None = Field(default=None, min_length=1)
+    model: ModelConfig = ModelConfig()
+    schedule: Schedule = Schedule()
+    floors: bool = True
+    truth: Path | None = None
+    eval: Literal["valid", "test", "both"] = "both"
+    decoding: Literal["auto", "exact", "beam"] = "auto"
+    beam: int = Field(default=50, gt=0)
+    baseline: str | None = None
+
+
+def run(config: TrainRecommenderConfig) -> Path:
+    """Train and rank every arm; returns the folder written.
+
+    Raises:
+        ConfigError: an arm's name is no folder name, or the baseline is no arm.
+        ArtifactError: an arm lacks a SID for an item of the catalogue.
+        MmsidError: the catalogue has no sequences to train or to rank on.
+    """
+    _check(config)
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    catalog = read_catalog(config.catalog)
+    split = split_histories(catalog, config.catalog.split)
+    if any(not len(split.users(part)) for part in _parts(config)):
+        raise ConfigError("train_recommender: no user has an item to rank; give catalog.sequences with histories of 3 items or more")
+    item_ids = [item.item_id for item in catalog.items]
+    tables = {arm: read_sid_folder(path).align(item_ids) for arm, path in config.arms.items()}
+    files = {f"arm {arm}": path if path.suffix == ".parquet" else path / "sids.parquet" for arm, path in config.arms.items()}
+    with writing(config.out, stage="train_recommender", config=config, inputs=files | {"truth": config.truth}, resume=True) as draft:
+        for arm, table in tables.items():
+            for seed in _seeds(config):
+                _run_arm(config, arm, table, seed, catalog, split, draft.path, accelerator)
+        if accelerator.is_main_process:
+            if config.floors:
+                _run_floors(config, catalog, split, draft.path)
+            rows = _rows(config, tables, draft.path)
+            differences = _differences(config, rows, draft.path)
+            write_json(draft.path / "metrics.json", {"dataset": _dataset(catalog, split), "arms": rows, "differences": differences})
+            (draft.path / "ranking.md").write_text(ranking_table(rows, differences), encoding="utf-8")
+            draft.counts |= {"arms": len(rows), "items": len(catalog.items), "test_users": len(split.users("test"))}
+        accelerator.wait_for_everyone()
+    done(f"train_recommender: wrote figures of {len(config.arms)} SID arms x {len(_seeds(config))} seeds to {config.out / 'ranking.md'}")
+    return config.out
+
+
+def quick_recommender(
+    catalog: CatalogConfig, seed: int = 0, epochs: int = 8, users: int | None = 4096
+) -> Callable[[SidTable], dict[str, float]]:
+    """A function that judges a SID table by a short training run: valid HR@50, NDCG@10, coverage@10, and all the rest.
+
+    Made for gates: the same catalogue, seed, users and few epochs for every table, valid only.
+
+    Args:
+        users: valid users ranked (a fixed sample by content hash); None: all.
+    """
+    known = read_catalog(catalog)
+    split = split_histories(known, catalog.split)
+    item_ids = [item.item_id for item in known.items]
+
+    def judge(table: SidTable) -> dict[str, float]:
+        return quick_valid_figures(table.align(item_ids), split, seed=seed, epochs=epochs, users=users)
+
+    return judge
+
+
+def quick_valid_figures(table: SidTable, split: Split, *, seed: int = 0, epochs: int = 8, users: int | None = 4096) -> dict[str, float]:
+    """Valid figures of an instrument trained for a few epochs on a table whose rows are the catalogue's rows."""
+    schedule = Schedule(epochs=epochs, patience=epochs, stop_users=512)
+    fitted = fit(table_paths(table), split, schedule=schedule, seed=seed, what="quick recommender")
+    return fitted.evaluate(split, "valid", limit=users).summary()
+
+
+def _seeds(config: TrainRecommenderConfig) -> list[int]:
+    return config.seeds if config.seeds is not None else [config.seed]
+
+
+def _parts(config: TrainRecommenderConfig) -> tuple[Part, ...]:
+    return ("valid", "test") if config.eval == "both" else (config.eval,)
+
+
+def _check(config: TrainRecommenderConfig) -> None:
+    config.model.shape()
+    for arm in config.arms:
+        if not arm or arm != Path(arm).name or arm.startswith("."):
+            raise ConfigError(f"train_recommender.arms: {arm!r} must be usable as a folder name; rename it")
+        if config.floors and arm in FLOOR_NAMES:
+            raise ConfigError(f"train_recommender.arms: {arm!r} is the name of a classical floor; rename it, or set floors: false")
+    if config.baseline is not None and config.baseline not in config.arms:
+        raise ConfigError(f"train_recommender.baseline: {config.baseline!r} is no arm; the arms are {', '.join(config.arms)}")
+    if len(set(_seeds(config))) < len(_seeds(config)):
+        raise ConfigError(f"train_recommender.seeds: {_seeds(config)} names a seed twice; each seed is one run")
+
+
+def _run_arm(
+    config: TrainRecommenderConfig,
+    arm: str,
+    table: SidTable,
+    seed: int,
+    catalog: Catalog,
+    split: Split,
+    folder: Path,
+    accelerator: Accelerator,
+) -> None:
+    marker = folder / "ranks" / arm / f"{seed}.json"
+    # rank 0 alone looks at the disk: the processes must agree on what is left to do
+    if broadcast_object_list([marker.is_file() if accelerator.is_main_process else None])[0]:
+        return
+    fitted = fit(
+        table_paths(table),
+        split,
+        shape=config.model.shape(),
+        schedule=config.schedule,
+        seed=seed,
+        accelerator=accelerator,
+        what=f"{arm}, seed {seed}",
+    )
+    if not accelerator.is_main_process:
+        return
+    found = {part: fitted.evaluate(split, part, config.decoding, config.beam) for part in _parts(config)}
+    extra = {"seconds": fitted.seconds, "epochs": fitted.epochs, "stopped_at_valid": fitted.best}
+    _write_ranks(marker, found, extra, catalog)
+
+
+def _run_floors(config: TrainRecommenderConfig, catalog: Catalog, split: Split, folder: Path) -> None:
+    markers = {name: folder / "ranks" / name / f"{config.seed}.json" for name in FLOOR_NAMES}
+    if all(marker.is_file() for marker in markers.values()):
+        return
+    for floor in classical_floors(catalog.items, split):
+        started = time.perf_counter()
+        found = {part: evaluate(floor.score, split, part, len(catalog.items)) for part in _parts(config)}
+        extra = {"seconds": floor.seconds + time.perf_counter() - started, "parameters": floor.parameters}
+        _write_ranks(markers[floor.name], found, extra, catalog)
+
+
+def _write_ranks(marker: Path, found: dict[Part, Evaluation], extra: dict[str, Any], catalog: Catalog) -> None:
+    """The ranks, then the marker that says that they are whole."""
+    marker.parent.mkdir(parents=True, exist_ok=True)
+    columns = {"user_id": [], "part": [], "above": [], "tied": []}
+    for part, evaluation in found.items():
+        columns["user_id"] += [catalog.histories[user].user_id for user in evaluation.users]
+        columns["part"] += [part] * len(evaluation.users)
+        columns["above"] += evaluation.ranks.above.tolist()
+        columns["tied"] += evaluation.ranks.tied.tolist()
+    types = {"user_id": pa.string(), "part": pa.string(), "above": pa.int64(), "tied": pa.int64()}
+    write_table(marker.with_suffix(".parquet"), pa.table({name: pa.array(values, types[name]) for name, values in columns.items()}))
+    write_json(marker, {part: evaluation.summary() for part, evaluation in found.items()} | extra)
+
+
+def _read_ranks(path: Path, part: Part) -> Ranks:
+    table = read_table(path)
+    rows = np.array(table["part"].to_pylist()) == part
+    return Ranks(table["above"].to_numpy()[rows], table["tied"].to_numpy()[rows])
+
+
+def _rows(config: TrainRecommenderConfig, tables: dict[str, SidTable], folder: Path) -> list[dict[str, Any]]:
+    """One row per arm: classical floors first, then the SID arms in the order of the configuration, the optimum last."""
+    arms = [(name, "classical", [config.seed]) for name in FLOOR_NAMES if config.floors]
+    arms += [(name, "sid", _seeds(config)) for name in tables]
+    rows = []
+    for arm, family, seeds in arms:
+        found = [read_json(folder / "ranks" / arm / f"{seed}.json") for seed in seeds]
+        row = {"arm": arm, "family": family, "seeds": seeds, "metrics": {}, "valid": {}}
+        for part, key in (("test", "metrics"), ("valid", "valid")):
+            if part in found[0]:
+                row[key] = over_seeds([result[part] for result in found])
+        row["collisions"] = _lost_to_collisions(tables[arm]) if arm in tables else None
+        row["seconds"] = round(float(np.mean([result["seconds"] for result in found])), 2)
+        rows.append(row | ({"parameters": found[0]["parameters"]} if family == "classical" else {}))
+    return rows + ([_optimum_row(config.truth)] if config.truth is not None else [])
+
+
+def _optimum_row(path: Path) -> dict[str, Any]:
+    """The best achievable figures, in expectation, as the demo catalogue's optimum.json gives them."""
+    truth = read_json(path)
+    try:
+        test, valid = ({name: {"mean": value, "std": 0.0} for name, value in truth[part]["expected"].items()} for part in ("test", "valid"))
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"train_recommender.truth: {path} has no figures under test.expected; name the demo catalogue's file") from error
+    return {
+        "arm": "best achievable",
+        "family": "optimum",
+        "seeds": [],
+        "metrics": test,
+        "valid": valid,
+        "collisions": None,
+        "seconds": None,
+    }
+
+
+def _lost_to_collisions(table: SidTable) -> int:
+    """Items minus distinct published SIDs."""
+    return len(table) - len(np.unique(table.full_codes(), axis=0))
+
+
+def _differences(config: TrainRecommenderConfig, rows: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
+    """Every arm against the baseline, paired over users and seeds, on each part that was ranked."""
+    baseline = config.baseline or ("balanced_rq" if "balanced_rq" in config.arms else next(iter(config.arms)))
+    seeds = {row["arm"]: row["seeds"] for row in rows if row["family"] != "optimum"}
+    ranks = {}
+    for part in _parts(config):
+        for arm in seeds:
+            ranks[arm, part] = [_read_ranks(folder / "ranks" / arm / f"{seed}.parquet", part) for seed in seeds[arm]]
+    found = []
+    for arm in seeds:
+        for part in _parts(config) if arm != baseline else ():
+            for metric in COMPARED:
+                ours, theirs = (np.stack([per_position(one, metric) for one in ranks[name, part]]) for name in (arm, baseline))
+                difference = paired_bootstrap(ours, theirs)
+                found.append({"arm": arm, "baseline": baseline, "part": part, "metric": metric, **difference._asdict()})
+    return found
+
+
+def _dataset(catalog: Catalog, split: Split) -> dict[str, Any]:
+    return {
+        "catalog_sha256": catalog.sha256,
+        "items": len(catalog.items),
+        "valid_users": len(split.users("valid")),
+        "test_users": len(split.users("test")),
+        "target_seen_before": sum(bool(np.isin(split.test[user], split.before_test[user])) for user in split.users("test")),
+    }

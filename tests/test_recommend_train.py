@@ -1,0 +1,181 @@
+"""The stage end to end on a tiny catalogue: what it writes, what it resumes, what it does not depend on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from mmsid.artifacts import read_manifest
+from mmsid.catalog import read_catalog, split_histories
+from mmsid.errors import ConfigError
+from mmsid.recommend import train
+from mmsid.recommend.floors import classical_floors, history_weights, item_similarity
+from mmsid.recommend.train import TrainRecommenderConfig, quick_recommender
+from mmsid.sids.table import SidTable
+
+ITEMS, USERS = 40, 90
+SMALL = {"d_model": 16, "heads": 2, "hidden": 16, "layers": 1}
+BRIEF = {"epochs": 3, "batch_size": 32, "lr": 0.02}
+
+
+def write_catalogue(folder, order_seed: int | None = None) -> dict[str, int]:
+    """Items in 4 groups; a user walks through one group in a circle. Returns id -> content number."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    histories = []
+    for user in range(USERS):
+        group, start, length = user % 4, int(rng.integers(10)), int(rng.integers(4, 8))
+        histories.append([group * 10 + (start + step) % 10 for step in range(length)])
+    shuffle = np.random.default_rng(order_seed)
+    names = {number: f"item{number:03d}" if order_seed is None else f"x{shuffle.integers(1 << 40):013d}" for number in range(ITEMS)}
+    rows = np.arange(ITEMS) if order_seed is None else shuffle.permutation(ITEMS)
+    people = np.arange(USERS) if order_seed is None else shuffle.permutation(USERS)
+    words = ["alpha", "beta", "gamma", "delta"]
+    items = [{"item_id": names[n], "title": f"thing {n} {words[n // 10]}", "description": f"a {words[n // 10]} thing"} for n in rows]
+    users = [{"user_id": f"u{place}", "items": [names[n] for n in histories[user]]} for place, user in enumerate(people)]
+    pq.write_table(pa.Table.from_pylist(items), folder / "items.parquet")
+    pq.write_table(pa.Table.from_pylist(users), folder / "sequences.parquet")
+    return {names[number]: number for number in range(ITEMS)}
+
+
+def write_arm(path, numbers: dict[str, int], seed: int = 0):
+    codes = np.random.default_rng(seed).permutation(64)[:ITEMS]
+    chosen = np.array([codes[number] for number in numbers.values()])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    SidTable.from_codes(list(numbers), np.stack([chosen // 8, chosen % 8], 1), (8, 8)).save(path)
+    return path
+
+
+def config_for(folder, **changes) -> TrainRecommenderConfig:
+    catalog = {"items": folder / "items.parquet", "sequences": folder / "sequences.parquet"}
+    settings = {"out": folder / "out", "catalog": catalog, "model": SMALL, "schedule": BRIEF, "arms": {"random": folder / "random.parquet"}}
+    return TrainRecommenderConfig(**(settings | changes))
+
+
+def figures(folder) -> dict:
+    return {row["arm"]: (row["metrics"], row["valid"]) for row in json.loads((folder / "metrics.json").read_text())["arms"]}
+
+
+@pytest.fixture
+def catalogue(tmp_path):
+    folder = tmp_path / "data"
+    numbers = write_catalogue(folder)
+    write_arm(folder / "random.parquet", numbers)
+    return folder, numbers
+
+
+def test_the_stage_writes_figures_table_ranks_and_differences(catalogue, tmp_path):
+    folder, numbers = catalogue
+    write_arm(folder / "other" / "sids.parquet", numbers, seed=5)
+    best = {"HR@1": 0.5, "HR@10": 0.9, "NDCG@10": 0.7}
+    (tmp_path / "optimum.json").write_text(json.dumps({"test": {"expected": best}, "valid": {"expected": best}}))
+    arms = {"random": folder / "random.parquet", "other": folder / "other"}
+    out = train.run(config_for(folder, arms=arms, seeds=[0, 1], truth=tmp_path / "optimum.json"))
+    assert read_manifest(out, "train_recommender")["counts"]["test_users"] == USERS
+    written = json.loads((out / "metrics.json").read_text())
+    by_arm = {row["arm"]: row for row in written["arms"]}
+    assert [row["family"] for row in written["arms"]] == ["classical"] * 4 + ["sid"] * 2 + ["optimum"]
+    assert by_arm["random"]["seeds"] == [0, 1] and by_arm["random"]["collisions"] == 0
+    assert 0 <= by_arm["random"]["metrics"]["NDCG@10"]["mean"] <= 1 and by_arm["random"]["metrics"]["NDCG@10"]["std"] >= 0
+    assert by_arm["best achievable"]["metrics"]["NDCG@10"]["mean"] == 0.7
+    assert by_arm["item_knn"]["metrics"]["HR@5"]["mean"] > 0.8 > by_arm["popularity"]["metrics"]["HR@5"]["mean"]
+    assert {(row["arm"], row["baseline"]) for row in written["differences"]} >= {("other", "random"), ("item_knn", "random")}
+    ranks = pq.read_table(out / "ranks" / "random" / "1.parquet")
+    assert ranks.num_rows == 2 * USERS and set(ranks.column_names) == {"user_id", "part", "above", "tied"}
+    table = (out / "ranking.md").read_text()
+    assert "| best achievable | optimum |" in table and "95 % interval" in table
+
+
+def test_a_finished_arm_is_not_run_again(catalogue, monkeypatch):
+    folder, _ = catalogue
+    trained = []
+    whole = train.fit
+
+    def counting(*args, seed, **keywords):
+        if len(trained) == 1 and trained == [0]:
+            trained.append("killed")
+            raise KeyboardInterrupt
+        trained.append(seed)
+        return whole(*args, seed=seed, **keywords)
+
+    monkeypatch.setattr(train, "fit", counting)
+    config = config_for(folder, seeds=[0, 1], floors=False)
+    with pytest.raises(KeyboardInterrupt):
+        train.run(config)
+    assert not config.out.exists()
+    resumed = figures(train.run(config))
+    assert trained == [0, "killed", 1]
+    shutil.rmtree(config.out)
+    assert figures(train.run(config)) == resumed
+
+
+def test_permuting_rows_and_ids_changes_no_figure(catalogue, tmp_path):
+    folder, _ = catalogue
+    other = tmp_path / "shuffled"
+    write_arm(other / "random.parquet", write_catalogue(other, order_seed=4))
+    first, second = (figures(train.run(config_for(where, eval="test"))) for where in (folder, other))
+    assert first == second
+
+
+def test_wrong_configurations_name_the_key(catalogue):
+    folder, _ = catalogue
+    arm = folder / "random.parquet"
+    for changes, message in (
+        ({"arms": {"a/b": arm}}, "folder name"),
+        ({"arms": {"item_knn": arm}}, "classical floor"),
+        ({"baseline": "missing"}, "no arm"),
+        ({"seeds": [1, 1]}, "twice"),
+        ({"model": {"d_model": 30, "heads": 4}}, "multiple of heads"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            train.run(config_for(folder, **changes))
+
+
+def test_the_quick_recommender_tells_good_codes_from_one_bucket(catalogue):
+    folder, numbers = catalogue
+    judge = quick_recommender(config_for(folder).catalog, epochs=12)
+    chosen = np.array(list(numbers.values()))
+    unique = SidTable.from_codes(list(numbers), np.stack([chosen // 10, chosen % 10], 1), (10, 10))
+    bucket = SidTable.from_codes(list(numbers), np.zeros((ITEMS, 2), int), (10, 10))
+    good, bad = judge(unique), judge(bucket)
+    assert {"HR@50", "NDCG@10", "coverage@10"} <= set(good)
+    assert good["NDCG@10"] > bad["NDCG@10"] + 0.1
+    assert good == judge(unique)
+    # chance among the unseen items, whatever was trained
+    lengths = [len(history) for history in split_histories(*_read(folder)).train]
+    assert bad["HR@10"] == pytest.approx(np.mean([10 / (ITEMS - length) for length in lengths]))
+
+
+def _read(folder):
+    config = config_for(folder).catalog
+    return read_catalog(config), config.split
+
+
+def test_classical_similarities_by_hand():
+    histories = [np.array([0, 1, 2]), np.array([0, 1])]
+    similarity = item_similarity(histories, np.array([2, 2, 1])).toarray()
+    assert similarity[0, 1] == pytest.approx(2 / 2) and similarity[0, 2] == pytest.approx(0.5 / np.sqrt(2)) and similarity[1, 1] == 0
+    weights = history_weights([np.array([2, 0]), np.zeros(0, np.int64)], 3, 0.5).toarray()
+    assert weights.tolist() == [[1.0, 0.0, 0.5], [0.0, 0.0, 0.0]]
+
+
+def test_floors_rank_by_train_alone(catalogue):
+    """Whatever stands at valid and test, similarities and counts stay: with one decay and weight, so do the scores."""
+    folder, _ = catalogue
+    catalog, split_config = _read(folder)
+    split = split_histories(catalog, split_config)
+    history = [split.train[0]]
+    before = {floor.name: (floor.parameters, floor.score(history)) for floor in classical_floors(catalog.items, split)}
+    counts = np.bincount(np.concatenate(split.train), minlength=ITEMS)
+    assert before["popularity"][1][0].tolist() == counts.tolist()
+    rng = np.random.default_rng(0)
+    split.valid[:], split.test[:] = rng.integers(0, ITEMS, USERS), rng.integers(0, ITEMS, USERS)
+    for floor in classical_floors(catalog.items, split):
+        if floor.parameters == before[floor.name][0]:
+            assert torch.equal(floor.score(history), before[floor.name][1])
