@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers import AutoModel, AutoTokenizer
 
-from mmsid.backbone.text import minilm_path
+from mmsid.backbone.text import minilm_path, no_loading_bar
 from mmsid.progress import track
 
 WIDTH = 384
@@ -19,7 +19,8 @@ WIDTH = 384
 @lru_cache(maxsize=1)
 def _minilm() -> tuple[Any, Any]:
     folder = str(minilm_path())
-    return AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder, attn_implementation="sdpa").eval()
+    with no_loading_bar():
+        return AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder, attn_implementation="sdpa").eval()
 
 
 @torch.no_grad()

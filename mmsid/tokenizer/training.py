@@ -39,6 +39,8 @@ class Training:
         self.config, self.accelerator, self.catalog, self.draft = config, accelerator, catalog, draft
         mined = read_mined_interests(config.interests)
         fields = readable_fields(config.use, mined)
+        if config.backbone.kind == "text":
+            fields = tuple(name for name in fields if name != "pictures")
         self.inputs: list[ItemInput] = build_inputs(
             catalog, read_caption_texts(config.captions), mined if "interests" in fields else None, fields
         )

@@ -1,0 +1,11 @@
+"""Give every item its Semantic ID with a trained tokenizer.
+
+Reads: `runs/<name>/train_tokenizer/`, the catalogue and its annotations. Writes: `runs/<name>/assign/` (a SID folder).
+Command: python scripts/assign.py --config configs/demo.yaml [assign.collisions=suffix]
+Departure from UniSID (arXiv 2602.10445): the paper leaves collisions in; the default here relocates them.
+"""
+
+from mmsid.cli import main_stage
+
+if __name__ == "__main__":
+    main_stage("assign")
