@@ -135,7 +135,8 @@ def catalog_set(
 ) -> PictureSet:
     """Every creative of a catalogue, resized to `side` squared, with what its targets table says about its item.
 
-    A picture that cannot be decoded and an item without targets are left out and counted on the progress line.
+    A list (genres) is spoken and learnt as its values joined by ", ". A picture that cannot be decoded and an item without targets are
+    left out.
 
     Raises:
         CatalogError: a named column is absent, or nothing is left to train on.
@@ -156,7 +157,7 @@ def catalog_set(
     row_of = {cells.text(index, id_column): index for index in range(len(table.rows))}
     template = CaptionTemplate(caption_template)
     chosen: list[tuple[Path, int]] = [(path, row_of[item.item_id]) for item in items if item.item_id in row_of for path in item.images]
-    known = [(path, row) for path, row in chosen if targets.caption_column or all(cells.text(row, field) for field in template.fields)]
+    known = [(path, row) for path, row in chosen if targets.caption_column or all(cells.texts(row, field) for field in template.fields)]
     folder.mkdir(parents=True, exist_ok=True)
     pictures = np.lib.format.open_memmap(folder / "catalog.npy", mode="w+", dtype=np.uint8, shape=(max(1, len(known)), side, side, 3))
     kept: list[tuple[int, str]] = []
@@ -179,7 +180,7 @@ def catalog_set(
             f"{table_path}: none of its rows has a readable picture and the fields {list(fields)}; check `item_id` and `fields`"
         )
     pictures.flush()
-    values = {field: [cells.text(row, field) for row, _ in kept] for field in dict.fromkeys([*fields, *template.fields])}
+    values = {field: [", ".join(cells.texts(row, field)) for row, _ in kept] for field in dict.fromkeys([*fields, *template.fields])}
     if targets.caption_column:
         captions = [cells.text(row, targets.caption_column) for row, _ in kept]
     else:

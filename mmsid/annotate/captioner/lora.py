@@ -98,11 +98,12 @@ def fine_tune(config: TrainCaptionerConfig, train: PictureSet, draft: Path) -> t
         pictures = [Image.fromarray(np.asarray(train.pictures[row])) for row in chosen]
         return conversation_batch(processor, pictures, [asked[int(about_interests)]] * len(chosen), texts)
 
-    history = {"tell": run_phase(config.tell, "LoRA", _AnswerLoss(model), [model], batch_at, accelerator, seed=(config.seed, 1))}
+    objective = _AnswerLoss(model)
+    told = run_phase(config.tell, "LoRA", objective, [model], batch_at, accelerator, seed=(config.seed, 1), use_muon=False)
     accelerator.wait_for_everyone()
     model = model.merge_and_unload() if config.lora.merge else model
     model.eval()
     if accelerator.is_main_process:
         model.save_pretrained(draft)
         processor.save_pretrained(draft)
-    return model, processor, history
+    return model, processor, {"tell": told}

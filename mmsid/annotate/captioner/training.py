@@ -162,12 +162,16 @@ def encode_answers(processor: object, prompt: str, texts: Sequence[str | None], 
 
 
 class Optimisers:
-    """Muon for hidden matrices, AdamW for the rest, one schedule: linear warm-up, then cosine to `final_rate`."""
+    """Muon for hidden matrices, AdamW for the rest, one schedule: linear warm-up, then cosine to `final_rate`.
 
-    def __init__(self, modules: Sequence[nn.Module], phase: Phase, accelerator: Accelerator):
+    With `use_muon` False all weights are AdamW's: the factors of a low-rank adapter are not to be orthogonalised one by one."""
+
+    def __init__(self, modules: Sequence[nn.Module], phase: Phase, accelerator: Accelerator, use_muon: bool = True):
         muon, rest = split_parameters(modules)
+        if not use_muon:
+            muon, rest = [], [*muon, *rest]
         pairs = [(Muon(muon, phase.muon_lr, weight_decay=phase.weight_decay), phase.muon_lr)] if muon else []
-        pairs.append((torch.optim.AdamW(rest, phase.adamw_lr, betas=(0.9, 0.98), weight_decay=phase.weight_decay), phase.adamw_lr))
+        pairs += [(torch.optim.AdamW(rest, phase.adamw_lr, betas=(0.9, 0.98), weight_decay=phase.weight_decay), phase.adamw_lr)]
         self._all = [(accelerator.prepare(optimiser), rate) for optimiser, rate in pairs]
         self._parameters, self._phase, self._accelerator = [*muon, *rest], phase, accelerator
 
@@ -259,12 +263,13 @@ def run_phase(
     seed: Sequence[int],
     start: int = 0,
     after_step: Callable[[int], None] | None = None,
+    use_muon: bool = True,
 ) -> dict[str, float]:
     """Train `trained` on `objective`; a step's batch depends on seed, step and rank alone: a resumed run sees the same data."""
     if phase.steps == 0:
         return {"steps": 0, "pictures": 0, "seconds": 0.0}
     wrapped, note = accelerator.prepare(objective), {"loss": float("nan")}
-    optimisers = Optimisers(trained, phase, accelerator)
+    optimisers = Optimisers(trained, phase, accelerator, use_muon)
     objective.train()
     begun, step, loss = time.monotonic(), start - 1, None
     for step, spent in budget(phase, what, start, note, accelerator):
