@@ -106,4 +106,6 @@ def test_split_users_is_disjoint_whole_and_seeded():
     parts = split_users(histories, (0.4, 0.4, 0.2), seed=3)
     assert [len(part) for part in parts] == [40, 40, 20]
     assert sorted(int(history[0]) for part in parts for history in part) == list(range(100))
-    assert [[int(h[0]) for h in part] for part in split_users(histories, (0.4, 0.4, 0.2), seed=3)] == [[int(h[0]) for h in part] for part in parts]
+    assert [[int(h[0]) for h in part] for part in split_users(histories, (0.4, 0.4, 0.2), seed=3)] == [
+        [int(h[0]) for h in part] for part in parts
+    ]

@@ -26,8 +26,9 @@ def _judge(before, after, held_out, raw=None, **figures):
     content, config = np.arange(len(before)), GateConfig()
     rows = []
     for codes, raw_codes in ((before, before), (after, after if raw is None else raw)):
-        quick = figures.get("quick")
-        rows.append(gate.measure(codes, raw_codes, 96, content, held_out, figures.get("rebuild"), quick, config.level_weights))
+        rows.append(gate.measure(codes, raw_codes, 96, content, held_out, figures.get("rebuild"), config.level_weights))
+        if "quick" in figures:
+            rows[-1] |= gate.ranking_figures(figures["quick"](codes))
     share = gate.gain_share(before, after, 96, held_out, config, seed=0)
     return gate.decide(*rows, share, config)
 
@@ -71,9 +72,9 @@ def test_every_guard_can_refuse_a_better_target():
     assert [reason.split()[0] for reason in _judge(blurred, good, held_out, raw=crowded).reasons] == ["raw_collisions"]
     worse = _judge(blurred, good, held_out, rebuild=lambda codes: np.full(3, 2.0 if codes is good else 1.0))
     assert [reason.split()[0] for reason in worse.reasons] == ["rebuild"]
-    thin = _judge(blurred, good, held_out, quick=lambda codes: {"HR@50": 0.5 if codes is good else 0.6, "coverage": 0.9})
+    thin = _judge(blurred, good, held_out, quick=lambda codes: {"HR@50": 0.5 if codes is good else 0.6, "coverage@10": 0.9})
     assert [reason.split()[0] for reason in thin.reasons] == ["hit_rate"]
-    narrow = _judge(blurred, good, held_out, quick=lambda codes: {"HR@50": 0.6, "coverage": 0.5 if codes is good else 0.9})
+    narrow = _judge(blurred, good, held_out, quick=lambda codes: {"HR@50": 0.6, "coverage@10": 0.5 if codes is good else 0.9})
     assert [reason.split()[0] for reason in narrow.reasons] == ["coverage"]
 
 

@@ -88,7 +88,9 @@ def test_t4_autograd_against_finite_difference():
 
     def objective(x: torch.Tensor) -> torch.Tensor:
         log_p = x.log_softmax(-1)
-        return (ppo.expected_reward(log_p, rewards) - 0.3 * ppo.exact_kl(log_p, torch.full_like(log_p, -math.log(5))) + 0.1 * ppo.entropy(log_p)).sum()
+        return (
+            ppo.expected_reward(log_p, rewards) - 0.3 * ppo.exact_kl(log_p, torch.full_like(log_p, -math.log(5))) + 0.1 * ppo.entropy(log_p)
+        ).sum()
 
     (gradient,) = torch.autograd.grad(objective(logits), logits)
     step = 1e-6

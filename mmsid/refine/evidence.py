@@ -26,11 +26,15 @@ Floats = NDArray[np.float64]
 
 
 class EvidenceConfig(Section):
-    """How the parts are weighted into one evidence figure (calibration: .6/.4/0, .5, .3 did best)."""
+    """How the parts are weighted into the one figure that labels candidate pairs for the reward model.
+
+    Rebuild and crowding only break ties here: both can be computed without asking users, and the loop has components of their own
+    for them. With heavier weights the labels become so easy that the model neglects the behaviour it is there to learn.
+    """
 
     level_weights: tuple[float, ...] = (0.6, 0.4)  # deeper levels weigh nothing
-    rebuild: float = 0.5
-    crowding: float = 0.3
+    rebuild: float = 0.05
+    crowding: float = 0.05
     prior: float = 1.0  # co-engagement weight that an item must have before its share counts half
     window: int = 3
 
@@ -43,7 +47,10 @@ def split_users(histories: Sequence[NDArray], shares: Sequence[float], seed: int
 
 
 def prefix_keys(codes: Codes, codebook_size: int) -> Codes:
-    """Number every prefix: (..., L) codes -> (..., L) keys, key l naming the first l+1 codes. Raises ValueError if 64 bits do not suffice."""
+    """Number every prefix: (..., L) codes -> (..., L) keys, key l naming the first l+1 codes.
+
+    Raises ValueError if 64 bits do not suffice.
+    """
     levels = codes.shape[-1]
     if levels * np.log2(codebook_size) >= 62:
         raise ValueError(f"{codebook_size}^{levels} prefixes do not fit 64 bits")

@@ -77,7 +77,9 @@ class HeldOutPairs:
         return cls(pairs[keep], owners[keep])
 
 
-def agreement(codes: Codes, codebook_size: int, held_out: HeldOutPairs, level_weights: Sequence[float], draws: NDArray | None = None) -> Any:
+def agreement(
+    codes: Codes, codebook_size: int, held_out: HeldOutPairs, level_weights: Sequence[float], draws: NDArray | None = None
+) -> Any:
     """Weighted over levels: share of pairs that agree on the prefix minus its chance, the chance from the pairs' own items.
 
     Chance = sum over prefixes of (share of pair ends under it)^2. With `draws` (D, users) of user weights: one value per draw (D,);
@@ -93,9 +95,8 @@ def agreement(codes: Codes, codebook_size: int, held_out: HeldOutPairs, level_we
         ends = number[held_out.pairs]
         agree = per_pair @ (ends[:, 0] == ends[:, 1]) / total
         size = int(number.max(initial=0)) + 1
-        chance = np.array(
-            [np.square(np.bincount(ends.ravel(), weights=np.repeat(row, 2), minlength=size) / (2 * mass)).sum() for row, mass in zip(per_pair, total, strict=True)]
-        )
+        shares = [np.bincount(ends.ravel(), weights=np.repeat(row, 2), minlength=size) for row in per_pair]
+        chance = np.square(np.stack(shares) / (2 * total[:, None])).sum(axis=1)
         value += weight * (agree - chance)
     return value if draws is not None else float(value[0])
 
@@ -142,10 +143,9 @@ def measure(
     content: NDArray,
     held_out: HeldOutPairs,
     rebuild_error: Callable[[Codes], NDArray] | None,
-    quick_recommender: Callable[[Codes], Mapping[str, float]] | None,
     level_weights: Sequence[float],
 ) -> dict[str, float]:
-    """Every figure of the gate for one table of published `codes` (N, L). Optional ones are absent where their function is None."""
+    """The gate's figures of one table of published `codes` (N, L); `rebuild` is absent where there is no function for it."""
     figures = {
         "target": agreement(codes, codebook_size, held_out, level_weights),
         "raw_collisions": colliding_share(raw_codes, content),
@@ -155,10 +155,12 @@ def measure(
     }
     if rebuild_error is not None:
         figures["rebuild"] = float(np.mean(rebuild_error(codes)))
-    if quick_recommender is not None:
-        ranked = quick_recommender(codes)
-        figures["hit_rate"], figures["coverage"] = float(ranked["HR@50"]), float(ranked["coverage"])
     return figures
+
+
+def ranking_figures(ranked: Mapping[str, float]) -> dict[str, float]:
+    """What the gate takes from a quick recommender's figures on valid."""
+    return {"hit_rate": float(ranked["HR@50"]), "coverage": float(ranked["coverage@10"])}
 
 
 def gain_share(before: Codes, after: Codes, codebook_size: int, held_out: HeldOutPairs, config: GateConfig, seed: int) -> float:

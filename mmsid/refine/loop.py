@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from numpy.typing import NDArray
+from pydantic import Field
 from torch import Tensor
 
 from mmsid.config import Section
@@ -29,7 +30,8 @@ from mmsid.refine.policy import BATCH, Reference, path_log_prob
 from mmsid.tokenizer.heads import CodeHead
 
 States = Callable[[Tensor], Tensor]  # item rows (B,) -> their SID states (B, L, H), with gradient where the backbone is trained
-Scorer = Callable[[NDArray, Codes, Codes], dict[str, Floats]]  # rows (R,), candidates (R, C, L), everybody's codes (N, L) -> components (R, C)
+# rows (R,), candidates (R, C, L), everybody's codes (N, L) -> components (R, C)
+Scorer = Callable[[NDArray, Codes, Codes], dict[str, Floats]]
 
 
 class LoopConfig(Section):
@@ -51,7 +53,7 @@ class LoopConfig(Section):
     grad_norm: float = 1.0
     step_kl: float = 0.05  # a round ends before the step after which approx_kl would pass 1.5 times this
     most_kl: float = 1.0  # the run ends when the mean exact KL to the reference passes this
-    weights: dict[str, float] = {"sid_reward": 1.0, "crowding": 0.3, "rebuild": 0.2}
+    weights: dict[str, float] = Field(default={"sid_reward": 1.0, "crowding": 0.3, "rebuild": 0.2})
 
 
 class Refinement:
@@ -112,7 +114,8 @@ class Refinement:
         """Argmax codes of all items under the current policy, (N, L)."""
         with torch.no_grad():
             rows = torch.arange(self.items, device=self.accelerator.device)
-            return np.concatenate([self.head.greedy(self.head.project(self.states(piece))).codes.cpu().numpy() for piece in rows.split(BATCH)])
+            pieces = [self.head.greedy(self.head.project(self.states(piece))).codes for piece in rows.split(BATCH)]
+            return torch.cat(pieces).cpu().numpy()
 
     def log_prob(self, rows: Tensor) -> Tensor:
         """(B,) item rows -> (B, P) log-probabilities over each item's tree."""
@@ -143,7 +146,7 @@ class Refinement:
         record |= {"zero_variance_groups": ppo.zero_variance_share(rewards)}
         record["reward"] = float(rewards.mean() if config.gradient == "sampled" else (rewards * old_all.cpu().exp()).sum(1).mean())
         if config.gradient == "exact":
-            signal = rewards * self.quality[moving]
+            signal = ppo.centred(rewards) * self.quality[moving]
         else:
             advantage = ppo.leave_one_out(rewards) if config.advantage == "leave_one_out" else ppo.group_normalised(rewards)
             signal = advantage * self.quality[moving]
@@ -152,8 +155,9 @@ class Refinement:
 
     def _optimise(self, rows: Tensor, old_all: Tensor, picks: Tensor, old: Tensor, signal: Tensor) -> dict[str, Any]:
         """`epochs` passes over the groups; stops the round before a step that would go too far. All of first axis R."""
-        config, figures, steps, stopped = self.config, [], 0, False
-        for epoch in range(config.epochs):
+        config, figures, steps, epochs, stopped = self.config, [], 0, 0, False
+        for _ in range(config.epochs):
+            epochs += 1
             for chosen in np.array_split(self.order.permutation(len(rows)), max(1, math.ceil(len(rows) / config.batch))):
                 batch = torch.as_tensor(chosen, device=rows.device)
                 mine = batch[self.accelerator.process_index :: self.accelerator.num_processes]
@@ -175,7 +179,7 @@ class Refinement:
         levels = ppo.level_entropies(now, self.reference.tree.branching).mean(0)
         return {
             "steps": steps,
-            "epochs": epoch + 1,
+            "epochs": epochs,
             "stopped_early": stopped,
             "approximate_kl": float(np.mean([figure[0] for figure in figures])) if figures else 0.0,
             "clip_fraction": float(np.mean([figure[2] for figure in figures])) if figures else 0.0,
@@ -219,7 +223,7 @@ class Refinement:
         if not bool(torch.isfinite(norm)):
             self.skipped += 1
             if self.skipped >= 3:
-                raise MmsidError(f"refinement: the gradient was not finite in {self.skipped} steps; lower refine.loop.lr ({self.config.lr})")
+                raise MmsidError(f"the gradient was not finite in {self.skipped} steps; lower refine.loop.lr (now {self.config.lr})")
             return
         self.optimizer.step()
 

@@ -70,16 +70,19 @@ def _checked_groups(rewards: Tensor) -> Tensor:
     return (rewards == rewards[:, :1]).all(dim=1, keepdim=True)
 
 
+def centred(rewards: Tensor) -> Tensor:
+    """r_g - mean(r), exactly 0 where all rewards of a group are equal. (N, G) -> (N, G). Raises as `leave_one_out`."""
+    return (rewards - rewards.mean(dim=1, keepdim=True)).masked_fill(_checked_groups(rewards), 0.0)
+
+
 def leave_one_out(rewards: Tensor) -> Tensor:
     """A_g = r_g - mean of the *other* rewards of the group, no division by the deviation. (N, G) -> (N, G).
 
     Unbiased with or without a constant added to the rewards. Groups of equal rewards give exactly 0. Raises ValueError for G < 2,
     FloatingPointError for non-finite rewards.
     """
-    equal = _checked_groups(rewards)
-    group = rewards.shape[1]
-    advantages = (rewards - rewards.mean(dim=1, keepdim=True)) * (group / (group - 1))
-    return advantages.masked_fill(equal, 0.0)
+    group = rewards.shape[1] if rewards.ndim == 2 else 0
+    return centred(rewards) * (group / max(group - 1, 1))
 
 
 def group_normalised(rewards: Tensor, ddof: int = 0, eps: float = 1e-6) -> Tensor:

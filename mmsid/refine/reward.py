@@ -272,7 +272,10 @@ def train_reward(
     names = feature_names(material.codes.shape[1])
     sizes = (features.item.shape[1], features.code.shape[-1], config.hidden, config.rank)
     if min(len(pairs.row), *(len(part.row) for part in tests.values())) == 0:
-        report |= {"usable": False, "reason": "the co-engagement of the fit users tells no candidate codes apart: nothing to learn a reward from"}
+        report |= {
+            "usable": False,
+            "reason": "co-engagement of the fit users tells no candidate codes apart: nothing to learn a reward from",
+        }
         return _seeded(names, sizes, False, seed), report
     models = {}
     for name, only_distance in (("reward", False), ("distance_only", True)):

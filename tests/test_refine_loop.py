@@ -1,0 +1,151 @@
+"""The loop on toy tables: planted optimum, bandits with known answers, exact against sampled gradient, determinism (T8, T9, T12)."""
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+
+from mmsid.errors import MmsidError
+from mmsid.refine.loop import LoopConfig, Refinement
+from mmsid.refine.policy import Reference, path_log_prob
+from mmsid.tokenizer.heads import ParallelHead, ResidualHead
+
+ITEMS, LEVELS, CODES = 24, 2, 4
+QUICK = {"rounds": 30, "lr": 0.03, "kl": 0.05, "batch": 64, "moving": 1.0, "most_kl": 50.0, "step_kl": 10.0, "weights": {"planted": 1.0}}
+
+
+def _toy(seed: int = 0, kind: str = "residual"):
+    """One-hot states: the amortised policy can move every item by itself, and the answer is known."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        head = ResidualHead(ITEMS, LEVELS, CODES, 8) if kind == "residual" else ParallelHead(ITEMS, LEVELS, CODES)
+        with torch.no_grad():
+            for parameter in head.parameters():
+                parameter.normal_(std=0.5)
+    states = torch.eye(ITEMS)[:, None].expand(-1, LEVELS, -1).contiguous()
+    return head, states
+
+
+def _refine(scorer, seed=0, kind="residual", quality=None, **changes):
+    head, states = _toy(kind=kind)
+    reference = Reference(head, states, top_m=CODES)
+    config = LoopConfig(**{**QUICK, **changes})
+    log: list[dict] = []
+    refinement = Refinement(
+        head,
+        lambda rows: states[rows],
+        list(head.parameters()),
+        reference,
+        scorer,
+        config,
+        Accelerator(cpu=True),
+        seed=seed,
+        quality=quality,
+    )
+    return refinement.run(log.append), reference, head, log
+
+
+def _swapped(reference: Reference):
+    """The start with the last codes of two items exchanged (two that differ there)."""
+    target = reference.greedy.copy()
+    second = int(np.flatnonzero(target[:, 1] != target[0, 1])[0])
+    target[[0, second], 1] = target[[second, 0], 1]
+    return target, second
+
+
+def _planted(target):
+    return lambda rows, candidates, table: {"planted": (candidates == target[rows][:, None]).all(-1).astype(float)}
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"negatives": "clipped"}, {"gradient": "exact"}, {"advantage": "group_normalised"}, {"kind": "parallel"}]
+)
+def test_t9_finds_the_planted_swap(changes):
+    kind = changes.get("kind", "residual")
+    target, second = _swapped(Reference(*_toy(kind=kind), top_m=CODES))
+    codes, reference, _, log = _refine(_planted(target), **changes)
+    assert (codes != reference.greedy).any(1)[[0, second]].all()
+    assert (codes == target).all()
+    assert log[-1]["reward_planted"] > log[0]["reward_planted"] and log[-1]["kl"] > 0
+
+
+@pytest.mark.parametrize("gradient", ["sampled", "exact"])
+def test_t9_does_not_move_when_the_reward_is_constant(gradient):
+    head, _ = _toy()
+    start = {name: value.clone() for name, value in head.state_dict().items()}
+    codes, reference, head, log = _refine(
+        lambda rows, candidates, table: {"planted": np.full(candidates.shape[:2], 0.3)}, gradient=gradient, rounds=3
+    )
+    assert (codes == reference.greedy).all()
+    assert all(torch.equal(value, start[name]) for name, value in head.state_dict().items())
+    assert max(abs(record["kl"]) for record in log) < 1e-6 and log[0]["zero_variance_groups"] == 1.0
+
+
+def test_t8_bandit_whose_answer_depends_on_the_item():
+    target = np.stack([np.arange(ITEMS) % CODES, (np.arange(ITEMS) // CODES) % CODES], axis=1)
+    codes, *_ = _refine(lambda rows, candidates, table: {"planted": (candidates == target[rows][:, None]).mean(-1)}, rounds=40, lr=0.06)
+    assert (codes == target).mean() > 0.95
+
+
+def test_shuffled_reward_against_kl_stays_near_the_start():
+    noise = np.random.default_rng(0)
+    _, _, _, loose = _refine(lambda rows, candidates, table: {"planted": noise.normal(size=candidates.shape[:2])}, kl=0.0, rounds=15)
+    _, _, _, held = _refine(lambda rows, candidates, table: {"planted": noise.normal(size=candidates.shape[:2])}, kl=5.0, rounds=15)
+    assert held[-1]["kl"] < 0.3 * loose[-1]["kl"]
+
+
+def test_quality_zero_keeps_an_item_where_it_is():
+    target, second = _swapped(Reference(*_toy(), top_m=CODES))
+    quality = np.ones(ITEMS)
+    quality[0] = 0.0
+    codes, reference, _, _ = _refine(_planted(target), kind="parallel", quality=np.zeros(ITEMS), rounds=3)
+    assert (codes == reference.greedy).all()
+    codes, *_ = _refine(_planted(target), quality=quality)
+    assert (codes[second] == target[second]).all()
+
+
+def test_early_stops():
+    target, _ = _swapped(Reference(*_toy(), top_m=CODES))
+    *_, log = _refine(_planted(target), most_kl=0.01)
+    assert "stopped" in log[-1] and len(log) < 41
+    *_, log = _refine(_planted(target), step_kl=1e-6, rounds=2)
+    assert log[0]["stopped_early"] and log[0]["steps"] == 1
+
+
+def test_t12_same_seed_same_weights():
+    target, _ = _swapped(Reference(*_toy(), top_m=CODES))
+    _, _, first, log = _refine(_planted(target), rounds=4, seed=5)
+    _, _, second, again = _refine(_planted(target), rounds=4, seed=5)
+    _, _, other, _ = _refine(_planted(target), rounds=4, seed=6)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters())) and log == again
+    assert not all(torch.equal(a, b) for a, b in zip(first.parameters(), other.parameters()))
+
+
+def test_dropout_left_on_is_caught_in_the_first_step():
+    head, states = _toy()
+    reference = Reference(head, states, top_m=CODES)
+    refinement = Refinement(
+        head, lambda rows: torch.nn.functional.dropout(states[rows], 0.5), list(head.parameters()), reference,
+        _planted(reference.greedy), LoopConfig(**QUICK), Accelerator(cpu=True),
+    )  # fmt: skip
+    with pytest.raises(MmsidError, match="dropout"):
+        refinement.run(lambda record: None)
+
+
+@pytest.mark.parametrize("kind", ["residual", "parallel"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_tree_scores_equal_the_head_s_own(kind, frozen):
+    head, _ = _toy(kind=kind)
+    states = torch.randn(7, LEVELS, ITEMS, generator=torch.Generator().manual_seed(1))
+    reference = Reference(head, states, top_m=3, freeze_first_level=frozen)
+    tree = reference.tree
+    assert tree.codes.shape == (7, 3 if frozen else 9, 2)
+    slow = head.log_prob(head.project(states), tree.codes).sum(-1).log_softmax(-1)
+    torch.testing.assert_close(path_log_prob(head, states, tree.codes, tree.branching), slow)
+    torch.testing.assert_close(tree.log_prob, slow)
+    assert (tree.codes[:, 0].numpy() == reference.greedy).all()
+    if frozen:
+        assert (tree.codes[:, :, 0] == tree.codes[:, :1, 0]).all()
+    assert reference.error_growth(np.arange(7), reference.greedy[:, None]).max() == pytest.approx(0.0, abs=1e-6)
+    flat = Reference(head, states, top_m=3, freeze_first_level=frozen, temperature=4.0)
+    torch.testing.assert_close(path_log_prob(head, states, tree.codes, tree.branching, 4.0), flat.tree.log_prob)

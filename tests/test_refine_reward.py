@@ -1,0 +1,108 @@
+"""The reward model: pairs, accuracy and calibration by hand; it must beat distances where behaviour says more than content."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from mmsid.errors import ArtifactError
+from mmsid.refine import reward
+from mmsid.refine.evidence import EvidenceConfig
+from mmsid.refine.policy import Reference
+from mmsid.refine.reward import Material, Pairs, RewardConfig, SidReward
+from mmsid.tokenizer.heads import ResidualHead
+
+SMALL = RewardConfig(steps=120, batch=512)
+
+
+def _world(seed: int = 0, behavioural: bool = True):
+    """120 items in 6 behavioural clusters that content tells only half; histories stay inside a cluster (or anywhere)."""
+    rng = np.random.default_rng(seed)
+    items, clusters, dim = 120, 6, 12
+    cluster = np.arange(items) % clusters
+    centres = rng.normal(size=(clusters, dim))
+    content = centres[cluster] + 1.2 * rng.normal(size=(items, dim))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        head = ResidualHead(dim, 2, 8, dim)
+    with torch.no_grad():
+        head.projection.weight.copy_(torch.eye(dim))
+        head.vectors[0, :clusters] = torch.from_numpy(centres)
+        head.log_temperature.fill_(1.5)
+    states = torch.from_numpy(content).float()[:, None].expand(-1, 2, -1).contiguous()
+    groups = [np.flatnonzero(cluster == number) for number in range(clusters)]
+    draw = (lambda: rng.choice(groups[rng.integers(clusters)], 6, replace=False)) if behavioural else (lambda: rng.integers(0, items, 6))
+    reference = Reference(head, states, top_m=8)
+    vectors = (content / np.linalg.norm(content, axis=1, keepdims=True)).astype(np.float32)
+    return Material(reference, vectors, reference.greedy, np.arange(items)), [draw() for _ in range(300)]
+
+
+def test_bradley_terry_by_hand():
+    loss = reward.bradley_terry_loss(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 0.0]))
+    assert float(loss) == pytest.approx((math.log(1 + math.exp(-1)) + math.log(2)) / 2)
+
+
+def test_pairs_accuracy_and_calibration_by_hand():
+    pairs = reward.make_pairs(np.array([[0.5, 0.1, 0.505]]), tie=0.01)
+    assert list(zip(*(part.tolist() for part in pairs), strict=True)) == [(0, 0, 1), (0, 2, 1)]  # 0 against 2 is a tie
+    scores = np.array([[0.0, 1.0, 2.0]])
+    assert reward.pair_accuracy(scores, pairs) == 0.5
+    assert reward.pair_accuracy(np.zeros((1, 3)), pairs) == 0.5
+    # one right and one wrong, both with confidence sigmoid(1) = .731: error .731 - .5
+    assert reward.calibration_error(scores, pairs) == pytest.approx(1 / (1 + math.exp(-1)) - 0.5)
+    empty = Pairs(*(np.empty(0, dtype=np.int64) for _ in range(3)))
+    assert math.isnan(reward.pair_accuracy(scores, empty)) and math.isnan(reward.calibration_error(scores, empty))
+
+
+def test_reward_beats_distances_where_behaviour_says_more(tmp_path):
+    material, histories = _world()
+    model, report = reward.train_reward(material, histories, EvidenceConfig(), SMALL, seed=0)
+    assert report["usable"] and report["gain"] > 0.03
+    assert report["reward"]["accuracy_neighbours"] > 0.7 and 0 <= report["reward"]["calibration_error"] < 0.25
+    model.save(tmp_path / "reward", report)
+    again = SidReward.load(tmp_path / "reward")
+    rows = np.arange(10)
+    features = reward.read_features(
+        material.reference, material.item_vectors, material.table(histories, EvidenceConfig()), rows, material.codes[rows, None]
+    )
+    assert features.scalars.shape == (10, 1, len(reward.feature_names(2)))
+    with torch.no_grad():
+        torch.testing.assert_close(again(features), model.eval()(features))
+    (tmp_path / "reward" / "reward.safetensors").write_bytes(b"torn")
+    with pytest.raises(ArtifactError):
+        SidReward.load(tmp_path / "reward")
+
+
+def test_reward_on_random_behaviour_is_not_usable_and_says_why():
+    material, histories = _world(behavioural=False)
+    _, report = reward.train_reward(material, histories, EvidenceConfig(), SMALL.model_copy(update={"least_gain": 0.05}), seed=0)
+    assert not report["usable"] and "distances" in report["reason"]
+
+
+def test_no_co_engagement_is_a_reason_not_a_crash():
+    material, _ = _world()
+    histories = [np.array([row]) for row in range(50)]
+    _, report = reward.train_reward(material, histories, EvidenceConfig(rebuild=0.0, crowding=0.0), SMALL, seed=0)
+    assert not report["usable"] and "nothing to learn" in report["reason"]
+
+
+def test_rival_reads_distances_only():
+    material, histories = _world()
+    table = material.table(histories, EvidenceConfig())
+    rows = np.arange(5)
+    features = reward.read_features(material.reference, material.item_vectors, table, rows, material.codes[rows, None])
+    names = reward.feature_names(2)
+    rival = SidReward(names, features.item.shape[1], features.code.shape[-1], 8, 4, only_distance=True)
+    other = features._replace(item=features.item + 1, scalars=features.scalars.clone())
+    other.scalars[..., [number for number, name in enumerate(names) if not name.startswith("distance")]] += 3
+    with torch.no_grad():
+        torch.testing.assert_close(rival(features), rival(other))
+
+
+def test_same_seed_same_reward():
+    material, histories = _world()
+    quick = SMALL.model_copy(update={"steps": 5})
+    first, report = reward.train_reward(material, histories, EvidenceConfig(), quick, seed=3)
+    second, again = reward.train_reward(material, histories, EvidenceConfig(), quick, seed=3)
+    assert report == again and all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters()))
