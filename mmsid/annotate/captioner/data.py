@@ -17,7 +17,7 @@ from mmsid.artifacts import file_sha256, sha256
 from mmsid.catalog.config import CatalogConfig
 from mmsid.catalog.demo import facts as demo
 from mmsid.catalog.demo.cards import draw_card
-from mmsid.catalog.items import read_items
+from mmsid.catalog.histories import read_catalog
 from mmsid.catalog.pictures import load_picture
 from mmsid.catalog.tables import Cells, read_table_rows
 from mmsid.config import Section
@@ -141,7 +141,7 @@ def catalog_set(
     Raises:
         CatalogError: a named column is absent, or nothing is left to train on.
     """
-    items = read_items(catalog)
+    items = read_catalog(catalog.model_copy(update={"sequences": None})).items  # in canonical order, cut to max_items
     table_path = targets.table or catalog.items
     id_column = catalog.fields.group_by or catalog.fields.item_id
     optional = [targets.caption_column, targets.interests_column, targets.boxes_column, targets.held_out_column]

@@ -109,7 +109,7 @@ def run(config: TrainCaptionerConfig) -> Path:
     """
     if config.source == "catalog" and config.catalog is None:
         raise ConfigError("train_captioner.catalog is missing although source is 'catalog'; name the catalogue or set source: drawn")
-    inputs = {} if config.catalog is None else {"items": config.catalog.items, "targets": config.targets.table}
+    inputs = {"items": config.catalog.items, "targets": config.targets.table} if config.source == "catalog" else {}
     with writing(config.out, stage="train_captioner", config=config, inputs=inputs, resume=True) as draft:
         train, checks = load_pictures(config, draft.path)
         draft.counts["training_pictures"] = len(train.rows(False))
