@@ -79,8 +79,9 @@ def _gate(run: Path) -> list[str]:
     if not is_complete(run / "refine"):
         return []
     gate: dict[str, Any] = read_json(run / "refine" / "gate.json")
-    verdict = "accepted" if gate["accepted"] else "refused, the start was kept"
-    return ["## Refinement", "", f"The gate {verdict}: {gate['reason']}", ""]
+    if gate["accepted"]:
+        return ["## Refinement", "", "The gate accepted the refined codes.", ""]
+    return ["## Refinement", "", f"The gate refused, the start was kept: {'; '.join(gate['reasons'])}", ""]
 
 
 def _ranking(run: Path) -> list[str]:
