@@ -1,11 +1,18 @@
 """Hugging Face models in process: padding, drawing, what a model is called, which prompt it gets. Tiny models, no hub."""
 
 import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from annotate_stub import caption_config, rows_of, write_catalog
+from annotate_stub import StubGenerator, caption_config, rows_of, write_catalog
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -21,7 +28,7 @@ from transformers import (
 
 from mmsid.annotate.caption import run as run_caption
 from mmsid.annotate.generator import Request
-from mmsid.annotate.huggingface import HuggingFaceGenerator
+from mmsid.annotate.huggingface import HuggingFaceGenerator, SeededGumbel
 from mmsid.annotate.interests import InterestsConfig
 from mmsid.annotate.interests import run as run_interests
 from mmsid.annotate.prompts import load_prompt
@@ -145,8 +152,6 @@ def test_a_batch_that_does_not_fit_is_halved_and_a_request_that_never_fits_fails
 
 
 def test_drawing_follows_the_softmax():
-    from mmsid.annotate.huggingface import SeededGumbel
-
     scores = torch.log(torch.tensor([[0.7, 0.2, 0.1]])).repeat(4_000, 1)
     noise = SeededGumbel([Request("", temperature=1.0, seed=seed) for seed in range(4_000)])
     share = torch.bincount(noise(None, scores).argmax(dim=1), minlength=3) / 4_000
@@ -154,8 +159,6 @@ def test_drawing_follows_the_softmax():
 
 
 def test_the_name_of_a_model_follows_its_weights(llava, tmp_path):
-    import shutil
-
     copy = shutil.copytree(llava, tmp_path / "tiny_llava")
     first = HuggingFaceGenerator(llava)
     assert first.model_id.startswith("tiny_llava@") and len(first.model_id) == len("tiny_llava@") + 12
@@ -197,8 +200,6 @@ def test_both_stages_walk_with_models_that_only_babble(llava, text_model, tmp_pa
 
 def test_the_interest_prompt_gets_title_description_and_caption(tmp_path):
     catalog = write_catalog(tmp_path / "catalog", items=5)
-    from annotate_stub import StubGenerator
-
     run_caption(caption_config(catalog, tmp_path / "caption"), StubGenerator())
     answer = json.dumps({"descriptors": [{"descriptor": "a need", "confidence": 0.5}], "summary": "who needs it"})
 
@@ -214,3 +215,43 @@ def test_the_interest_prompt_gets_title_description_and_caption(tmp_path):
     assert any(
         '"title": "thing number 4"' in request.prompt and "a plain card of colour (28, 124, 0) ; " in request.prompt for request in asked
     )
+
+
+def test_a_captioner_of_ours_gets_the_prompt_it_was_trained_on(tmp_path):
+    from mmsid.annotate.caption import default_prompt
+    from mmsid.artifacts import writing
+
+    catalog = write_catalog(tmp_path / "catalog", items=1)
+    for name in ("demo", "some-hub/model"):
+        assert default_prompt("caption", caption_config(catalog, tmp_path, model=name)) == ("caption_demo" if name == "demo" else "caption")
+    with writing(tmp_path / "trained", stage="train_captioner", config={"caption_prompt": "mine.md"}):
+        pass
+    config = caption_config(catalog, tmp_path, model=tmp_path / "trained")
+    assert (default_prompt("caption", config), default_prompt("interests", config)) == ("mine.md", "interests_demo")
+
+
+@pytest.mark.slow
+def test_the_caption_command_killed_at_random_moments_ends_with_the_same_rows(llava, tmp_path):
+    write_catalog(tmp_path / "catalog", items=40)
+    caption = f"{{model: {llava}, max_quarantined: 1.0, max_new_tokens: 24, batch_size: 4, shard_rows: 6, cache: null}}"
+    for name in ("clean", "killed"):
+        text = f"name: {name}\nruns: {tmp_path}\ncatalog: {{items: {tmp_path}/catalog/items.jsonl}}\ncaption: {caption}\n"
+        (tmp_path / f"{name}.yaml").write_text(text)
+    command = [sys.executable, "-m", "mmsid.cli", "caption", "--config"]
+    subprocess.run([*command, str(tmp_path / "clean.yaml")], check=True, capture_output=True)
+    chance, kills, finished = random.Random(3), 0, tmp_path / "killed" / "caption" / "manifest.json"
+    for _ in range(10):
+        if finished.exists():
+            break
+        job = subprocess.Popen([*command, str(tmp_path / "killed.yaml")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        shards = tmp_path / "killed" / ".caption.draft" / "shards"
+        before = len(list(shards.glob("*.parquet")))
+        while job.poll() is None and kills < 3 and len(list(shards.glob("*.parquet"))) == before:
+            time.sleep(0.02)  # imports take seconds: wait for real work before the dice are thrown
+        if kills < 3 and job.poll() is None:
+            time.sleep(chance.uniform(0.0, 0.5))
+            os.kill(job.pid, signal.SIGKILL)
+            kills += 1
+        job.wait()
+    assert kills >= 2
+    assert rows_of(tmp_path / "killed" / "caption") == rows_of(tmp_path / "clean" / "caption")

@@ -8,12 +8,11 @@ from pathlib import Path
 from PIL import Image
 
 from mmsid.annotate.generator import Generator
-from mmsid.annotate.huggingface import DEMO, HuggingFaceGenerator
 from mmsid.annotate.job import annotate
 from mmsid.annotate.prompts import evidence_json, load_prompt
 from mmsid.annotate.records import Caption, parse_caption
-from mmsid.annotate.units import ModelJobConfig, Task, Unit
-from mmsid.artifacts import Draft, is_complete, writing
+from mmsid.annotate.units import DEMO, ModelJobConfig, Task, Unit
+from mmsid.artifacts import Draft, is_complete, read_manifest, writing
 from mmsid.catalog import CatalogConfig, Item, load_picture, read_catalog
 from mmsid.progress import done
 
@@ -52,13 +51,18 @@ def _units(item: Item, with_text: bool) -> list[Unit]:
 
 
 def default_prompt(kind: str, config: ModelJobConfig) -> str:
-    """The prompt that suits the model: our own small models know one short instruction each, hub models need it spelled out."""
-    model = Path(config.model)
-    return f"{kind}_demo" if str(config.model) == DEMO or is_complete(model) else kind
+    """The prompt that suits the model: a captioner of ours answers the one it was trained on, hub models need it spelled out."""
+    if str(config.model) == DEMO:
+        return f"{kind}_demo"
+    if is_complete(Path(config.model)):
+        return read_manifest(Path(config.model))["config"].get(f"{kind}_prompt") or f"{kind}_demo"
+    return kind
 
 
-def model_of(config: ModelJobConfig) -> HuggingFaceGenerator:
+def model_of(config: ModelJobConfig) -> Generator:
     """The configured Hugging Face model."""
+    from mmsid.annotate.huggingface import HuggingFaceGenerator  # seconds of imports, for those alone who need a model
+
     return HuggingFaceGenerator(
         config.model, revision=config.revision, dtype=config.dtype, device=config.device, max_new_tokens=config.max_new_tokens
     )

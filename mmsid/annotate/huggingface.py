@@ -22,12 +22,13 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from mmsid.annotate.generator import GenerationFailure, Request
+from mmsid.annotate.units import DEMO
 from mmsid.artifacts import file_sha256, sha256
 from mmsid.errors import ConfigError
 
-DEMO = "demo"
 _DEMO_FOLDER = Path(__file__).parent / "weights" / "demo_captioner"
-_SETTINGS = ("*.json", "*.jinja", "*.txt", "*.model")
+_FETCHED = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
+_SETTINGS = ("*config.json", "*token*.json", "vocab*", "merges.txt", "chat_template*", "*.jinja", "*.model")  # what can change an answer
 
 
 def demo_weights() -> Path:
@@ -171,7 +172,7 @@ def _locate(name: str, revision: str | None) -> Path:
         if folder.is_absolute() or name.startswith((".", "~")):
             raise ConfigError(f"model folder {name} does not exist; correct the path, or run the stage that writes it first")
         try:
-            folder = Path(snapshot_download(name, revision=revision, allow_patterns=["*.safetensors", *_SETTINGS]))
+            folder = Path(snapshot_download(name, revision=revision, allow_patterns=list(_FETCHED)))
         except (OSError, ValueError) as error:
             raise ConfigError(
                 f"model {name!r} is neither a folder nor to be had from the hub ({type(error).__name__}); download it first, or use `demo`"
@@ -189,5 +190,5 @@ def _short_name(name: str) -> str:
 
 
 def _files_sha256(folder: Path, patterns: tuple[str, ...]) -> str:
-    files = sorted({path for pattern in patterns for path in folder.glob(pattern) if path.name != "manifest.json"})
+    files = sorted({path for pattern in patterns for path in folder.glob(pattern)})
     return sha256([[path.name, file_sha256(path)] for path in files])

@@ -16,6 +16,7 @@ from mmsid.annotate.records import Record
 from mmsid.catalog import CatalogConfig
 from mmsid.config import StageConfig
 
+DEMO = "demo"  # the model whose weights are shipped with mmsid
 # There was nothing to annotate: a fact about the item, not a failure of the job, so the gate looks past these rows.
 EXCUSED = frozenset({"no_picture", "no_evidence", "no_coengagement"})
 
@@ -37,7 +38,7 @@ class ModelJobConfig(JobConfig):
     """An annotation job that a Hugging Face model does. `model`: `demo`, a folder, or a hub id."""
 
     catalog: CatalogConfig
-    model: str | Path = "demo"
+    model: str | Path = DEMO
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
     device: str = "auto"  # cuda when there is one
