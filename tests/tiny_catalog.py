@@ -12,7 +12,11 @@ import pyarrow.parquet as pq
 from mmsid.artifacts import writing
 from mmsid.catalog import CatalogConfig, SplitConfig
 
-COLOURS, THINGS, USES = ["red", "blue", "green"], ["shoe", "bag", "lamp", "chair"], ["running", "office", "home", "garden", "summer", "winter"]
+COLOURS, THINGS, USES = (
+    ["red", "blue", "green"],
+    ["shoe", "bag", "lamp", "chair"],
+    ["running", "office", "home", "garden", "summer", "winter"],
+)
 
 
 def write_catalog(folder: Path, items: int = 64, users: int = 40, seed: int = 0, sequences: bool = True) -> CatalogConfig:
