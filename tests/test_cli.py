@@ -15,8 +15,9 @@ SCRIPTS = Path(__file__).parents[1] / "scripts"
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_shipped_configuration_is_accepted(path):
     configs = cli.wire(load_yaml(path), source=str(path))
-    assert list(configs) == [stage for stage in cli.STAGES if stage in configs] and "assign" in configs
-    assert configs["assign"].tokenizer == configs["train_tokenizer"].out
+    assert configs and list(configs) == [stage for stage in cli.STAGES if stage in configs]
+    if "assign" in configs:
+        assert configs["assign"].tokenizer == configs["train_tokenizer"].out
 
 
 def test_a_stage_finds_what_earlier_stages_wrote():
