@@ -11,7 +11,17 @@ from mmsid.refine.policy import Reference, path_log_prob
 from mmsid.tokenizer.heads import ParallelHead, ResidualHead
 
 ITEMS, LEVELS, CODES = 24, 2, 4
-QUICK = {"rounds": 30, "lr": 0.03, "kl": 0.05, "batch": 64, "moving": 1.0, "most_kl": 50.0, "step_kl": 10.0, "weights": {"planted": 1.0}}
+QUICK = {
+    "rounds": 30,
+    "lr": 0.03,
+    "kl": 0.05,
+    "batch": 64,
+    "moving": 1.0,
+    "most_kl": 50.0,
+    "step_kl": 10.0,
+    "adapt": False,
+    "weights": {"planted": 1.0},
+}
 
 
 def _toy(seed: int = 0, kind: str = "residual"):
@@ -110,6 +120,24 @@ def test_early_stops():
     assert "stopped" in log[-1] and len(log) < 41
     *_, log = _refine(_planted(target), step_kl=1e-6, rounds=2)
     assert log[0]["stopped_early"] and log[0]["steps"] == 1
+
+
+def test_a_round_that_goes_much_too_far_is_undone_and_the_rate_falls():
+    target, _ = _swapped(Reference(*_toy(), top_m=CODES))
+    codes, reference, head, log = _refine(_planted(target), rounds=1, lr=5.0, step_kl=0.01, epochs=1)
+    start, _ = _toy()
+    assert log[0]["undone"] and log[0]["round_kl"] > 0.04 and log[0]["kl"] == pytest.approx(0.0, abs=1e-6)
+    assert all(torch.equal(a, b) for a, b in zip(start.parameters(), head.parameters())) and (codes == reference.greedy).all()
+    assert log[0]["lr"] == 5.0 / 4
+    *_, log = _refine(_planted(target), rounds=30, lr=5.0, step_kl=0.02, adapt=True)
+    late = [record["round_kl"] for record in log if not record["undone"]][-10:]
+    assert len(late) == 10 and max(late) <= 4 * 0.02
+
+
+def test_the_rate_rises_where_steps_are_tiny():
+    target, _ = _swapped(Reference(*_toy(), top_m=CODES))
+    *_, log = _refine(_planted(target), rounds=6, lr=1e-5, step_kl=0.02, adapt=True)
+    assert log[-1]["lr"] == pytest.approx(1e-5 * 1.5**6)
 
 
 def test_t12_same_seed_same_weights():

@@ -51,7 +51,8 @@ class LoopConfig(Section):
     gradient: Literal["sampled", "exact"] = "sampled"  # exact: expected gradient over the whole tree, the control arm
     moving: float = 0.5  # share of the items that moves per round
     grad_norm: float = 1.0
-    step_kl: float = 0.05  # a round ends before the step after which approx_kl would pass 1.5 times this
+    step_kl: float = 0.05  # KL(old || new) aimed at per round: passes end at 1.5 times this, a round beyond 4 times is undone
+    adapt: bool = True  # learning rate up by half where a round moved less than half of step_kl, down by half where more than twice
     most_kl: float = 1.0  # the run ends when the mean exact KL to the reference passes this
     weights: dict[str, float] = Field(default={"sid_reward": 1.0, "crowding": 0.3, "rebuild": 0.2})
 
@@ -151,7 +152,31 @@ class Refinement:
             advantage = ppo.leave_one_out(rewards) if config.advantage == "leave_one_out" else ppo.group_normalised(rewards)
             signal = advantage * self.quality[moving]
         old = old_all.gather(1, picks.to(device))
-        return record | self._optimise(rows, old_all, picks.to(device), old, signal.float().to(device))
+        before = [weight.detach().clone() for weight in self.trainable]
+        figures = self._optimise(rows, old_all, picks.to(device), old, signal.float().to(device))
+        figures |= self._adapt(figures["round_kl"], before)
+        if figures["undone"]:
+            figures["kl"] = float(ppo.exact_kl(old_all, self.reference.tree.log_prob[rows]).mean())
+        return record | figures
+
+    def _adapt(self, moved: float, before: list[Tensor]) -> dict[str, Any]:
+        """Keep the distance of a round near `step_kl`, whatever the scale of the weights; undo a round that went much too far.
+
+        How far a step carries a policy depends on the size of its states and on its temperatures, which differ between tokenizers by
+        orders of magnitude; a fixed learning rate that suits one collapses the next in a single step.
+        """
+        config = self.config
+        undone = not moved <= 4 * config.step_kl  # NaN is undone too
+        if undone:
+            with torch.no_grad():
+                for weight, old in zip(self.trainable, before, strict=True):
+                    weight.copy_(old)
+            self.optimizer.state.clear()
+        if config.adapt or undone:
+            factor = 0.25 if undone else 0.5 if moved > 2 * config.step_kl else 1.5 if 0 < moved < 0.5 * config.step_kl else 1.0
+            for group in self.optimizer.param_groups:
+                group["lr"] = min(max(group["lr"] * factor, config.lr * 1e-4), config.lr * 30)
+        return {"undone": undone, "lr": self.optimizer.param_groups[0]["lr"]}
 
     def _optimise(self, rows: Tensor, old_all: Tensor, picks: Tensor, old: Tensor, signal: Tensor) -> dict[str, Any]:
         """`epochs` passes over the groups; stops the round before a step that would go too far. All of first axis R."""
@@ -195,7 +220,7 @@ class Refinement:
         """Loss summed over the rows over `size`, and sums for the log: approx KL, exact KL, clip fraction, |signal|."""
         config = self.config
         new_all = self.log_prob(rows)
-        if first and len(rows) and float((new_all.detach() - old_all).abs().max()) > 1e-3:
+        if first and not torch.allclose(new_all.detach(), old_all, rtol=1e-4, atol=1e-3):
             raise MmsidError("the policy scores its own samples differently in the first step: dropout or a mask differs; this is a bug")
         new = new_all.gather(1, picks)
         if config.gradient == "exact":
