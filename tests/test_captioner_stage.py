@@ -21,7 +21,7 @@ from mmsid.annotate.captioner.stage import (
     train_from_config,
 )
 from mmsid.annotate.captioner.template import CaptionTemplate
-from mmsid.annotate.captioner.training import Augment, Phase, make_batch
+from mmsid.annotate.captioner.training import Augment, Phase, make_accelerator, make_batch
 from mmsid.annotate.huggingface import demo_weights
 from mmsid.annotate.prompts import load_prompt
 from mmsid.artifacts import read_json, read_manifest, write_table
@@ -89,9 +89,9 @@ def test_interrupted_run_goes_on_at_its_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(stage, "make_batch", stops_once)
     train, _ = load_pictures(config, tmp_path)
     with pytest.raises(KeyboardInterrupt):
-        train_from_config(config, train, tmp_path)
+        train_from_config(config, train, tmp_path, make_accelerator())
     assert read_json(tmp_path / "state" / "progress.json")["step"] == 2
-    _, _, history = train_from_config(config, train, tmp_path)
+    _, _, history = train_from_config(config, train, tmp_path, make_accelerator())
     assert history["see"]["steps"] == 2 and seen[3] == seen[2]  # the third step's batch again, then the fourth
     assert (tmp_path / "model.safetensors").exists()
 
@@ -193,3 +193,13 @@ def test_shipped_weights_read_unseen_combinations():
     captions, _, truth = _shipped(100)
     scored = evaluate.field_accuracy(captions, truth, CaptionTemplate(DEMO_TEMPLATE, {"product": list(demo.PRODUCTS)}))
     assert scored.parsed == 1.0 and scored.mean >= 0.95 and scored.exact >= 0.8
+
+
+def test_catalogue_with_boxes_and_texts_of_its_own(tmp_path):
+    Image.new("RGB", (96, 48)).save(tmp_path / "a.png")
+    texts = {"said": "one red mug", "wish": '{"summary": "x"}', "boxes": '{"mug": [0, 0, 48, 24]}', "hold": True}
+    write_table(tmp_path / "items.parquet", [{"item_id": "a", "image": "a.png", "kind": "mug", **texts}])
+    targets = Targets(caption_column="said", interests_column="wish", boxes_column="boxes", held_out_column="hold")
+    data = catalog_set(CatalogConfig(items=tmp_path / "items.parquet"), targets, ("kind",), "{nothing}", 48, tmp_path / "p", 0)
+    assert data.boxes.tolist() == [[[0, 0, 24, 24]]] and data.elements == ("mug",)  # scaled with the picture
+    assert data.captions == ["one red mug"] and data.interests == ['{"summary": "x"}'] and data.held_out.tolist() == [True]

@@ -13,8 +13,8 @@ import numpy as np
 from PIL import Image
 
 from mmsid.annotate.captioner.template import CaptionTemplate
-from mmsid.artifacts import file_sha256, sha256
-from mmsid.catalog.config import CatalogConfig
+from mmsid.artifacts import file_sha256, read_json, sha256, write_json
+from mmsid.catalog.config import CatalogConfig, PictureLimits
 from mmsid.catalog.demo import facts as demo
 from mmsid.catalog.demo.cards import draw_card
 from mmsid.catalog.histories import read_catalog
@@ -145,7 +145,9 @@ def catalog_set(
     table_path = targets.table or catalog.items
     id_column = catalog.fields.group_by or catalog.fields.item_id
     optional = [targets.caption_column, targets.interests_column, targets.boxes_column, targets.held_out_column]
-    needed = [id_column, *fields, *[column for column in optional if column]]
+    template = CaptionTemplate(caption_template)
+    spoken = [] if targets.caption_column else template.fields
+    needed = list(dict.fromkeys([id_column, *fields, *spoken, *[column for column in optional if column]]))
     table = read_table_rows(table_path, needed, config_key="train_captioner.targets.table")
     for column in needed:
         if column not in table.columns:
@@ -155,32 +157,22 @@ def catalog_set(
             )
     cells = Cells(table, catalog.fields.list_separator)
     row_of = {cells.text(index, id_column): index for index in range(len(table.rows))}
-    template = CaptionTemplate(caption_template)
     chosen: list[tuple[Path, int]] = [(path, row_of[item.item_id]) for item in items if item.item_id in row_of for path in item.images]
-    known = [(path, row) for path, row in chosen if targets.caption_column or all(cells.texts(row, field) for field in template.fields)]
-    folder.mkdir(parents=True, exist_ok=True)
-    pictures = np.lib.format.open_memmap(folder / "catalog.npy", mode="w+", dtype=np.uint8, shape=(max(1, len(known)), side, side, 3))
-    kept: list[tuple[int, str]] = []
-    boxes: list[np.ndarray] = []
-    elements: tuple[str, ...] = ()
-    for path, row in track(known, "decode pictures", unit="pictures"):
-        try:
-            picture = load_picture(path, catalog.pictures)
-        except PictureError:
-            continue
-        pictures[len(kept)] = np.asarray(picture.resize((side, side), Image.Resampling.BICUBIC))
-        kept.append((row, file_sha256(path)))
-        if targets.boxes_column:
-            found = json.loads(cells.text(row, targets.boxes_column) or "{}")
-            elements = elements or tuple(found)
-            scale = np.array([side / picture.width, side / picture.height] * 2)
-            boxes.append(np.array([np.array(found.get(element, [np.nan] * 4)) * scale for element in elements], dtype=np.float32))
-    if not kept:
+    known = [(path, row) for path, row in chosen if all(cells.texts(row, field) for field in spoken)]
+    pictures, decoded = _decode([path for path, _ in known], catalog.pictures, side, folder)
+    if not decoded:
         raise CatalogError(
             f"{table_path}: none of its rows has a readable picture and the fields {list(fields)}; check `item_id` and `fields`"
         )
-    pictures.flush()
-    values = {field: [", ".join(cells.texts(row, field)) for row, _ in kept] for field in dict.fromkeys([*fields, *template.fields])}
+    kept = [(known[place][1], key) for place, key, _, _ in decoded]
+    boxes, elements = None, ()
+    if targets.boxes_column:
+        found = [json.loads(cells.text(row, targets.boxes_column) or "{}") for row, _ in kept]
+        elements = tuple(dict.fromkeys(element for each in found for element in each))
+        nothing = [float("nan")] * 4
+        boxes = np.array([[each.get(element, nothing) for element in elements] for each in found], dtype=np.float32)
+        boxes *= np.array([[[side / width, side / height] * 2] for _, _, width, height in decoded], dtype=np.float32)
+    values = {field: [", ".join(cells.texts(row, field)) for row, _ in kept] for field in dict.fromkeys([*fields, *spoken])}
     if targets.caption_column:
         captions = [cells.text(row, targets.caption_column) for row, _ in kept]
     else:
@@ -191,12 +183,34 @@ def catalog_set(
     else:
         held_out = np.array([int(sha256(f"{seed}/{key}")[:8], 16) / 2**32 < targets.held_out_share for _, key in kept])
     return PictureSet(
-        pictures=np.load(folder / "catalog.npy", mmap_mode="r")[: len(kept)],
+        pictures=pictures,
         captions=captions,
         interests=interests,
         values=values,
-        boxes=np.stack(boxes) if boxes else None,
+        boxes=boxes,
         elements=elements,
         held_out=held_out,
         keys=[key for _, key in kept],
     )
+
+
+def _decode(paths: Sequence[Path], limits: PictureLimits, side: int, folder: Path) -> tuple[np.ndarray, list[tuple[int, str, int, int]]]:
+    """Pictures resized to `side` squared, and per kept picture its place in `paths`, hash of its bytes, original width and height.
+
+    What another rank or an earlier, interrupted run has decoded into `folder` is used again."""
+    done = folder / "catalog.json"
+    if not done.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        pictures = np.lib.format.open_memmap(folder / "catalog.npy", mode="w+", dtype=np.uint8, shape=(max(1, len(paths)), side, side, 3))
+        kept = []
+        for place, path in enumerate(track(paths, "decode pictures", unit="pictures")):
+            try:
+                picture = load_picture(path, limits)
+            except PictureError:
+                continue
+            pictures[len(kept)] = np.asarray(picture.resize((side, side), Image.Resampling.BICUBIC))
+            kept.append((place, file_sha256(path), picture.width, picture.height))
+        pictures.flush()
+        write_json(done, kept)
+    kept = [tuple(each) for each in read_json(done)]
+    return np.load(folder / "catalog.npy", mmap_mode="r")[: len(kept)], kept

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import nn
 
 from mmsid.annotate.captioner.data import PictureSet, answer
-from mmsid.annotate.captioner.training import fast_bf16, run_phase
+from mmsid.annotate.captioner.training import run_phase
 from mmsid.annotate.prompts import load_prompt
 from mmsid.errors import ConfigError
 
@@ -58,7 +58,9 @@ def conversation_batch(processor: Any, pictures: list[Image.Image], prompts: lis
     return {key: value for key, value in batch.items() if isinstance(value, torch.Tensor)} | {"labels": labels}
 
 
-def fine_tune(config: TrainCaptionerConfig, train: PictureSet, draft: Path) -> tuple[nn.Module, Any, dict[str, Any]]:
+def fine_tune(
+    config: TrainCaptionerConfig, train: PictureSet, draft: Path, accelerator: Accelerator
+) -> tuple[nn.Module, Any, dict[str, Any]]:
     """Phase `tell` on LoRA adapters of `config.base_model`; writes the merged model (or the adapter) and the processor into `draft`.
 
     Raises:
@@ -67,7 +69,6 @@ def fine_tune(config: TrainCaptionerConfig, train: PictureSet, draft: Path) -> t
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    accelerator = Accelerator(mixed_precision="bf16" if fast_bf16() else "no")
     try:
         processor = AutoProcessor.from_pretrained(config.base_model)
         base = AutoModelForImageTextToText.from_pretrained(config.base_model, use_safetensors=True)

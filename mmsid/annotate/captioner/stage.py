@@ -22,7 +22,7 @@ from mmsid.annotate.captioner.training import (
     SeeObjective,
     TellObjective,
     encode_answers,
-    fast_bf16,
+    make_accelerator,
     make_batch,
     run_phase,
 )
@@ -110,23 +110,26 @@ def run(config: TrainCaptionerConfig) -> Path:
     if config.source == "catalog" and config.catalog is None:
         raise ConfigError("train_captioner.catalog is missing although source is 'catalog'; name the catalogue or set source: drawn")
     inputs = {"items": config.catalog.items, "targets": config.targets.table} if config.source == "catalog" else {}
+    accelerator = make_accelerator()
     with writing(config.out, stage="train_captioner", config=config, inputs=inputs, resume=True) as draft:
-        train, checks = load_pictures(config, draft.path)
+        accelerator.wait_for_everyone()  # until rank 0 has made the draft folder
+        with accelerator.main_process_first():  # rank 0 draws or decodes, the others find the files
+            train, checks = load_pictures(config, draft.path)
         draft.counts["training_pictures"] = len(train.rows(False))
         draft.counts |= {f"{name}_pictures": len(rows) for name, (_, rows) in checks.items()}
         if config.base_model is not None:
             from mmsid.annotate.captioner.lora import fine_tune
 
-            model, processor, history = fine_tune(config, train, draft.path)
+            model, processor, history = fine_tune(config, train, draft.path, accelerator)
         else:
-            model, processor, history = train_from_config(config, train, draft.path)
+            model, processor, history = train_from_config(config, train, draft.path, accelerator)
         draft.extra["phases"] = history
-        if Accelerator().is_main_process:
+        if accelerator.is_main_process:
             measured = measure(config, model, processor, checks, train)
             write_json(draft.path / "measured.json", measured)
             draft.extra["measured"] = measured
-        for leftover in ("pictures", "state"):
-            _remove(draft.path / leftover)
+            for leftover in ("pictures", "state"):
+                _remove(draft.path / leftover)
     done(f"train_captioner: wrote {config.out} ({_summary(draft.extra.get('measured', {}))})")
     return config.out
 
@@ -154,9 +157,10 @@ def load_pictures(config: TrainCaptionerConfig, draft: Path) -> tuple[PictureSet
     return train, checks
 
 
-def train_from_config(config: TrainCaptionerConfig, train: PictureSet, draft: Path) -> tuple[torch.nn.Module, Any, dict[str, Any]]:
+def train_from_config(
+    config: TrainCaptionerConfig, train: PictureSet, draft: Path, accelerator: Accelerator
+) -> tuple[torch.nn.Module, Any, dict[str, Any]]:
     """The three phases on a model built from `config.sizes`; leaves model and processor files in `draft`."""
-    accelerator = Accelerator(mixed_precision="bf16" if fast_bf16() else "no")
     rows = train.rows(False)
     labels = build_labels({f: train.values[f] for f in config.fields}, config.fields, config.digit_fields)
     prompts = [load_prompt(config.caption_prompt).text, load_prompt(config.interests_prompt).text]
