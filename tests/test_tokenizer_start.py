@@ -18,7 +18,7 @@ def test_ridge_finds_a_linear_map() -> None:
     assert torch.allclose(weight, w, atol=1e-3) and torch.allclose(bias, torch.full((3,), 2.0), atol=1e-3)
     # with pure noise to predict, the strongest penalty wins and little is believed
     weight, _ = targets.ridge(x, torch.randn(200, 3, generator=rng))
-    assert weight.norm() < 0.2
+    assert weight.norm() < 0.25
 
 
 @pytest.mark.parametrize("kind", ["residual", "parallel"])

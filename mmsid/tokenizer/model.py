@@ -68,15 +68,15 @@ class Encoded(NamedTuple):
 class ItemTokenizer(nn.Module, ModelHubMixin, library_name="mmsid", tags=["semantic-ids", "recommendation"]):
     """Backbone with query tokens, the quantizer policy on the SID states, a linear embedding head on the EMB state."""
 
-    def __init__(
-        self, settings: TokenizerSettings, open_picture: Callable[[Any], Any] = open_as_is, *, adapter: Path | None = None
-    ) -> None:
+    def __init__(self, settings: TokenizerSettings, open_picture: Callable[[Any], Any] = open_as_is, *, saved: Path | None = None) -> None:
         super().__init__()
         self.settings = settings
         self.backbone = _build_backbone(settings, open_picture)
         self.backbone_sha256 = fingerprint(self.backbone.model)
-        if adapter is not None:
-            load_lora(self.backbone, adapter, trainable=True)
+        if saved is not None:
+            self._check_body(saved)
+        if saved is not None and (saved / "adapter").is_dir():
+            load_lora(self.backbone, saved / "adapter", trainable=True)
         else:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(settings.seed)
@@ -88,6 +88,14 @@ class ItemTokenizer(nn.Module, ModelHubMixin, library_name="mmsid", tags=["seman
                 settings.head, self.backbone.hidden_size, settings.num_levels, settings.codebook_size, settings.code_dim
             )
             self.emb_head = nn.Linear(self.backbone.hidden_size, settings.code_dim)
+
+    def _check_body(self, saved: Path) -> None:
+        trained_on = read_json(saved / "config.json")["backbone_sha256"]
+        if self.backbone_sha256 != trained_on:
+            raise ArtifactError(
+                f"{saved} was trained on other weights of {self.settings.backbone.path!r} ({trained_on[:12]}, found "
+                f"{self.backbone_sha256[:12]}); point backbone.path at the model it was trained on"
+            )
 
     @property
     def num_levels(self) -> int:
@@ -206,13 +214,7 @@ class ItemTokenizer(nn.Module, ModelHubMixin, library_name="mmsid", tags=["seman
         if config.get("format") != FORMAT:
             raise ArtifactError(f"{folder}: tokenizer format {config.get('format')!r}, this mmsid reads {FORMAT}; train it again")
         settings = TokenizerSettings.model_validate(config["settings"])
-        adapter = folder / "adapter"
-        tokenizer = cls(settings, open_picture, adapter=adapter if adapter.is_dir() else None)
-        if tokenizer.backbone_sha256 != config["backbone_sha256"]:
-            raise ArtifactError(
-                f"{folder} was trained on other weights of {settings.backbone.path!r} ({config['backbone_sha256'][:12]}, found "
-                f"{tokenizer.backbone_sha256[:12]}); point backbone.path at the model it was trained on"
-            )
+        tokenizer = cls(settings, open_picture, saved=folder)
         problems = tokenizer.load_state_dict(read_tensors(folder / "model.safetensors"), strict=False)
         missing = [name for name in problems.missing_keys if not name.startswith("backbone.model.")]
         if missing or problems.unexpected_keys:

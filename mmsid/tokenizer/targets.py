@@ -99,7 +99,7 @@ def fused_space(pooled: np.ndarray, behaviour: Behaviour, weight: float, *, cent
 def ridge(x: Tensor, y: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
     """y ~ x W^T + b with the penalty that predicts a held-out fifth best, refitted on all rows: x (n, H), y (n, D) -> W (D, H), b (D,).
 
-    The penalty is a multiple of the mean variance of x, tried from 1e-4 to 10.
+    The penalty is a multiple of the mean variance of x, tried from 1e-4 to 100.
     """
     x, y = x.double(), y.double()
     order = torch.from_numpy(np.random.default_rng(seed).permutation(len(x)))
@@ -107,7 +107,7 @@ def ridge(x: Tensor, y: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
     held, fit = order[:cut], order[cut:] if len(x) > 5 else order
     solve = _ridge_path(x[fit], y[fit])
     mean_x, mean_y = x[fit].mean(0), y[fit].mean(0)
-    strengths = [10.0**power for power in (-4, -3, -2, -1, 0, 1)]
+    strengths = [10.0**power for power in (-4, -3, -2, -1, 0, 1, 2)]
     errors = [((x[held] - mean_x) @ solve(strength) + mean_y - y[held]).square().sum().item() for strength in strengths]
     weight = _ridge_path(x, y)(strengths[int(np.argmin(errors))])
     return weight.T.float().contiguous(), (y.mean(0) - x.mean(0) @ weight).float()
