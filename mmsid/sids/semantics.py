@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
-from scipy.stats import hypergeom
+from scipy.special import gammaln
 
 from mmsid.sids.distribution import entropy, prefix_labels
 
 _BLOCK = 128  # queries at a time: 128 x N similarities in memory
+_TIE = 1e-5  # cosines nearer than this are equal: exact duplicates must tie whatever the order of summation
 
 
 def cluster_agreement(clusters: np.ndarray, classes: np.ndarray) -> dict[str, float]:
@@ -125,22 +126,35 @@ def retrieval_recall(
     order = np.argsort(pairs[:, 0], kind="stable")
     for start in range(0, len(order), _BLOCK):
         block = order[start : start + _BLOCK]
-        queries, inverse = np.unique(pairs[block, 0], return_inverse=True)
-        similar = np.round(x[queries] @ x.T, 5)[inverse]  # rounding: exact duplicates must tie whatever the summation order
+        similar = x[pairs[block, 0]] @ x.T
         own = similar[np.arange(len(block)), pairs[block, 1]][:, None]
         similar[np.arange(len(block)), pairs[block, 0]] = -np.inf
-        better[block] = (similar > own).sum(axis=1)
-        tied[block] = (similar == own).sum(axis=1) - 1
+        better[block] = (similar > own + _TIE).sum(axis=1)
+        tied[block] = (similar >= own - _TIE).sum(axis=1) - better[block] - 1
     result: dict[str, dict[str, float]] = {"full": {}, "sampled": {}, "floor_full": {}}
     drawn = min(negatives, others)
-    ahead = np.arange(others + 1)
     for k in ks:
         result["full"][str(k)] = float(np.clip((k - better) / (tied + 1), 0, 1).mean())
-        hit = hypergeom.cdf(k - 1, others, ahead, drawn) if drawn else np.ones(1)
-        running = np.concatenate([[0.0], np.cumsum(hit)])
+        running = np.concatenate([[0.0], np.cumsum(_fewer_than(k, others, drawn))])
         result["sampled"][str(k)] = float(((running[better + tied + 1] - running[better]) / (tied + 1)).mean())
         result["floor_full"][str(k)] = min(1.0, k / (len(x) - 1))
     return result
+
+
+def _fewer_than(k: int, others: int, drawn: int) -> np.ndarray:
+    """(others + 1,): entry g = probability that `drawn` of `others` items, without replacement, hold fewer than k of g marked ones."""
+    marked = np.arange(others + 1, dtype=np.float64)
+
+    def log_choose(total: np.ndarray | float, part: float) -> np.ndarray:
+        total = np.maximum(total, part)  # impossible draws are masked out below
+        return gammaln(total + 1) - gammaln(part + 1) - gammaln(total - part + 1)
+
+    probability = np.zeros(others + 1)
+    for found in range(min(k, drawn + 1)):
+        possible = (marked >= found) & (others - marked >= drawn - found)
+        log_mass = log_choose(marked, found) + log_choose(others - marked, drawn - found) - log_choose(float(others), drawn)
+        probability += np.where(possible, np.exp(log_mass), 0.0)
+    return np.minimum(probability, 1.0)
 
 
 def nearest_neighbour_lcp(codes: np.ndarray, embeddings: np.ndarray, max_queries: int = 2000, seed: int = 0) -> float:
