@@ -31,7 +31,7 @@ from mmsid.annotate.captioner.stage import TrainCaptionerConfig
 from mmsid.annotate.reading import read_captions
 from mmsid.artifacts import read_json, read_tensors, write_json
 from mmsid.backbone.embed import embed_texts
-from mmsid.catalog import Catalog, read_catalog
+from mmsid.catalog import read_catalog
 from mmsid.catalog.tables import read_table_rows
 from mmsid.cli import run_stages, wire
 from mmsid.config import StageConfig, load_yaml
@@ -88,10 +88,10 @@ def measure(captioned: dict[str, StageConfig], pixels: dict[str, StageConfig], s
     catalog = read_catalog(training.catalog)
     side, folder = training.sizes.image_size, captioned["caption"].out.parent / "pictures"
     photos = catalog_set(training.catalog, training.targets, training.fields, training.caption_template, side, folder, seed)
-    assert len(photos) == len(catalog.items), "every photo of fashion9k decodes, so rows are the catalogue's"
-    train, held = photos.rows(False), photos.rows(True)
+    train, held = photos.rows(False), photos.rows(True)  # photos whose colour, kind or gender is not known are left out
     captions = read_captions(captioned["caption"].out)
-    texts = [captions.get(item.item_id, "") for item in catalog.items]
+    texts = [captions.get(item_id, "") for item_id in photos.item_ids]
+    categories = [catalog.items[catalog.row_of[item_id]].categories for item_id in photos.item_ids]
     model = AutoModelForImageTextToText.from_pretrained(training.out)
     features = tower_features(model, photos.pictures)
     fields = photos.values
@@ -109,14 +109,16 @@ def measure(captioned: dict[str, StageConfig], pixels: dict[str, StageConfig], s
     }
     spaces = {"captions": embed_texts(texts, what="caption embeddings"), "pixels": unit_variance(features)}
     tokenizer = captioned["train_tokenizer"]
-    pairs = same_title_pairs(catalog, held, photos.keys, title_of(training))
+    titles = title_of(training)
+    pairs = same_title_pairs([titles[photos.item_ids[row]] for row in held], [photos.keys[row] for row in held])
+    of_photo = [catalog.row_of[item_id] for item_id in photos.item_ids]
     for name, configs in (("captions", captioned), ("pixels", pixels)):
         ours = read_sid_folder(configs["assign"].out).align([item.item_id for item in catalog.items])
-        embedding = read_tensors(configs["assign"].out / "embeddings.safetensors")["embeddings"].numpy()
+        embedding = read_tensors(configs["assign"].out / "embeddings.safetensors")["embeddings"].numpy()[of_photo]
         clustered = rq_kmeans(spaces[name], tokenizer.num_levels, tokenizer.codebook_size, seed).encode(spaces[name]).numpy()
         sizes = (tokenizer.codebook_size,) * tokenizer.num_levels
-        figures[f"ours, {name}"] = sid_figures(ours.raw_codes, sizes, embedding, catalog, held, pairs)
-        figures[f"RQ-KMeans, {name}"] = sid_figures(clustered, sizes, spaces[name], catalog, held, pairs)
+        figures[f"ours, {name}"] = sid_figures(ours.raw_codes[of_photo], sizes, embedding, categories, held, pairs)
+        figures[f"RQ-KMeans, {name}"] = sid_figures(clustered, sizes, spaces[name], categories, held, pairs)
     return figures
 
 
@@ -131,23 +133,21 @@ def title_of(training: TrainCaptionerConfig) -> dict[str, str]:
     return {row["item_id"]: row["title"] for row in rows}
 
 
-def same_title_pairs(catalog: Catalog, held: np.ndarray, picture_keys: list[str], titles: dict[str, str]) -> np.ndarray:
-    """(P, 2) positions in `held`: ordered pairs of held-out photos with one full title and different picture bytes."""
+def same_title_pairs(titles: list[str], picture_keys: list[str]) -> np.ndarray:
+    """(P, 2) positions among the held-out photos: ordered pairs with one full title and different picture bytes."""
     groups: dict[str, list[int]] = defaultdict(list)
-    for place, row in enumerate(held):
-        groups[titles[catalog.items[row].item_id]].append(place)
-    pairs = [(a, b) for members in groups.values() for a in members for b in members if picture_keys[held[a]] != picture_keys[held[b]]]
+    for place, title in enumerate(titles):
+        groups[title].append(place)
+    pairs = [(a, b) for members in groups.values() for a in members for b in members if picture_keys[a] != picture_keys[b]]
     return np.array(pairs, dtype=np.int64).reshape(-1, 2)
 
 
 def sid_figures(
-    codes: np.ndarray, sizes: tuple[int, ...], x: np.ndarray, catalog: Catalog, held: np.ndarray, pairs: np.ndarray
+    codes: np.ndarray, sizes: tuple[int, ...], x: np.ndarray, categories: list[tuple[str, ...]], held: np.ndarray, pairs: np.ndarray
 ) -> dict[str, Any]:
     """Figures of one arm's raw codes (N, L) and space (N, D), on the held-out rows."""
-    items = [catalog.items[row] for row in held]
-    metrics = intrinsic_metrics(
-        SidTable.from_codes([item.item_id for item in items], codes[held], sizes), [item.categories for item in items]
-    )
+    table = SidTable.from_codes([str(row) for row in held], codes[held], sizes)
+    metrics = intrinsic_metrics(table, [categories[row] for row in held])
     matched = {record["depth"]: record["v_measure"] for record in metrics["categories"] if record["level"] == record["depth"]}
     return {
         **{f"V-measure {depth}": value for depth, value in matched.items()},

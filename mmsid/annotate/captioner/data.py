@@ -51,6 +51,7 @@ class PictureSet:
     pictures: uint8 (N, S, S, 3), usually a memory map. captions: the text per picture. interests: JSON text, or None where there is none.
     values: field -> N strings ("" where unknown). boxes: float32 (N, E, 4) in px of the resized picture, ends exclusive, NaN where
     there is none; None for photographs. held_out: bool (N,), never trained on. keys: what identifies a picture's content, N strings.
+    item_ids: whose picture it is, N strings ("" for drawn cards, which belong to no catalogue).
     """
 
     pictures: np.ndarray
@@ -61,6 +62,7 @@ class PictureSet:
     elements: tuple[str, ...]
     held_out: np.ndarray
     keys: list[str]
+    item_ids: list[str]
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -127,6 +129,7 @@ def draw_set(folder: Path, number: int, seed: int, held_out: bool = False, worke
         elements=("product", "brand", "tens", "units", "headline"),
         held_out=np.full(number, held_out),
         keys=[f"{seed}/{held_out}/{row}" for row in range(number)],
+        item_ids=[""] * number,
     )
 
 
@@ -157,9 +160,9 @@ def catalog_set(
             )
     cells = Cells(table, catalog.fields.list_separator)
     row_of = {cells.text(index, id_column): index for index in range(len(table.rows))}
-    chosen: list[tuple[Path, int]] = [(path, row_of[item.item_id]) for item in items if item.item_id in row_of for path in item.images]
-    known = [(path, row) for path, row in chosen if all(cells.texts(row, field) for field in spoken)]
-    pictures, decoded = _decode([path for path, _ in known], catalog.pictures, side, folder)
+    chosen = [(path, row_of[item.item_id], item.item_id) for item in items if item.item_id in row_of for path in item.images]
+    known = [(path, row, item_id) for path, row, item_id in chosen if all(cells.texts(row, field) for field in spoken)]
+    pictures, decoded = _decode([path for path, _, _ in known], catalog.pictures, side, folder)
     if not decoded:
         raise CatalogError(
             f"{table_path}: none of its rows has a readable picture and the fields {list(fields)}; check `item_id` and `fields`"
@@ -191,6 +194,7 @@ def catalog_set(
         elements=elements,
         held_out=held_out,
         keys=[key for _, key in kept],
+        item_ids=[known[place][2] for place, _, _, _ in decoded],
     )
 
 
