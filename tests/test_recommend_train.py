@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow as pa
@@ -179,3 +182,28 @@ def test_floors_rank_by_train_alone(catalogue):
     for floor in classical_floors(catalog.items, split):
         if floor.parameters == before[floor.name][0]:
             assert torch.equal(floor.score(history), before[floor.name][1])
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_same_model_as_one(catalogue, tmp_path):
+    """Without dropout, splitting every batch over two processes changes the order of additions and nothing else."""
+    folder, _ = catalogue
+    model = SMALL | {"dropout": 0.0}
+    alone = figures(train.run(config_for(folder, out=tmp_path / "alone", model=model, floors=False)))
+    script = tmp_path / "two.py"
+    script.write_text(
+        "import sys\n"
+        "from mmsid.recommend.train import TrainRecommenderConfig, run\n"
+        "from accelerate import PartialState\n"
+        "assert PartialState(cpu=True).num_processes == 2\n"
+        "run(TrainRecommenderConfig.model_validate_json(open(sys.argv[1]).read()))\n"
+    )
+    config = config_for(folder, out=tmp_path / "two", model=model, floors=False)
+    (tmp_path / "config.json").write_text(config.model_dump_json())
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+    subprocess.run(
+        [*launch, str(script), str(tmp_path / "config.json")], check=True, timeout=600, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    together = figures(tmp_path / "two")
+    for one, two in zip(alone["random"], together["random"], strict=True):
+        assert {name: value["mean"] for name, value in one.items()} == pytest.approx({n: v["mean"] for n, v in two.items()}, abs=0.02)

@@ -27,6 +27,7 @@ WINDOW = 5
 DECAYS = (0.4, 0.6, 0.8)
 WEIGHTS = (0.05, 0.1, 0.2, 0.3, 0.5)
 TUNING_USERS = 4096
+DENSE_UP_TO = 12_500  # items; the matrix of all text similarities takes 4 N^2 bytes
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Floor:
 class _Parts(NamedTuple):
     knn: sparse.csr_matrix  # (N, N)
     text: sparse.csr_matrix  # (N, V), rows of length one or zero
+    text_similarity: np.ndarray | None  # (N, N) float32, where it fits
 
 
 def classical_floors(items: list[Item], split: Split) -> list[Floor]:
@@ -49,7 +51,9 @@ def classical_floors(items: list[Item], split: Split) -> list[Floor]:
     started = time.perf_counter()
     num_items = len(items)
     counts = np.bincount(np.concatenate([*split.train, np.zeros(0, np.int64)]), minlength=num_items)
-    parts = _Parts(item_similarity(split.train, counts), text_vectors(items))
+    text = text_vectors(items)
+    # once all pairs cost far less than every user's profile against all items
+    parts = _Parts(item_similarity(split.train, counts), text, (text @ text.T).toarray() if num_items <= DENSE_UP_TO else None)
     popularity = torch.from_numpy(counts.astype(np.float32))
     floors = [Floor("popularity", lambda histories: popularity.repeat(len(histories), 1), {}, time.perf_counter() - started)]
     chosen: dict[str, float] = {}
@@ -105,8 +109,9 @@ def _scorer(parts: _Parts, point: dict[str, float]) -> Score:
         if "knn_decay" in point:
             total += (history_weights(histories, num_items, point["knn_decay"]) @ parts.knn).toarray()
         if "text_decay" in point:
-            profile = history_weights(histories, num_items, point["text_decay"]) @ parts.text
-            total += point.get("text_weight", 1.0) * (profile @ text).toarray()
+            weights = history_weights(histories, num_items, point["text_decay"])
+            matched = weights @ parts.text_similarity if parts.text_similarity is not None else (weights @ parts.text @ text).toarray()
+            total += point.get("text_weight", 1.0) * matched
         return torch.from_numpy(total)
 
     return score
