@@ -55,7 +55,7 @@ def test_folder_and_losses(world, trained: Path) -> None:
     assert "checkpoint.safetensors" not in names
     assert "agreement with the balanced target codes" in (trained / "README.md").read_text()
     started = read_tensors(trained / "start.safetensors")
-    assert started["fused"].shape == (64, 32 + 64) and torch.bincount(started["codes"][:, 0], minlength=8).max() <= 14
+    assert started["fused"].shape == (64, 32 + 64 + 3) and torch.bincount(started["codes"][:, 0], minlength=8).max() <= 14
     assert "interests" in ItemTokenizer.from_pretrained(trained).settings.use
 
 
@@ -106,7 +106,7 @@ def test_without_sequences_annotations_or_text(world, tmp_path) -> None:
     bare = CatalogConfig(items=tmp_path / "bare.parquet")
     out = train.run(settings(world, tmp_path / "out", catalog=bare, captions=captions, interests=None, steps=2))
     assert read_json(out / "training.json")["reconstruct"] == "off"
-    assert read_tensors(out / "start.safetensors")["fused"].shape == (24, 32)
+    assert read_tensors(out / "start.safetensors")["fused"].shape == (24, 32 + 3)
     with pytest.raises(ConfigError, match="no item has such a text"):
         train.run(settings(world, tmp_path / "other", catalog=bare, captions=captions, interests=None, reconstruct="summary"))
 

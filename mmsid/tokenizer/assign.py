@@ -61,7 +61,7 @@ def run(config: AssignConfig) -> Path:
         width = settings.codebook_size if settings.head == "parallel" else settings.code_dim
         codes = np.zeros((len(items), settings.num_levels), np.int64)
         margin = np.zeros(len(items), np.float32)
-        embeddings = np.zeros((len(items), settings.code_dim), np.float32)
+        embeddings = np.zeros((len(items), settings.embedding_dim), np.float32)
         path = draft.path / "scores.f32"
         scores = np.memmap(path, np.float32, "w+", shape=(len(items), settings.num_levels, width))
         batches = -(-len(items) // config.batch_size)

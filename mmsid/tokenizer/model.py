@@ -43,20 +43,21 @@ class BackboneSettings(Section):
 
 
 class TokenizerSettings(Section):
-    """All that shapes a tokenizer. `code_dim` is the size of the code space (residual head) and of the embedding; `use` names
-    the fields it reads, so that whoever encodes new items feeds it what it was trained on."""
+    """All that shapes a tokenizer. `code_dim` is the size of the code space (residual head); `use` names the fields it
+    reads, so that whoever encodes new items feeds it what it was trained on."""
 
     backbone: BackboneSettings = BackboneSettings()
     head: Literal["residual", "parallel"] = "residual"
     num_levels: int = Field(3, ge=1, le=8)
     codebook_size: int = Field(256, ge=2)
     code_dim: int = Field(448, ge=1)
+    embedding_dim: int = Field(448, ge=1)
     use: tuple[FieldName, ...] = ()
     seed: int = 0
 
 
 class Encoded(NamedTuple):
-    """`raw_codes` (N, L) int64; `embedding` (N, code_dim) unit rows, fp32; `margin` (N,) smallest lead over the second-best code, in
+    """`raw_codes` (N, L) int64; `embedding` (N, embedding_dim) unit rows, fp32; `margin` (N,) smallest lead over the second-best code, in
     nats; `scores` (N, L, D) what the head scores the levels with (`head.level_logits`)."""
 
     raw_codes: Tensor
@@ -87,7 +88,7 @@ class ItemTokenizer(nn.Module, ModelHubMixin, library_name="mmsid", tags=["seman
             self.head: CodeHead = make_head(
                 settings.head, self.backbone.hidden_size, settings.num_levels, settings.codebook_size, settings.code_dim
             )
-            self.emb_head = nn.Linear(self.backbone.hidden_size, settings.code_dim)
+            self.emb_head = nn.Linear(self.backbone.hidden_size, settings.embedding_dim)
 
     def _check_body(self, saved: Path) -> None:
         trained_on = read_json(saved / "config.json")["backbone_sha256"]
@@ -118,7 +119,7 @@ class ItemTokenizer(nn.Module, ModelHubMixin, library_name="mmsid", tags=["seman
         return states[:, :-1], states[:, -1]
 
     def embed(self, e: Tensor) -> Tensor:
-        """The item embedding: EMB states (B, H) -> (B, code_dim), rows of unit length."""
+        """The item embedding: EMB states (B, H) -> (B, embedding_dim), rows of unit length."""
         return nn.functional.normalize(self.emb_head(e), dim=-1)
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -133,7 +134,10 @@ class ItemTokenizer(nn.Module, ModelHubMixin, library_name="mmsid", tags=["seman
         if not parts:
             size, width = self.num_levels, self.codebook_size if self.settings.head == "parallel" else self.settings.code_dim
             return Encoded(
-                torch.zeros(0, size, dtype=torch.int64), torch.zeros(0, self.settings.code_dim), torch.zeros(0), torch.zeros(0, size, width)
+                torch.zeros(0, size, dtype=torch.int64),
+                torch.zeros(0, self.settings.embedding_dim),
+                torch.zeros(0),
+                torch.zeros(0, size, width),
             )
         return Encoded(*(torch.cat(column)[place] for column in zip(*(encoded for _, encoded in parts), strict=True)))
 
@@ -228,7 +232,8 @@ class ItemTokenizer(nn.Module, ModelHubMixin, library_name="mmsid", tags=["seman
         return (
             f"Backbone {s.backbone.path} ({s.backbone.kind}, at most {s.backbone.max_length} text tokens, "
             f"LoRA rank {s.backbone.lora.r}), "
-            f"{s.head} head, {s.num_levels} levels of {s.codebook_size} codes, code space and embedding of size {s.code_dim}. "
+            f"{s.head} head, {s.num_levels} levels of {s.codebook_size} codes, "
+            f"code space of size {s.code_dim}, embedding of size {s.embedding_dim}. "
             f"Reads: {fields}. `ItemTokenizer.from_pretrained(folder).encode(items)` gives raw codes and embedding."
         )
 

@@ -116,8 +116,11 @@ def publish(
 
 
 def rebuild_figures(head: CodeHead, s: np.ndarray, table: SidTable) -> dict[str, Any] | None:
-    """How well published and raw codes rebuild what the last level quantises, s_L (N, D); None for a head without vectors."""
-    if not isinstance(head, ResidualHead):
+    """How well published and raw codes rebuild what the last level quantises, s_L (N, D); None for a head without vectors.
+
+    The last L coordinates are left out: code vectors hold their prices there, which rebuild nothing (see `targets`).
+    """
+    if not isinstance(head, ResidualHead) or s.shape[1] <= head.num_levels:
         return None
-    vectors = head.vectors.detach().cpu().numpy()
+    vectors, s = head.vectors.detach().cpu().numpy()[..., : -head.num_levels], s[:, : -head.num_levels]
     return {"fidelity": fidelity(s, vectors, table.codes), "fidelity_raw": fidelity(s, vectors, table.raw_codes)}

@@ -1,8 +1,16 @@
 """Where the tokenizer starts: the fused space, its balanced codes as first targets, and a closed-form start of the heads.
 
 First measurements (design section 4): Sinkhorn-balanced residual codes of [text ; factorised train co-engagement] tie or beat
-every learned variant tried. So the code vectors start as that clustering's, its codes are the first targets, and the heads
-start as the ridge regression of the backbone's states on the fused space. Training only has to go on from there.
+every learned variant tried. A tokenizer that reads content alone cannot give those codes, though: content explains a fifth of
+the behaviour vectors' variance (amazon_scientific), and states regressed on the fused space but scored against *its* centroids
+collapse (perplexity 211 / 12 / 72 of 256, more than half of all items in collision). So the clustering is of the *distilled*
+space, the part of the fused space that content predicts: the ridge regression of pooled content on it. Its centroids are the
+first code vectors, its codes the first targets, and the heads start as the ridge regression of the SID states on it. Training
+goes on regressing on the whole fused space, and `refit_head` clusters again what the states have become.
+
+Balance for an item alone: Sinkhorn balances a table by a price per code; an argmax without prices loses it again. The prices are
+kept in the code vectors themselves, as one more coordinate per level in which every state is 0 and code c of level l is
+sqrt(price): -|r - e|^2 then holds -price, no other level sees it, and the policy keeps its form.
 
 Behaviour comes from the train prefixes of the 90 % of users that models may be fitted on, and is a target only.
 """
@@ -24,6 +32,7 @@ from mmsid.catalog import Catalog, Item, Split, co_engagement
 from mmsid.config import Section
 from mmsid.progress import track
 from mmsid.quantize import balanced_residual_kmeans, fuse, ppmi_svd, sinkhorn
+from mmsid.quantize.sinkhorn import column_log_weights
 from mmsid.tokenizer.heads import CodeHead, ParallelHead, ResidualHead
 from mmsid.tokenizer.inputs import ItemInput, MinedInterests, attribute_text
 from mmsid.tokenizer.losses import code_cross_entropy
@@ -122,23 +131,80 @@ def _ridge_path(x: Tensor, y: Tensor) -> Callable[[float], Tensor]:
 
 
 def balanced_start(tokenizer: ItemTokenizer, readings: Readings, fused: np.ndarray, seed: int) -> Tensor:
-    """Cluster the fused space, start the heads from it in place, and return the target codes (N, L).
+    """Cluster the distilled space, start the heads from it in place, and return the target codes (N, L).
 
-    Residual head: code vectors = the centroids, W and b_l = ridge regression of the SID states on the fused space, t_l = the
-    temperature under which the target codes are likeliest. Parallel head: ridge regression on the one-hot target codes, one
-    scale per level chosen the same way. Embedding head: ridge regression of the EMB state on the fused space.
+    Residual head: code vectors = centroids and prices, W and b_l = ridge regression of the SID states on the distilled space,
+    t_l = the temperature under which the target codes are likeliest. Parallel head: ridge regression on the one-hot target
+    codes, one scale per level chosen the same way. Embedding head: ridge regression of the EMB state on the fused space.
     """
     settings = tokenizer.settings
-    fit = balanced_residual_kmeans(fused, settings.num_levels, settings.codebook_size, seed)
-    codes = fit.codes
-    target = torch.from_numpy(fused[readings.rows])
-    sample_codes = codes[torch.from_numpy(readings.rows)]
+    pooled, rows = torch.from_numpy(readings.pooled), torch.from_numpy(readings.rows)
+    weight, bias = ridge(pooled[rows], torch.from_numpy(fused)[rows], seed)
+    distilled = pooled @ weight.T + bias
+    vectors, codes = priced_codebooks(distilled, settings.num_levels, settings.codebook_size, seed)
     with torch.no_grad():
-        weight, bias = ridge(readings.states[:, -1], target, seed)
+        weight, bias = ridge(readings.states[:, -1], torch.from_numpy(fused)[rows], seed)
         tokenizer.emb_head.weight.copy_(weight)
         tokenizer.emb_head.bias.copy_(bias)
-        start_head(tokenizer.head, fit.codebooks.vectors, readings.states[:, :-1], target, sample_codes, seed)
+        start_head(
+            tokenizer.head, vectors, readings.states[:, :-1], with_price_places(distilled[rows], settings.num_levels), codes[rows], seed
+        )
     return codes
+
+
+@torch.no_grad()
+def refit_head(head: ResidualHead, s: Tensor, seed: int) -> Tensor:
+    """Cluster anew what the states have become: s (n, L, code_dim) -> balanced codes (n, L); vectors and temperatures in place.
+
+    What the projection puts into the places of the prices is taken out of it.
+    """
+    places = head.num_levels
+    head.projection.weight[-places:] = 0
+    head.bias[:, -places:] = 0
+    content = s[..., :-places].cpu()
+    vectors, codes = priced_codebooks(content, head.num_levels, head.codebook_size, seed)
+    head.vectors.copy_(vectors)
+    s = with_price_places(content, places).to(head.vectors.device)
+    logits = head.teacher_logits(s, codes.to(s.device)) * head.log_temperature.exp()[None, :, None]
+    for level in range(places):
+        head.log_temperature[level] = -_likeliest_scale(logits[:, level].cpu(), codes[:, level])
+    return codes
+
+
+def with_price_places(x: Tensor, num_levels: int) -> Tensor:
+    """(..., D) -> (..., D + L): zeros where the code vectors hold their prices."""
+    return torch.cat([x, x.new_zeros(*x.shape[:-1], num_levels)], -1)
+
+
+def priced_codebooks(
+    x: Tensor, num_levels: int, codebook_size: int, seed: int, *, epsilon: float = 0.03, passes: int = 20
+) -> tuple[Tensor, Tensor]:
+    """Balanced residual k-means whose greedy codes are balanced: vectors (L, K, D + L) with their prices, codes (N, L).
+
+    x is (N, D), or (N, L, D) with a vector per level (the centroids are then fitted on the mean over levels). At each level the
+    prices are the column weights of the Sinkhorn plan of the squared distances, and the codes their argmax.
+    """
+    per_level = x[:, None].expand(-1, num_levels, -1) if x.dim() == 2 else x
+    centroids = balanced_residual_kmeans(per_level.mean(1), num_levels, codebook_size, seed).codebooks.vectors
+    vectors = with_price_places(centroids, num_levels)
+    codes = torch.zeros(len(x), num_levels, dtype=torch.int64)
+    chosen = torch.zeros(len(x), x.shape[-1])
+    for level in range(num_levels):
+        residual, table = per_level[:, level] - chosen, centroids[level]
+        scale = epsilon * residual.square().sum(1).mean().clamp_min(1e-12)
+        blocks = [slice(start, start + 8192) for start in range(0, len(x), 8192)]
+
+        def fit(rows: slice, residual: Tensor = residual, table: Tensor = table, scale: Tensor = scale) -> Tensor:
+            scores = (2 * residual[rows] @ table.T - table.square().sum(1)) / scale
+            return scores - scores.amax(1, keepdim=True)
+
+        weights = column_log_weights(
+            lambda fit=fit, blocks=blocks: (fit(rows).exp() for rows in blocks), len(x), codebook_size, passes
+        ).float()
+        codes[:, level] = torch.cat([(fit(rows) + weights).argmax(1) for rows in blocks])
+        vectors[level, :, x.shape[-1] + level] = (-weights * scale).clamp_min(0).sqrt()
+        chosen = chosen + table[codes[:, level]]
+    return vectors, codes
 
 
 @torch.no_grad()

@@ -30,7 +30,11 @@ from mmsid.tokenizer.training import OnStep, Training
 class TrainTokenizerConfig(StageConfig):
     """`loss: ours` starts from balanced residual codes and distils them; `loss: unisid` is the published loss: parallel heads,
     random start, multi-granularity contrast on the logits + InfoNCE + 0.1 reconstruction. `head`, `start` and `weights` override
-    what the loss implies. `reconstruct` None takes summaries where there are interests, else attributes, else nothing."""
+    what the loss implies.
+
+    `refit` clusters the trained states once more at the end, so that the raw codes are balanced (residual head, balanced start;
+    one more reading of the items). `reconstruct` None takes summaries where there are interests, else attributes, else nothing.
+    """
 
     catalog: CatalogConfig
     captions: Path | None = None
@@ -58,6 +62,7 @@ class TrainTokenizerConfig(StageConfig):
     weight_decay: float = Field(0.0, ge=0)
     clip: float = Field(1.0, gt=0)
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    refit: bool = True
     rebalance_every: int = Field(0, ge=0)
     checkpoint_every: int = Field(50, ge=1)
     held_out_items: float = Field(0.0, ge=0, lt=0.5)

@@ -21,6 +21,7 @@ from mmsid.progress import track
 from mmsid.tokenizer import targets
 from mmsid.tokenizer.batches import PairPlan
 from mmsid.tokenizer.card import model_card
+from mmsid.tokenizer.heads import ResidualHead
 from mmsid.tokenizer.inputs import ItemInput, build_inputs, read_caption_texts, read_mined_interests, readable_fields
 from mmsid.tokenizer.model import ItemTokenizer, TokenizerSettings
 from mmsid.tokenizer.objective import Labels, Objective
@@ -28,6 +29,8 @@ from mmsid.tokenizer.reconstruction import FrozenDecoder, train_decoder
 
 if TYPE_CHECKING:
     from mmsid.tokenizer.train import TrainTokenizerConfig
+
+MEASURED_ROWS = 512
 
 OnStep = Callable[[int, dict[str, float]], None]
 
@@ -47,12 +50,14 @@ class Training:
         start = config.resolved_start()
         behaviour = targets.read_behaviour(catalog, split, start, config.seed)
         limits, root = config.catalog.pictures, config.catalog.root
+        width = hidden_size_of(config.backbone.path) + behaviour.vectors.shape[1]
         settings = TokenizerSettings(
             backbone=config.backbone,
             head=config.resolved_head(),
             num_levels=config.num_levels,
             codebook_size=config.codebook_size,
-            code_dim=hidden_size_of(config.backbone.path) + behaviour.vectors.shape[1],
+            code_dim=width + config.num_levels,  # a place per level for the prices of its codes
+            embedding_dim=width,
             use=fields,
             seed=config.seed,
         )
@@ -108,7 +113,8 @@ class Training:
             if start.mode == "balanced":
                 readings = targets.read_states(self.tokenizer, self.inputs, config.batch_size, config.seed)
                 space = targets.fused_space(readings.pooled, behaviour, start.behaviour_weight, centre=config.backbone.kind == "vlm")
-                codes, fused = targets.balanced_start(self.tokenizer, readings, space, config.seed), torch.from_numpy(space)
+                codes = targets.balanced_start(self.tokenizer, readings, space, config.seed)
+                fused = targets.with_price_places(torch.from_numpy(space), config.num_levels)
             write_tensors(folder / "initial.safetensors", self.tokenizer.trained_state())
             write_tensors(folder / "start.safetensors", {"codes": codes, "fused": fused})
         self.accelerator.wait_for_everyone()
@@ -276,10 +282,17 @@ class Training:
             return
         self.objective.eval()
         folder, config = self.draft.path, self.config
-        sample = np.sort(np.random.default_rng([config.seed, 9]).permutation(len(self.inputs))[:512])
+        head, balanced = self.tokenizer.head, config.resolved_start().mode == "balanced"
+        refit = config.refit and balanced and isinstance(head, ResidualHead) and bool(self.history)
+        order = np.random.default_rng([config.seed, 9]).permutation(len(self.inputs))
+        sample = np.sort(order[: targets.RIDGE_ROWS if refit else MEASURED_ROWS])
         encoded = self.tokenizer.encode([self.inputs[row] for row in sample], config.batch_size)
-        balanced = config.resolved_start().mode == "balanced"
-        figures = measure(encoded.raw_codes, self.codes[torch.from_numpy(sample)] if balanced else None, config.codebook_size)
+        codes, target = encoded.raw_codes, self.codes[torch.from_numpy(sample)] if balanced else None
+        if refit and isinstance(head, ResidualHead):
+            target = targets.refit_head(head, encoded.scores, config.seed)
+            s = targets.with_price_places(encoded.scores[..., : -config.num_levels], config.num_levels)
+            codes = head.greedy(s.to(self.accelerator.device)).codes.cpu()
+        figures = measure(codes, target, config.codebook_size)
         if self.history:
             last = self.history[-10:]
             figures["losses_last_steps"] = {n: float(np.mean([row[n] for row in last if n in row])) for n in last[-1]}
