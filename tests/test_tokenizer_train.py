@@ -107,6 +107,7 @@ def test_without_sequences_annotations_or_text(world, tmp_path) -> None:
     out = train.run(settings(world, tmp_path / "out", catalog=bare, captions=captions, interests=None, steps=2))
     assert read_json(out / "training.json")["reconstruct"] == "off"
     assert read_tensors(out / "start.safetensors")["fused"].shape == (24, 32 + 3)
+    assert settings(world, tmp_path, reconstruct=False).reconstruct == "off", "YAML reads a bare off as false"
     with pytest.raises(ConfigError, match="no item has such a text"):
         train.run(settings(world, tmp_path / "other", catalog=bare, captions=captions, interests=None, reconstruct="summary"))
 

@@ -9,11 +9,11 @@ Checkpoints are safetensors. Only rank 0 writes.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from mmsid.artifacts import writing
 from mmsid.catalog import CatalogConfig, read_catalog, split_histories
@@ -68,6 +68,11 @@ class TrainTokenizerConfig(StageConfig):
     held_out_items: float = Field(0.0, ge=0, lt=0.5)
     evaluate_every: int = Field(25, ge=1)
     patience: int = Field(0, ge=0)
+
+    @field_validator("reconstruct", mode="before")
+    @classmethod
+    def _off_is_a_word(cls, value: Any) -> Any:
+        return "off" if value is False else value  # YAML reads a bare `off` as false
 
     def resolved_head(self) -> str:
         """Residual for our loss, parallel for UniSID's, unless set."""
