@@ -24,9 +24,9 @@ from mmsid.recommend.evaluate import Score, evaluate
 
 FLOOR_NAMES = ("popularity", "item_knn", "tfidf_knn", "hybrid_knn")
 WINDOW = 5
-DECAYS = (0.4, 0.6, 0.8)
-WEIGHTS = (0.05, 0.1, 0.2, 0.3, 0.5)
-TUNING_USERS = 4096
+DECAYS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+WEIGHTS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.8)
+TUNING_USERS = 10_000
 DENSE_UP_TO = 12_500  # items; the matrix of all text similarities takes 4 N^2 bytes
 
 
