@@ -38,6 +38,7 @@ from mmsid.tokenizer.inputs import ItemInput, MinedInterests, attribute_text
 from mmsid.tokenizer.losses import code_cross_entropy
 from mmsid.tokenizer.model import ItemTokenizer
 
+SHARP = 0.25  # nats; mean log-probability of the target codes at the start: about 0.78 each
 RIDGE_ROWS = 20_000  # states kept for the closed-form start: beyond that the solution hardly moves, the memory does
 
 
@@ -230,10 +231,12 @@ def start_head(head: CodeHead, vectors: Tensor, h: Tensor, target: Tensor, codes
 
 
 def _likeliest_scale(logits: Tensor, codes: Tensor) -> float:
-    """log of the factor on `logits` (n, K) that makes `codes` likeliest, from a grid over seven decades."""
+    """log of the factor on `logits` (n, K) that makes `codes` likeliest, but no greater than brings their mean -log pi to `SHARP`:
+    where every code fits, the likeliest policy is a hard one, which no gradient and no exploration could move. Grid: 7 decades."""
     grid = torch.linspace(math.log(1e-2), math.log(1e5), 65)
     values = [code_cross_entropy(logits[:, None] * float(scale.exp()), codes[:, None]).item() for scale in grid]
-    return float(grid[int(np.argmin(values))])
+    least = max(min(values), SHARP)
+    return float(grid[next(place for place, value in enumerate(values) if value <= least)])
 
 
 @torch.no_grad()
