@@ -95,22 +95,19 @@ def wire(data: dict[str, Any], source: str) -> dict[str, StageConfig]:
         if not isinstance(section, dict):
             raise ConfigError(f"{source}: section {stage} is {section!r}, expected keys below it (or nothing for the defaults)")
         cls, _ = _load_stage(stage)
-        filled = {"out": folder[stage], "seed": header.seed, "catalog": header.catalog, **_upstream(stage, folder, header)}
+        filled = {"out": folder[stage], "seed": header.seed, "catalog": header.catalog, **_upstream(stage, folder, header, configs)}
         filled = {key: value for key, value in filled.items() if key in cls.model_fields and value is not None}
         configs[stage] = build(cls, {**filled, **section}, source=source, section=stage)
     return configs
 
 
-def _upstream(stage: str, folder: dict[str, Path], header: RunHeader) -> dict[str, Any]:
-    """Where a stage finds what earlier stages wrote."""
-    arms = {f"baselines/{arm}": None for arm in ()}
-    if stage == "train_recommender":
-        if "baselines" in folder:
-            arms |= {arm: folder["baselines"] / arm for arm in ("random", "rq_kmeans", "balanced_rq")}
-        if "assign" in folder:
-            arms["ours"] = folder["assign"]
-        if "refine" in folder:
-            arms["ours_refined"] = folder["refine"] / "sids"
+def _upstream(stage: str, folder: dict[str, Path], header: RunHeader, configs: dict[str, StageConfig]) -> dict[str, Any]:
+    """Where a stage finds what earlier stages, whose `configs` are built already, write."""
+    arms = {arm: folder["baselines"] / arm for arm in configs["baselines"].arms} if "baselines" in configs else {}
+    if "assign" in configs:
+        arms["ours"] = folder["assign"]
+    if "refine" in configs:
+        arms["ours_refined"] = folder["refine"] / "sids"
     return {
         "model": folder.get("train_captioner") if stage == "caption" else None,
         "cache": header.runs / ".cache" / "annotations.sqlite",
