@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from pathlib import Path
 
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -58,7 +59,9 @@ def add_lora(backbone: QueryBackbone, settings: LoraSettings) -> None:
     adapter = LoraConfig(
         r=settings.r, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=target_modules(backbone.model, settings)
     )
-    backbone.model = get_peft_model(backbone.model, adapter)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers 5 in a deprecated way
+        backbone.model = get_peft_model(backbone.model, adapter)
 
 
 def save_lora(backbone: QueryBackbone, folder: Path) -> bool:
@@ -71,4 +74,6 @@ def save_lora(backbone: QueryBackbone, folder: Path) -> bool:
 
 def load_lora(backbone: QueryBackbone, folder: Path, *, trainable: bool = False) -> None:
     """Wrap the body with the adapter in `folder`."""
-    backbone.model = PeftModel.from_pretrained(backbone.model, str(folder), is_trainable=trainable)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        backbone.model = PeftModel.from_pretrained(backbone.model, str(folder), is_trainable=trainable)
