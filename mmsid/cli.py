@@ -115,7 +115,7 @@ def _upstream(stage: str, folder: dict[str, Path], header: RunHeader, configs: d
         "interests": folder.get("interests"),
         "tokenizer": folder.get("train_tokenizer"),
         "sids": folder.get("assign"),
-        "arms": arms or None,
+        "arms": arms if stage == "train_recommender" and arms else None,
         "run": header.runs / header.name,
     }
 
