@@ -162,7 +162,7 @@ def test_random_baseline_is_unique_and_shared_by_duplicates() -> None:
 
 def test_baselines_write_one_sid_folder_per_arm(world, tmp_path) -> None:
     out = baselines.run(baselines.BaselinesConfig(out=tmp_path / "baselines", catalog=world["catalog"], codebook_size=8, max_length=16))
-    for arm in ("random", "rq_kmeans", "balanced_rq"):
+    for arm in ("random", "rq_kmeans", "balanced_rq_text", "balanced_rq"):
         assert len(np.unique(read_sid_folder(out / arm).codes, axis=0)) == 64
     assert "balanced_rq" in (out / "intrinsic.md").read_text()
 

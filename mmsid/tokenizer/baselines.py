@@ -1,7 +1,8 @@
 """Stage `baselines`: what any tokenizer must beat, each arm a SID folder below `baselines/<arm>/`.
 
 `random`: unique random codes. `rq_kmeans` and `balanced_rq`: greedy and Sinkhorn-balanced residual k-means on [MiniLM ; PPMI-SVD
-of train co-engagement] (text only without sequences). Same text, same sizes, same collision handling as ours.
+of train co-engagement] (text only without sequences). `balanced_rq_text`: on MiniLM alone, which is all that a new item has, and all
+that our tokenizer reads when it encodes. Same text, same sizes, same collision handling as ours.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from mmsid.tokenizer.inputs import FieldName, load_inputs
 from mmsid.tokenizer.publish import publish
 from mmsid.tokenizer.targets import StartSettings, read_behaviour
 
-Arm = Literal["random", "rq_kmeans", "balanced_rq"]
+Arm = Literal["random", "rq_kmeans", "balanced_rq", "balanced_rq_text"]
 
 
 class BaselinesConfig(StageConfig):
@@ -35,7 +36,7 @@ class BaselinesConfig(StageConfig):
     captions: Path | None = None
     interests: Path | None = None
     use: tuple[FieldName, ...] | None = None
-    arms: tuple[Arm, ...] = ("random", "rq_kmeans", "balanced_rq")
+    arms: tuple[Arm, ...] = ("random", "rq_kmeans", "balanced_rq_text", "balanced_rq")
     num_levels: int = Field(3, ge=1, le=8)
     codebook_size: int = Field(256, ge=2)
     max_length: int = Field(96, ge=1)
@@ -59,11 +60,9 @@ def run(config: BaselinesConfig) -> Path:
     }
     with writing(config.out, stage="baselines", config=config, inputs=inputs) as draft:
         figures: dict[str, Any] = {}
-        fused = None
+        text = _text(config, catalog) if set(config.arms) != {"random"} else None
         for arm in config.arms:
-            if arm != "random" and fused is None:
-                fused = _fused(config, catalog, split)
-            figures[arm] = _arm(arm, fused, config, catalog, split, draft.path / arm)
+            figures[arm] = _arm(arm, _space(arm, text, config, catalog, split), config, catalog, split, draft.path / arm)
         (draft.path / "intrinsic.md").write_text(intrinsic_table(figures), encoding="utf-8")
         draft.counts.update({"items": len(catalog.items), "arms": len(config.arms)})
     done(f"baselines: wrote {', '.join(config.arms)} for {len(catalog.items):,} items to {config.out}")
@@ -95,28 +94,36 @@ def random_codes(content_hashes: list[str], num_levels: int, codebook_size: int,
     return np.stack([numbers // codebook_size ** (num_levels - 1 - level) % codebook_size for level in range(num_levels)], 1)
 
 
-def _fused(config: BaselinesConfig, catalog: Catalog, split: Split | None) -> np.ndarray:
+def _text(config: BaselinesConfig, catalog: Catalog) -> np.ndarray:
+    """MiniLM embeddings (N, 384) of what our tokenizer reads."""
     items, _ = load_inputs(catalog, config.captions, config.interests, config.use)
-    text = embed_texts([item.text for item in items], max_length=config.max_length, what="baseline texts")
-    behaviour = read_behaviour(catalog, split, config.start, config.seed)
-    return fuse(text, behaviour.vectors, config.start.behaviour_weight)
+    return embed_texts([item.text for item in items], max_length=config.max_length, what="baseline texts")
+
+
+def _space(arm: Arm, text: np.ndarray | None, config: BaselinesConfig, catalog: Catalog, split: Split | None) -> np.ndarray | None:
+    """What the arm clusters; None for random codes."""
+    if arm == "random" or text is None:
+        return None
+    if arm == "balanced_rq_text":
+        return text
+    return fuse(text, read_behaviour(catalog, split, config.start, config.seed).vectors, config.start.behaviour_weight)
 
 
 def _arm(
-    arm: Arm, fused: np.ndarray | None, config: BaselinesConfig, catalog: Catalog, split: Split | None, folder: Path
+    arm: Arm, space: np.ndarray | None, config: BaselinesConfig, catalog: Catalog, split: Split | None, folder: Path
 ) -> dict[str, Any]:
     sizes = (config.codebook_size,) * config.num_levels
     common: dict[str, Any] = {"tokenizer_sha256": f"baseline:{arm}", "seed": config.seed}
-    if arm == "random" or fused is None:
+    if space is None:
         hashes = [item.content_sha256 for item in catalog.items]
         codes = random_codes(hashes, config.num_levels, config.codebook_size, config.seed)
         return publish(folder, catalog, split, codes, sizes, collisions="none", scores=None, **common)[1]
     if arm == "rq_kmeans":
-        codebooks = rq_kmeans(fused, config.num_levels, config.codebook_size, config.seed)
-        codes = codebooks.encode(fused)
+        codebooks = rq_kmeans(space, config.num_levels, config.codebook_size, config.seed)
+        codes = codebooks.encode(space)
     else:
-        codebooks, codes = balanced_residual_kmeans(fused, config.num_levels, config.codebook_size, config.seed)
-    scores = CodebookScores(codebooks, fused)
+        codebooks, codes = balanced_residual_kmeans(space, config.num_levels, config.codebook_size, config.seed)
+    scores = CodebookScores(codebooks, space)
     _, metrics = publish(
         folder,
         catalog,
@@ -126,7 +133,7 @@ def _arm(
         collisions=config.collisions,
         scores=scores,
         margin=scores.margin(codes),
-        embeddings=fused,
+        embeddings=space,
         **common,
     )
     codebooks.save(folder / "codebooks.safetensors")
