@@ -35,7 +35,7 @@ def _world(seed: int = 0, behavioural: bool = True):
     draw = (lambda: rng.choice(groups[rng.integers(clusters)], 6, replace=False)) if behavioural else (lambda: rng.integers(0, items, 6))
     reference = Reference(head, states, top_m=8)
     vectors = (content / np.linalg.norm(content, axis=1, keepdims=True)).astype(np.float32)
-    return Material(reference, vectors, reference.greedy, np.arange(items)), [draw() for _ in range(300)]
+    return Material(reference, vectors, reference.greedy, np.arange(items)), [draw() for _ in range(300)], [draw() for _ in range(80)]
 
 
 def test_bradley_terry_by_hand():
@@ -56,8 +56,8 @@ def test_pairs_accuracy_and_calibration_by_hand():
 
 
 def test_reward_beats_distances_where_behaviour_says_more(tmp_path):
-    material, histories = _world()
-    model, report = reward.train_reward(material, histories, EvidenceConfig(), SMALL, seed=0)
+    material, histories, held_out = _world()
+    model, report = reward.train_reward(material, histories, held_out, EvidenceConfig(), SMALL, seed=0)
     assert report["usable"] and report["gain"] > 0.03
     assert report["reward"]["accuracy_neighbours"] > 0.7 and 0 <= report["reward"]["calibration_error"] < 0.25
     model.save(tmp_path / "reward", report)
@@ -66,7 +66,7 @@ def test_reward_beats_distances_where_behaviour_says_more(tmp_path):
     features = reward.read_features(
         material.reference, material.item_vectors, material.table(histories, EvidenceConfig()), rows, material.codes[rows, None]
     )
-    assert features.scalars.shape == (10, 1, len(reward.feature_names(2)))
+    assert features.shape == (10, 1, len(reward.feature_names(2)))
     with torch.no_grad():
         torch.testing.assert_close(again(features), model.eval()(features))
     (tmp_path / "reward" / "reward.safetensors").write_bytes(b"torn")
@@ -75,34 +75,37 @@ def test_reward_beats_distances_where_behaviour_says_more(tmp_path):
 
 
 def test_reward_on_random_behaviour_is_not_usable_and_says_why():
-    material, histories = _world(behavioural=False)
-    _, report = reward.train_reward(material, histories, EvidenceConfig(), SMALL.model_copy(update={"least_gain": 0.05}), seed=0)
+    material, histories, held_out = _world(behavioural=False)
+    _, report = reward.train_reward(material, histories, held_out, EvidenceConfig(), SMALL.model_copy(update={"least_gain": 0.05}), seed=0)
     assert not report["usable"] and "distances" in report["reason"]
 
 
 def test_no_co_engagement_is_a_reason_not_a_crash():
-    material, _ = _world()
-    histories = [np.array([row]) for row in range(50)]
-    _, report = reward.train_reward(material, histories, EvidenceConfig(rebuild=0.0, crowding=0.0), SMALL, seed=0)
+    material, *_ = _world()
+    histories = held_out = [np.array([row]) for row in range(50)]
+    _, report = reward.train_reward(material, histories, held_out, EvidenceConfig(rebuild=0.0, crowding=0.0), SMALL, seed=0)
     assert not report["usable"] and "nothing to learn" in report["reason"]
 
 
-def test_rival_reads_distances_only():
-    material, histories = _world()
-    table = material.table(histories, EvidenceConfig())
-    rows = np.arange(5)
-    features = reward.read_features(material.reference, material.item_vectors, table, rows, material.codes[rows, None])
+def test_experts_read_their_own_features_only():
+    material, histories, _ = _world()
     names = reward.feature_names(2)
-    rival = SidReward(names, features.item.shape[1], features.code.shape[-1], 8, 4, only_distance=True)
-    other = features._replace(item=features.item + 1, scalars=features.scalars.clone())
-    other.scalars[..., [number for number, name in enumerate(names) if not name.startswith("distance")]] += 3
+    rows = np.arange(5)
+    features = reward.read_features(
+        material.reference, material.item_vectors, material.table(histories, EvidenceConfig()), rows, material.codes[rows, None]
+    )
+    model = SidReward(names, 8, distance_weight=0.5)
+    other = features.clone()
+    other[..., [number for number, name in enumerate(names) if not name.startswith("distance")]] += 3
     with torch.no_grad():
-        torch.testing.assert_close(rival(features), rival(other))
+        (behaviour, distance), (changed, same) = model.experts(features), model.experts(other)
+        assert torch.equal(distance, same) and not torch.equal(behaviour, changed)
+        torch.testing.assert_close(model(features), behaviour + 0.5 * distance)
 
 
 def test_same_seed_same_reward():
-    material, histories = _world()
+    material, histories, held_out = _world()
     quick = SMALL.model_copy(update={"steps": 5})
-    first, report = reward.train_reward(material, histories, EvidenceConfig(), quick, seed=3)
-    second, again = reward.train_reward(material, histories, EvidenceConfig(), quick, seed=3)
+    first, report = reward.train_reward(material, histories, held_out, EvidenceConfig(), quick, seed=3)
+    second, again = reward.train_reward(material, histories, held_out, EvidenceConfig(), quick, seed=3)
     assert report == again and all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters()))

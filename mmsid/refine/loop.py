@@ -53,7 +53,7 @@ class LoopConfig(Section):
     grad_norm: float = 1.0
     step_kl: float = 0.05  # KL(old || new) aimed at per round: passes end at 1.5 times this, a round beyond 4 times is undone
     adapt: bool = True  # learning rate up by half where a round moved less than half of step_kl, down by half where more than twice
-    most_kl: float = 1.0  # the run ends when the mean exact KL to the reference passes this
+    most_kl: float = 1.5  # the run ends when the mean exact KL to the reference passes this
     weights: dict[str, float] = Field(default={"sid_reward": 1.0, "crowding": 0.3, "rebuild": 0.2})
 
 

@@ -30,7 +30,7 @@ from mmsid.refine.gate import GateConfig
 from mmsid.refine.loop import LoopConfig, Refinement
 from mmsid.refine.policy import Reference
 from mmsid.refine.publish import make_table
-from mmsid.refine.reward import Features, Material, RewardConfig, SidReward, read_features, train_reward
+from mmsid.refine.reward import Material, RewardConfig, SidReward, read_features, train_reward
 from mmsid.sids.collisions import Policy
 from mmsid.sids.folder import read_sid_folder, write_sid_folder
 from mmsid.sids.intrinsic import intrinsic_metrics
@@ -136,7 +136,7 @@ class Job:
     def run(self) -> gate.GateResult:
         """Reward, loop, gate, folder; only rank 0 judges and writes."""
         config, folder = self.config, self.draft.path
-        reward, report = train_reward(self.material, self.fit_histories, config.evidence, config.reward, config.seed)
+        reward, report = train_reward(self.material, self.fit_histories, self.held_out, config.evidence, config.reward, config.seed)
         refined = None
         if report["usable"]:
             self._refine(reward)
@@ -218,8 +218,12 @@ class Job:
         pieces = []
         step = max(1, SCORED_ROWS * 8 // candidates.shape[1])
         for start in range(0, len(rows), step):
-            features: Features = read_features(
-                self.reference, self.material.item_vectors, table, rows[start : start + step], candidates[start : start + step]
+            features = read_features(
+                self.reference,
+                self.material.item_vectors,
+                table,
+                rows[start : start + step],
+                candidates[start : start + step],
             )
             with torch.no_grad():
                 pieces.append(reward.eval()(features).double().numpy())
