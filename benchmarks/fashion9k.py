@@ -68,6 +68,9 @@ def one_seed(config: Path, seed: int, out: Path, overrides: list[str]) -> dict[s
     """Train, caption, make the SIDs four ways, measure on the held-out photos."""
     data = load_yaml(config, [*overrides, f"seed={seed}", f"name=seed{seed}", f"runs={out}"])
     data.pop("report", None), data.pop("baselines", None)
+    # category labels are what V-measure asks for, so the tokenizers never see them: neither as input nor as contrast positives
+    blind = {**data["catalog"], "fields": {**data["catalog"]["fields"], "categories": None}}
+    data |= {stage: data[stage] | {"catalog": blind} for stage in ("train_tokenizer", "assign")}
     run_stages(wire(data, str(config)))
     captioner = out / f"seed{seed}" / "train_captioner"
     pixels = data | {"name": f"seed{seed}_pixels"}
