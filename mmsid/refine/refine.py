@@ -203,7 +203,7 @@ class Job:
         trained = [weight for weight in tokenizer.parameters() if weight.requires_grad] if everything else list(tokenizer.head.parameters())
 
         def score(rows: np.ndarray, candidates: Codes, codes: Codes) -> dict[str, Floats]:
-            table = CodeTable(codes, tokenizer.codebook_size, self.neighbours, self.content, self.config.evidence.prior)
+            table = self._table(codes)
             growth = self.reference.error_growth(rows, candidates)
             parts = table.components(rows, candidates, growth, self.config.evidence)
             parts["sid_reward"] = self._rewards(reward, table, rows, candidates)
@@ -213,6 +213,9 @@ class Job:
             tokenizer.head, states, trained, self.reference, score, self.config.loop, self.accelerator, seed=self.config.seed
         )
         refinement.run(self._log)
+
+    def _table(self, codes: Codes) -> CodeTable:
+        return CodeTable(codes, self.tokenizer.codebook_size, self.neighbours, self.content, self.config.evidence.prior)
 
     def _rewards(self, reward: SidReward, table: CodeTable, rows: np.ndarray, candidates: Codes) -> Floats:
         pieces = []
@@ -251,18 +254,19 @@ class Job:
         return verdict
 
     def _write_moved(self, reward: SidReward, refined: SidTable | None, accepted: bool) -> int:
-        """Which items the run would move, from where to where, and the reward that each gains with all others where they were."""
+        """Which items the run would move, from where to where, and the reward gained: new codes in the new table less old in the old."""
         before = self.start.codes
         after = before if refined is None else refined.codes
         rows = np.flatnonzero((before != after).any(axis=1))
-        table = CodeTable(before, self.tokenizer.codebook_size, self.neighbours, self.content, self.config.evidence.prior)
-        both = np.stack([before[rows], after[rows]], axis=1)
-        rewards = self._rewards(reward, table, rows, both) if len(rows) else np.zeros((0, 2))
+        gained = np.zeros(len(rows))
+        for codes, sign in ((before, -1.0), (after, 1.0)):
+            if len(rows):
+                gained += sign * self._rewards(reward, self._table(codes), rows, codes[rows][:, None])[:, 0]
         columns = {
             "item_id": [self.start.item_ids[row] for row in rows],
             "codes_before": before[rows].tolist(),
             "codes_after": after[rows].tolist(),
-            "reward_gained": (rewards[:, 1] - rewards[:, 0]).tolist(),
+            "reward_gained": gained.tolist(),
         }
         write_table(self.draft.path / "moved.parquet", _columns(columns), {"accepted": str(accepted).lower()})
         return len(rows)
