@@ -24,6 +24,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from mmsid.annotate.generator import GenerationFailure, Request
 from mmsid.annotate.units import DEMO
 from mmsid.artifacts import file_sha256, sha256
+from mmsid.backbone.text import no_loading_bar
 from mmsid.errors import ConfigError
 
 _DEMO_FOLDER = Path(__file__).parent / "weights" / "demo_captioner"
@@ -67,7 +68,9 @@ class HuggingFaceGenerator:
             self.reads_pictures = kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
             model_class = AutoModelForImageTextToText if self.reads_pictures else AutoModelForCausalLM
             self.processor = (AutoProcessor if self.reads_pictures else AutoTokenizer).from_pretrained(folder)
-            model = model_class.from_pretrained(folder, dtype=dtype if dtype == "auto" else getattr(torch, dtype), use_safetensors=True)
+            wanted = dtype if dtype == "auto" else getattr(torch, dtype)
+            with no_loading_bar():
+                model = model_class.from_pretrained(folder, dtype=wanted, use_safetensors=True)
         except (OSError, ValueError, ImportError) as error:
             raise ConfigError(f"model {name!r} in {folder} cannot be loaded: {error}") from error
         self.model = model.to(self.device).eval()
