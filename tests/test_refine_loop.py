@@ -6,6 +6,7 @@ import torch
 from accelerate import Accelerator
 
 from mmsid.errors import MmsidError
+from mmsid.refine import ppo
 from mmsid.refine.loop import LoopConfig, Refinement
 from mmsid.refine.policy import Reference, path_log_prob
 from mmsid.tokenizer.heads import ParallelHead, ResidualHead
@@ -112,6 +113,18 @@ def test_quality_zero_keeps_an_item_where_it_is():
     assert (codes == reference.greedy).all()
     codes, *_ = _refine(_planted(target), quality=quality)
     assert (codes[second] == target[second]).all()
+
+
+def test_a_sharp_start_is_flattened_until_it_explores():
+    head, states = _toy()
+    with torch.no_grad():
+        head.log_temperature.fill_(-7.0)
+    sharp = Reference(head, states, top_m=CODES)
+    assert float(ppo.entropy(sharp.tree.log_prob).mean()) < 0.05 and sharp.temperature == 1.0
+    flat = Reference(head, states, top_m=CODES, temperature=None, entropy=1.5)
+    assert float(ppo.entropy(flat.tree.log_prob).mean()) == pytest.approx(1.5, abs=0.01)
+    assert (flat.greedy == sharp.greedy).all() and (flat.tree.codes == sharp.tree.codes).all()
+    assert Reference(*_toy(), top_m=CODES, temperature=None, entropy=0.1).temperature == 1.0
 
 
 def test_early_stops():

@@ -55,9 +55,7 @@ def start(tmp_path_factory):
 def _config(start, out, **changes):
     weights = {"sid_reward": 1.0, "neighbours": 1.0, "crowding": 0.1}
     loop = LoopConfig(rounds=changes.pop("rounds", 30), lr=1e-3, batch=64, kl=0.01, step_kl=0.3, most_kl=99.0, weights=weights)
-    return RefineConfig(
-        **{**start, "out": out, "loop": loop, "temperature": 3.0, "reward": RewardConfig(steps=60, least_gain=-1.0), **changes}
-    )
+    return RefineConfig(**{**start, "out": out, "loop": loop, "reward": RewardConfig(steps=60, least_gain=-1.0), **changes})
 
 
 def test_refine_writes_a_whole_folder_and_improves(start, tmp_path):

@@ -41,7 +41,7 @@ class LoopConfig(Section):
     group: int = 8
     epochs: int = 3
     batch: int = 256  # items per minibatch; a group is never cut
-    lr: float = 2e-4
+    lr: float = 1e-4
     clip_low: float = 0.2
     clip_high: float = 0.28
     kl: float = 0.05  # coefficient of the exact KL to the reference

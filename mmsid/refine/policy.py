@@ -10,6 +10,7 @@ Symbols: N items, P paths, L levels, K codes, H hidden size, D code space.
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mmsid.refine import ppo
 from mmsid.refine.evidence import Codes, Floats
 from mmsid.tokenizer.heads import CodeHead, ParallelHead, ResidualHead
 
@@ -64,6 +66,28 @@ def _level_logits(head: CodeHead, s: Tensor, prefixes: Tensor) -> Tensor:
     return (2 * inner - table.square().sum(-1)) / head.log_temperature[level].exp()
 
 
+def exploring_temperature(log_prob: Tensor, entropy: float) -> float:
+    """Least temperature >= 1 at which the mean entropy over the trees, (N, P) log-probabilities, is `entropy` nats (if P allows).
+
+    A well-trained tokenizer is nearly deterministic: nothing but its argmax would ever be drawn, all rewards of a group would be
+    equal, and refinement would stand still. Argmax codes do not depend on the temperature.
+    """
+    goal = min(entropy, 0.9 * math.log(log_prob.shape[1]))
+
+    def mean_entropy(temperature: float) -> float:
+        return float(torch.cat([ppo.entropy((piece / temperature).log_softmax(-1)) for piece in log_prob.split(BATCH)]).mean())
+
+    low, high = 0.0, 1.0  # of the logarithm
+    if mean_entropy(1.0) >= goal:
+        return 1.0
+    while mean_entropy(math.exp(high)) < goal and high < 30:
+        low, high = high, 2 * high
+    for _ in range(20):
+        middle = (low + high) / 2
+        low, high = (middle, high) if mean_entropy(math.exp(middle)) < goal else (low, middle)
+    return math.exp(high)
+
+
 class Reference:
     """The frozen start: a copy of the head, the items' states under it, their path trees and their distances.
 
@@ -72,17 +96,28 @@ class Reference:
         states: (N, L, H) SID states of all items, fp32.
         top_m: codes kept per level.
         freeze_first_level: keep only the paths under the item's best first code.
-        temperature: see `path_log_prob`.
+        temperature: see `path_log_prob`; None takes `exploring_temperature` for a mean of `entropy` nats.
     """
 
-    def __init__(self, head: CodeHead, states: Tensor, top_m: int, freeze_first_level: bool = False, temperature: float = 1.0) -> None:
+    def __init__(
+        self,
+        head: CodeHead,
+        states: Tensor,
+        top_m: int,
+        freeze_first_level: bool = False,
+        temperature: float | None = 1.0,
+        entropy: float = 2.0,
+    ) -> None:
         self.head = copy.deepcopy(head).eval().requires_grad_(False)
-        self.states, self.temperature = states, temperature
+        self.states = states
         with torch.no_grad():
             parts = [self._enumerate(piece, top_m, freeze_first_level) for piece in states.split(BATCH)]
             m = min(top_m, head.codebook_size)
             branching = (1 if freeze_first_level else m, *[m] * (head.num_levels - 1))
-            self.tree = PathTree(torch.cat([codes for codes, _ in parts]), torch.cat([log_prob for _, log_prob in parts]), branching)
+            log_prob = torch.cat([log_prob for _, log_prob in parts])
+            self.temperature = exploring_temperature(log_prob, entropy) if temperature is None else temperature
+            codes = torch.cat([codes for codes, _ in parts])
+            self.tree = PathTree(codes, (log_prob / self.temperature).log_softmax(-1), branching)
             self.greedy = torch.cat([self.head.greedy(self.head.project(piece)).codes for piece in states.split(BATCH)]).cpu().numpy()
         best = self._distortion(np.arange(len(states)), self.greedy[:, None])
         self._best = best[:, 0]
@@ -93,7 +128,7 @@ class Reference:
         if freeze_first_level:
             kept = codes.shape[1] // min(top_m, self.head.codebook_size)
             codes, log_prob = codes[:, :kept], log_prob[:, :kept]
-        return codes, (log_prob / self.temperature).log_softmax(-1)
+        return codes, log_prob.log_softmax(-1)
 
     def _distortion(self, rows: NDArray, candidates: Codes) -> Floats:
         device, pieces = self.states.device, []

@@ -51,7 +51,8 @@ class RefineConfig(StageConfig):
         trainable: `heads` moves code vectors and projection, states cached once (minutes on a CPU); `all` also the adapter and the query
             tokens (needs a GPU for real sizes; lower `loop.batch`).
         top_m: codes per level in every item's tree of paths; top_m ** num_levels paths are enumerated.
-        temperature: flattens (> 1) the joint path distribution of policy and reference alike, in sampling and in scoring.
+        temperature: flattens (> 1) the joint path distribution of policy and reference alike, in sampling and in scoring; None: as much
+            as it takes for the start to have `start_entropy` nats over an item's tree on average (never below 1).
         collisions: how refined codes are published; must be what the start was published with.
     """
 
@@ -63,7 +64,8 @@ class RefineConfig(StageConfig):
     trainable: Literal["heads", "all"] = "heads"
     top_m: int = Field(8, ge=2)
     freeze_first_level: bool = False
-    temperature: float = Field(1.0, gt=0)
+    temperature: float | None = Field(None, gt=0)
+    start_entropy: float = Field(2.0, gt=0)
     collisions: Policy = "relocate"
     batch_size: int = Field(32, ge=1)
     evidence: EvidenceConfig = EvidenceConfig()
@@ -126,7 +128,9 @@ class Job:
         self.fit_histories, self.held_out = split.fit_histories(), split.held_out_histories()
         _, self.content = np.unique([item.content_sha256 for item in catalog.items], return_inverse=True)
         states, item_states = self._read_states()
-        self.reference = Reference(self.tokenizer.head, states, config.top_m, config.freeze_first_level, config.temperature)
+        self.reference = Reference(
+            self.tokenizer.head, states, config.top_m, config.freeze_first_level, config.temperature, config.start_entropy
+        )
         self._check_start()
         item_vectors = torch.nn.functional.normalize(item_states, dim=-1).cpu().numpy()
         self.embedding = self._embed(item_states)
@@ -154,7 +158,12 @@ class Job:
         self._write_outcome(refined if refined is not None and verdict.accepted else self.start, verdict.accepted)
         self.draft.counts.update({"items": len(self.inputs), "moved": moved if verdict.accepted else 0, "proposed": moved})
         self.draft.extra.update(
-            {"accepted": verdict.accepted, "reasons": verdict.reasons, "text_quality": "1 for every item: no judgements were given"}
+            {
+                "accepted": verdict.accepted,
+                "reasons": verdict.reasons,
+                "temperature": self.reference.temperature,
+                "text_quality": "1 for every item: no judgements were given",
+            }
         )
         return verdict
 
