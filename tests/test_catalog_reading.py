@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from mmsid.catalog import CatalogConfig, describe, read_catalog, split_histories, summary
+from mmsid.catalog import CatalogConfig, describe, load_picture, read_catalog, split_histories, summary
 from mmsid.catalog.config import Fields, SplitConfig
 from mmsid.errors import CatalogError
 
@@ -190,3 +190,13 @@ def test_the_summary_tells_what_is_there(folder):
     json.dumps(facts)
     text = summary(facts)
     assert "with picture  2 (66.7 %), 3 pictures" in text and "unknown_item 2" in text and len(text.splitlines()) == 8
+
+
+def test_pictures_open_by_the_paths_that_items_carry_wherever_the_root_is_named_from(tmp_path, monkeypatch):
+    (tmp_path / "shop").mkdir()
+    Image.new("RGB", (4, 4), "red").save(tmp_path / "shop" / "a.png")
+    (tmp_path / "shop" / "items.jsonl").write_text('{"item_id": "a", "image": "a.png"}\n')
+    monkeypatch.chdir(tmp_path)
+    config = CatalogConfig(items=Path("shop/items.jsonl"))
+    (item,) = read_catalog(config).items
+    assert load_picture(item.images[0], config.pictures, config.root).size == (4, 4)

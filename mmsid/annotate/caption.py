@@ -69,12 +69,12 @@ def model_of(config: ModelJobConfig) -> Generator:
 
 
 def picture_loader(catalog: CatalogConfig) -> partial[Image.Image]:
-    """Reads a creative under the catalogue's limits; absolute paths, since relative ones would be taken from the root again."""
+    """Reads a creative under the catalogue's limits."""
     return partial(_load, catalog)
 
 
 def _load(catalog: CatalogConfig, path: Path) -> Image.Image:
-    return load_picture(path.absolute(), catalog.pictures, root=catalog.root)
+    return load_picture(path, catalog.pictures, root=catalog.root)
 
 
 def input_paths(config: ModelJobConfig) -> dict[str, Path]:

@@ -26,7 +26,7 @@ class Item:
     Attributes:
         item_id: unique in its catalogue.
         title, description: text, '' where missing.
-        images: creatives that passed the checks of path, size and header; a file can still fail when it is decoded.
+        images: absolute paths of the creatives that passed the checks of path, size and header; a file can still fail when it is decoded.
         categories: names from root to leaf, of any depth.
         attributes: name -> labels.
         content_sha256: hash of all of the above but `item_id` and paths (64 hex digits).

@@ -95,7 +95,7 @@ def inspect_picture(path: str, limits: PictureLimits, root: Path) -> InspectedPi
         return InspectedPicture(None, digest, error.reason)
     if _is_truncated(data):
         return InspectedPicture(None, digest, "truncated")
-    return InspectedPicture(Path(root) / path, digest, None)
+    return InspectedPicture((Path(root) / path).absolute(), digest, None)
 
 
 def _refusal(reason: str, path: str | Path) -> PictureError:
