@@ -114,9 +114,9 @@ def measure(captioned: dict[str, StageConfig], pixels: dict[str, StageConfig], s
     tokenizer = captioned["train_tokenizer"]
     titles = title_of(training)
     pairs = same_title_pairs([titles[photos.item_ids[row]] for row in held], [photos.keys[row] for row in held])
-    of_photo = [catalog.row_of[item_id] for item_id in photos.item_ids]
     for name, configs in (("captions", captioned), ("pixels", pixels)):
-        ours = read_sid_folder(configs["assign"].out).align([item.item_id for item in catalog.items])
+        ours = read_sid_folder(configs["assign"].out)  # rows in the order of the catalogue without categories: not this one's
+        of_photo = [ours.row_of[item_id] for item_id in photos.item_ids]
         embedding = read_tensors(configs["assign"].out / "embeddings.safetensors")["embeddings"].numpy()[of_photo]
         clustered = rq_kmeans(spaces[name], tokenizer.num_levels, tokenizer.codebook_size, seed).encode(spaces[name]).numpy()
         sizes = (tokenizer.codebook_size,) * tokenizer.num_levels
