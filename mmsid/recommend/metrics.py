@@ -134,34 +134,63 @@ class Difference(NamedTuple):
 
 
 def paired_bootstrap(arm: np.ndarray, baseline: np.ndarray, draws: int = 2000, seed: int = 0) -> Difference:
-    """Bootstrap a difference over users and seeds, paired on both.
+    """Bootstrap one difference over users and seeds, paired on both; see `paired_bootstraps`."""
+    return paired_bootstraps([(arm, baseline)], draws, seed)[0]
+
+
+def paired_bootstraps(pairs: Sequence[tuple[np.ndarray, np.ndarray]], draws: int = 10_000, seed: int = 0) -> list[Difference]:
+    """Bootstrap differences over users and seeds, paired on both. All pairs share the same draws of users, which costs them once.
 
     Args:
-        arm, baseline: per-position metric values (S, P); S = 1 (a deterministic arm) is compared with every seed of
-            the other. Seeds and users are each resampled with replacement.
-        draws: bootstrap samples.
+        pairs: (arm, baseline), per-position metric values (S, P) each; S = 1 (a deterministic arm) is compared with every seed of
+            the other. Seeds and users are each resampled with replacement. P is the same for all pairs.
+        draws: bootstrap samples; the smallest p that can be told is 2 / (draws + 1).
 
     Returns:
-        Difference; `detectable` = (1.96 + 0.84) standard errors.
+        One Difference per pair; `detectable` = (1.96 + 0.84) standard errors.
 
     Raises:
         ValueError: shapes cannot be paired.
     """
-    arm, baseline = np.atleast_2d(arm), np.atleast_2d(baseline)
-    if arm.shape[1] != baseline.shape[1] or (arm.shape[0] != baseline.shape[0] and 1 not in (arm.shape[0], baseline.shape[0])):
-        raise ValueError(f"cannot pair values of shapes {arm.shape} and {baseline.shape}; evaluate both arms on the same users and seeds")
-    gaps = arm - baseline
-    seeds, users = gaps.shape
-    rng = np.random.default_rng(seed)
-    means = np.empty(draws)
+    gaps = []
+    for arm, baseline in pairs:
+        arm, baseline = np.atleast_2d(arm), np.atleast_2d(baseline)
+        if arm.shape[1] != baseline.shape[1] or (arm.shape[0] != baseline.shape[0] and 1 not in (arm.shape[0], baseline.shape[0])):
+            raise ValueError(f"cannot pair values of shapes {arm.shape} and {baseline.shape}; evaluate both arms on the same users and seeds")
+        gaps.append(arm - baseline)
+    if len({gap.shape[1] for gap in gaps}) > 1:
+        raise ValueError(f"pairs of {sorted({gap.shape[1] for gap in gaps})} positions; compare arms on the same users")
+    if not gaps:
+        return []
+    users = gaps[0].shape[1]
+    means = np.empty((len(gaps), draws))
+    rows, ends = np.concatenate(gaps), np.cumsum([len(gap) for gap in gaps])[:-1]
+    user_rng = np.random.default_rng([seed, 0])
+    # one generator per number of seeds: a comparison must not depend on which others stand in the table
+    seed_rngs = {len(gap): np.random.default_rng([seed, len(gap)]) for gap in gaps}
     for start in range(0, draws, 256):
         count = min(256, draws - start)
-        user_weights = rng.multinomial(users, np.full(users, 1 / users), size=count)
-        seed_weights = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=count)
-        means[start : start + count] = ((user_weights @ gaps.T) * seed_weights).sum(1) / (users * seeds)
+        user_weights = user_rng.multinomial(users, np.full(users, 1 / users), size=count)
+        resampled = np.split(user_weights @ rows.T / users, ends, axis=1)
+        seed_weights = {seeds: rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=count) / seeds for seeds, rng in seed_rngs.items()}
+        for place, values in enumerate(resampled):
+            means[place, start : start + count] = (values * seed_weights[values.shape[1]]).sum(1)
+    return [_difference(gap, found) for gap, found in zip(gaps, means, strict=True)]
+
+
+def _difference(gaps: np.ndarray, means: np.ndarray) -> Difference:
     low, high = np.quantile(means, [0.025, 0.975])
-    p = min(1.0, 2 * (min((means <= 0).sum(), (means >= 0).sum()) + 1) / (draws + 1))
+    p = min(1.0, 2 * (min((means <= 0).sum(), (means >= 0).sum()) + 1) / (len(means) + 1))
     return Difference(float(gaps.mean()), float(low), float(high), float(p), float(2.8 * means.std()))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p values corrected for the number of comparisons (Holm 1979): the i-th smallest of m times (m - i + 1), made monotone, at most 1."""
+    corrected, highest = [1.0] * len(p_values), 0.0
+    for place, index in enumerate(np.argsort(p_values, kind="stable")):
+        highest = max(highest, min(1.0, (len(p_values) - place) * p_values[index]))
+        corrected[index] = highest
+    return corrected
 
 
 def over_seeds(values: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:

@@ -8,36 +8,67 @@ from typing import Any
 from mmsid.recommend.metrics import COVERAGE_CUTOFF, HIT_CUTOFFS, NDCG_CUTOFFS
 
 COLUMNS = [f"HR@{k}" for k in HIT_CUTOFFS] + [f"NDCG@{k}" for k in NDCG_CUTOFFS] + ["MRR", f"coverage@{COVERAGE_CUTOFF}"]
+FAMILIES = ("classical", "sid", "fusion", "optimum")
 
 
-def ranking_table(rows: Sequence[dict[str, Any]], differences: Sequence[dict[str, Any]]) -> str:
-    """Markdown: one row per arm (test figures; valid where test was not ranked), then the paired differences."""
+def ranking_table(rows: Sequence[dict[str, Any]], differences: Sequence[dict[str, Any]], *, best_first: bool = False) -> str:
+    """Markdown: one row per arm (test figures; valid where test was not ranked), then the paired differences.
+
+    Args:
+        best_first: sort by family, then NDCG@10, and print the best figure of each family bold. Otherwise rows keep their order.
+    """
     tested = any(row["metrics"] for row in rows if row["family"] != "optimum")
     key, part = ("metrics", "test") if tested else ("valid", "valid")
+    if best_first:
+        rows = sorted(rows, key=lambda row: (FAMILIES.index(row["family"]), -_mean(row, key, "NDCG@10")))
     lines = [
         f"Item-level ranking of the full catalogue on {part}; seen items masked, a bucket of n items takes n ranks at expectation.",
         "",
-        f"| arm | family | {' | '.join(COLUMNS)} | valid NDCG@10 | items lost to collisions | seconds |",
-        f"|---|---|{'---|' * (len(COLUMNS) + 3)}",
+        f"| arm | family | seeds | {' | '.join(COLUMNS)} | valid NDCG@10 | items lost to collisions | seconds |",
+        f"|---|---|---|{'---|' * (len(COLUMNS) + 3)}",
     ]
     for row in rows:
-        figures = " | ".join(_figure(row[key].get(name)) for name in COLUMNS)
+        rivals = [other for other in rows if other["family"] == row["family"]] if best_first and row["family"] != "optimum" else []
+        figures = " | ".join(_marked(row, key, name, rivals) for name in COLUMNS)
         lost = "" if row["collisions"] is None else f"{row['collisions']:,}"
         seconds = "" if row["seconds"] is None else f"{row['seconds']:.1f}"
-        lines.append(f"| {row['arm']} | {row['family']} | {figures} | {_figure(row['valid'].get('NDCG@10'))} | {lost} | {seconds} |")
+        seeds = len(row["seeds"]) or ""
+        valid = _figure(row["valid"].get("NDCG@10"))
+        lines.append(f"| {row['arm']} | {row['family']} | {seeds} | {figures} | {valid} | {lost} | {seconds} |")
+    return "\n".join(lines) + "\n" + _differences(differences, part)
+
+
+def _differences(differences: Sequence[dict[str, Any]], part: str) -> str:
+    """One table per baseline; empty where nothing was compared on this part."""
+    lines: list[str] = []
     shown = [row for row in differences if row["part"] == part]
-    if shown:
+    for baseline in dict.fromkeys(row["baseline"] for row in shown):
         lines += [
             "",
-            f"Difference from `{shown[0]['baseline']}` on {part}, paired bootstrap over users and seeds:",
+            f"Difference from `{baseline}` on {part}, paired bootstrap over users and seeds. p is uncorrected; p (Holm) is corrected for all "
+            f"{len(shown) // len({row['metric'] for row in shown})} comparisons of the metric, and a difference exceeds noise where it is "
+            "below 0.05. One seed: over users alone, which understates the noise.",
             "",
-            "| arm | metric | difference | 95 % interval | p | smallest effect it could have seen |",
-            "|---|---|---|---|---|---|",
+            "| arm | metric | seeds | difference | 95 % interval | p | p (Holm) | exceeds noise | smallest effect it could have seen |",
+            "|---|---|---|---|---|---|---|---|---|",
         ]
-        for row in shown:
+        for row in (row for row in shown if row["baseline"] == baseline):
             interval = f"{row['low']:+.4f} .. {row['high']:+.4f}"
-            lines.append(f"| {row['arm']} | {row['metric']} | {row['mean']:+.4f} | {interval} | {row['p']:.3f} | {row['detectable']:.4f} |")
-    return "\n".join(lines) + "\n"
+            verdict = "yes" if row["exceeds_noise"] else "no"
+            lines.append(
+                f"| {row['arm']} | {row['metric']} | {row['seeds']} | {row['mean']:+.4f} | {interval} | {row['p']:.4f} | {row['p_holm']:.4f} "
+                f"| {verdict} | {row['detectable']:.4f} |"
+            )
+    return "\n".join(lines) + "\n" if lines else ""
+
+
+def _mean(row: dict[str, Any], key: str, name: str) -> float:
+    return row[key].get(name, {"mean": 0.0})["mean"]
+
+
+def _marked(row: dict[str, Any], key: str, name: str, rivals: Sequence[dict[str, Any]]) -> str:
+    text = _figure(row[key].get(name))
+    return f"**{text}**" if text and rivals and _mean(row, key, name) >= max(_mean(other, key, name) for other in rivals) else text
 
 
 def _figure(value: dict[str, float] | None) -> str:

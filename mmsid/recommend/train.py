@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from pydantic import Field
 
-from mmsid.artifacts import read_json, read_table, write_json, write_table, writing
+from mmsid.artifacts import read_json, write_json, writing
 from mmsid.catalog import Catalog, CatalogConfig, Split, read_catalog, split_histories
 from mmsid.config import Section, StageConfig
 from mmsid.errors import ConfigError
@@ -28,12 +27,11 @@ from mmsid.recommend.evaluate import Evaluation, Part, evaluate
 from mmsid.recommend.fit import Schedule, fit, table_paths
 from mmsid.recommend.floors import FLOOR_NAMES, classical_floors
 from mmsid.recommend.instrument import InstrumentShape
-from mmsid.recommend.metrics import Ranks, over_seeds, paired_bootstrap, per_position
+from mmsid.recommend.metrics import over_seeds
+from mmsid.recommend.rows import dataset_facts, difference_rows, lost_to_collisions, optimum_row, read_ranks, write_ranks
 from mmsid.recommend.tables import ranking_table
 from mmsid.sids.folder import read_sid_folder
 from mmsid.sids.table import SidTable
-
-COMPARED = ("NDCG@10", "HR@10")
 
 
 class ModelConfig(Section):
@@ -105,7 +103,7 @@ def run(config: TrainRecommenderConfig) -> Path:
                 _run_floors(config, catalog, split, draft.path)
             rows = _rows(config, tables, draft.path)
             differences = _differences(config, rows, draft.path)
-            write_json(draft.path / "metrics.json", {"dataset": _dataset(catalog, split), "arms": rows, "differences": differences})
+            write_json(draft.path / "metrics.json", {"dataset": dataset_facts(catalog, split), "arms": rows, "differences": differences})
             (draft.path / "ranking.md").write_text(ranking_table(rows, differences), encoding="utf-8")
             draft.counts |= {"arms": len(rows), "items": len(catalog.items), "test_users": len(split.users("test"))}
         accelerator.wait_for_everyone()
@@ -188,7 +186,7 @@ def _run_arm(
         return
     found = {part: fitted.evaluate(split, part, config.decoding, config.beam) for part in _parts(config)}
     extra = {"seconds": fitted.seconds, "epochs": fitted.epochs, "stopped_at_valid": fitted.best}
-    _write_ranks(marker, found, extra, catalog)
+    _finish(marker, found, extra, catalog)
 
 
 def _run_floors(config: TrainRecommenderConfig, catalog: Catalog, split: Split, folder: Path) -> None:
@@ -199,27 +197,14 @@ def _run_floors(config: TrainRecommenderConfig, catalog: Catalog, split: Split, 
         started = time.perf_counter()
         found = {part: evaluate(floor.score, split, part, len(catalog.items)) for part in _parts(config)}
         extra = {"seconds": floor.seconds + time.perf_counter() - started, "parameters": floor.parameters}
-        _write_ranks(markers[floor.name], found, extra, catalog)
+        _finish(markers[floor.name], found, extra, catalog)
 
 
-def _write_ranks(marker: Path, found: dict[Part, Evaluation], extra: dict[str, Any], catalog: Catalog) -> None:
+def _finish(marker: Path, found: dict[Part, Evaluation], extra: dict[str, Any], catalog: Catalog) -> None:
     """The ranks, then the marker that says that they are whole."""
     marker.parent.mkdir(parents=True, exist_ok=True)
-    columns = {"user_id": [], "part": [], "above": [], "tied": []}
-    for part, evaluation in found.items():
-        columns["user_id"] += [catalog.histories[user].user_id for user in evaluation.users]
-        columns["part"] += [part] * len(evaluation.users)
-        columns["above"] += evaluation.ranks.above.tolist()
-        columns["tied"] += evaluation.ranks.tied.tolist()
-    types = {"user_id": pa.string(), "part": pa.string(), "above": pa.int64(), "tied": pa.int64()}
-    write_table(marker.with_suffix(".parquet"), pa.table({name: pa.array(values, types[name]) for name, values in columns.items()}))
+    write_ranks(marker.with_suffix(".parquet"), found, catalog)
     write_json(marker, {part: evaluation.summary() for part, evaluation in found.items()} | extra)
-
-
-def _read_ranks(path: Path, part: Part) -> Ranks:
-    table = read_table(path)
-    rows = np.array(table["part"].to_pylist()) == part
-    return Ranks(table["above"].to_numpy()[rows], table["tied"].to_numpy()[rows])
 
 
 def _rows(config: TrainRecommenderConfig, tables: dict[str, SidTable], folder: Path) -> list[dict[str, Any]]:
@@ -233,58 +218,22 @@ def _rows(config: TrainRecommenderConfig, tables: dict[str, SidTable], folder: P
         for part, key in (("test", "metrics"), ("valid", "valid")):
             if part in found[0]:
                 row[key] = over_seeds([result[part] for result in found])
-        row["collisions"] = _lost_to_collisions(tables[arm]) if arm in tables else None
+        row["collisions"] = lost_to_collisions(tables[arm]) if arm in tables else None
         row["seconds"] = round(float(np.mean([result["seconds"] for result in found])), 2)
         rows.append(row | ({"parameters": found[0]["parameters"]} if family == "classical" else {}))
-    return rows + ([_optimum_row(config.truth)] if config.truth is not None else [])
-
-
-def _optimum_row(path: Path) -> dict[str, Any]:
-    """The best achievable figures, in expectation, as the demo catalogue's optimum.json gives them."""
-    truth = read_json(path)
-    try:
-        test, valid = ({name: {"mean": value, "std": 0.0} for name, value in truth[part]["expected"].items()} for part in ("test", "valid"))
-    except (KeyError, TypeError) as error:
-        raise ConfigError(f"train_recommender.truth: {path} has no figures under test.expected; name the demo catalogue's file") from error
-    return {
-        "arm": "best achievable",
-        "family": "optimum",
-        "seeds": [],
-        "metrics": test,
-        "valid": valid,
-        "collisions": None,
-        "seconds": None,
-    }
-
-
-def _lost_to_collisions(table: SidTable) -> int:
-    """Items minus distinct published SIDs."""
-    return len(table) - len(np.unique(table.full_codes(), axis=0))
+    return rows + ([optimum_row(config.truth)] if config.truth is not None else [])
 
 
 def _differences(config: TrainRecommenderConfig, rows: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
     """Every arm against the baseline, paired over users and seeds, on each part that was ranked."""
     baseline = config.baseline or ("balanced_rq" if "balanced_rq" in config.arms else next(iter(config.arms)))
-    seeds = {row["arm"]: row["seeds"] for row in rows if row["family"] != "optimum"}
-    ranks = {}
-    for part in _parts(config):
-        for arm in seeds:
-            ranks[arm, part] = [_read_ranks(folder / "ranks" / arm / f"{seed}.parquet", part) for seed in seeds[arm]]
     found = []
-    for arm in seeds:
-        for part in _parts(config) if arm != baseline else ():
-            for metric in COMPARED:
-                ours, theirs = (np.stack([per_position(one, metric) for one in ranks[name, part]]) for name in (arm, baseline))
-                difference = paired_bootstrap(ours, theirs)
-                found.append({"arm": arm, "baseline": baseline, "part": part, "metric": metric, **difference._asdict()})
+    for part in _parts(config):
+        ranks = {}
+        for row in rows:
+            if row["family"] == "optimum":
+                continue
+            read = [read_ranks(folder / "ranks" / row["arm"] / f"{seed}.parquet", part).ranks for seed in row["seeds"]]
+            ranks[row["arm"]] = {None: read[0]} if row["family"] == "classical" else dict(zip(row["seeds"], read, strict=True))
+        found += difference_rows(ranks, [baseline], part)
     return found
-
-
-def _dataset(catalog: Catalog, split: Split) -> dict[str, Any]:
-    return {
-        "catalog_sha256": catalog.sha256,
-        "items": len(catalog.items),
-        "valid_users": len(split.users("valid")),
-        "test_users": len(split.users("test")),
-        "target_seen_before": sum(bool(np.isin(split.test[user], split.before_test[user])) for user in split.users("test")),
-    }
