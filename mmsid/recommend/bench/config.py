@@ -1,0 +1,192 @@
+"""What a bench is told: a data set and a suite of arms, each one YAML, shipped below `configs/bench/` or the reader's own.
+
+A suite names arms and rules and no data; a data set names its catalogue and what is true of it (sizes that fit it, published SIDs,
+arms that cannot be made of it). So one suite runs on every catalogue, and the same rules judge all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import Field, field_validator, model_validator
+
+from mmsid.catalog import CatalogConfig
+from mmsid.config import Section, build, load_yaml
+from mmsid.errors import ConfigError
+from mmsid.recommend.fit import Schedule
+from mmsid.recommend.floors import FLOOR_NAMES
+from mmsid.recommend.train import ModelConfig
+from mmsid.tokenizer.arms import ArmSpec
+from mmsid.tokenizer.inputs import FieldName
+
+SectionT = TypeVar("SectionT", bound=Section)
+
+
+class PublishedConfig(Section):
+    """A reference_sids.parquet: `columns` names the sets to take, None all of them."""
+
+    sids: Path
+    columns: tuple[str, ...] | None = None
+
+
+class DatasetConfig(Section):
+    """One data set.
+
+    Attributes:
+        name: of the results file.
+        captions, interests: finished annotation folders, where there are any; `use`: the fields that tokenizers and baselines read.
+        num_levels, codebook_size: of every arm that does not name its own.
+        published: SID sets that others made for this catalogue.
+        truth: optimum.json of the demo catalogue; adds the row of the best achievable figures.
+        left_out: arm of a suite -> why it cannot be made of this data; listed with the results as not run.
+    """
+
+    name: str = Field(pattern=r"^[\w-]+$")
+    catalog: CatalogConfig
+    captions: Path | None = None
+    interests: Path | None = None
+    use: tuple[FieldName, ...] | None = None
+    num_levels: int = Field(default=3, ge=1, le=8)
+    codebook_size: int = Field(default=256, ge=2)
+    published: PublishedConfig | None = None
+    truth: Path | None = None
+    left_out: dict[str, str] = Field(default_factory=dict)
+
+
+class ArmConfig(Section):
+    """One entry of a suite: exactly one of the following.
+
+    Attributes:
+        sids: how a baseline makes its SIDs; sizes default to the data set's.
+        published: one arm per published SID set of the data set, named `<arm>_<column>`.
+        tokenizer: our tokenizer, trained and assigned anew for every seed; overrides of the stage train_tokenizer.
+        floors: popularity, item-kNN, TF-IDF kNN and their hybrid: deterministic, run once.
+    """
+
+    sids: ArmSpec | None = None
+    published: Literal["all"] | None = None
+    tokenizer: dict[str, Any] | None = None
+    floors: Literal[True] | None = None
+
+    @property
+    def kind(self) -> str:
+        """The one that is set."""
+        return next(name for name in type(self).model_fields if getattr(self, name) is not None)
+
+    @field_validator("tokenizer")
+    @classmethod
+    def _filled_in_by_the_bench(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        taken = sorted({"out", "seed", "catalog", "captions", "interests"} & set(value or {}))
+        if taken:
+            raise ValueError(f"{taken[0]} is given by the bench; take it out")
+        return value
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> ArmConfig:
+        named = [name for name in type(self).model_fields if getattr(self, name) is not None]
+        if len(named) != 1:
+            raise ValueError(f"an arm is exactly one of {', '.join(type(self).model_fields)}; this one names {', '.join(named) or 'none'}")
+        return self
+
+
+class TrialConfig(Section):
+    """One point of the tuning grid: what differs from the suite's `model` and `schedule`."""
+
+    model: dict[str, Any] = Field(default_factory=dict)
+    schedule: dict[str, Any] = Field(default_factory=dict)
+
+
+class SuiteConfig(Section):
+    """Arms and the rules that judge them.
+
+    Attributes:
+        seeds: the first screens and tunes; all of them train the arms that get so far. Seed s seeds tokenizer and recommender alike.
+        claims: arms that get all seeds in any case: those that a claim names.
+        baselines: arms that every other is compared with; they get all seeds too.
+        within: arms whose best valid NDCG@10 lies within this share of the best of their family get all seeds.
+        trials: the tuning grid, the same for every trained arm: all points at the first seed, the best on valid for the others.
+        jobs: parallel processes; default: the machine's cores.
+        budget_minutes: wall time of one call; jobs that would not fit are not started, and listed.
+        results: folder of the tables.
+    """
+
+    arms: dict[str, ArmConfig] = Field(min_length=1)
+    seeds: list[int] = Field(default=[0, 1, 2, 3, 4], min_length=1)
+    claims: list[str] = []
+    baselines: list[str] = []
+    within: float = Field(default=0.05, ge=0, lt=1)
+    model: ModelConfig = ModelConfig()
+    schedule: Schedule = Schedule()
+    trials: list[TrialConfig] = Field(default=[TrialConfig()], min_length=1)
+    jobs: int | None = Field(default=None, gt=0)
+    budget_minutes: float = Field(gt=0)
+    results: Path = Path("benchmarks/results")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SuiteConfig:
+        for arm in self.arms:
+            if not arm or arm != Path(arm).name or arm.startswith(".") or arm in FLOOR_NAMES:
+                raise ValueError(f"arms: {arm!r} must be usable as a folder name and differ from the floors' names; rename it")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds: {self.seeds} names a seed twice; each seed is one run")
+        groups = tuple(f"{name}_" for name, arm in self.arms.items() if arm.kind == "published")
+        known = [*self.arms, *(FLOOR_NAMES if any(arm.floors for arm in self.arms.values()) else ())]
+        for name in (*self.claims, *self.baselines):
+            if name not in known and not name.startswith(groups):
+                raise ValueError(f"{name!r} in claims or baselines is no arm; the arms are {', '.join(known)}")
+        for place in range(len(self.trials)):
+            self.settings(place)
+        return self
+
+    def settings(self, trial: int) -> tuple[ModelConfig, Schedule]:
+        """Model and schedule of one trial.
+
+        Raises:
+            ValueError (pydantic's): a key or value that they do not know.
+        """
+        point = self.trials[trial]
+        model = ModelConfig.model_validate(self.model.model_dump() | point.model)
+        model.shape()
+        return model, Schedule.model_validate(self.schedule.model_dump() | point.schedule)
+
+
+def load_dataset(name: str, overrides: Sequence[str] = ()) -> DatasetConfig:
+    """A shipped data set by name, or any YAML by path; its name defaults to the file's.
+
+    Raises:
+        ConfigError: no such file, or a wrong key.
+    """
+    path = _find(name, "datasets")
+    return _load(DatasetConfig, path, overrides, {"name": path.stem})
+
+
+def load_suite(name: str, overrides: Sequence[str] = ()) -> SuiteConfig:
+    """A shipped suite by name, or any YAML by path.
+
+    Raises:
+        ConfigError: no such file, or a wrong key.
+    """
+    return _load(SuiteConfig, _find(name, "suites"), overrides, {})
+
+
+def _load(cls: type[SectionT], path: Path, overrides: Sequence[str], defaults: dict[str, Any]) -> SectionT:
+    return build(cls, defaults | load_yaml(path, overrides), source=str(path), section="")
+
+
+def _find(name: str, kind: str) -> Path:
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml"):
+        return path
+    folder = _shipped() / kind
+    if not (folder / f"{name}.yaml").is_file():
+        shipped = ", ".join(sorted(found.stem for found in folder.glob("*.yaml")))
+        raise ConfigError(f"bench: {name!r} is none of the shipped {kind} ({shipped}); name one of them or the path of a YAML file")
+    return folder / f"{name}.yaml"
+
+
+def _shipped() -> Path:
+    """`configs/bench`, inside the installed package or at the top of a checkout."""
+    package = Path(__file__).resolve().parents[2]
+    return next((folder / "configs" / "bench" for folder in (package, package.parent) if (folder / "configs" / "bench").is_dir()), package)

@@ -1,0 +1,106 @@
+"""From finished jobs to rows: what each arm reached, how its SIDs are, and which differences exceed noise."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmsid.artifacts import is_complete, read_json
+from mmsid.recommend.bench.plan import Arm, BenchJob, Plan
+from mmsid.recommend.bench.worker import FIGURES, ranks_path
+from mmsid.recommend.evaluate import Part
+from mmsid.recommend.floors import FLOOR_NAMES
+from mmsid.recommend.metrics import Ranks, over_seeds
+from mmsid.recommend.rows import ReadRanks, difference_rows, optimum_row, read_ranks
+
+SELECTED_BY = "NDCG@10"
+
+
+def valid_figure(job: BenchJob) -> float:
+    """What selection looks at: valid NDCG@10 of a finished fit."""
+    return read_json(job.folder / FIGURES)[job.arm.name]["valid"][SELECTED_BY]
+
+
+def collect(plan: Plan, chosen: Mapping[str, int], parts: tuple[Part, ...]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows and differences of all finished jobs: the chosen trial of every arm at each seed that is there, and the floors.
+
+    Args:
+        chosen: arm -> trial.
+        parts: which ranks are opened; without `test`, the files of test ranks are not touched.
+    """
+    rows, ranks = [], {part: {} for part in parts}
+    floors = plan.floors()
+    if floors is not None and is_complete(floors.folder):
+        for name in FLOOR_NAMES:
+            read = _read(floors.folder, name, parts)
+            rows.append(_floor_row(floors, name, read))
+            for part in parts:
+                ranks[part][name] = {None: read[part].ranks}
+    for arm in plan.arms():
+        fits = [plan.fit(arm, chosen[arm.name], seed) for seed in plan.suite.seeds] if arm.name in chosen else []
+        fits = [job for job in fits if is_complete(job.folder)]
+        if not fits:
+            continue
+        read = [_read(job.folder, arm.name, parts) for job in fits]
+        rows.append(_arm_row(plan, arm, fits, read))
+        for part in parts:
+            ranks[part][arm.name] = {job.seed: one[part].ranks for job, one in zip(fits, read, strict=True)}
+    if plan.dataset.truth is not None:
+        optimum = optimum_row(plan.dataset.truth)
+        rows.append(optimum if "test" in parts else optimum | {"metrics": {}})
+    return rows, _differences(plan, ranks)
+
+
+def _read(folder: Path, name: str, parts: tuple[Part, ...]) -> dict[Part, ReadRanks]:
+    return {part: read_ranks(ranks_path(folder, name, part), part) for part in parts}
+
+
+def _differences(plan: Plan, ranks: Mapping[Part, Mapping[str, Mapping[int | None, Ranks]]]) -> list[dict[str, Any]]:
+    return [row for part, arms in ranks.items() for row in difference_rows(arms, plan.suite.baselines, part)]
+
+
+def _figures(read: list[dict[Part, ReadRanks]]) -> dict[str, Any]:
+    """`metrics` (test) and `valid`, means and deviations over seeds; empty where the part was not read."""
+    found = {}
+    for part, key in (("test", "metrics"), ("valid", "valid")):
+        found[key] = over_seeds([one[part].summary() for one in read]) if part in read[0] else {}
+    return found
+
+
+def _floor_row(job: BenchJob, name: str, read: dict[Part, ReadRanks]) -> dict[str, Any]:
+    figures = read_json(job.folder / FIGURES)[name]
+    row = {"arm": name, "family": "classical", "seeds": [], **_figures([read]), "collisions": None}
+    return row | {"seconds": round(figures["seconds"], 2), "parameters": figures["parameters"], "varies": "nothing (deterministic)"}
+
+
+def _arm_row(plan: Plan, arm: Arm, fits: list[BenchJob], read: list[dict[Part, ReadRanks]]) -> dict[str, Any]:
+    """One SID arm; collisions and intrinsic figures are means over the seeds' tables (all the same for a published set)."""
+    tables = [read_json(job.sids / FIGURES) for job in fits]
+    figures = [read_json(job.folder / FIGURES)[arm.name] for job in fits]
+    lifts = [table["level_1_lift"] for table in tables]
+    return {
+        "arm": arm.name,
+        "family": "sid",
+        "seeds": [job.seed for job in fits],
+        **_figures(read),
+        "collisions": _mean([table["collisions"] for table in tables]),
+        "seconds": _mean([one["seconds"] for one in figures]),
+        "sid_seconds": _mean([table["seconds"] for table in tables]),
+        "epochs": _mean([one["epochs"] for one in figures]),
+        "trial": plan.suite.trials[fits[0].trial].model_dump(),
+        "intrinsic": {
+            "codebook_sizes": tables[0]["codebook_sizes"],
+            "perplexity": [round(float(level), 2) for level in np.mean([table["perplexity"] for table in tables], axis=0)],
+            "level_1_lift": None if None in lifts else _mean(lifts),
+        },
+        "varies": "tokenizer and recommender seed, paired" if arm.sids_seeded else "recommender seed (published SIDs have no tokenizer seed)",
+    }
+
+
+def _mean(values: list[float]) -> float | int:
+    """The mean, as an integer where it is one: counts of a single table stay counts."""
+    mean = round(float(np.mean(values)), 2)
+    return int(mean) if mean.is_integer() and all(isinstance(value, int) for value in values) else mean

@@ -1,0 +1,55 @@
+"""The table of a bench as a person reads it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mmsid.recommend.tables import ranking_table
+
+
+def bench_table(written: dict[str, Any]) -> str:
+    """Markdown: what was run under which rules, the arms by family and NDCG@10, what was not run, the differences."""
+    dataset, rows = written["dataset"], written["arms"]
+    suite, compute = dataset["suite"], dataset["compute"]
+    lines = [
+        f"# {dataset['name']}",
+        "",
+        f"{dataset['items']:,} items, {dataset['valid_users']:,} valid and {dataset['test_users']:,} test users, split "
+        f"{dataset['split']['method']}; mmsid {suite['package_version']}, suite {suite['name']}.",
+        f"Every trained arm: the same recommender, {len(suite['trials'])} trials at seed {suite['seeds'][0]}, the best on "
+        f"{suite['selected_by']}. Arms within {suite['within']:.0%} of the best on valid, and those that a claim names: "
+        f"{len(suite['seeds'])} seeds, tokenizer and recommender seed together (published SIDs: recommender seed only). "
+        "± is the deviation over seeds; bold: best of its family.",
+        f"Compute: {compute['core_minutes_of_all_jobs']:.0f} core minutes in all, {compute['processes']} processes of one thread, budget "
+        f"{compute['budget_minutes']:g} minutes a call.",
+        "",
+        ranking_table(rows, [], best_first=True),
+    ]
+    intrinsic = [row for row in rows if "intrinsic" in row]
+    if intrinsic:
+        lines += [
+            "## The Semantic IDs",
+            "",
+            "| arm | perplexity per level | codes per level | level-1 co-engagement lift | seconds to make | trial |",
+            "|---|---|---|---|---|---|",
+            *[_intrinsic(row) for row in intrinsic],
+            "",
+        ]
+    if dataset["not_run"]:
+        lines += ["## Not run", "", *[_missing(entry) for entry in dataset["not_run"]], ""]
+    differences = ranking_table(rows, written["differences"], best_first=True).removeprefix(ranking_table(rows, [], best_first=True))
+    return "\n".join(lines) + (f"## Differences\n{differences}" if differences else "")
+
+
+def _intrinsic(row: dict[str, Any]) -> str:
+    found = row["intrinsic"]
+    perplexity = " / ".join(f"{level:.0f}" for level in found["perplexity"])
+    sizes = " / ".join(map(str, found["codebook_sizes"]))
+    lift = "" if found["level_1_lift"] is None else f"{found['level_1_lift']:.1f}"
+    trial = ", ".join(f"{key} {value}" for part in row["trial"].values() for key, value in part.items()) or "default"
+    return f"| {row['arm']} | {perplexity} | {sizes} | {lift} | {row['sid_seconds']:.0f} | {trial} |"
+
+
+def _missing(entry: dict[str, Any]) -> str:
+    seeds = f" (seeds {', '.join(map(str, entry['seeds']))})" if "seeds" in entry else ""
+    return f"- {entry['arm']}{seeds}: {entry['reason']}"

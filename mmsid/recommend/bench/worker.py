@@ -1,0 +1,157 @@
+"""What one process of the bench does with one job: make SIDs, train and rank a recommender on them, or rank the classical floors.
+
+Every job writes one artefact folder, whole or not at all. Test ranks are written beside the valid ones, in a file of their own that
+nothing opens until the results of test are asked for: the figures of a job (`figures.json`) are of valid alone.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mmsid.artifacts import MANIFEST, is_complete, read_json, read_manifest, write_json, writing
+from mmsid.catalog import Catalog, Split, adjacent_pairs, read_catalog, split_histories
+from mmsid.recommend.bench.config import DatasetConfig
+from mmsid.recommend.bench.plan import BenchJob
+from mmsid.recommend.evaluate import Evaluation, Part, evaluate
+from mmsid.recommend.fit import fit, table_paths
+from mmsid.recommend.floors import classical_floors
+from mmsid.recommend.rows import lost_to_collisions, write_ranks
+from mmsid.sids import SidTable, intrinsic_metrics, write_sid_folder
+from mmsid.sids.folder import INTRINSIC, read_sid_folder
+from mmsid.tokenizer.arms import ArmSources, ArmSpec, import_published, make_arm
+from mmsid.tokenizer.assign import AssignConfig
+from mmsid.tokenizer.assign import run as assign
+from mmsid.tokenizer.train import TrainTokenizerConfig
+from mmsid.tokenizer.train import run as train_tokenizer
+
+PARTS: tuple[Part, ...] = ("valid", "test")
+FIGURES = "figures.json"
+
+
+class Bench:
+    """The data set as read once, and what is done with it. `inputs`: folder of what all jobs share (text embeddings)."""
+
+    def __init__(self, dataset: DatasetConfig, inputs: Path) -> None:
+        self.dataset = dataset
+        self.catalog: Catalog = read_catalog(dataset.catalog)
+        self.split: Split = split_histories(self.catalog, dataset.catalog.split)
+        self.sources = ArmSources(
+            catalog=self.catalog,
+            split=self.split,
+            captions=dataset.captions,
+            interests=dataset.interests,
+            use=dataset.use,
+            cache=inputs,
+        )
+
+    def __call__(self, job: BenchJob) -> None:
+        """Do a job; nothing if its folder is finished already."""
+        if is_complete(job.folder):
+            return
+        with writing(job.folder, stage=f"bench_{job.kind}", config=job.made_from | {"seed": job.seed}, inputs={"sids": job.sids}) as draft:
+            if job.kind == "sids":
+                self._make_sids(job, draft.path)
+            elif job.kind == "floors":
+                self._rank_floors(draft.path)
+            else:
+                self._fit(job, draft.path)
+
+    def _make_sids(self, job: BenchJob, folder: Path) -> None:
+        started, earlier = time.perf_counter(), 0.0
+        if isinstance(job.spec, ArmSpec):
+            table = make_arm(job.spec, self.sources, folder, job.seed)
+        elif isinstance(job.spec, TrainTokenizerConfig):
+            table, earlier = self._train_tokenizer(job.spec, job, folder)
+        else:
+            table = self._import(job, folder)
+        intrinsic = read_json(folder / INTRINSIC)
+        lift = intrinsic.get("coengagement", {}).get("lift")
+        figures = {
+            "collisions": lost_to_collisions(table),
+            "perplexity": [level["perplexity"] for level in intrinsic["levels"]],
+            "codebook_sizes": intrinsic["codebook_sizes"],
+            "level_1_lift": lift[0] if lift else None,
+            "seconds": earlier + time.perf_counter() - started,
+        }
+        write_json(folder / FIGURES, figures)
+
+    def _train_tokenizer(self, spec: TrainTokenizerConfig, job: BenchJob, folder: Path) -> tuple[SidTable, float]:
+        """The stages train_tokenizer and assign; the table, and the seconds of a training that was finished in an earlier call.
+
+        The tokenizer is kept beside the job, so that an interrupted training goes on from its last checkpoint.
+        """
+        config = spec.model_copy(update={"out": job.folder.with_name(f"{job.folder.name}-tokenizer"), "seed": job.seed})
+        earlier = read_manifest(config.out, "train_tokenizer")["wall_seconds"] if is_complete(config.out) else 0.0
+        if not earlier:
+            train_tokenizer(config)
+        scratch = folder / "scratch"
+        annotations = {"captions": config.captions, "interests": config.interests}
+        assigned = assign(
+            AssignConfig(out=scratch / "sids", seed=job.seed, tokenizer=config.out, catalog=config.catalog, **annotations)
+        )
+        for path in assigned.iterdir():
+            if path.name != MANIFEST:
+                path.rename(folder / path.name)
+        shutil.rmtree(scratch)
+        return read_sid_folder(folder), earlier
+
+    def _import(self, job: BenchJob, folder: Path) -> SidTable:
+        items = self.catalog.items
+        table = import_published(self.dataset.published.sids, job.arm.column, [item.item_id for item in items])
+        table = replace(table, catalog_sha256=self.catalog.sha256)
+        held_out = self.split.held_out_histories()
+        categories = [item.categories for item in items]
+        intrinsic = intrinsic_metrics(
+            table,
+            categories if any(categories) else None,
+            adjacent_pairs(held_out) if held_out else None,
+            content_hashes=[item.content_sha256 for item in items],
+        )
+        write_sid_folder(folder, table, intrinsic)
+        return table
+
+    def _fit(self, job: BenchJob, folder: Path) -> None:
+        table = read_sid_folder(job.sids).align([item.item_id for item in self.catalog.items])
+        started = time.perf_counter()
+        fitted = fit(table_paths(table), self.split, shape=job.model.shape(), schedule=job.schedule, seed=job.seed, what=job.arm.name)
+        found = {part: fitted.evaluate(self.split, part) for part in PARTS}
+        extra = {"epochs": fitted.epochs, "stopped_at_valid": fitted.best}
+        self._write(folder, {job.arm.name: (found, extra | {"seconds": time.perf_counter() - started})})
+
+    def _rank_floors(self, folder: Path) -> None:
+        rows = {}
+        for floor in classical_floors(self.catalog.items, self.split):
+            started = time.perf_counter()
+            found = {part: evaluate(floor.score, self.split, part, len(self.catalog.items)) for part in PARTS}
+            seconds = floor.seconds + time.perf_counter() - started
+            rows[floor.name] = (found, {"parameters": floor.parameters, "seconds": seconds})
+        self._write(folder, rows)
+
+    def _write(self, folder: Path, rows: dict[str, tuple[dict[Part, Evaluation], dict[str, Any]]]) -> None:
+        """Ranks of each part in a file of its own; figures of valid."""
+        figures = {}
+        for name, (found, extra) in rows.items():
+            for part, evaluation in found.items():
+                write_ranks(ranks_path(folder, name, part), {part: evaluation}, self.catalog)
+            figures[name] = {"valid": found["valid"].summary()} | extra
+        write_json(folder / FIGURES, figures)
+
+
+def ranks_path(folder: Path, name: str, part: Part) -> Path:
+    """Where a job keeps the ranks of one of its rows."""
+    return folder / f"{name}.{part}.parquet"
+
+
+class Prepare:
+    """Picklable: what a process calls once, before its first job."""
+
+    def __init__(self, dataset: DatasetConfig, inputs: Path) -> None:
+        self.dataset, self.inputs = dataset, inputs
+
+    def __call__(self) -> Callable[[BenchJob], None]:
+        return Bench(self.dataset, self.inputs)
