@@ -1,10 +1,22 @@
-"""Codebooks from embeddings: balanced residual clustering, RQ-KMeans, and the behaviour space they are fitted on."""
+"""Codebooks from embeddings: balanced residual clustering, RQ-KMeans, RQ-VAE, and the behaviour space they are fitted on."""
 
 from mmsid.quantize.balanced import FitResult, balanced_residual_kmeans
 from mmsid.quantize.behaviour import fuse, ppmi_svd
 from mmsid.quantize.codebooks import ResidualCodebooks
 from mmsid.quantize.rqkmeans import rq_kmeans
+from mmsid.quantize.rqvae import RqVaeFit, rq_vae
 from mmsid.quantize.scores import CodebookScores
 from mmsid.quantize.sinkhorn import sinkhorn
 
-__all__ = ["CodebookScores", "FitResult", "ResidualCodebooks", "balanced_residual_kmeans", "fuse", "ppmi_svd", "rq_kmeans", "sinkhorn"]
+__all__ = [
+    "CodebookScores",
+    "FitResult",
+    "ResidualCodebooks",
+    "RqVaeFit",
+    "balanced_residual_kmeans",
+    "fuse",
+    "ppmi_svd",
+    "rq_kmeans",
+    "rq_vae",
+    "sinkhorn",
+]
