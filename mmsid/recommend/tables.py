@@ -11,14 +11,19 @@ COLUMNS = [f"HR@{k}" for k in HIT_CUTOFFS] + [f"NDCG@{k}" for k in NDCG_CUTOFFS]
 FAMILIES = ("classical", "sid", "fusion", "optimum")
 
 
-def ranking_table(rows: Sequence[dict[str, Any]], differences: Sequence[dict[str, Any]], *, best_first: bool = False) -> str:
-    """Markdown: one row per arm (test figures; valid where test was not ranked), then the paired differences.
+def ranking_table(rows: Sequence[dict[str, Any]], differences: Sequence[dict[str, Any]]) -> str:
+    """Markdown: one row per arm in the order given, then the paired differences on the same part."""
+    return arm_table(rows) + difference_table(differences, _part(rows))
+
+
+def arm_table(rows: Sequence[dict[str, Any]], *, best_first: bool = False) -> str:
+    """Markdown, one row per arm: test figures; valid where test was not ranked.
 
     Args:
         best_first: sort by family, then NDCG@10, and print the best figure of each family bold. Otherwise rows keep their order.
     """
-    tested = any(row["metrics"] for row in rows if row["family"] != "optimum")
-    key, part = ("metrics", "test") if tested else ("valid", "valid")
+    part = _part(rows)
+    key = "metrics" if part == "test" else "valid"
     if best_first:
         rows = sorted(rows, key=lambda row: (FAMILIES.index(row["family"]), -_mean(row, key, "NDCG@10")))
     lines = [
@@ -35,11 +40,11 @@ def ranking_table(rows: Sequence[dict[str, Any]], differences: Sequence[dict[str
         seeds = len(row["seeds"]) or ""
         valid = _figure(row["valid"].get("NDCG@10"))
         lines.append(f"| {row['arm']} | {row['family']} | {seeds} | {figures} | {valid} | {lost} | {seconds} |")
-    return "\n".join(lines) + "\n" + _differences(differences, part)
+    return "\n".join(lines) + "\n"
 
 
-def _differences(differences: Sequence[dict[str, Any]], part: str) -> str:
-    """One table per baseline; empty where nothing was compared on this part."""
+def difference_table(differences: Sequence[dict[str, Any]], part: str) -> str:
+    """Markdown, one table per baseline; empty where nothing was compared on this part."""
     lines: list[str] = []
     shown = [row for row in differences if row["part"] == part]
     for baseline in dict.fromkeys(row["baseline"] for row in shown):
@@ -60,6 +65,10 @@ def _differences(differences: Sequence[dict[str, Any]], part: str) -> str:
                 f"| {verdict} | {row['detectable']:.4f} |"
             )
     return "\n".join(lines) + "\n" if lines else ""
+
+
+def _part(rows: Sequence[dict[str, Any]]) -> str:
+    return "test" if any(row["metrics"] for row in rows if row["family"] != "optimum") else "valid"
 
 
 def _mean(row: dict[str, Any], key: str, name: str) -> float:

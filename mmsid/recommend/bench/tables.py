@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mmsid.recommend.tables import ranking_table
+from mmsid.recommend.tables import arm_table, difference_table
 
 
 def bench_table(written: dict[str, Any]) -> str:
@@ -23,7 +23,7 @@ def bench_table(written: dict[str, Any]) -> str:
         f"Compute: {compute['core_minutes_of_all_jobs']:.0f} core minutes in all, {compute['processes']} processes of one thread, budget "
         f"{compute['budget_minutes']:g} minutes a call.",
         "",
-        ranking_table(rows, [], best_first=True),
+        arm_table(rows, best_first=True),
     ]
     intrinsic = [row for row in rows if "intrinsic" in row]
     if intrinsic:
@@ -37,7 +37,8 @@ def bench_table(written: dict[str, Any]) -> str:
         ]
     if dataset["not_run"]:
         lines += ["## Not run", "", *[_missing(entry) for entry in dataset["not_run"]], ""]
-    differences = ranking_table(rows, written["differences"], best_first=True).removeprefix(ranking_table(rows, [], best_first=True))
+    part = "test" if any(row["part"] == "test" for row in written["differences"]) else "valid"
+    differences = difference_table(written["differences"], part)
     return "\n".join(lines) + (f"## Differences\n{differences}" if differences else "")
 
 
