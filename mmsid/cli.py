@@ -4,6 +4,7 @@ mmsid run CONFIG [key=value ...] [--redo STAGE]      every stage of the configur
 mmsid STAGE --config CONFIG [key=value ...] [--redo] one stage; also `accelerate launch scripts/STAGE.py --config CONFIG`
 mmsid catalog --config CONFIG                        read the catalogue and describe it
 mmsid demo-catalog OUT --items N --users M --seed S  draw the demo catalogue
+mmsid bench --dataset D --suite S [suite.key=value ...]  every arm of a suite on a data set, one table; continues where it stopped
 """
 
 from __future__ import annotations
@@ -220,6 +221,32 @@ def _demo_catalog(arguments: list[str]) -> None:
     write_demo_catalog(parsed.out, items=parsed.items, users=parsed.users, seed=parsed.seed)
 
 
+def _bench(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="mmsid bench", description="Run every arm of a suite on a data set; continues where it stopped.")
+    parser.add_argument("--dataset", required=True, help="a shipped data set (configs/bench/datasets), or a YAML of your own")
+    parser.add_argument("--suite", required=True, help="a shipped suite (configs/bench/suites), or a YAML of your own")
+    parser.add_argument("--only", default="", metavar="ARM,ARM", help="run the jobs of these arms alone; the table holds all finished ones")
+    parser.add_argument("--stage", choices=("screen", "full"), default="full", help="screen: the first seed only")
+    parser.add_argument("--part", choices=("valid", "test"), default="test", help="valid: test ranks are not opened")
+    parser.add_argument("--results", type=Path, help="folder of the table; default: the suite's")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="jobs are kept below RUNS/bench/DATASET/SUITE")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted, e.g. suite.seeds=[0] dataset.name=mine suite.jobs=2")
+    parsed = parser.parse_intermixed_args(arguments)
+    from mmsid.recommend.bench.config import load_dataset, load_suite
+    from mmsid.recommend.bench.run import BenchOptions, run
+
+    overrides: dict[str, list[str]] = {"dataset": [], "suite": []}
+    for override in parsed.overrides:
+        whose, _, rest = override.partition(".")
+        if whose not in overrides:
+            raise ConfigError(f"override {override!r} begins with neither `dataset.` nor `suite.`; say whose key it is")
+        overrides[whose].append(rest)
+    dataset, suite = load_dataset(parsed.dataset, overrides["dataset"]), load_suite(parsed.suite, overrides["suite"])
+    only = tuple(name for name in parsed.only.split(",") if name)
+    options = {"stage": parsed.stage, "part": parsed.part, "results": parsed.results, "runs": parsed.runs}
+    run(dataset, suite, BenchOptions(suite_name=Path(parsed.suite).stem, only=only, **options))
+
+
 def _guarded(action: Callable[[], None]) -> None:
     """Our own errors are told in one line with exit code 1; anything else is a bug and keeps its traceback."""
     try:
@@ -239,12 +266,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _guarded(lambda: _catalog(rest))
     elif command == "demo-catalog":
         _guarded(lambda: _demo_catalog(rest))
+    elif command == "bench":
+        _guarded(lambda: _bench(rest))
     elif command in STAGES:
         main_stage(command, rest)
     elif command in ("-h", "--help", "help"):
         print(f"{__doc__}\nstages: {', '.join(STAGES)}")
     else:
-        print(f"mmsid: unknown command {command!r}; known: run, catalog, demo-catalog, {', '.join(STAGES)}", file=sys.stderr)
+        print(f"mmsid: unknown command {command!r}; known: run, catalog, demo-catalog, bench, {', '.join(STAGES)}", file=sys.stderr)
         raise SystemExit(2)
 
 

@@ -21,13 +21,14 @@ from mmsid.annotate.captioner.stage import (
     train_from_config,
 )
 from mmsid.annotate.captioner.template import CaptionTemplate
-from mmsid.annotate.captioner.training import Augment, Phase, make_accelerator, make_batch
+from mmsid.annotate.captioner.training import Augment, Phase, make_batch
 from mmsid.annotate.huggingface import demo_weights
 from mmsid.annotate.prompts import load_prompt
 from mmsid.artifacts import read_json, read_manifest, write_table
 from mmsid.catalog.config import CatalogConfig
 from mmsid.catalog.demo import facts as demo
 from mmsid.errors import CatalogError, ConfigError
+from mmsid.precision import make_accelerator
 
 TINY = ModelSizes(
     image_size=48, tower_hidden=32, tower_layers=1, tower_heads=2, tower_intermediate=48, text_hidden=32, text_layers=1, text_heads=2,
@@ -89,9 +90,9 @@ def test_interrupted_run_goes_on_at_its_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(stage, "make_batch", stops_once)
     train, _ = load_pictures(config, tmp_path)
     with pytest.raises(KeyboardInterrupt):
-        train_from_config(config, train, tmp_path, make_accelerator())
+        train_from_config(config, train, tmp_path, make_accelerator("auto", unused_parameters=True))
     assert read_json(tmp_path / "state" / "progress.json")["step"] == 2
-    _, _, history = train_from_config(config, train, tmp_path, make_accelerator())
+    _, _, history = train_from_config(config, train, tmp_path, make_accelerator("auto", unused_parameters=True))
     assert history["see"]["steps"] == 2 and seen[3] == seen[2]  # the third step's batch again, then the fourth
     assert (tmp_path / "model.safetensors").exists()
 

@@ -15,6 +15,7 @@ from pydantic import Field
 from mmsid.catalog.splits import Split
 from mmsid.config import Section
 from mmsid.errors import MmsidError
+from mmsid.precision import make_accelerator
 from mmsid.progress import track
 from mmsid.recommend.decode import ItemPaths, PathTrie, item_paths
 from mmsid.recommend.evaluate import Evaluation, Part, evaluate, instrument_scores
@@ -82,7 +83,7 @@ def fit(
         MmsidError: no user has a train history, or the loss became NaN.
     """
     shape, schedule = shape or InstrumentShape(), schedule or Schedule()
-    accelerator = accelerator or Accelerator(cpu=not torch.cuda.is_available())
+    accelerator = accelerator or make_accelerator()
     histories = [history for history in split.train if len(history)]
     if not histories:
         raise MmsidError("no user has a train history, so no recommender can be trained; give the catalogue sequences of 3 items or more")

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from pydantic import Field
@@ -22,6 +21,7 @@ from mmsid.artifacts import read_json, write_json, writing
 from mmsid.catalog import Catalog, CatalogConfig, Split, read_catalog, split_histories
 from mmsid.config import Section, StageConfig
 from mmsid.errors import ConfigError
+from mmsid.precision import make_accelerator
 from mmsid.progress import done
 from mmsid.recommend.evaluate import Evaluation, Part, evaluate
 from mmsid.recommend.fit import Schedule, fit, table_paths
@@ -86,7 +86,7 @@ def run(config: TrainRecommenderConfig) -> Path:
         MmsidError: the catalogue has no sequences to train or to rank on.
     """
     _check(config)
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    accelerator = make_accelerator()
     catalog = read_catalog(config.catalog)
     split = split_histories(catalog, config.catalog.split)
     if any(not len(split.users(part)) for part in _parts(config)):

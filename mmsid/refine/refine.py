@@ -23,6 +23,7 @@ from mmsid.artifacts import Draft, write_json, write_table, write_tensors, writi
 from mmsid.catalog import Catalog, CatalogConfig, Split, adjacent_pairs, co_engagement, load_picture, read_catalog, split_histories
 from mmsid.config import StageConfig
 from mmsid.errors import ArtifactError
+from mmsid.precision import make_accelerator
 from mmsid.progress import done, track
 from mmsid.refine import gate
 from mmsid.refine.evidence import Codes, CodeTable, EvidenceConfig, Floats
@@ -81,7 +82,7 @@ def run(config: RefineConfig, quick_recommender: QuickRecommender | None = None)
         CatalogError, ArtifactError: inputs that cannot be read or do not belong together.
         MmsidError: the optimisation diverged.
     """
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    accelerator = make_accelerator()
     catalog = read_catalog(config.catalog)
     split = split_histories(catalog, config.catalog.split)
     inputs = {name: getattr(config, name) for name in ("tokenizer", "sids", "captions", "interests")}

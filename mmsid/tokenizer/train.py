@@ -11,14 +11,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
 from pydantic import Field, field_validator
 
 from mmsid.artifacts import writing
 from mmsid.catalog import CatalogConfig, read_catalog, split_histories
 from mmsid.config import StageConfig
-from mmsid.errors import ConfigError
+from mmsid.precision import Precision, make_accelerator
 from mmsid.progress import done
 from mmsid.tokenizer import targets
 from mmsid.tokenizer.inputs import FieldName
@@ -61,7 +59,7 @@ class TrainTokenizerConfig(StageConfig):
     warmup: float = Field(0.1, ge=0, lt=1)
     weight_decay: float = Field(0.0, ge=0)
     clip: float = Field(1.0, gt=0)
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Precision = "auto"
     refit: bool = True
     rebalance_every: int = Field(0, ge=0)
     checkpoint_every: int = Field(50, ge=1)
@@ -95,7 +93,7 @@ def run(config: TrainTokenizerConfig, on_step: OnStep | None = None) -> Path:
     Raises:
         ConfigError, CatalogError, ArtifactError: what is wrong with settings, catalogue or earlier folders.
     """
-    accelerator = make_accelerator(config.precision)
+    accelerator = make_accelerator(config.precision, unused_parameters=True)
     catalog = read_catalog(config.catalog)
     split = split_histories(catalog, config.catalog.split) if catalog.histories else None
     folders = {
@@ -115,18 +113,3 @@ def run(config: TrainTokenizerConfig, on_step: OnStep | None = None) -> Path:
         f"{len(catalog.items):,} items, to {config.out}"
     )
     return config.out
-
-
-def make_accelerator(precision: str) -> Accelerator:
-    """bf16 autocast on a GPU, and on a CPU only where the hardware has it (it is emulated elsewhere, dozens of times slower)."""
-    on_gpu = torch.cuda.is_available()
-    if precision == "bf16" and not on_gpu and not cpu_has_bf16():
-        raise ConfigError("precision is bf16, but this CPU only emulates it (no AVX512-BF16, no AMX); use fp32 or auto")
-    bf16 = precision == "bf16" or (precision == "auto" and (torch.cuda.is_bf16_supported() if on_gpu else cpu_has_bf16()))
-    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-    return Accelerator(cpu=not on_gpu, mixed_precision="bf16" if bf16 else "no", kwargs_handlers=[unused])
-
-
-def cpu_has_bf16() -> bool:
-    """True where matrix products in bf16 run in hardware."""
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

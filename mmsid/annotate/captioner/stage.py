@@ -22,7 +22,6 @@ from mmsid.annotate.captioner.training import (
     SeeObjective,
     TellObjective,
     encode_answers,
-    make_accelerator,
     make_batch,
     run_phase,
 )
@@ -31,6 +30,7 @@ from mmsid.artifacts import write_json, writing
 from mmsid.catalog.config import CatalogConfig
 from mmsid.config import Section, StageConfig
 from mmsid.errors import ConfigError
+from mmsid.precision import make_accelerator
 from mmsid.progress import done
 
 DEMO_DENSE = {
@@ -110,7 +110,7 @@ def run(config: TrainCaptionerConfig) -> Path:
     if config.source == "catalog" and config.catalog is None:
         raise ConfigError("train_captioner.catalog is missing although source is 'catalog'; name the catalogue or set source: drawn")
     inputs = {"items": config.catalog.items, "targets": config.targets.table} if config.source == "catalog" else {}
-    accelerator = make_accelerator()
+    accelerator = make_accelerator("auto", unused_parameters=True)  # the tower's closing norm is read by nobody
     with writing(config.out, stage="train_captioner", config=config, inputs=inputs, resume=True) as draft:
         accelerator.wait_for_everyone()  # until rank 0 has made the draft folder
         with accelerator.main_process_first():  # rank 0 draws or decodes, the others find the files

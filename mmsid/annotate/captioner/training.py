@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator
 from torch import nn
 
 from mmsid.annotate.captioner.data import PictureSet
@@ -292,16 +292,3 @@ def run_phase(
         "seconds": round(time.monotonic() - begun, 1),
         "last_loss": round(float(loss.detach()), 4) if loss is not None else float("nan"),
     }
-
-
-def make_accelerator() -> Accelerator:
-    """bf16 autocast where the hardware has it; every rank may leave weights unused (the tower's closing norm is read by nobody)."""
-    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-    return Accelerator(mixed_precision="bf16" if fast_bf16() else "no", kwargs_handlers=[unused])
-
-
-def fast_bf16() -> bool:
-    """bf16 only where the hardware multiplies it: emulated on an older CPU it is some 80 times slower than fp32."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
