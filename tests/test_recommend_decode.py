@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from mmsid.recommend.decode import ItemPaths, ItemScorer, PathTrie, beam_item_scores, beam_search, item_paths
+from mmsid.recommend.decode import ItemScorer
 from mmsid.recommend.evaluate import mask_seen
-from mmsid.recommend.instrument import Instrument, InstrumentShape, pad_histories
+from mmsid.recommend.instrument import Instrument, InstrumentShape, InstrumentSteps, pad_histories
+from mmsid.recommend.paths import ItemPaths, PathTrie, item_paths
+from mmsid.recommend.search import beam_item_scores, beam_search
 
 SHAPE = InstrumentShape(d_model=16, heads=2, hidden=24, layers=1, max_history=6)
 
@@ -63,7 +65,7 @@ def test_a_full_beam_is_exact_with_seen_items_masked(sizes):
     with torch.no_grad():
         states = model.last_states(pad_histories(histories, SHAPE.max_history))
     exact = mask_seen(ItemScorer(model, trie)(states), histories)
-    beams = beam_search(model, trie, states, pad_histories(histories, 99), beam=200)
+    beams = beam_search(InstrumentSteps(model, states), trie, pad_histories(histories, 99), beam=200)
     torch.testing.assert_close(mask_seen(beam_item_scores(beams, trie), histories), exact, atol=1e-4, rtol=1e-4)
     # the third user has one unseen item left: one beam holds it, no other holds anything
     held = beams.leaf[2] >= 0
@@ -76,7 +78,7 @@ def test_a_narrow_beam_returns_legal_unseen_leaves_in_order():
     histories = [np.arange(20), np.arange(40, 45)]
     with torch.no_grad():
         states = model.last_states(pad_histories(histories, SHAPE.max_history))
-    beams = beam_search(model, trie, states, pad_histories(histories, 99), beam=10)
+    beams = beam_search(InstrumentSteps(model, states), trie, pad_histories(histories, 99), beam=10)
     assert (beams.leaf >= 0).all() and (beams.log_prob.diff(dim=1) <= 0).all()
     exact = ItemScorer(model, trie)(states)
     for user, history in enumerate(histories):
@@ -93,8 +95,8 @@ def test_single_item_and_all_seen():
     with torch.no_grad():
         states = model.last_states(torch.tensor([[-1]]))
     assert ItemScorer(model, trie)(states).item() == 0
-    assert beam_search(model, trie, states, torch.tensor([[-1]]), 5).leaf.tolist() == [[0]]
-    assert beam_search(model, trie, states, torch.tensor([[0]]), 5).leaf.tolist() == [[-1]]
+    assert beam_search(InstrumentSteps(model, states), trie, torch.tensor([[-1]]), 5).leaf.tolist() == [[0]]
+    assert beam_search(InstrumentSteps(model, states), trie, torch.tensor([[0]]), 5).leaf.tolist() == [[-1]]
 
 
 def test_a_ragged_suffix_is_one_more_level_and_a_choice_only_in_shared_buckets():

@@ -10,14 +10,21 @@ import numpy as np
 import torch
 
 from mmsid.catalog.splits import Split
-from mmsid.recommend.decode import ItemScorer, PathTrie, beam_item_scores, beam_search
+from mmsid.recommend.decode import ItemScorer
+from mmsid.recommend.flat import FlatRecommender
 from mmsid.recommend.instrument import Instrument, pad_histories
 from mmsid.recommend.metrics import COVERAGE_CUTOFF, Coverage, Ranks, rank_targets, summarise
+from mmsid.recommend.paths import PathTrie
+from mmsid.recommend.search import beam_item_scores, beam_search
+from mmsid.recommend.tiger import TigerRecommender
 
 Part = Literal["valid", "test"]
+Decoding = Literal["auto", "exact", "beam"]
 Score = Callable[[list[np.ndarray]], torch.Tensor]
+Recommender = Instrument | FlatRecommender | TigerRecommender
 EXACT_UP_TO = 20_000  # items; above, a beam search is quicker and its misses are rare
 SCORES_AT_ONCE = 1 << 23  # floats of one (B, N) block
+BEAMS_AT_ONCE = 1 << 14  # users x beams of one search
 
 
 @dataclass(frozen=True)
@@ -63,17 +70,31 @@ def mask_seen(scores: torch.Tensor, histories: list[np.ndarray]) -> torch.Tensor
     return scores
 
 
-def instrument_scores(model: Instrument, trie: PathTrie, decoding: Literal["auto", "exact", "beam"] = "auto", beam: int = 50) -> Score:
-    """The scoring function of a trained instrument, its weights frozen now: exact, or what a beam search reaches."""
+def recommender_scores(model: Recommender, trie: PathTrie, decoding: Decoding = "auto", beam: int = 50) -> Score:
+    """The scoring function of a trained recommender, its weights frozen now.
+
+    Args:
+        decoding: `beam`: what a search with `beam` beams reaches. `exact`: every item; the instrument has a quick way, the
+            others search with as many beams as there are SIDs, which is for small catalogues. `auto`: exact for the
+            instrument up to 20,000 items, else beam.
+    """
     model.eval()
-    device, reach = model.bias.device, model.shape.max_history
-    if decoding == "exact" or (decoding == "auto" and trie.node_of.shape[1] <= EXACT_UP_TO):
+    device, reach = next(model.parameters()).device, model.shape.max_history
+    quick = isinstance(model, Instrument)
+    if quick and (decoding == "exact" or (decoding == "auto" and trie.node_of.shape[1] <= EXACT_UP_TO)):
         scorer = ItemScorer(model, trie)
         return lambda histories: scorer(_states(model, histories, reach, device))
+    beams = len(trie.levels[-1].token) if decoding == "exact" else beam
 
+    @torch.no_grad()
     def search(histories: list[np.ndarray]) -> torch.Tensor:
-        seen = pad_histories(histories, max(map(len, histories), default=1)).to(device)
-        return beam_item_scores(beam_search(model, trie, _states(model, histories, reach, device), seen, beam), trie)
+        found, users = [], max(1, BEAMS_AT_ONCE // beams)
+        for start in range(0, len(histories), users):
+            some = histories[start : start + users]
+            seen = pad_histories(some, max(map(len, some))).to(device)
+            steps = model.steps(pad_histories(some, reach).to(device))
+            found.append(beam_item_scores(beam_search(steps, trie, seen, beams), trie))
+        return torch.cat(found)
 
     return search
 

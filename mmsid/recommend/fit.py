@@ -1,4 +1,4 @@
-"""Train one instrument on one SID table: all positions of all train prefixes, early stopping on valid NDCG@10."""
+"""Train one recommender on one SID table: all positions of all train prefixes, early stopping on valid NDCG@10."""
 
 from __future__ import annotations
 
@@ -17,25 +17,30 @@ from mmsid.config import Section
 from mmsid.errors import MmsidError
 from mmsid.precision import make_accelerator
 from mmsid.progress import track
-from mmsid.recommend.decode import ItemPaths, PathTrie, item_paths
-from mmsid.recommend.evaluate import Evaluation, Part, evaluate, instrument_scores
+from mmsid.recommend.evaluate import Decoding, Evaluation, Part, Recommender, evaluate, recommender_scores
+from mmsid.recommend.flat import FlatRecommender, FlatShape
 from mmsid.recommend.instrument import Instrument, InstrumentShape, pad_histories
+from mmsid.recommend.paths import ItemPaths, PathTrie, item_paths
+from mmsid.recommend.tiger import TigerRecommender, TigerShape
 from mmsid.sids.table import SidTable
+
+Shape = InstrumentShape | FlatShape | TigerShape
 
 
 class Schedule(Section):
-    """How the instrument is trained. Equal for every arm of a comparison.
+    """How a recommender is trained. Equal for every arm of a comparison.
 
     Attributes:
         epochs: at most; the learning rate falls to zero over them (cosine, after `warmup` steps).
         batch_size: users per step over all processes.
+        lr: None: the architecture's own (instrument 4e-3, flat 1e-3, tiger 3e-4).
         patience: epochs without a better valid NDCG@10 before stopping; the best epoch's weights are kept.
         stop_users: users that early stopping looks at (a fixed sample by content hash); None: all.
     """
 
     epochs: int = Field(default=16, gt=0)
     batch_size: int = Field(default=256, gt=0)
-    lr: float = Field(default=4e-3, gt=0)
+    lr: float | None = Field(default=None, gt=0)
     weight_decay: float = Field(default=0.01, ge=0)
     warmup: int = Field(default=50, ge=0)
     patience: int = Field(default=4, gt=0)
@@ -44,17 +49,17 @@ class Schedule(Section):
 
 @dataclass(frozen=True)
 class Fitted:
-    """A trained instrument with its trie, the epochs run, the best valid NDCG@10 seen, and the seconds it took."""
+    """A trained recommender with its trie, the epochs run, the best valid NDCG@10 seen, and the seconds it took."""
 
-    model: Instrument
+    model: Recommender
     trie: PathTrie
     epochs: int
     best: float
     seconds: float
 
-    def evaluate(self, split: Split, part: Part, decoding: str = "auto", beam: int = 50, limit: int | None = None) -> Evaluation:
+    def evaluate(self, split: Split, part: Part, decoding: Decoding = "auto", beam: int = 50, limit: int | None = None) -> Evaluation:
         """Item-level ranks of the model on one part of the split."""
-        scores = instrument_scores(self.model, self.trie, decoding, beam)
+        scores = recommender_scores(self.model, self.trie, decoding, beam)
         return evaluate(scores, split, part, self.trie.node_of.shape[1], limit)
 
 
@@ -63,20 +68,30 @@ def table_paths(table: SidTable) -> ItemPaths:
     return item_paths(table.codes, table.suffix, table.codebook_sizes)
 
 
+def build(paths: ItemPaths, shape: Shape) -> Recommender:
+    """An untrained recommender of the architecture that the shape belongs to, weights from torch's generator."""
+    if isinstance(shape, FlatShape):
+        return FlatRecommender(paths, shape)
+    if isinstance(shape, TigerShape):
+        return TigerRecommender(paths, shape)
+    return Instrument(torch.from_numpy(paths.tokens), paths.sizes, torch.from_numpy(paths.decided), shape)
+
+
 def fit(
     paths: ItemPaths,
     split: Split,
     *,
-    shape: InstrumentShape | None = None,
+    shape: Shape | None = None,
     schedule: Schedule | None = None,
     seed: int = 0,
     accelerator: Accelerator | None = None,
     what: str = "recommender",
 ) -> Fitted:
-    """Train an instrument.
+    """Train a recommender.
 
     Args:
         paths: of all N items, in catalogue order.
+        shape: its sizes, and by their type the architecture; default: the instrument.
         accelerator: for several processes; each takes its share of every batch, rank 0 evaluates and decides to stop.
 
     Raises:
@@ -90,8 +105,7 @@ def fit(
     started = time.perf_counter()
     with torch.random.fork_rng(devices=[accelerator.device] if accelerator.device.type == "cuda" else []):
         torch.manual_seed(seed)
-        model = Instrument(torch.from_numpy(paths.tokens), paths.sizes, torch.from_numpy(paths.decided), shape)
-        wrapped = accelerator.prepare(model)
+        wrapped = accelerator.prepare(build(paths, shape))
         model, trie = accelerator.unwrap_model(wrapped), PathTrie.build(paths, accelerator.device)
         torch.manual_seed(seed + 1_000_003 * accelerator.process_index)  # dropout differs between processes, weights do not
         epochs, best = _train(wrapped, model, trie, histories, split, schedule, seed, accelerator, what)
@@ -100,7 +114,7 @@ def fit(
 
 def _train(
     wrapped: torch.nn.Module,
-    model: Instrument,
+    model: Recommender,
     trie: PathTrie,
     histories: list[np.ndarray],
     split: Split,
@@ -109,7 +123,8 @@ def _train(
     accelerator: Accelerator,
     what: str,
 ) -> tuple[int, float]:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=schedule.lr, weight_decay=schedule.weight_decay)
+    lr = schedule.lr or model.shape.lr
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=schedule.weight_decay)
     steps = schedule.epochs * math.ceil(len(histories) / schedule.batch_size)
     warmup = min(schedule.warmup, max(1, steps // 10))
     rate = torch.optim.lr_scheduler.LambdaLR(
@@ -122,13 +137,13 @@ def _train(
         loss = _epoch(wrapped, histories, order.permutation(len(histories)), schedule.batch_size, optimizer, rate, accelerator)
         verdict = [None]
         if accelerator.is_main_process:
-            scores = instrument_scores(model, trie)
+            scores = recommender_scores(model, trie)
             found = evaluate(scores, split, "valid", trie.node_of.shape[1], schedule.stop_users).summary()["NDCG@10"]
             verdict = [(found, math.isfinite(loss))]
         # one process judges for all: figures that differ in the last bit must not let the processes part ways
         found, finite = broadcast_object_list(verdict)[0]
         if not finite:
-            raise MmsidError(f"{what}: the loss is {loss} after epoch {epoch}; lower lr (now {schedule.lr})")
+            raise MmsidError(f"{what}: the loss is {loss} after epoch {epoch}; lower lr (now {lr})")
         note |= {"loss": loss, "valid NDCG@10": found}
         waited += 1
         if found > best:

@@ -13,6 +13,7 @@ first-layer split and the skip are what lets decode.py score whole levels of the
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -23,6 +24,8 @@ from torch import nn
 @dataclass(frozen=True)
 class InstrumentShape:
     """Sizes of the instrument; the defaults are those that every published figure of the bench uses."""
+
+    lr: ClassVar[float] = 4e-3
 
     d_model: int = 128
     layers: int = 2
@@ -69,6 +72,10 @@ class Instrument(nn.Module):
         present = torch.cat([torch.ones_like(histories[:, :1], dtype=torch.bool), histories >= 0], 1)
         return self._states(histories, present)[present.sum(1).cumsum(0) - 1]
 
+    def steps(self, histories: torch.Tensor) -> InstrumentSteps:
+        """The decoder of search.py after histories (B, T)."""
+        return InstrumentSteps(self, self.last_states(histories))
+
     def _states(self, histories: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
         """States (P, d) of the positions `present` (B, 1 + T), position 0 standing before the first item.
 
@@ -112,6 +119,24 @@ class Instrument(nn.Module):
         targets = histories[real]
         states = self.dropout(self._states(histories[:, :-1], real))
         return -self.path_log_prob(states, self.paths[targets], self.decided[targets]).sum()
+
+
+class InstrumentSteps:
+    """The depth decoder of an instrument, level by level (search.LevelDecoder), from states (B, d)."""
+
+    def __init__(self, model: Instrument, states: torch.Tensor) -> None:
+        self.model, self.states = model, states[:, None]
+        self.prefix = torch.zeros_like(self.states)  # sum of the chosen codes' embeddings (B, W, d)
+
+    def start(self) -> torch.Tensor:
+        """Logits (B, 1, K_0)."""
+        return self.model.level_logits(0, self.states, self.prefix)
+
+    def step(self, level: int, owner: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
+        """Logits (B, W, K_level) after codes (B, W) were appended to the beams `owner`."""
+        chosen = self.model.level_table(level - 1)[code]
+        self.prefix = self.prefix.gather(1, owner[..., None].expand_as(chosen)) + chosen
+        return self.model.level_logits(level, self.states, self.prefix)
 
 
 class _Block(nn.Module):

@@ -23,32 +23,39 @@ from mmsid.config import Section, StageConfig
 from mmsid.errors import ConfigError
 from mmsid.precision import make_accelerator
 from mmsid.progress import done
-from mmsid.recommend.evaluate import Evaluation, Part, evaluate
-from mmsid.recommend.fit import Schedule, fit, table_paths
+from mmsid.recommend.evaluate import Decoding, Evaluation, Part, evaluate
+from mmsid.recommend.fit import Schedule, Shape, fit, table_paths
+from mmsid.recommend.flat import FlatShape
 from mmsid.recommend.floors import FLOOR_NAMES, classical_floors
 from mmsid.recommend.instrument import InstrumentShape
 from mmsid.recommend.metrics import over_seeds
 from mmsid.recommend.rows import dataset_facts, difference_rows, lost_to_collisions, optimum_row, read_ranks, write_ranks
 from mmsid.recommend.tables import ranking_table
+from mmsid.recommend.tiger import TigerShape
 from mmsid.sids.folder import read_sid_folder
 from mmsid.sids.table import SidTable
 
 
+Architecture = Literal["instrument", "flat", "tiger"]
+
+
 class ModelConfig(Section):
-    """Sizes of the instrument; change them for every arm or for none."""
+    """Sizes of the recommender, each by default the architecture's own; change them for every arm or for none."""
 
-    d_model: int = Field(default=128, gt=0)
-    layers: int = Field(default=2, gt=0)
-    heads: int = Field(default=4, gt=0)
-    hidden: int = Field(default=256, gt=0)
-    dropout: float = Field(default=0.15, ge=0, lt=1)
-    max_history: int = Field(default=20, gt=0)
+    d_model: int | None = Field(default=None, gt=0)
+    layers: int | None = Field(default=None, gt=0)
+    heads: int | None = Field(default=None, gt=0)
+    hidden: int | None = Field(default=None, gt=0)
+    dropout: float | None = Field(default=None, ge=0, lt=1)
+    max_history: int | None = Field(default=None, gt=0)
 
-    def shape(self) -> InstrumentShape:
+    def shape(self, architecture: Architecture = "instrument") -> Shape:
         """The same sizes, as the model reads them."""
-        if self.d_model % self.heads:
-            raise ConfigError(f"train_recommender.model: d_model {self.d_model} is no multiple of heads {self.heads}; change one")
-        return InstrumentShape(**self.model_dump())
+        kind = InstrumentShape if architecture == "instrument" else FlatShape if architecture == "flat" else TigerShape
+        shape = kind(**self.model_dump(exclude_none=True))
+        if shape.d_model % shape.heads:
+            raise ConfigError(f"train_recommender.model: d_model {shape.d_model} is no multiple of heads {shape.heads}; change one")
+        return shape
 
 
 class TrainRecommenderConfig(StageConfig):
@@ -60,19 +67,23 @@ class TrainRecommenderConfig(StageConfig):
         floors: add popularity, item-kNN, TF-IDF and their hybrid.
         truth: optimum.json of the demo catalogue; adds the row of the best achievable figures.
         eval: which parts are ranked at the end. Early stopping and tuning read valid in any case, never test.
-        decoding: `exact` scores every item, `beam` searches with `beam` beams, `auto` is exact up to 20,000 items.
+        architecture: `instrument` (the one that compares tokenizers), `flat` (a decoder over SID tokens) or `tiger` (an
+            encoder-decoder over SID tokens).
+        decoding: `exact` scores every item, `beam` searches with `beam` beams; `auto` is exact for the instrument up to
+            20,000 items, else beam.
         baseline: the arm that the others are compared with; default: `balanced_rq` where it is an arm, else the first.
     """
 
     catalog: CatalogConfig
     arms: dict[str, Path] = Field(min_length=1)
     seeds: list[int] | None = Field(default=None, min_length=1)
+    architecture: Architecture = "instrument"
     model: ModelConfig = ModelConfig()
     schedule: Schedule = Schedule()
     floors: bool = True
     truth: Path | None = None
     eval: Literal["valid", "test", "both"] = "both"
-    decoding: Literal["auto", "exact", "beam"] = "auto"
+    decoding: Decoding = "auto"
     beam: int = Field(default=50, gt=0)
     baseline: str | None = None
 
@@ -147,7 +158,7 @@ def _parts(config: TrainRecommenderConfig) -> tuple[Part, ...]:
 
 
 def _check(config: TrainRecommenderConfig) -> None:
-    config.model.shape()
+    config.model.shape(config.architecture)
     for arm in config.arms:
         if not arm or arm != Path(arm).name or arm.startswith("."):
             raise ConfigError(f"train_recommender.arms: {arm!r} must be usable as a folder name; rename it")
@@ -176,7 +187,7 @@ def _run_arm(
     fitted = fit(
         table_paths(table),
         split,
-        shape=config.model.shape(),
+        shape=config.model.shape(config.architecture),
         schedule=config.schedule,
         seed=seed,
         accelerator=accelerator,

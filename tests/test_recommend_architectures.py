@@ -1,0 +1,92 @@
+"""The flat decoder and the encoder-decoder are trained by the same door as the instrument, and they learn."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from test_recommend_train import BRIEF, config_for, write_arm, write_catalogue
+
+from mmsid.catalog.splits import Split
+from mmsid.errors import ConfigError
+from mmsid.recommend import train
+from mmsid.recommend.fit import Schedule, build, fit
+from mmsid.recommend.flat import FlatShape
+from mmsid.recommend.instrument import pad_histories
+from mmsid.recommend.paths import item_paths
+from mmsid.recommend.tiger import TigerShape
+from mmsid.recommend.train import ModelConfig
+
+SIZES = {"d_model": 32, "heads": 2, "hidden": 64, "layers": 1, "dropout": 0.0, "max_history": 6}
+SHAPES = {"flat": FlatShape(**SIZES), "tiger": TigerShape(**SIZES)}
+ITEMS = 30
+
+
+def circle_split(users: int = 120) -> Split:
+    """Item i is followed by item i + 1 (mod 30), always; 2 to 6 items before the two targets."""
+    rng = np.random.default_rng(0)
+    walks = [(np.arange(rng.integers(4, 9)) + rng.integers(ITEMS)) % ITEMS for _ in range(users)]
+    return Split(
+        train=[walk[:-2] for walk in walks],
+        before_test=[walk[:-1] for walk in walks],
+        valid=np.array([walk[-2] for walk in walks]),
+        test=np.array([walk[-1] for walk in walks]),
+        held_out=np.zeros(users, dtype=bool),
+    )
+
+
+def circle_paths():
+    codes = np.random.default_rng(1).permutation(36)[:ITEMS]
+    return item_paths(np.stack([codes // 6, codes % 6], 1), None, (6, 6))
+
+
+@pytest.mark.parametrize("architecture", SHAPES)
+def test_a_deterministic_next_item_is_learnt(architecture):
+    split, paths = circle_split(), circle_paths()
+    schedule = Schedule(epochs=30, batch_size=32, lr=0.01, patience=30)
+    fitted = fit(paths, split, shape=SHAPES[architecture], schedule=schedule, seed=0)
+    assert fitted.best > 0.95 and fitted.epochs == 30 and fitted.seconds > 0
+    assert fitted.evaluate(split, "test", beam=10).summary()["HR@1"] > 0.9  # chance is 1 / 30
+    again = fit(paths, split, shape=SHAPES[architecture], schedule=Schedule(epochs=2, batch_size=32), seed=7)
+    repeated = fit(paths, split, shape=SHAPES[architecture], schedule=Schedule(epochs=2, batch_size=32), seed=7)
+    assert all(torch.equal(a, b) for a, b in zip(again.model.parameters(), repeated.model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("architecture", SHAPES)
+def test_the_loss_is_the_likelihood_of_every_position_of_every_prefix(architecture):
+    """Padding, batching and the one-pass training change nothing: it is the sum over positions of one-by-one losses."""
+    torch.manual_seed(0)
+    codes = np.array([[0, 1], [0, 1], [0, 2], [1, 1], [1, 0]])
+    model = build(item_paths(codes, np.array([0, 1, -1, -1, -1]), (2, 3)), SHAPES[architecture]).eval()
+    histories = [np.array([0, 3, 1]), np.array([2]), np.array([4, 4, 2, 0, 1])]
+    with torch.no_grad():
+        together = model(pad_histories(histories, 6)).item()
+        total = 0.0
+        for history in histories:
+            for place, item in enumerate(history):
+                steps = model.steps(pad_histories([history[:place]], 6))
+                logits = steps.start()
+                for level, code in enumerate(model.paths[item]):
+                    if model.decided[item, level]:
+                        total -= torch.log_softmax(logits[0, 0], 0)[code].item()
+                    if level + 1 < len(model.sizes):
+                        logits = steps.step(level + 1, torch.zeros(1, 1, dtype=torch.long), code.view(1, 1))
+    assert together == pytest.approx(total, abs=1e-3)
+
+
+def test_the_stage_trains_the_architecture_that_the_config_names(tmp_path):
+    folder = tmp_path / "data"
+    write_arm(folder / "random.parquet", write_catalogue(folder))
+    for architecture in SHAPES:
+        train.run(config_for(folder, out=folder / architecture, architecture=architecture, floors=False, schedule=BRIEF | {"epochs": 1}))
+        (row,) = json.loads((folder / architecture / "metrics.json").read_text())["arms"]
+        assert 0 <= row["metrics"]["NDCG@10"]["mean"] <= 1 and row["seconds"] > 0
+
+
+def test_sizes_left_out_are_the_architecture_s_own():
+    assert ModelConfig(layers=3).shape("tiger") == TigerShape(layers=3)
+    assert ModelConfig().shape("flat") == FlatShape()
+    with pytest.raises(ConfigError, match="d_model 130 is no multiple of heads 4"):
+        ModelConfig(d_model=130).shape("tiger")
