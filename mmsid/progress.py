@@ -50,7 +50,8 @@ def track(
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=console, disable=not is_main_process(), refresh_per_second=2) as progress:
+    # time left from the last hour, not rich's last half minute: units such as jobs take longer than that
+    with Progress(*columns, console=console, disable=not is_main_process(), refresh_per_second=2, speed_estimate_period=3600.0) as progress:
         task = progress.add_task(what, total=total, unit=unit, note="")
         for element in iterable:
             yield element

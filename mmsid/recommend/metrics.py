@@ -156,7 +156,9 @@ def paired_bootstraps(pairs: Sequence[tuple[np.ndarray, np.ndarray]], draws: int
     for arm, baseline in pairs:
         arm, baseline = np.atleast_2d(arm), np.atleast_2d(baseline)
         if arm.shape[1] != baseline.shape[1] or (arm.shape[0] != baseline.shape[0] and 1 not in (arm.shape[0], baseline.shape[0])):
-            raise ValueError(f"cannot pair values of shapes {arm.shape} and {baseline.shape}; evaluate both arms on the same users and seeds")
+            raise ValueError(
+                f"cannot pair values of shapes {arm.shape} and {baseline.shape}; evaluate both arms on the same users and seeds"
+            )
         gaps.append(arm - baseline)
     if len({gap.shape[1] for gap in gaps}) > 1:
         raise ValueError(f"pairs of {sorted({gap.shape[1] for gap in gaps})} positions; compare arms on the same users")

@@ -102,8 +102,8 @@ def difference_rows(ranks: Mapping[str, Mapping[int | None, Ranks]], baselines: 
             other. Pairs of arms without a shared seed are left out.
 
     Returns:
-        Rows arm, baseline, part, metric, seeds (how many were paired), the fields of `Difference`, `p_holm` (corrected by Holm over
-        all comparisons of this part and metric) and `exceeds_noise` (p_holm below 0.05).
+        Rows arm, baseline, part, metric, seeds (how many were paired; 0 for two deterministic arms), the fields of `Difference`,
+        `p_holm` (corrected by Holm over all comparisons of this part and metric), `exceeds_noise` (p_holm below 0.05).
     """
     rows: list[dict[str, Any]] = []
     for metric in COMPARED:
@@ -114,7 +114,9 @@ def difference_rows(ranks: Mapping[str, Mapping[int | None, Ranks]], baselines: 
                 if seeds:
                     named = zip((arm, baseline), seeds, strict=True)
                     pairs.append(tuple(np.stack([per_position(ranks[name][seed], metric) for seed in used]) for name, used in named))
-                    labels.append({"arm": arm, "baseline": baseline, "part": part, "metric": metric, "seeds": max(map(len, seeds))})
+                    labels.append(
+                        {"arm": arm, "baseline": baseline, "part": part, "metric": metric, "seeds": len(set().union(*seeds) - {None})}
+                    )
         found: list[Difference] = paired_bootstraps(pairs)
         corrected = holm([difference.p for difference in found])
         rows += [

@@ -50,9 +50,9 @@ def difference_table(differences: Sequence[dict[str, Any]], part: str) -> str:
     for baseline in dict.fromkeys(row["baseline"] for row in shown):
         lines += [
             "",
-            f"Difference from `{baseline}` on {part}, paired bootstrap over users and seeds. p is uncorrected; p (Holm) is corrected for all "
-            f"{len(shown) // len({row['metric'] for row in shown})} comparisons of the metric, and a difference exceeds noise where it is "
-            "below 0.05. One seed: over users alone, which understates the noise.",
+            f"Difference from `{baseline}` on {part}, paired bootstrap over users and seeds. p is uncorrected; p (Holm) is corrected for "
+            f"all {len(shown) // len({row['metric'] for row in shown})} comparisons of a metric, and a difference exceeds noise where it "
+            "is below 0.05. An arm that was trained at one seed only is compared over users alone, which understates the noise.",
             "",
             "| arm | metric | seeds | difference | 95 % interval | p | p (Holm) | exceeds noise | smallest effect it could have seen |",
             "|---|---|---|---|---|---|---|---|---|",
@@ -60,10 +60,8 @@ def difference_table(differences: Sequence[dict[str, Any]], part: str) -> str:
         for row in (row for row in shown if row["baseline"] == baseline):
             interval = f"{row['low']:+.4f} .. {row['high']:+.4f}"
             verdict = "yes" if row["exceeds_noise"] else "no"
-            lines.append(
-                f"| {row['arm']} | {row['metric']} | {row['seeds']} | {row['mean']:+.4f} | {interval} | {row['p']:.4f} | {row['p_holm']:.4f} "
-                f"| {verdict} | {row['detectable']:.4f} |"
-            )
+            figures = f"{row['mean']:+.4f} | {interval} | {row['p']:.4f} | {row['p_holm']:.4f} | {verdict} | {row['detectable']:.4f}"
+            lines.append(f"| {row['arm']} | {row['metric']} | {row['seeds'] or ''} | {figures} |")
     return "\n".join(lines) + "\n" if lines else ""
 
 

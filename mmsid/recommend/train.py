@@ -35,7 +35,6 @@ from mmsid.recommend.tiger import TigerShape
 from mmsid.sids.folder import read_sid_folder
 from mmsid.sids.table import SidTable
 
-
 Architecture = Literal["instrument", "flat", "tiger"]
 
 

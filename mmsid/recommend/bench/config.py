@@ -17,11 +17,12 @@ from mmsid.config import Section, build, load_yaml
 from mmsid.errors import ConfigError
 from mmsid.recommend.fit import Schedule
 from mmsid.recommend.floors import FLOOR_NAMES
-from mmsid.recommend.train import ModelConfig
+from mmsid.recommend.train import Architecture, ModelConfig
 from mmsid.tokenizer.arms import ArmSpec
 from mmsid.tokenizer.inputs import FieldName
 
 SectionT = TypeVar("SectionT", bound=Section)
+KINDS = ("sids", "published", "tokenizer", "floors")
 
 
 class PublishedConfig(Section):
@@ -63,17 +64,19 @@ class ArmConfig(Section):
         published: one arm per published SID set of the data set, named `<arm>_<column>`.
         tokenizer: our tokenizer, trained and assigned anew for every seed; overrides of the stage train_tokenizer.
         floors: popularity, item-kNN, TF-IDF kNN and their hybrid: deterministic, run once.
+        recommender: the architecture that ranks by these SIDs. The instrument compares tokenizers; the others are cross-checks.
     """
 
     sids: ArmSpec | None = None
     published: Literal["all"] | None = None
     tokenizer: dict[str, Any] | None = None
     floors: Literal[True] | None = None
+    recommender: Architecture = "instrument"
 
     @property
     def kind(self) -> str:
         """The one that is set."""
-        return next(name for name in type(self).model_fields if getattr(self, name) is not None)
+        return next(name for name in KINDS if getattr(self, name) is not None)
 
     @field_validator("tokenizer")
     @classmethod
@@ -85,9 +88,9 @@ class ArmConfig(Section):
 
     @model_validator(mode="after")
     def _exactly_one(self) -> ArmConfig:
-        named = [name for name in type(self).model_fields if getattr(self, name) is not None]
+        named = [name for name in KINDS if getattr(self, name) is not None]
         if len(named) != 1:
-            raise ValueError(f"an arm is exactly one of {', '.join(type(self).model_fields)}; this one names {', '.join(named) or 'none'}")
+            raise ValueError(f"an arm is exactly one of {', '.join(KINDS)}; this one names {', '.join(named) or 'none'}")
         return self
 
 
@@ -114,8 +117,8 @@ class SuiteConfig(Section):
 
     arms: dict[str, ArmConfig] = Field(min_length=1)
     seeds: list[int] = Field(default=[0, 1, 2, 3, 4], min_length=1)
-    claims: list[str] = []
-    baselines: list[str] = []
+    claims: list[str] = Field(default_factory=list)
+    baselines: list[str] = Field(default_factory=list)
     within: float = Field(default=0.05, ge=0, lt=1)
     model: ModelConfig = ModelConfig()
     schedule: Schedule = Schedule()
@@ -137,7 +140,9 @@ class SuiteConfig(Section):
             if name not in known and not name.startswith(groups):
                 raise ValueError(f"{name!r} in claims or baselines is no arm; the arms are {', '.join(known)}")
         for place in range(len(self.trials)):
-            self.settings(place)
+            model, _ = self.settings(place)
+            for arm in self.arms.values():
+                model.shape(arm.recommender)
         return self
 
     def settings(self, trial: int) -> tuple[ModelConfig, Schedule]:
@@ -148,7 +153,6 @@ class SuiteConfig(Section):
         """
         point = self.trials[trial]
         model = ModelConfig.model_validate(self.model.model_dump() | point.model)
-        model.shape()
         return model, Schedule.model_validate(self.schedule.model_dump() | point.schedule)
 
 

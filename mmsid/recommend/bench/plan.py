@@ -1,4 +1,4 @@
-"""Which jobs a bench consists of, what each is made from, and the two choices made on valid: the trial, and who gets all seeds.
+"""Which jobs a bench consists of, and what each is made from.
 
 A job's folder is named by the hash of what made it, so that a finished one is found again, and a changed catalogue, method, schedule
 or package version is another job.
@@ -6,7 +6,7 @@ or package version is another job.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,11 +25,21 @@ _PATHS = ("out", "seed", "catalog", "captions", "interests")
 
 @dataclass(frozen=True)
 class Arm:
-    """One row of the table to be. `column` names the published set. `sids_seeded`: a tokenizer seed exists."""
+    """One row of the table to be: what the suite says under `entry`; of the published sets, one `column`."""
 
-    name: str
+    entry: str
     config: ArmConfig
     column: str | None = None
+
+    @property
+    def name(self) -> str:
+        """As the table names it."""
+        return self.entry if self.column is None else f"{self.entry}_{self.column}"
+
+    @property
+    def family(self) -> str:
+        """Arms of one family are screened against one another."""
+        return "sid"
 
     @property
     def sids_seeded(self) -> bool:
@@ -41,8 +51,9 @@ class Arm:
 class BenchJob:
     """One unit of work, and the folder that it writes.
 
-    `sids` makes an arm's Semantic IDs after `spec` (None: a published set); `fit` trains and ranks a recommender on them with one trial's model and schedule; `floors`
-    ranks the classical ones. `made_from` is what the folder's name is the hash of, and what its manifest keeps.
+    `sids` makes an arm's Semantic IDs after `spec` (None: a published set); `fit` trains and ranks a recommender on them with one
+    trial's model and schedule; `floors` ranks the classical ones. `made_from` is what the folder's name is the hash of, and what
+    its manifest keeps.
     """
 
     kind: Literal["sids", "fit", "floors"]
@@ -81,7 +92,7 @@ class Plan:
         found = []
         for name, config in self.suite.arms.items():
             if config.kind == "published":
-                found += [Arm(f"{name}_{column}", config, column) for column in self._columns()]
+                found += [Arm(name, config, column) for column in self._columns()]
             elif config.kind != "floors":
                 found.append(Arm(name, config))
         return [arm for arm in found if arm.name not in self.dataset.left_out]
@@ -117,7 +128,8 @@ class Plan:
         """The job that trains and ranks a recommender on an arm's SIDs."""
         model, schedule = self.suite.settings(trial)
         sids = self.sids(arm, seed)
-        made_from = {"sids": sids.made_from, "model": plain(model), "schedule": plain(schedule), "seed": seed}
+        made_from = {"sids": sids.made_from, "recommender": arm.config.recommender, "model": plain(model)}
+        made_from |= {"schedule": plain(schedule), "seed": seed}
         return self._job("fit", arm, made_from, seed, sids=sids.folder, trial=trial, model=model, schedule=schedule)
 
     def spec(self, arm: Arm) -> ArmSpec | TrainTokenizerConfig | None:
@@ -161,14 +173,3 @@ class Plan:
 
 def _without(values: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in names}
-
-
-def choose_trial(valid: Mapping[int, float]) -> int:
-    """The trial with the best valid figure; of equals the first of the suite."""
-    return min(valid, key=lambda trial: (-valid[trial], trial))
-
-
-def choose_finalists(screened: Mapping[str, float], within: float, always: Collection[str]) -> list[str]:
-    """Arms that get all seeds, in the order given: within the share `within` of the best valid figure, or named in `always`."""
-    best = max(screened.values(), default=0.0)
-    return [arm for arm, value in screened.items() if value >= (1 - within) * best or arm in always]

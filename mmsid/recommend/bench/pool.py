@@ -22,6 +22,8 @@ import torch
 
 from mmsid.errors import MmsidError
 
+BUDGET_SPENT = "no time was left in the budget"
+
 
 class Job(Protocol):
     """What the pool knows of a job: a key, and the keys of jobs that must be done before."""
@@ -84,8 +86,8 @@ class Pool:
         while waiting or any(worker.job is not None for worker in self._workers):
             for job in [job for job in waiting if any(key in broken for key in job.needs)]:
                 waiting.remove(job)
-                broken[job.key] = f"it needs what failed before: {next(broken[key] for key in job.needs if key in broken)}"
-                yield Outcome(job, error=broken[job.key], started=False)
+                broken[job.key] = next(broken[key] for key in job.needs if key in broken)
+                yield Outcome(job, error=f"a job that it needs failed: {broken[job.key]}", started=False)
             for job in [job for job in waiting if done.issuperset(job.needs)]:
                 worker = self._idle() if open_for_more else None
                 if worker is None:
@@ -98,7 +100,7 @@ class Pool:
             busy = [worker for worker in self._workers if worker.job is not None]
             if not busy:
                 if waiting:  # nothing runs, so what these wait for will not come
-                    yield from (Outcome(job, error="the budget was spent", started=False) for job in waiting)
+                    yield from (Outcome(job, error=BUDGET_SPENT, started=False) for job in waiting)
                 return
             wait([worker.connection for worker in busy] + [worker.process.sentinel for worker in busy])
             for worker in busy:

@@ -9,19 +9,13 @@ from typing import Any
 import numpy as np
 
 from mmsid.artifacts import is_complete, read_json
+from mmsid.recommend.bench.choose import Choice
 from mmsid.recommend.bench.plan import Arm, BenchJob, Plan
 from mmsid.recommend.bench.worker import FIGURES, ranks_path
 from mmsid.recommend.evaluate import Part
 from mmsid.recommend.floors import FLOOR_NAMES
 from mmsid.recommend.metrics import Ranks, over_seeds
 from mmsid.recommend.rows import ReadRanks, difference_rows, optimum_row, read_ranks
-
-SELECTED_BY = "NDCG@10"
-
-
-def valid_figure(job: BenchJob) -> float:
-    """What selection looks at: valid NDCG@10 of a finished fit."""
-    return read_json(job.folder / FIGURES)[job.arm.name]["valid"][SELECTED_BY]
 
 
 def collect(plan: Plan, chosen: Mapping[str, int], parts: tuple[Part, ...]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -54,6 +48,25 @@ def collect(plan: Plan, chosen: Mapping[str, int], parts: tuple[Part, ...]) -> t
     return rows, _differences(plan, ranks)
 
 
+def not_run(plan: Plan, choice: Choice, rows: list[dict[str, Any]], why: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Arms of the suite without a row, and finalists that lack seeds, each with its reason: nothing is dropped in silence.
+
+    Args:
+        why: arm -> what kept a job of it from being done in this call.
+    """
+    found: list[dict[str, Any]] = [{"arm": name, "reason": reason} for name, reason in plan.left_out().items()]
+    seeds = {row["arm"]: row["seeds"] for row in rows}
+    floors = plan.floors()
+    names = [floors.arm.name] if floors is not None and not is_complete(floors.folder) else []
+    for name in [*names, *(arm.name for arm in plan.arms())]:
+        missing = [seed for seed in plan.suite.seeds if seed not in seeds.get(name, [])]
+        if name not in seeds:
+            found.append({"arm": name, "reason": why.get(name, "not asked for in this call")})
+        elif name in choice.finalists and missing:
+            found.append({"arm": name, "seeds": missing, "reason": why.get(name, "not asked for in this call")})
+    return found
+
+
 def _read(folder: Path, name: str, parts: tuple[Part, ...]) -> dict[Part, ReadRanks]:
     return {part: read_ranks(ranks_path(folder, name, part), part) for part in parts}
 
@@ -83,7 +96,7 @@ def _arm_row(plan: Plan, arm: Arm, fits: list[BenchJob], read: list[dict[Part, R
     lifts = [table["level_1_lift"] for table in tables]
     return {
         "arm": arm.name,
-        "family": "sid",
+        "family": arm.family,
         "seeds": [job.seed for job in fits],
         **_figures(read),
         "collisions": _mean([table["collisions"] for table in tables]),
@@ -96,7 +109,9 @@ def _arm_row(plan: Plan, arm: Arm, fits: list[BenchJob], read: list[dict[Part, R
             "perplexity": [round(float(level), 2) for level in np.mean([table["perplexity"] for table in tables], axis=0)],
             "level_1_lift": None if None in lifts else _mean(lifts),
         },
-        "varies": "tokenizer and recommender seed, paired" if arm.sids_seeded else "recommender seed (published SIDs have no tokenizer seed)",
+        "varies": "tokenizer and recommender seed, paired"
+        if arm.sids_seeded
+        else "recommender seed (published SIDs have no tokenizer seed)",
     }
 
 

@@ -12,20 +12,20 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 import mmsid
 from mmsid.artifacts import is_complete, plain, read_manifest, write_json
-from mmsid.catalog import Catalog, Split
 from mmsid.config import Section
 from mmsid.errors import ConfigError, MmsidError
 from mmsid.progress import console, done, track
+from mmsid.recommend.bench.choose import SELECTED_BY, Choice, judge
 from mmsid.recommend.bench.config import DatasetConfig, SuiteConfig
-from mmsid.recommend.bench.plan import Arm, BenchJob, Plan, choose_finalists, choose_trial
+from mmsid.recommend.bench.plan import Arm, BenchJob, Plan
 from mmsid.recommend.bench.pool import Outcome, Pool
-from mmsid.recommend.bench.results import SELECTED_BY, collect, valid_figure
+from mmsid.recommend.bench.results import collect, not_run
 from mmsid.recommend.bench.tables import bench_table
 from mmsid.recommend.bench.worker import Bench, Prepare
 from mmsid.recommend.evaluate import Part
@@ -58,10 +58,9 @@ class _Ledger:
     budget_minutes: float
     workers: int
     since: float = field(default_factory=time.monotonic)
-    finished: int = 0
     fit_seconds: list[float] = field(default_factory=list)
     failed: list[Outcome] = field(default_factory=list)
-    unstarted: list[Outcome] = field(default_factory=list)
+    not_started: list[Outcome] = field(default_factory=list)
 
     @property
     def minutes(self) -> float:
@@ -74,19 +73,18 @@ class _Ledger:
         return self.minutes + usual / 60 <= self.budget_minutes
 
     def note(self, outcome: Outcome, remaining: int) -> None:
-        """Take an outcome down; the first finished fit gives the estimate."""
+        """Take an outcome down, and tell of it what a person should know at once."""
         if outcome.error is not None:
-            (self.failed if outcome.started or "needs" in outcome.error else self.unstarted).append(outcome)
-            return
-        self.finished += 1
-        if outcome.job.kind == "fit":
+            (self.failed if outcome.started else self.not_started).append(outcome)
+            if outcome.started:
+                _say(f"{_label(outcome.job)} failed: {outcome.error}")
+        elif outcome.job.kind == "fit":
             self.fit_seconds.append(outcome.seconds)
             if len(self.fit_seconds) == 1:
                 minutes = remaining * outcome.seconds / self.workers / 60
-                console.print(
-                    f"bench: the first recommender took {outcome.seconds:.0f} s; the {remaining} jobs left of this stage at that rate on "
-                    f"{self.workers} processes: {minutes:.0f} minutes, budget {self.budget_minutes:g} minutes, {self.minutes:.0f} spent",
-                    soft_wrap=True,
+                _say(
+                    f"the first recommender took {outcome.seconds:.0f} s; at that rate the {remaining} jobs left of this stage take "
+                    f"{minutes:.0f} minutes on {self.workers} processes; budget {self.budget_minutes:g} minutes, {self.minutes:.0f} spent"
                 )
 
 
@@ -108,128 +106,92 @@ def run(dataset: DatasetConfig, suite: SuiteConfig, options: BenchOptions) -> Pa
     ledger = _Ledger(suite.budget_minutes, suite.jobs or len(os.sched_getaffinity(0)))
     first, *others = suite.seeds
     with Pool(Prepare(dataset, work / "inputs"), ledger.workers, work / "logs") as pool:
-        floors = plan.floors() if not options.only or set(options.only) & _floor_names(plan) else None
-        jobs = [plan.sids(arm, first) for arm in arms]
+        floors = plan.floors()
+        jobs = [floors] if floors is not None and (not options.only or floors.arm.name in options.only) else []
+        jobs += [plan.sids(arm, first) for arm in arms]
         jobs += [plan.fit(arm, trial, first) for trial in range(len(suite.trials)) for arm in arms]
-        _run_jobs(pool, [*([floors] if floors else []), *jobs], ledger, "screen")
-        chosen, screened = _judge(plan)
+        _run_jobs(pool, jobs, ledger, "screen")
+        choice = judge(plan)
         if options.stage == "full":
-            always = {*suite.claims, *suite.baselines}
-            finalists = choose_finalists(screened, suite.within, always)
             jobs = []
             for seed in others:
-                for arm in (arm for arm in arms if arm.name in finalists):
-                    jobs += [plan.sids(arm, seed), plan.fit(arm, chosen[arm.name], seed)]
+                for arm in (arm for arm in arms if arm.name in choice.finalists):
+                    jobs += [plan.sids(arm, seed), plan.fit(arm, choice.trials[arm.name], seed)]
             _run_jobs(pool, jobs, ledger, "all seeds")
-    path = _write(plan, options, bench.catalog, bench.split, chosen, ledger)
+    path = _write(plan, options, bench, choice, ledger)
     if ledger.failed:
         told = "; ".join(f"{_label(outcome.job)}: {outcome.error}" for outcome in ledger.failed)
-        raise MmsidError(f"bench: {len(ledger.failed)} jobs failed, the others are in {path}. {told}")
+        raise MmsidError(f"bench: {len(ledger.failed)} jobs failed (all the others are in {path}): {told}")
     return path
 
 
 def _asked_for(plan: Plan, only: Sequence[str]) -> list[Arm]:
-    arms = plan.arms()
-    groups = {arm.name: arm.name.removesuffix(f"_{arm.column}") for arm in arms}
-    known = {*groups, *groups.values(), *_floor_names(plan)}
+    """The arms of `only`, by their own name or that of their entry in the suite; all where nothing is asked for."""
+    arms, floors = plan.arms(), plan.floors()
+    known = {arm.name for arm in arms} | {arm.entry for arm in arms} | ({floors.arm.name} if floors else set())
     for name in only:
         if name not in known:
-            raise ConfigError(f"bench --only: {name!r} is no arm of this suite on {plan.dataset.name}; there are {', '.join(sorted(known))}")
-    return [arm for arm in arms if not only or arm.name in only or groups[arm.name] in only]
-
-
-def _floor_names(plan: Plan) -> set[str]:
-    floors = plan.floors()
-    return {floors.arm.name} if floors else set()
+            raise ConfigError(
+                f"bench --only: {name!r} is no arm of this suite on {plan.dataset.name}; there are {', '.join(sorted(known))}"
+            )
+    return [arm for arm in arms if not only or arm.name in only or arm.entry in only]
 
 
 def _run_jobs(pool: Pool, jobs: Sequence[BenchJob], ledger: _Ledger, stage: str) -> None:
     """Those that are not finished yet, under one progress line."""
     finished = {job.key for job in jobs if is_complete(job.folder)}
     left = list({job.key: job for job in jobs if job.key not in finished}.values())
-    if len(left) < len(jobs):
-        console.print(f"bench: {stage}: {len(finished)} jobs were finished earlier, {len(left)} to run")
+    if finished:
+        _say(f"{stage}: {len(finished)} jobs were finished earlier, {len(left)} to run")
     if not left:
         return
     note: dict[str, object] = {}
     outcomes = pool.run(left, finished, ledger.may_start)
     for place, outcome in enumerate(track(outcomes, what=f"bench: {stage}", total=len(left), unit="jobs", note=note)):
         ledger.note(outcome, len(left) - place - 1)
-        if outcome.error is not None and outcome.started:
-            console.print(f"bench: {_label(outcome.job)} failed: {outcome.error}", markup=False, soft_wrap=True)
-        note["last"] = _label(outcome.job)
+        note["last"] = outcome.job.arm.name
 
 
-def _judge(plan: Plan) -> tuple[dict[str, int], dict[str, float]]:
-    """Arm -> best trial, and arm -> its valid figure, of every arm whose trials are all there; it is valid that decides."""
-    chosen, screened = {}, {}
-    for arm in plan.arms():
-        fits = [plan.fit(arm, trial, plan.suite.seeds[0]) for trial in range(len(plan.suite.trials))]
-        if all(is_complete(job.folder) for job in fits):
-            valid = {job.trial: valid_figure(job) for job in fits}
-            chosen[arm.name] = choose_trial(valid)
-            screened[arm.name] = valid[chosen[arm.name]]
-    return chosen, screened
-
-
-def _write(plan: Plan, options: BenchOptions, catalog: Catalog, split: Split, chosen: dict[str, int], ledger: _Ledger) -> Path:
+def _write(plan: Plan, options: BenchOptions, bench: Bench, choice: Choice, ledger: _Ledger) -> Path:
+    """The JSON and the Markdown table of all finished jobs."""
     parts: tuple[Part, ...] = ("valid",) if options.part == "valid" else ("valid", "test")
-    rows, differences = collect(plan, chosen, parts)
+    rows, differences = collect(plan, choice.trials, parts)
     suite = plan.suite
-    dataset = {"name": plan.dataset.name, **dataset_facts(catalog, split), "split": plain(plan.dataset.catalog.split)}
+    dataset = {"name": plan.dataset.name, **dataset_facts(bench.catalog, bench.split), "split": plain(plan.dataset.catalog.split)}
     dataset["suite"] = {
         "name": options.suite_name,
-        "seeds": suite.seeds,
-        "claims": suite.claims,
-        "within": suite.within,
-        "selected_by": f"valid {SELECTED_BY}",
-        "trials": plain([trial.model_dump() for trial in suite.trials]),
-        "model": plain(suite.model),
-        "schedule": plain(suite.schedule),
         "package_version": mmsid.__version__,
+        "selected_by": f"valid {SELECTED_BY}",
+        **plain(suite.model_dump(mode="json", include={"seeds", "claims", "baselines", "within", "trials", "model", "schedule"})),
     }
     dataset["compute"] = {
         "processes": ledger.workers,
         "threads_per_process": 1,
         "budget_minutes": suite.budget_minutes,
         "minutes_of_last_call": round(ledger.minutes, 1),
-        "core_minutes_of_all_jobs": round(_core_seconds(plan.work) / 60, 1),
+        "core_minutes_of_all_jobs": round(_job_seconds(plan.work) / 60, 1),
     }
-    dataset["not_run"] = _not_run(plan, rows, chosen, ledger)
+    why = {outcome.job.arm.name: outcome.error or "" for outcome in (*ledger.not_started, *ledger.failed)}
+    dataset["not_run"] = not_run(plan, choice, rows, why)
+    written = {"dataset": dataset, "arms": rows, "differences": differences}
     folder = options.results or suite.results
     folder.mkdir(parents=True, exist_ok=True)
     name = f"{plan.dataset.name}.valid" if options.part == "valid" else plan.dataset.name
-    written = {"dataset": dataset, "arms": rows, "differences": differences}
     write_json(folder / f"{name}.json", written)
     (folder / f"{name}.md").write_text(bench_table(written), encoding="utf-8")
     done(f"bench: wrote {len(rows)} arms of {plan.dataset.name} ({len(dataset['not_run'])} not run) to {folder / name}.md and .json")
     return folder / f"{name}.json"
 
 
-def _core_seconds(work: Path) -> float:
-    """Wall seconds of every finished job, tokenizers trained for them included in their job; each ran on one thread."""
-    manifests = (read_manifest(path.parent) for path in (work / "jobs").glob("*/*/manifest.json"))
-    return sum(manifest["wall_seconds"] for manifest in manifests if manifest["stage"].startswith("bench_"))
-
-
-def _not_run(plan: Plan, rows: list[dict[str, Any]], chosen: dict[str, int], ledger: _Ledger) -> list[dict[str, Any]]:
-    """Arms without a row, and seeds that an arm was to get and lacks, each with its reason."""
-    reasons: dict[str, str] = {}
-    for outcome in (*ledger.unstarted, *ledger.failed):
-        reasons[outcome.job.arm.name] = outcome.error or ""
-    found = [{"arm": name, "reason": why} for name, why in plan.left_out().items()]
-    there = {row["arm"]: row["seeds"] for row in rows}
-    screened = {arm: valid for arm, valid in _judge(plan)[1].items() if arm in chosen}
-    finalists = choose_finalists(screened, plan.suite.within, {*plan.suite.claims, *plan.suite.baselines})
-    for arm in plan.arms():
-        if arm.name not in there:
-            found.append({"arm": arm.name, "reason": reasons.get(arm.name, "not asked for yet")})
-        elif arm.name in finalists and len(there[arm.name]) < len(plan.suite.seeds):
-            missing = [seed for seed in plan.suite.seeds if seed not in there[arm.name]]
-            found.append({"arm": arm.name, "seeds": missing, "reason": reasons.get(arm.name, "not asked for yet")})
-    return found
+def _job_seconds(work: Path) -> float:
+    """Wall seconds of every finished job of a suite; each ran on one thread."""
+    return sum(read_manifest(path.parent)["wall_seconds"] for path in (work / "jobs").glob("*/*/manifest.json"))
 
 
 def _label(job: BenchJob) -> str:
     trial = "" if job.trial is None else f", trial {job.trial}"
     return f"{job.arm.name} ({job.kind}, seed {job.seed}{trial})"
+
+
+def _say(line: str) -> None:
+    console.print(f"bench: {line}", markup=False, soft_wrap=True)

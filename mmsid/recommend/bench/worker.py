@@ -91,9 +91,7 @@ class Bench:
             train_tokenizer(config)
         scratch = folder / "scratch"
         annotations = {"captions": config.captions, "interests": config.interests}
-        assigned = assign(
-            AssignConfig(out=scratch / "sids", seed=job.seed, tokenizer=config.out, catalog=config.catalog, **annotations)
-        )
+        assigned = assign(AssignConfig(out=scratch / "sids", seed=job.seed, tokenizer=config.out, catalog=config.catalog, **annotations))
         for path in assigned.iterdir():
             if path.name != MANIFEST:
                 path.rename(folder / path.name)
@@ -118,7 +116,8 @@ class Bench:
     def _fit(self, job: BenchJob, folder: Path) -> None:
         table = read_sid_folder(job.sids).align([item.item_id for item in self.catalog.items])
         started = time.perf_counter()
-        fitted = fit(table_paths(table), self.split, shape=job.model.shape(), schedule=job.schedule, seed=job.seed, what=job.arm.name)
+        shape = job.model.shape(job.arm.config.recommender)
+        fitted = fit(table_paths(table), self.split, shape=shape, schedule=job.schedule, seed=job.seed, what=job.arm.name)
         found = {part: fitted.evaluate(self.split, part) for part in PARTS}
         extra = {"epochs": fitted.epochs, "stopped_at_valid": fitted.best}
         self._write(folder, {job.arm.name: (found, extra | {"seconds": time.perf_counter() - started})})
