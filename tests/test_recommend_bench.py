@@ -87,7 +87,7 @@ def test_every_shipped_suite_fits_every_shipped_data_set(name, suite):
     data, rules = load_dataset(name), load_suite(suite)
     assert data.name == name
     plan = Plan(data.model_copy(update={"published": None}), rules, "", Path("work"))
-    for arm in plan.arms():
+    for arm in (arm for arm in plan.arms() if arm.config.kind != "sasrec"):
         spec = plan.spec(arm)
         assert spec.codebook_size == data.codebook_size and spec.num_levels == 3
     assert set(data.left_out) <= {"category_path"} and not set(data.left_out) & {arm.name for arm in plan.arms()}
@@ -113,6 +113,7 @@ def test_overrides_reach_both_files():
     [
         ({"arms": {"a": {"sids": {"method": "random"}, "floors": True}}}, "exactly one"),
         ({"arms": {"item_knn": {"sids": {"method": "random"}}}}, "floors' names"),
+        ({"arms": SUITE["arms"] | {"both": {"fusion": "floors"}}}, "must be a SID arm"),
         ({"claims": ["nobody"]}, "nobody.*is no arm"),
         ({"seeds": [1, 1]}, "twice"),
         ({"arms": {"ours": {"tokenizer": {"seed": 3}}}}, "given by the bench"),
@@ -199,6 +200,18 @@ def test_seeds_vary_tokenizer_and_recommender_but_published_sids_stay(dataset, t
     screen(plan, bench, "published_someone")
     (row,), _ = collect(plan, judge(plan).trials, ("valid", "test"))
     assert row["collisions"] == 0 and "no tokenizer seed" in row["varies"] and len(row["intrinsic"]["perplexity"]) == 2
+
+
+def test_fusion_and_sasrec_are_screened_in_their_own_families(dataset, tmp_path):
+    arms = SUITE["arms"] | {"sasrec": {"sasrec": True}, "fused": {"fusion": "published_someone"}}
+    plan, _ = plan_for(dataset, tmp_path, arms=arms, claims=["fused"])
+    by_name = {arm.name: arm for arm in plan.arms()}
+    assert set(by_name) == {"random", "balanced_rq", "published_someone", "sasrec"}
+    fit = plan.fit(by_name["published_someone"], 0, 0)
+    assert (fit.fusion, fit.floors) == ("fused", plan.floors().folder) and set(fit.needs) == {fit.sids, fit.floors}
+    assert plan.fit(by_name["sasrec"], 0, 0).needs == ()
+    assert [row.family for row in plan.rows(by_name["published_someone"])] == ["sid", "fusion"]
+    assert by_name["sasrec"].family == "classical"
 
 
 def test_a_job_is_another_job_when_what_made_it_changes(dataset, tmp_path):

@@ -16,21 +16,26 @@ class Choice(NamedTuple):
     """`trials`: arm -> its best trial, for arms whose trials are all finished. `finalists`: arms that are to get all seeds."""
 
     trials: dict[str, int]
-    finalists: list[str]
+    finalists: set[str]
 
 
 def judge(plan: Plan) -> Choice:
-    """Look at the valid figures of all finished screening jobs of a plan."""
+    """Look at the valid figures of all finished screening jobs of a plan. A fusion has the trial and the seeds of its arm."""
     trials: dict[str, int] = {}
     screened: dict[str, dict[str, float]] = {}
     for arm in plan.arms():
         fits = [plan.fit(arm, trial, plan.suite.seeds[0]) for trial in range(len(plan.suite.trials))]
-        if all(is_complete(job.folder) for job in fits):
-            valid = {job.trial: read_json(job.folder / FIGURES)[arm.name]["valid"][SELECTED_BY] for job in fits}
-            trials[arm.name] = choose_trial(valid)
-            screened.setdefault(arm.family, {})[arm.name] = valid[trials[arm.name]]
+        if not all(is_complete(job.folder) for job in fits):
+            continue
+        figures = [read_json(job.folder / FIGURES) for job in fits]
+        trials[arm.name] = choose_trial(
+            {job.trial: found[arm.name]["valid"][SELECTED_BY] for job, found in zip(fits, figures, strict=True)}
+        )
+        for row in plan.rows(arm):
+            screened.setdefault(row.family, {})[row.name] = figures[trials[arm.name]][row.name]["valid"][SELECTED_BY]
     always = {*plan.suite.claims, *plan.suite.baselines}
-    return Choice(trials, [arm for family in screened.values() for arm in choose_finalists(family, plan.suite.within, always)])
+    named = {name for family in screened.values() for name in choose_finalists(family, plan.suite.within, always)}
+    return Choice(trials, {row.name for arm in plan.arms() for row in plan.rows(arm) if named & {one.name for one in plan.rows(arm)}})
 
 
 def choose_trial(valid: Mapping[int, float]) -> int:

@@ -22,7 +22,7 @@ from mmsid.tokenizer.arms import ArmSpec
 from mmsid.tokenizer.inputs import FieldName
 
 SectionT = TypeVar("SectionT", bound=Section)
-KINDS = ("sids", "published", "tokenizer", "floors")
+KINDS = ("sids", "published", "tokenizer", "floors", "sasrec", "fusion")
 
 
 class PublishedConfig(Section):
@@ -64,6 +64,8 @@ class ArmConfig(Section):
         published: one arm per published SID set of the data set, named `<arm>_<column>`.
         tokenizer: our tokenizer, trained and assigned anew for every seed; overrides of the stage train_tokenizer.
         floors: popularity, item-kNN, TF-IDF kNN and their hybrid: deterministic, run once.
+        sasrec: a recommender of item ids, without SIDs; trials and seeds as for the SID arms.
+        fusion: name of a SID arm, whose item scores are fused with the hybrid floor's; its trial and seeds are that arm's.
         recommender: the architecture that ranks by these SIDs. The instrument compares tokenizers; the others are cross-checks.
     """
 
@@ -71,6 +73,8 @@ class ArmConfig(Section):
     published: Literal["all"] | None = None
     tokenizer: dict[str, Any] | None = None
     floors: Literal[True] | None = None
+    sasrec: Literal[True] | None = None
+    fusion: str | None = None
     recommender: Architecture = "instrument"
 
     @property
@@ -135,10 +139,15 @@ class SuiteConfig(Section):
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds: {self.seeds} names a seed twice; each seed is one run")
         groups = tuple(f"{name}_" for name, arm in self.arms.items() if arm.kind == "published")
-        known = [*self.arms, *(FLOOR_NAMES if any(arm.floors for arm in self.arms.values()) else ())]
+        floors = any(arm.floors for arm in self.arms.values())
+        known = [*self.arms, *(FLOOR_NAMES if floors else ())]
         for name in (*self.claims, *self.baselines):
             if name not in known and not name.startswith(groups):
                 raise ValueError(f"{name!r} in claims or baselines is no arm; the arms are {', '.join(known)}")
+        sid_arms = [name for name, arm in self.arms.items() if arm.kind in ("sids", "tokenizer")]
+        for name, arm in self.arms.items():
+            if arm.fusion is not None and not (floors and (arm.fusion in sid_arms or arm.fusion.startswith(groups))):
+                raise ValueError(f"arms: {name!r} fuses {arm.fusion!r}, which must be a SID arm, with the floors, which must be there too")
         for place in range(len(self.trials)):
             model, _ = self.settings(place)
             for arm in self.arms.values():

@@ -39,7 +39,7 @@ class Arm:
     @property
     def family(self) -> str:
         """Arms of one family are screened against one another."""
-        return "sid"
+        return {"sasrec": "classical", "fusion": "fusion"}.get(self.config.kind, "sid")
 
     @property
     def sids_seeded(self) -> bool:
@@ -52,8 +52,8 @@ class BenchJob:
     """One unit of work, and the folder that it writes.
 
     `sids` makes an arm's Semantic IDs after `spec` (None: a published set); `fit` trains and ranks a recommender on them with one
-    trial's model and schedule; `floors` ranks the classical ones. `made_from` is what the folder's name is the hash of, and what
-    its manifest keeps.
+    trial's model and schedule, and beside it its `fusion` with the hybrid of `floors`; `floors` ranks the classical ones.
+    `made_from` is what the folder's name is the hash of, and what its manifest keeps.
     """
 
     kind: Literal["sids", "fit", "floors"]
@@ -63,6 +63,8 @@ class BenchJob:
     seed: int
     spec: ArmSpec | TrainTokenizerConfig | None = None
     sids: Path | None = None
+    floors: Path | None = None
+    fusion: str | None = None
     trial: int | None = None
     model: ModelConfig | None = None
     schedule: Schedule | None = None
@@ -75,7 +77,7 @@ class BenchJob:
     @property
     def needs(self) -> tuple[Path, ...]:
         """Folders that must be there before."""
-        return () if self.sids is None else (self.sids,)
+        return tuple(path for path in (self.sids, self.floors) if path is not None)
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ class Plan:
         for name, config in self.suite.arms.items():
             if config.kind == "published":
                 found += [Arm(name, config, column) for column in self._columns()]
-            elif config.kind != "floors":
+            elif config.kind not in ("floors", "fusion"):
                 found.append(Arm(name, config))
         return [arm for arm in found if arm.name not in self.dataset.left_out]
 
@@ -125,12 +127,27 @@ class Plan:
         return self._job("sids", arm, made_from, seed, spec=spec)
 
     def fit(self, arm: Arm, trial: int, seed: int) -> BenchJob:
-        """The job that trains and ranks a recommender on an arm's SIDs."""
+        """The job that trains and ranks a recommender: on an arm's SIDs, or SASRec on item ids."""
         model, schedule = self.suite.settings(trial)
-        sids = self.sids(arm, seed)
-        made_from = {"sids": sids.made_from, "recommender": arm.config.recommender, "model": plain(model)}
-        made_from |= {"schedule": plain(schedule), "seed": seed}
-        return self._job("fit", arm, made_from, seed, sids=sids.folder, trial=trial, model=model, schedule=schedule)
+        settings = {"model": plain(model), "schedule": plain(schedule), "seed": seed}
+        of_trial: dict[str, Any] = {"trial": trial, "model": model, "schedule": schedule}
+        if arm.config.kind == "sasrec":
+            return self._job("fit", arm, self._data() | {"recommender": "sasrec"} | settings, seed, **of_trial)
+        sids, floors, fusion = self.sids(arm, seed), self.floors(), self.fusion(arm)
+        made_from = {"sids": sids.made_from, "recommender": arm.config.recommender} | settings
+        if fusion is not None:
+            made_from["fused_with"] = floors.made_from
+            of_trial |= {"fusion": fusion.name, "floors": floors.folder}
+        return self._job("fit", arm, made_from, seed, sids=sids.folder, **of_trial)
+
+    def rows(self, arm: Arm) -> list[Arm]:
+        """The rows of the table that come from an arm's fits: the arm, and its fusion if the suite has one."""
+        fusion = self.fusion(arm)
+        return [arm] if fusion is None else [arm, fusion]
+
+    def fusion(self, arm: Arm) -> Arm | None:
+        """The arm that fuses this one with the hybrid floor, if the suite has one."""
+        return next((Arm(name, config) for name, config in self.suite.arms.items() if config.fusion == arm.name), None)
 
     def spec(self, arm: Arm) -> ArmSpec | TrainTokenizerConfig | None:
         """How the arm's SIDs are made, sizes filled in from the data set; None for a published set.

@@ -100,7 +100,8 @@ class Pool:
             busy = [worker for worker in self._workers if worker.job is not None]
             if not busy:
                 if waiting:  # nothing runs, so what these wait for will not come
-                    yield from (Outcome(job, error=BUDGET_SPENT, started=False) for job in waiting)
+                    why = "a job that it needs was not run" if open_for_more else BUDGET_SPENT
+                    yield from (Outcome(job, error=why, started=False) for job in waiting)
                 return
             wait([worker.connection for worker in busy] + [worker.process.sentinel for worker in busy])
             for worker in busy:

@@ -38,10 +38,11 @@ def collect(plan: Plan, chosen: Mapping[str, int], parts: tuple[Part, ...]) -> t
         fits = [job for job in fits if is_complete(job.folder)]
         if not fits:
             continue
-        read = [_read(job.folder, arm.name, parts) for job in fits]
-        rows.append(_arm_row(plan, arm, fits, read))
-        for part in parts:
-            ranks[part][arm.name] = {job.seed: one[part].ranks for job, one in zip(fits, read, strict=True)}
+        for row in plan.rows(arm):
+            read = [_read(job.folder, row.name, parts) for job in fits]
+            rows.append(_arm_row(plan, row, fits, read))
+            for part in parts:
+                ranks[part][row.name] = {job.seed: one[part].ranks for job, one in zip(fits, read, strict=True)}
     if plan.dataset.truth is not None:
         optimum = optimum_row(plan.dataset.truth)
         rows.append(optimum if "test" in parts else optimum | {"metrics": {}})
@@ -58,7 +59,8 @@ def not_run(plan: Plan, choice: Choice, rows: list[dict[str, Any]], why: Mapping
     seeds = {row["arm"]: row["seeds"] for row in rows}
     floors = plan.floors()
     names = [floors.arm.name] if floors is not None and not is_complete(floors.folder) else []
-    for name in [*names, *(arm.name for arm in plan.arms())]:
+    names += [row.name for arm in plan.arms() for row in plan.rows(arm)]
+    for name in names:
         missing = [seed for seed in plan.suite.seeds if seed not in seeds.get(name, [])]
         if name not in seeds:
             found.append({"arm": name, "reason": why.get(name, "not asked for in this call")})
@@ -90,20 +92,30 @@ def _floor_row(job: BenchJob, name: str, read: dict[Part, ReadRanks]) -> dict[st
 
 
 def _arm_row(plan: Plan, arm: Arm, fits: list[BenchJob], read: list[dict[Part, ReadRanks]]) -> dict[str, Any]:
-    """One SID arm; collisions and intrinsic figures are means over the seeds' tables (all the same for a published set)."""
-    tables = [read_json(job.sids / FIGURES) for job in fits]
+    """One trained arm, or its fusion; figures of its SIDs, if it has any, are means over the seeds' tables."""
     figures = [read_json(job.folder / FIGURES)[arm.name] for job in fits]
-    lifts = [table["level_1_lift"] for table in tables]
-    return {
+    row = {
         "arm": arm.name,
         "family": arm.family,
         "seeds": [job.seed for job in fits],
         **_figures(read),
-        "collisions": _mean([table["collisions"] for table in tables]),
+        "collisions": None,
         "seconds": _mean([one["seconds"] for one in figures]),
-        "sid_seconds": _mean([table["seconds"] for table in tables]),
         "epochs": _mean([one["epochs"] for one in figures]),
         "trial": plan.suite.trials[fits[0].trial].model_dump(),
+        "varies": "recommender seed",
+    }
+    if arm.family == "fusion":
+        return row | {"varies": f"as {arm.config.fusion}", "parameters": [one["parameters"] for one in figures]}
+    return row if fits[0].sids is None else row | _sid_figures(arm, fits)
+
+
+def _sid_figures(arm: Arm, fits: list[BenchJob]) -> dict[str, Any]:
+    tables = [read_json(job.sids / FIGURES) for job in fits]
+    lifts = [table["level_1_lift"] for table in tables]
+    return {
+        "collisions": _mean([table["collisions"] for table in tables]),
+        "sid_seconds": _mean([table["seconds"] for table in tables]),
         "intrinsic": {
             "codebook_sizes": tables[0]["codebook_sizes"],
             "perplexity": [round(float(level), 2) for level in np.mean([table["perplexity"] for table in tables], axis=0)],

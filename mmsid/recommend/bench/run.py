@@ -106,17 +106,18 @@ def run(dataset: DatasetConfig, suite: SuiteConfig, options: BenchOptions) -> Pa
     ledger = _Ledger(suite.budget_minutes, suite.jobs or len(os.sched_getaffinity(0)))
     first, *others = suite.seeds
     with Pool(Prepare(dataset, work / "inputs"), ledger.workers, work / "logs") as pool:
-        floors = plan.floors()
-        jobs = [floors] if floors is not None and (not options.only or floors.arm.name in options.only) else []
-        jobs += [plan.sids(arm, first) for arm in arms]
+        floors, with_sids = plan.floors(), [arm for arm in arms if arm.config.kind != "sasrec"]
+        wanted = floors is not None and (not options.only or floors.arm.name in options.only or any(map(plan.fusion, arms)))
+        jobs = [floors] if wanted else []
+        jobs += [plan.sids(arm, first) for arm in with_sids]
         jobs += [plan.fit(arm, trial, first) for trial in range(len(suite.trials)) for arm in arms]
         _run_jobs(pool, jobs, ledger, "screen")
         choice = judge(plan)
         if options.stage == "full":
             jobs = []
             for seed in others:
-                for arm in (arm for arm in arms if arm.name in choice.finalists):
-                    jobs += [plan.sids(arm, seed), plan.fit(arm, choice.trials[arm.name], seed)]
+                jobs += [plan.sids(arm, seed) for arm in with_sids if arm.name in choice.finalists]
+                jobs += [plan.fit(arm, choice.trials[arm.name], seed) for arm in arms if arm.name in choice.finalists]
             _run_jobs(pool, jobs, ledger, "all seeds")
     path = _write(plan, options, bench, choice, ledger)
     if ledger.failed:
@@ -128,21 +129,23 @@ def run(dataset: DatasetConfig, suite: SuiteConfig, options: BenchOptions) -> Pa
 def _asked_for(plan: Plan, only: Sequence[str]) -> list[Arm]:
     """The arms of `only`, by their own name or that of their entry in the suite; all where nothing is asked for."""
     arms, floors = plan.arms(), plan.floors()
-    known = {arm.name for arm in arms} | {arm.entry for arm in arms} | ({floors.arm.name} if floors else set())
+    names = {arm.name: {arm.entry, *(row.name for row in plan.rows(arm))} for arm in arms}
+    known = set().union(*names.values()) | ({floors.arm.name} if floors else set())
     for name in only:
         if name not in known:
             raise ConfigError(
                 f"bench --only: {name!r} is no arm of this suite on {plan.dataset.name}; there are {', '.join(sorted(known))}"
             )
-    return [arm for arm in arms if not only or arm.name in only or arm.entry in only]
+    return [arm for arm in arms if not only or names[arm.name] & set(only)]
 
 
 def _run_jobs(pool: Pool, jobs: Sequence[BenchJob], ledger: _Ledger, stage: str) -> None:
     """Those that are not finished yet, under one progress line."""
-    finished = {job.key for job in jobs if is_complete(job.folder)}
-    left = list({job.key: job for job in jobs if job.key not in finished}.values())
-    if finished:
-        _say(f"{stage}: {len(finished)} jobs were finished earlier, {len(left)} to run")
+    jobs = {job.key: job for job in jobs}
+    finished = {folder for job in jobs.values() for folder in (job.key, *job.needs) if is_complete(folder)}
+    left = [job for job in jobs.values() if job.key not in finished]
+    if len(left) < len(jobs):
+        _say(f"{stage}: {len(jobs) - len(left)} jobs were finished earlier, {len(left)} to run")
     if not left:
         return
     note: dict[str, object] = {}

@@ -114,13 +114,27 @@ class Bench:
         return table
 
     def _fit(self, job: BenchJob, folder: Path) -> None:
-        table = read_sid_folder(job.sids).align([item.item_id for item in self.catalog.items])
         started = time.perf_counter()
-        shape = job.model.shape(job.arm.config.recommender)
-        fitted = fit(table_paths(table), self.split, shape=shape, schedule=job.schedule, seed=job.seed, what=job.arm.name)
+        shape, items = job.model.shape(job.arm.config.recommender), self.catalog.items
+        if job.arm.config.kind == "sasrec":
+            from mmsid.recommend.sasrec import fit_sasrec
+
+            fitted = fit_sasrec(len(items), self.split, shape=shape, schedule=job.schedule, seed=job.seed)
+        else:
+            paths = table_paths(read_sid_folder(job.sids).align([item.item_id for item in items]))
+            fitted = fit(paths, self.split, shape=shape, schedule=job.schedule, seed=job.seed, what=job.arm.name)
         found = {part: fitted.evaluate(self.split, part) for part in PARTS}
-        extra = {"epochs": fitted.epochs, "stopped_at_valid": fitted.best}
-        self._write(folder, {job.arm.name: (found, extra | {"seconds": time.perf_counter() - started})})
+        seconds = time.perf_counter() - started
+        rows = {job.arm.name: (found, {"epochs": fitted.epochs, "stopped_at_valid": fitted.best, "seconds": seconds})}
+        if job.fusion is not None:
+            from mmsid.recommend.fusion import late_fusion
+
+            hybrid = read_json(job.floors / FIGURES)["hybrid_knn"]["parameters"]
+            fused = late_fusion(fitted, hybrid, items, self.split)
+            found = {part: evaluate(fused.score, self.split, part, len(items)) for part in PARTS}
+            seconds = time.perf_counter() - started
+            rows[job.fusion] = (found, {"epochs": fitted.epochs, "parameters": fused.parameters, "seconds": seconds})
+        self._write(folder, rows)
 
     def _rank_floors(self, folder: Path) -> None:
         rows = {}
