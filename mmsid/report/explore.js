@@ -1,0 +1,92 @@
+// The SID tree, walked level by level, and the search for an item with its SID neighbours.
+
+let place = []; // the prefix at which the tree stands
+let chosen = null;
+
+const under = (prefix) => rowsAll().filter((row) => prefix.every((code, level) => arm.codes[row][level] === code));
+
+function branchCard(prefix, rows, total) {
+  const titles = [...new Set(rows.slice(0, 12).map(titleOf))].slice(0, 2);
+  pictures ??= read("pictures");
+  const shown = rows.filter((row) => pictures[row]).slice(0, 4);
+  const label = token(prefix.length - 1, prefix.at(-1));
+  return make("button", { type: "button", className: "branch", "data-branch": prefix.join("."), onclick: () => walk(prefix, true) },
+    make("span", { className: "top" }, sid(prefix), make("span", { className: "quiet" }, `${amount(rows.length, "item")}, ${percent(rows.length / total)}`)),
+    make("span", { className: "common", dir: "auto" }, common(rows, prefix.length) || label),
+    shown.length ? make("span", { className: "mosaic" }, ...shown.map(picture)) : null,
+    ...titles.map((title) => make("span", { className: "words clamped", dir: "auto" }, title)));
+}
+
+/** Stand at a prefix: breadcrumbs, its branches (largest first), and the items below it. */
+function walk(prefix, focus = false) {
+  place = prefix;
+  const rows = under(prefix);
+  const crumbs = [make("button", { type: "button", onclick: () => walk([], true) }, "all items")];
+  prefix.forEach((code, level) => {
+    crumbs.push(make("button", { type: "button", onclick: () => walk(prefix.slice(0, level + 1), true) }, token(level, code)));
+  });
+  crumbs.at(-1).setAttribute("aria-current", "location");
+  $("crumbs").replaceChildren(...crumbs, make("span", { className: "quiet", role: "status" }, amount(rows.length, "item")));
+  const children = new Map();
+  if (prefix.length < arm.sizes.length) {
+    for (const row of rows) {
+      const code = arm.codes[row][prefix.length];
+      if (!children.has(code)) children.set(code, []);
+      children.get(code).push(row);
+    }
+  }
+  const sorted = [...children].sort((a, b) => b[1].length - a[1].length || a[0] - b[0]);
+  fill($("branches"), sorted, ([code, below]) => branchCard([...prefix, code], below, rows.length), 24);
+  if (prefix.length) {
+    const list = make("ul", { className: "cards" });
+    $("leaves").replaceChildren(make("h3", {}, "Items under ", sid(prefix)), list);
+    fill(list, rows, (row) => itemCard(row, sidOf(row, { same: prefix.length })), 12);
+  } else $("leaves").replaceChildren();
+  if (focus) crumbs.at(-1).focus();
+}
+
+let haystack = null;
+
+function search(text) {
+  haystack ??= rowsAll().map((row) => `${titleOf(row)} ${data.items.id[row]} ${data.items.caption[row]}`.toLowerCase());
+  const words = text.toLowerCase().split(/\s+/).filter(Boolean);
+  const rows = words.length ? rowsAll().filter((row) => words.every((word) => haystack[row].includes(word))) : [];
+  const first = text.trim();
+  rows.sort((a, b) => (data.items.id[b] === first) - (data.items.id[a] === first) || a - b);
+  $("found-count").textContent = words.length ? `${amount(rows.length, "item")} found` : "";
+  fill($("found"), rows, (row) => itemCard(row), 6);
+}
+
+/** Show one item with the items that share its prefix, the longest first. */
+function choose(row, scroll = true) {
+  chosen = row;
+  const { id, title, caption, interest } = data.items;
+  const facts = [["id", id[row]], ["caption", caption[row]], ["interests", interest[row]], ["category", pathOf(row).join(" › ")]];
+  if (arm.raw[row]) facts.push(["raw codes", sid(arm.raw[row])]);
+  const self = make("div", { className: "self" }, picture(row), make("div", {},
+    make("h3", { dir: "auto", tabIndex: -1 }, title[row] || id[row]), sidOf(row),
+    make("dl", {}, ...facts.filter((fact) => fact[1]).flatMap(([name, value]) => [make("dt", {}, name), make("dd", { dir: "auto" }, value)]))));
+  $("chosen").replaceChildren(self);
+  const groups = arm.sizes.map(() => []);
+  for (const other of rowsAll()) {
+    const same = commonPrefix(arm.codes[row], arm.codes[other]);
+    if (same && other !== row) groups[same - 1].push(other);
+  }
+  for (let same = groups.length; same > 0; same -= 1) {
+    const rows = groups[same - 1];
+    const what = same === groups.length ? "the whole SID" : `${amount(same, "code")} of ${groups.length}`;
+    const list = make("ul", { className: "cards", "data-common": same });
+    $("chosen").append(make("h3", {}, `Shares ${what} `, sid(arm.codes[row].slice(0, same), { same }), ` ${amount(rows.length, "item")}`), list);
+    fill(list, rows, (other) => itemCard(other, sidOf(other, { same })), 6);
+  }
+  if (scroll) {
+    $("search").scrollIntoView();
+    self.querySelector("h3").focus({ preventScroll: true });
+  }
+}
+
+let typing = 0;
+$("query")?.addEventListener("input", (event) => {
+  clearTimeout(typing);
+  typing = setTimeout(search, 120, event.target.value);
+});
