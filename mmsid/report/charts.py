@@ -42,7 +42,6 @@ class GateMark:
     """One figure of the gate. `at`: its change in percent of the strip, right of 50 is better; `floor`: how far left it may fall."""
 
     metric: str
-    role: str
     before: str
     after: str
     margin: str
@@ -97,7 +96,7 @@ def gate_marks(rows: Iterable[Mapping[str, Any]]) -> list[GateMark]:
         scale = max(abs(gained), row["margin"], 1e-12) * 1.1
         places = [50 + 50 * value / scale for value in (gained, -row["margin"])]
         figures = [f"{row[name]:.4g}" for name in ("before", "after", "margin")]
-        marks.append(GateMark(row["metric"].replace("_", " "), row["role"], *figures, row["passed"], *(round(place, 2) for place in places)))
+        marks.append(GateMark(row["metric"].replace("_", " "), *figures, row["passed"], *(round(place, 2) for place in places)))
     return marks
 
 

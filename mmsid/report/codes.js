@@ -17,7 +17,7 @@ function heatLevel(level) {
   };
   const cells = counts.map((count, code) => {
     const cell = make("div", {
-      className: `cell${count === 0 ? " dead" : count > 0.55 * largest ? " strong" : ""}`, role: "option", tabIndex: code ? -1 : 0,
+      className: `cell${count === 0 ? " dead" : count > 0.7 * largest ? " strong" : ""}`, role: "option", tabIndex: code ? -1 : 0,
       "aria-selected": "false", "aria-label": `${token(level, code)}, ${amount(count, "item")}`, title: `${token(level, code)}: ${amount(count, "item")}`,
     }, String(code));
     cell.style.setProperty("--share", `${Math.round((90 * count) / largest)}%`);
@@ -49,7 +49,7 @@ function heatLevel(level) {
   return make("div", { className: "level" }, make("h3", {}, `Level ${level + 1} `, make("span", { className: "quiet" }, facts)), grid, about);
 }
 
-const sidToken = (level, code) => make("span", { className: "sid" }, make("span", { className: "same" }, token(level, code)));
+const sidToken = (level, code) => make("span", { className: "codes" }, make("span", { className: "same" }, token(level, code)));
 
 function drawCollisions() {
   const found = arm.collisions;
@@ -77,7 +77,7 @@ function drawMoved() {
     `and ${moved.first_level.toLocaleString("en")} change their first code` : "";
   $("moved-summary").textContent = `${amount(moved.count, "item")}${share}.${moved.rows.length < moved.count ? ` The ${moved.rows.length} with the largest gain:` : ""}`;
   fill($("moved"), moved.rows, ({ row, before, after, gain }) => itemCard(row,
-    make("span", { className: "sid" }, sid(before), "→", sid(after, { before })), `reward ${gain < 0 ? "" : "+"}${gain.toFixed(3)}`), 12);
+    make("span", { className: "move" }, sid(before), "→", sid(after, { before })), `reward ${gain < 0 ? "" : "+"}${gain.toFixed(3)}`), 12);
 }
 
 /** Draw every explorer for the chosen arm; the tree and the item stay where they were as far as the arm has them. */
@@ -85,7 +85,7 @@ function draw() {
   $("heat").replaceChildren(...arm.sizes.map((_, level) => heatLevel(level)));
   drawCollisions();
   walk([]);
-  if (chosen !== null) choose(chosen, false);
+  if (data.items.id.length) choose(chosen ?? example(), false);
   if ($("query").value) search($("query").value);
 }
 

@@ -51,10 +51,18 @@ function search(text) {
   haystack ??= rowsAll().map((row) => `${titleOf(row)} ${data.items.id[row]} ${data.items.caption[row]}`.toLowerCase());
   const words = text.toLowerCase().split(/\s+/).filter(Boolean);
   const rows = words.length ? rowsAll().filter((row) => words.every((word) => haystack[row].includes(word))) : [];
-  const first = text.trim();
-  rows.sort((a, b) => (data.items.id[b] === first) - (data.items.id[a] === first) || a - b);
+  const whole = text.trim().toLowerCase();
+  const rank = (row) => (data.items.id[row].toLowerCase() === whole ? 0 : titleOf(row).toLowerCase().includes(whole) ? 1 : 2);
+  rows.sort((a, b) => rank(a) - rank(b) || a - b);
   $("found-count").textContent = words.length ? `${amount(rows.length, "item")} found` : "";
   fill($("found"), rows, (row) => itemCard(row), 6);
+  showFound(true);
+}
+
+/** The list of what was found, or, once one of it is chosen, the way back to it. */
+function showFound(open) {
+  $("found-list").hidden = !open;
+  $("back").hidden = open || !$("found").children.length;
 }
 
 /** Show one item with the items that share its prefix, the longest first. */
@@ -67,6 +75,7 @@ function choose(row, scroll = true) {
     make("h3", { dir: "auto", tabIndex: -1 }, title[row] || id[row]), sidOf(row),
     make("dl", {}, ...facts.filter((fact) => fact[1]).flatMap(([name, value]) => [make("dt", {}, name), make("dd", { dir: "auto" }, value)]))));
   $("chosen").replaceChildren(self);
+  if (scroll) showFound(false);
   const groups = arm.sizes.map(() => []);
   for (const other of rowsAll()) {
     const same = commonPrefix(arm.codes[row], arm.codes[other]);
@@ -74,15 +83,34 @@ function choose(row, scroll = true) {
   }
   for (let same = groups.length; same > 0; same -= 1) {
     const rows = groups[same - 1];
+    if (!rows.length) continue;
     const what = same === groups.length ? "the whole SID" : `${amount(same, "code")} of ${groups.length}`;
     const list = make("ul", { className: "cards", "data-common": same });
     $("chosen").append(make("h3", {}, `Shares ${what} `, sid(arm.codes[row].slice(0, same), { same }), ` ${amount(rows.length, "item")}`), list);
     fill(list, rows, (other) => itemCard(other, sidOf(other, { same })), 6);
   }
+  if (!groups.some((rows) => rows.length)) $("chosen").append(make("p", { className: "quiet" }, "No other item begins with this code."));
   if (scroll) {
     $("search").scrollIntoView();
     self.querySelector("h3").focus({ preventScroll: true });
   }
+}
+
+$("back")?.addEventListener("click", () => {
+  showFound(true);
+  $("found").querySelector("button").focus();
+});
+/** An item to begin with: one whose last branch has the most company, with a picture where there is any. */
+function example() {
+  const branches = new Map();
+  for (const row of rowsAll()) {
+    const branch = arm.codes[row].slice(0, -1).join(".");
+    if (!branches.has(branch)) branches.set(branch, []);
+    branches.get(branch).push(row);
+  }
+  const largest = [...branches.values()].reduce((best, rows) => (rows.length > best.length ? rows : best), []);
+  pictures ??= read("pictures");
+  return largest.find((row) => pictures[row]) ?? largest[0];
 }
 
 let typing = 0;

@@ -158,7 +158,12 @@ def _moved(run: Path, items: Sequence[Item]) -> dict[str, Any] | None:
         "mean_gain": math.fsum(gains) / max(len(gains), 1),
         "first_level": sum(row["codes_before"][0] != row["codes_after"][0] for row in moved),
         "rows": [
-            {"row": row_of[row["item_id"]], "before": row["codes_before"], "after": row["codes_after"], "gain": round(row["reward_gained"], 4)}
+            {
+                "row": row_of[row["item_id"]],
+                "before": row["codes_before"],
+                "after": row["codes_after"],
+                "gain": round(row["reward_gained"], 4),
+            }
             for row in shown[:MOST_MOVED]
         ],
     }

@@ -14,12 +14,12 @@ function make(tag, options = {}, ...children) {
     if (name.includes("-") || name === "role") element.setAttribute(name, value);
     else element[name] = value;
   }
-  element.append(...children.filter((child) => child !== null));
+  element.append(...children.filter((child) => child !== null && child !== ""));
   return element;
 }
 
 const amount = (number, noun) => `${number.toLocaleString("en")} ${noun}${number === 1 ? "" : "s"}`;
-const percent = (share) => `${(100 * share).toFixed(share < 0.1 ? 1 : 0)} %`;
+const percent = (share) => `${(100 * share).toFixed(share < 0.1 ? 1 : 0)}%`;
 const token = (level, code) => `${String.fromCharCode(97 + level)}_${code}`;
 const rowsAll = () => [...data.items.id.keys()];
 const titleOf = (row) => data.items.title[row] || data.items.id[row];
@@ -39,7 +39,7 @@ function sid(codes, { same = 0, before = null, suffix = -1 } = {}) {
     return make("span", { className: look }, token(level, code));
   });
   if (suffix >= 0) chips.push(make("span", { title: "suffix: number within its bucket" }, `#${suffix}`));
-  return make("span", { className: "sid" }, ...chips);
+  return make("span", { className: "codes" }, ...chips);
 }
 
 const sidOf = (row, options = {}) => sid(arm.codes[row], { suffix: arm.suffix ? arm.suffix[row] : -1, ...options });
@@ -53,12 +53,13 @@ function picture(row) {
 
 /** A card that opens the item in the search section. */
 function itemCard(row, chips = sidOf(row), note = null) {
-  const words = [data.items.caption[row], data.items.interest[row]].filter(Boolean);
+  const [words, interest, path] = [data.items.caption[row], data.items.interest[row], pathOf(row)];
   const text = make("span", {},
     make("span", { className: "title clamped", dir: "auto" }, titleOf(row)), chips,
     note && make("span", { className: "words" }, note),
-    ...words.map((line) => make("span", { className: "words clamped", dir: "auto" }, line)),
-    pathOf(row).length ? make("span", { className: "words" }, pathOf(row).join(" › ")) : null);
+    words && make("span", { className: "words clamped caption", dir: "auto" }, words),
+    interest && make("span", { className: "words clamped", dir: "auto" }, interest),
+    path.length ? make("span", { className: "words", dir: "auto" }, path.join(" › ")) : null);
   const button = make("button", { type: "button", className: "item", onclick: () => choose(row) }, picture(row), text);
   return make("li", { "data-row": row }, button);
 }
