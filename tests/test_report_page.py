@@ -48,14 +48,16 @@ def test_marks_stand_where_the_figures_say():
     assert first.ticks == [(2, "0.0"), (26, "0.1"), (50, "0.2"), (74, "0.3"), (98, "0.4")]
 
 
-def test_differences_tell_noise_from_effect_and_read_test_only():
-    rows = [
-        {"arm": arm, "baseline": "base", "part": part, "metric": "HR@10", "mean": (low + high) / 2, "low": low, "high": high}
-        for arm, part, low, high in (("a", "test", 0.1, 0.3), ("b", "test", -0.1, 0.1), ("c", "test", -0.1, -0.06), ("a", "valid", 5, 6))
-    ]
-    (chart,) = difference_charts(rows)
+def test_differences_tell_noise_from_effect():
+    spans = {"a": (0.1, 0.3), "b": (-0.1, 0.1), "c": (-0.1, -0.06)}
+    row = {"baseline": "base", "part": "test", "metric": "HR@10"}
+    rows = [row | {"arm": arm, "mean": (low + high) / 2, "low": low, "high": high} for arm, (low, high) in spans.items()]
+    (chart,) = difference_charts([*rows, rows[0] | {"part": "valid"}], "test")["base"]
     assert [(mark.label, mark.family) for mark in chart.marks] == [("a", "better"), ("b", "noise"), ("c", "worse")]
-    assert chart.metric == "HR@10, difference to base" and chart.zero == 26  # axis -0.1 .. 0.3
+    assert chart.metric == "HR@10" and chart.zero == 26  # an axis from -0.1 to 0.3
+    # corrected for many comparisons, the first is no longer above noise
+    (chart,) = difference_charts([rows[0] | {"exceeds_noise": False}], "test")["base"]
+    assert chart.marks[0].family == "noise"
 
 
 def test_gate_marks_turn_every_figure_so_that_right_is_better():
@@ -174,7 +176,14 @@ def test_the_command_shows_results_of_a_benchmark(tmp_path, capsys):
     (tmp_path / "x.json").write_text(json.dumps(results()))
     cli.main(["report", str(tmp_path / "x.json")])
     page = (tmp_path / "x.html").read_text(encoding="utf-8")
-    assert data_of(page) is None and "difference to ours" in page and 'id="tree"' not in page
+    assert data_of(page) is None and "Compared with ours" in page and 'id="tree"' not in page and "(test)" in page
+    valid_only = results()
+    valid_only["dataset"] = {"name": "drawn", "not_run": [{"arm": "tiger", "reason": "no time left"}]}
+    for arm in valid_only["arms"]:
+        arm["valid"], arm["metrics"] = arm["metrics"], {}
+    (tmp_path / "x.json").write_text(json.dumps(valid_only))
+    page = write_results_page(tmp_path / "x.json", tmp_path / "x.html").read_text(encoding="utf-8")
+    assert "(valid)" in page and "0.0740 ± 0.0040" in page and "tiger: no time left" in page
     (tmp_path / "y.json").write_text('{"rows": []}')
     with pytest.raises(ArtifactError, match="holds no list `arms`"):
         write_results_page(tmp_path / "y.json", tmp_path / "y.html")

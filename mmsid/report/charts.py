@@ -17,7 +17,7 @@ FIRST_METRICS = ("NDCG@10", "HR@10", "HR@50", "NDCG@5", "HR@1", "HR@5", "HR@20")
 
 @dataclass(frozen=True)
 class Mark:
-    """One row: `low`, `at`, `high` are places in percent of the strip's width (low == high: no error bar), `text` is the figure."""
+    """One row of figure `text`: `low`, `at`, `high` in percent of the strip (low == high: no error bar), `family` names its colour."""
 
     label: str
     family: str
@@ -71,20 +71,20 @@ def metric_charts(arms: Sequence[Mapping[str, Any]]) -> list[Chart]:
     return charts
 
 
-def difference_charts(differences: Iterable[Mapping[str, Any]]) -> list[Chart]:
-    """One chart per metric of the arms' differences to the baseline, with the 95 % interval of the paired bootstrap."""
-    by_metric: dict[str, list[Mapping[str, Any]]] = {}
+def difference_charts(differences: Iterable[Mapping[str, Any]], part: str) -> dict[str, list[Chart]]:
+    """Baseline -> one chart per metric of the other arms' differences to it on `part`, with 95 % intervals of the paired bootstrap."""
+    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for row in differences:
-        if row.get("part", "test") == "test":
-            by_metric.setdefault(row["metric"], []).append(row)
-    charts = []
-    for metric, rows in by_metric.items():
+        if row["part"] == part:
+            groups.setdefault((row["baseline"], row["metric"]), []).append(row)
+    charts: dict[str, list[Chart]] = {}
+    for (baseline, metric), rows in groups.items():
         axis = _Axis.over([0.0, *(row[end] for row in rows for end in ("low", "high"))])
         marks = [
             Mark(row["arm"], _verdict(row), *map(axis.place, (row["low"], row["mean"], row["high"])), f"{row['mean']:+.4f}")
             for row in sorted(rows, key=lambda row: (-row["mean"], row["arm"]))
         ]
-        charts.append(Chart(f"{metric}, difference to {rows[0]['baseline']}", marks, axis.ticks(), axis.place(0.0)))
+        charts.setdefault(baseline, []).append(Chart(metric, marks, axis.ticks(), axis.place(0.0)))
     return charts
 
 
@@ -110,8 +110,9 @@ def _with_deviation(figure: Mapping[str, float]) -> str:
 
 
 def _verdict(row: Mapping[str, Any]) -> str:
-    """A difference is told apart from noise only when its whole interval lies on one side of 0."""
-    return "better" if row["low"] > 0 else "worse" if row["high"] < 0 else "noise"
+    """Above noise by the verdict that comes with the row (corrected for many comparisons), else when the interval leaves out 0."""
+    above_noise = row.get("exceeds_noise", row["low"] > 0 or row["high"] < 0)
+    return ("better" if row["mean"] > 0 else "worse") if above_noise else "noise"
 
 
 @dataclass(frozen=True)

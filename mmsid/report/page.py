@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
 from mmsid.artifacts import is_complete, read_json, write_text
 from mmsid.catalog import CatalogConfig, read_catalog
@@ -61,22 +60,29 @@ def write_results_page(results: Path, out: Path) -> Path:
     """
     found = read_json(results)
     arms = found.get("arms") if isinstance(found, dict) else None
-    if not isinstance(arms, list) or not all({"arm", "family", "metrics"} <= set(arm) for arm in arms if isinstance(arm, dict)):
+    if not isinstance(arms, list) or not all(isinstance(arm, dict) and {"arm", "family", "metrics"} <= set(arm) for arm in arms):
         raise ArtifactError(f"{results} holds no list `arms` of entries with arm, family and metrics; name a file that `mmsid bench` wrote")
-    title = found["dataset"] if isinstance(found.get("dataset"), str) else results.stem
+    dataset = found.get("dataset")
+    title = dataset["name"] if isinstance(dataset, dict) and "name" in dataset else dataset if isinstance(dataset, str) else results.stem
     empty = {"title": title, "explored": None, "intrinsic": {}, "refinement": None, "stages": []}
     write_text(out, _render(empty | _results(found)))
     return out
 
 
 def _results(found: Mapping[str, Any] | None) -> dict[str, Any]:
-    arms = found["arms"] if found else []
+    """Charts and tables of the arms: test figures, or valid ones where test was not ranked."""
+    found = found or {"arms": []}
+    part = "test" if any(arm["metrics"] for arm in found["arms"] if arm["family"] != "optimum") else "valid"
+    arms = [arm | {"metrics": arm["metrics"] if part == "test" else arm.get("valid", {})} for arm in found["arms"]]
+    dataset = found.get("dataset")
     return {
+        "part": part,
         "arms": arms,
         "metrics": metric_names(arms),
         "charts": metric_charts(arms),
-        "differences": difference_charts(found.get("differences") or []) if found else [],
-        "most_seeds": max((len(arm.get("seeds") or []) for arm in arms), default=0),
+        "differences": difference_charts(found.get("differences", []), part),
+        "most_seeds": max((len(arm.get("seeds", [])) for arm in arms), default=0),
+        "not_run": dataset.get("not_run", []) if isinstance(dataset, dict) else [],
     }
 
 
@@ -97,12 +103,12 @@ def _render(page: Mapping[str, Any]) -> str:
     script = "\n".join((HERE / name).read_text(encoding="utf-8") for name in SCRIPTS)
     return environment.get_template("page.html.j2").render(
         **page,
-        style=Markup(style),
-        script=Markup(script),
+        style=style,
+        script=script,
         style_hash=_policy_hash(style),
         script_hash=_policy_hash(script),
-        data=Markup(embedded_json(explored or None)),
-        pictures=Markup(embedded_json(pictures)),
+        data=embedded_json(explored or None),
+        pictures=embedded_json(pictures),
     )
 
 

@@ -44,11 +44,10 @@ def catalog_of_run(run: Path, overrides: Sequence[str] = ()) -> CatalogConfig:
         ArtifactError: no stage names a catalogue, or its items are not where they were.
         ConfigError: an override is wrong.
     """
-    for stage, manifest in manifests(run).items():
-        if manifest["config"].get("catalog"):
-            break
-    else:
+    named = [(stage, manifest) for stage, manifest in manifests(run).items() if manifest["config"].get("catalog")]
+    if not named:
         raise ArtifactError(f"{run}: no finished stage names a catalogue; write its page with `mmsid report --config CONFIG`")
+    stage, manifest = named[0]
     started_in = _started_in(run / stage, Path(manifest["config"]["out"]))
     found = manifest["config"]["catalog"]
     found |= {name: str(started_in / found[name]) for name in ("items", "image_root", "sequences") if found.get(name)}
