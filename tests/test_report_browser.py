@@ -95,6 +95,16 @@ def test_the_tree_is_walked_down_two_levels_by_keyboard(opened):
     assert len(all_of(opened, "#branches > .branch")) == 2
 
 
+def test_long_lists_come_piece_by_piece(opened):
+    one(opened, "#branches > .branch").click()
+    assert len(all_of(opened, "#leaves li")) == 12
+    more = one(opened, "#leaves .more")
+    assert more.text == "Show more (18 left)"
+    more.click()
+    cards = all_of(opened, "#leaves li")
+    assert len(cards) == 24 and opened.switch_to.active_element == cards[12].find_element("css selector", "button")
+
+
 def test_an_item_is_found_with_its_neighbours(opened):
     one(opened, "#query").send_keys("bag number 18")
     until(opened, lambda: one(opened, "#found-count").text.endswith("found"))

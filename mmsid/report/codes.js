@@ -66,8 +66,9 @@ function drawCollisions() {
   fill($("buckets"), found.buckets, (rows) => {
     const raw = arm.raw[rows[0]] ?? arm.codes[rows[0]];
     const list = make("ul", { className: "cards" });
+    const bucket = make("div", { className: "bucket" }, make("div", {}, "Raw codes ", sid(raw), ` ${amount(rows.length, "item")}`), list);
     fill(list, rows, (row) => itemCard(row, sidOf(row, { before: raw }), arm.raw[row] ? "moved to other codes" : "kept its codes"), 6);
-    return make("div", { className: "bucket" }, make("div", {}, "Raw codes ", sid(raw), ` ${amount(rows.length, "item")}`), list);
+    return bucket;
   }, 4);
 }
 

@@ -64,17 +64,17 @@ function itemCard(row, chips = sidOf(row), note = null) {
   return make("li", { "data-row": row }, button);
 }
 
-/** Put the elements of `list` into `parent`, `step` at a time with a button for more. */
+/** Put the elements of `list` into `parent`, `step` at a time, with a button for more behind it (so it must stand somewhere already). */
 function fill(parent, list, render, step = 24) {
   parent.replaceChildren();
-  parent.nextElementSibling?.classList.contains("more") && parent.nextElementSibling.remove();
+  if (parent.nextElementSibling?.classList.contains("more")) parent.nextElementSibling.remove();
   const more = make("button", { type: "button", className: "more" });
   let shown = 0;
   const next = () => {
     const first = shown;
     parent.append(...list.slice(shown, shown + step).map(render));
     shown = Math.min(shown + step, list.length);
-    if (first) parent.children[first].querySelector("button")?.focus();
+    if (first) [parent.children[first], ...parent.children[first].children].find((element) => element.matches("button"))?.focus();
     if (shown < list.length) more.textContent = `Show more (${(list.length - shown).toLocaleString("en")} left)`;
     else more.remove();
   };
