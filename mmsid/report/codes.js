@@ -11,14 +11,15 @@ function heatLevel(level) {
   const show = (code) => {
     const rows = rowsAll().filter((row) => arm.codes[row][level] === code);
     const seen = rows.length ? common(rows, level + 1, 3) : "";
-    about.replaceChildren(make("p", {}, sidToken(level, code), ` ${amount(counts[code], "item")}, ${percent(counts[code] / total)}; a fair share is ${(total / counts.length).toFixed(1)}`),
+    const share = `${amount(counts[code], "item")}, ${percent(counts[code] / total)}; a fair share is ${(total / counts.length).toFixed(1)}`;
+    about.replaceChildren(make("p", {}, sidToken(level, code), ` ${share}`),
       seen ? make("p", { dir: "auto" }, `Most often: ${seen}`) : make("p", {}, counts[code] ? "" : "No item carries this code."),
       make("p", { className: "quiet clamped", dir: "auto" }, rows.slice(0, 3).map(titleOf).join(" · ")));
   };
   const cells = counts.map((count, code) => {
     const cell = make("div", {
       className: `cell${count === 0 ? " dead" : count > 0.7 * largest ? " strong" : ""}`, role: "option", tabIndex: code ? -1 : 0,
-      "aria-selected": "false", "aria-label": `${token(level, code)}, ${amount(count, "item")}`, title: `${token(level, code)}: ${amount(count, "item")}`,
+      "aria-selected": "false", "aria-label": `${token(level, code)}, ${amount(count, "item")}`, title: amount(count, "item"),
     }, String(code));
     cell.style.setProperty("--share", `${Math.round((90 * count) / largest)}%`);
     return cell;
@@ -54,15 +55,19 @@ const sidToken = (level, code) => make("span", { className: "codes" }, make("spa
 function drawCollisions() {
   const found = arm.collisions;
   const lost = (sizes) => Object.entries(sizes).reduce((sum, [size, count]) => sum + (size - 1) * count, 0);
-  const twins = found.duplicates ? ` ${amount(found.duplicates, "item")} of the very same content as another may share a SID and are not counted.` : "";
+  const twins = found.duplicates ? ` ${amount(found.duplicates, "item")} of the very same content as another may share a SID.` : "";
   $("collisions-summary").textContent = `Before collision handling ${amount(lost(found.raw), "item")} had no SID of their own, after it ` +
     `${amount(lost(found.published), "item")}; ${amount(found.changed, "item")} got other codes than the model's first choice.${twins}`;
   const sizes = [...new Set([...Object.keys(found.raw), ...Object.keys(found.published)])].sort((a, b) => a - b);
-  const line = (name, of) => make("tr", {}, make("th", { scope: "row" }, name), ...sizes.map((size) => make("td", {}, (of[size] ?? 0).toLocaleString("en"))));
-  $("collisions-sizes").replaceChildren(sizes.length ? make("div", { className: "wide", tabIndex: 0, role: "region", "aria-label": "Buckets by size" },
-    make("table", { className: "plain" },
-      make("thead", {}, make("tr", {}, make("th", { scope: "col" }, "items in a bucket"), ...sizes.map((size) => make("th", { scope: "col" }, size)))),
-      make("tbody", {}, line("buckets of raw codes", found.raw), line("buckets of published SIDs", found.published)))) : "");
+  const head = make("tr", {}, make("th", { scope: "col" }, "items in a bucket"), ...sizes.map((size) => make("th", { scope: "col" }, size)));
+  const line = (name, of) => {
+    const cells = sizes.map((size) => make("td", {}, (of[size] ?? 0).toLocaleString("en")));
+    return make("tr", {}, make("th", { scope: "row" }, name), ...cells);
+  };
+  const rows = make("tbody", {}, line("buckets of raw codes", found.raw), line("buckets of published SIDs", found.published));
+  const table = make("table", { className: "plain" }, make("thead", {}, head), rows);
+  $("collisions-sizes").replaceChildren(
+    sizes.length ? make("div", { className: "wide", tabIndex: 0, role: "region", "aria-label": "Buckets by size" }, table) : "");
   fill($("buckets"), found.buckets, (rows) => {
     const raw = arm.raw[rows[0]] ?? arm.codes[rows[0]];
     const list = make("ul", { className: "cards" });
@@ -74,14 +79,15 @@ function drawCollisions() {
 
 function drawMoved() {
   const moved = data.moved;
-  const share = moved.count ? `, ${percent(moved.share_gaining)} of them to a higher reward; on average it changes by ${moved.mean_gain.toFixed(3)}, ` +
-    `and ${moved.first_level.toLocaleString("en")} change their first code` : "";
-  $("moved-summary").textContent = `${amount(moved.count, "item")}${share}.${moved.rows.length < moved.count ? ` The ${moved.rows.length} with the largest gain:` : ""}`;
+  const facts = moved.count ? `, ${percent(moved.share_gaining)} of them to a higher reward; on average it changes by ` +
+    `${moved.mean_gain.toFixed(3)}, and ${moved.first_level.toLocaleString("en")} change their first code` : "";
+  const part = moved.rows.length < moved.count ? ` The ${moved.rows.length} with the largest gain:` : "";
+  $("moved-summary").textContent = `${amount(moved.count, "item")}${facts}.${part}`;
   fill($("moved"), moved.rows, ({ row, before, after, gain }) => itemCard(row,
     make("span", { className: "move" }, sid(before), "→", sid(after, { before })), `reward ${gain < 0 ? "" : "+"}${gain.toFixed(3)}`), 12);
 }
 
-/** Draw every explorer for the chosen arm; the tree and the item stay where they were as far as the arm has them. */
+/** Draw every explorer for the chosen arm: the item stays, the tree starts anew, for its codes mean something else. */
 function draw() {
   $("heat").replaceChildren(...arm.sizes.map((_, level) => heatLevel(level)));
   drawCollisions();

@@ -1,7 +1,6 @@
 // The SID tree, walked level by level, and the search for an item with its SID neighbours.
 
-let place = []; // the prefix at which the tree stands
-let chosen = null;
+let chosen = null; // the row of the item shown in the search section
 
 const under = (prefix) => rowsAll().filter((row) => prefix.every((code, level) => arm.codes[row][level] === code));
 
@@ -9,17 +8,16 @@ function branchCard(prefix, rows, total) {
   const titles = [...new Set(rows.slice(0, 12).map(titleOf))].slice(0, 2);
   pictures ??= read("pictures");
   const shown = rows.filter((row) => pictures[row]).slice(0, 4);
-  const label = token(prefix.length - 1, prefix.at(-1));
   return make("button", { type: "button", className: "branch", "data-branch": prefix.join("."), onclick: () => walk(prefix, true) },
-    make("span", { className: "top" }, sid(prefix), make("span", { className: "quiet" }, `${amount(rows.length, "item")}, ${percent(rows.length / total)}`)),
-    make("span", { className: "common", dir: "auto" }, common(rows, prefix.length) || label),
+    make("span", { className: "top" }, sid(prefix),
+      make("span", { className: "quiet" }, `${amount(rows.length, "item")}, ${percent(rows.length / total)}`)),
+    make("span", { className: "common", dir: "auto" }, common(rows, prefix.length)),
     shown.length ? make("span", { className: "mosaic" }, ...shown.map(picture)) : null,
     ...titles.map((title) => make("span", { className: "words clamped", dir: "auto" }, title)));
 }
 
 /** Stand at a prefix: breadcrumbs, its branches (largest first), and the items below it. */
 function walk(prefix, focus = false) {
-  place = prefix;
   const rows = under(prefix);
   const crumbs = [make("button", { type: "button", onclick: () => walk([], true) }, "all items")];
   prefix.forEach((code, level) => {
@@ -73,7 +71,7 @@ function choose(row, scroll = true) {
   if (arm.raw[row]) facts.push(["raw codes", sid(arm.raw[row])]);
   const self = make("div", { className: "self" }, picture(row), make("div", {},
     make("h3", { dir: "auto", tabIndex: -1 }, title[row] || id[row]), sidOf(row),
-    make("dl", {}, ...facts.filter((fact) => fact[1]).flatMap(([name, value]) => [make("dt", {}, name), make("dd", { dir: "auto" }, value)]))));
+    make("dl", {}, ...facts.flatMap(([name, value]) => (value ? [make("dt", {}, name), make("dd", { dir: "auto" }, value)] : [])))));
   $("chosen").replaceChildren(self);
   if (scroll) showFound(false);
   const groups = arm.sizes.map(() => []);
@@ -86,7 +84,8 @@ function choose(row, scroll = true) {
     if (!rows.length) continue;
     const what = same === groups.length ? "the whole SID" : `${amount(same, "code")} of ${groups.length}`;
     const list = make("ul", { className: "cards", "data-common": same });
-    $("chosen").append(make("h3", {}, `Shares ${what} `, sid(arm.codes[row].slice(0, same), { same }), ` ${amount(rows.length, "item")}`), list);
+    const prefix = sid(arm.codes[row].slice(0, same), { same });
+    $("chosen").append(make("h3", {}, `Shares ${what} `, prefix, ` ${amount(rows.length, "item")}`), list);
     fill(list, rows, (other) => itemCard(other, sidOf(other, { same })), 6);
   }
   if (!groups.some((rows) => rows.length)) $("chosen").append(make("p", { className: "quiet" }, "No other item begins with this code."));
@@ -100,6 +99,7 @@ $("back")?.addEventListener("click", () => {
   showFound(true);
   $("found").querySelector("button").focus();
 });
+
 /** An item to begin with: one whose last branch has the most company, with a picture where there is any. */
 function example() {
   const branches = new Map();

@@ -23,7 +23,7 @@ from mmsid.sids.folder import read_sid_folder
 from mmsid.sids.table import SidTable
 
 MOST_ITEMS = 10_000
-MOST_TEXT_BYTES = 7_000_000
+MOST_TEXT_BYTES = 6_000_000
 MOST_BUCKETS = 60
 MOST_MOVED = 200
 # share of an item's bytes that each of its texts may take
@@ -139,7 +139,7 @@ def embedded_json(value: Any) -> str:
 def _categories(items: Sequence[Item]) -> dict[str, list]:
     """Distinct category paths, and the number of each item's path: names repeat too often to be written with every item."""
     paths: dict[tuple[str, ...], int] = {}
-    of_item = [paths.setdefault(tuple(clip(name, 80) for name in item.categories[:6]), len(paths)) for item in items]
+    of_item = [paths.setdefault(tuple(clip(name, 40) for name in item.categories[:6]), len(paths)) for item in items]
     return {"paths": [list(path) for path in paths], "of": of_item}
 
 

@@ -13,7 +13,7 @@ from mmsid.progress import track
 SIZE = 96
 QUALITY = 60
 MOST = 4000
-MOST_CHARACTERS = 8_000_000
+MOST_CHARACTERS = 7_500_000
 
 
 def thumbnails(items: list[Item], order: Sequence[int], config: CatalogConfig) -> dict[int, str]:
