@@ -11,7 +11,8 @@ function heatLevel(level) {
   const show = (code) => {
     const rows = rowsAll().filter((row) => arm.codes[row][level] === code);
     const seen = rows.length ? common(rows, level + 1, 3) : "";
-    const share = `${amount(counts[code], "item")}, ${percent(counts[code] / total)}; a fair share is ${(total / counts.length).toFixed(1)}`;
+    const fair = (total / counts.length).toFixed(1);
+    const share = `${amount(counts[code], "item")}, ${percent(counts[code] / total)}; a fair share is ${fair}`;
     about.replaceChildren(make("p", {}, sidToken(level, code), ` ${share}`),
       seen ? make("p", { dir: "auto" }, `Most often: ${seen}`) : make("p", {}, counts[code] ? "" : "No item carries this code."),
       make("p", { className: "quiet clamped", dir: "auto" }, rows.slice(0, 3).map(titleOf).join(" · ")));
@@ -47,7 +48,8 @@ function heatLevel(level) {
   });
   show(counts.indexOf(largest));
   const facts = `${used.length} of ${counts.length} codes used, perplexity ${perplexity.toFixed(1)}, largest ${amount(largest, "item")}`;
-  return make("div", { className: "level" }, make("h3", {}, `Level ${level + 1} `, make("span", { className: "quiet" }, facts)), grid, about);
+  const title = make("h3", {}, `Level ${level + 1} `, make("span", { className: "quiet" }, facts));
+  return make("div", { className: "level" }, title, grid, about);
 }
 
 const sidToken = (level, code) => make("span", { className: "codes" }, make("span", { className: "same" }, token(level, code)));
@@ -59,7 +61,7 @@ function drawCollisions() {
   $("collisions-summary").textContent = `Before collision handling ${amount(lost(found.raw), "item")} had no SID of their own, after it ` +
     `${amount(lost(found.published), "item")}; ${amount(found.changed, "item")} got other codes than the model's first choice.${twins}`;
   const sizes = [...new Set([...Object.keys(found.raw), ...Object.keys(found.published)])].sort((a, b) => a - b);
-  const head = make("tr", {}, make("th", { scope: "col" }, "items in a bucket"), ...sizes.map((size) => make("th", { scope: "col" }, size)));
+  const head = make("tr", {}, ...["items in a bucket", ...sizes].map((name) => make("th", { scope: "col" }, name)));
   const line = (name, of) => {
     const cells = sizes.map((size) => make("td", {}, (of[size] ?? 0).toLocaleString("en")));
     return make("tr", {}, make("th", { scope: "row" }, name), ...cells);
@@ -83,8 +85,10 @@ function drawMoved() {
     `${moved.mean_gain.toFixed(3)}, and ${moved.first_level.toLocaleString("en")} change their first code` : "";
   const part = moved.rows.length < moved.count ? ` The ${moved.rows.length} with the largest gain:` : "";
   $("moved-summary").textContent = `${amount(moved.count, "item")}${facts}.${part}`;
-  fill($("moved"), moved.rows, ({ row, before, after, gain }) => itemCard(row,
-    make("span", { className: "move" }, sid(before), "→", sid(after, { before })), `reward ${gain < 0 ? "" : "+"}${gain.toFixed(3)}`), 12);
+  fill($("moved"), moved.rows, ({ row, before, after, gain }) => {
+    const move = make("span", { className: "move" }, sid(before), "→", sid(after, { before }));
+    return itemCard(row, move, `reward ${gain < 0 ? "" : "+"}${gain.toFixed(3)}`);
+  }, 12);
 }
 
 /** Draw every explorer for the chosen arm: the item stays, the tree starts anew, for its codes mean something else. */
