@@ -162,6 +162,12 @@ def write_json(path: Path, value: Any) -> None:
         temporary.write_text(json.dumps(plain(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically, in UTF-8."""
+    with _replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 def read_json(path: Path) -> Any:
     """Read JSON; a missing or torn file is an ArtifactError naming it."""
     try:

@@ -2,6 +2,7 @@
 
 mmsid run CONFIG [key=value ...] [--redo STAGE]      every stage of the configuration in order; continues where it stopped
 mmsid STAGE --config CONFIG [key=value ...] [--redo] one stage; also `accelerate launch scripts/STAGE.py --config CONFIG`
+mmsid report RUN [catalog.key=value ...]             write RUN/report.html; RUN is a run's folder, its YAML, or results of a benchmark
 mmsid catalog --config CONFIG                        read the catalogue and describe it
 mmsid demo-catalog OUT --items N --users M --seed S  draw the demo catalogue
 mmsid bench --dataset D --suite S [suite.key=value ...]  every arm of a suite on a data set, one table; continues where it stopped
@@ -191,6 +192,25 @@ def _run(arguments: list[str]) -> None:
     run_stages(wire(load_yaml(parsed.config, parsed.overrides), source=str(parsed.config)), redo=parsed.redo)
 
 
+def _report(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="mmsid report", description="Write one HTML page about a run, or about a benchmark's results.")
+    parser.add_argument("source", type=Path, metavar="RUN", help="folder of a run, YAML of a run, or results of a benchmark (.json)")
+    parser.add_argument("overrides", nargs="*", metavar="catalog.key=value", help="where the run's catalogue lies now, if it was moved")
+    parsed = parser.parse_args(arguments)
+    source: Path = parsed.source
+    if source.suffix in (".yaml", ".yml"):
+        _one_stage("report", ["--config", str(source), *parsed.overrides])
+        return
+    from mmsid.report.page import write_results_page, write_run_page
+    from mmsid.report.run_folder import catalog_of_run
+
+    if source.suffix == ".json":
+        out = write_results_page(source, source.with_suffix(".html"))
+    else:
+        out = write_run_page(source, catalog_of_run(source, parsed.overrides), source / "report.html")
+    done(f"report: wrote {out} ({out.stat().st_size / 1e6:.1f} MB), open it in a browser")
+
+
 def _catalog(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="mmsid catalog", description="Read a catalogue and describe it.")
     parser.add_argument("--config", required=True, type=Path)
@@ -268,6 +288,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _guarded(lambda: _demo_catalog(rest))
     elif command == "bench":
         _guarded(lambda: _bench(rest))
+    elif command == "report" and rest and not rest[0].startswith("-"):
+        _guarded(lambda: _report(rest))
     elif command in STAGES:
         main_stage(command, rest)
     elif command in ("-h", "--help", "help"):

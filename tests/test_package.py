@@ -21,5 +21,6 @@ def test_the_wheel_carries_prompts_configs_fonts_and_weights(tmp_path):
     wanted |= {f"mmsid/configs/{path.name}" for path in (ROOT / "configs").glob("*.yaml")}
     wanted |= {"mmsid/annotate/weights/demo_captioner/model.safetensors", "mmsid/annotate/weights/demo_captioner/README.md"}
     wanted |= {str(path.relative_to(ROOT)) for path in (ROOT / "mmsid/catalog/demo/fonts").glob("*.ttf")}
+    wanted |= {str(path.relative_to(ROOT)) for path in (ROOT / "mmsid/report").iterdir() if path.suffix in (".j2", ".css", ".js")}
     assert wanted <= names, f"missing: {sorted(wanted - names)}"
     assert wheel.stat().st_size < 25_000_000

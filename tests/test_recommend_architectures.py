@@ -14,7 +14,7 @@ from mmsid.errors import ConfigError
 from mmsid.recommend import train
 from mmsid.recommend.fit import Schedule, build, fit
 from mmsid.recommend.flat import FlatShape
-from mmsid.recommend.instrument import pad_histories
+from mmsid.recommend.history import pad_histories
 from mmsid.recommend.paths import item_paths
 from mmsid.recommend.tiger import TigerShape
 from mmsid.recommend.train import ModelConfig

@@ -8,7 +8,8 @@ import torch
 
 from mmsid.recommend.decode import ItemScorer
 from mmsid.recommend.evaluate import mask_seen
-from mmsid.recommend.instrument import Instrument, InstrumentShape, InstrumentSteps, pad_histories
+from mmsid.recommend.history import pad_histories
+from mmsid.recommend.instrument import Instrument, InstrumentShape, InstrumentSteps
 from mmsid.recommend.paths import ItemPaths, PathTrie, item_paths
 from mmsid.recommend.search import beam_item_scores, beam_search
 

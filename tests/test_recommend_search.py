@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from mmsid.recommend.evaluate import Recommender, mask_seen, recommender_scores
 from mmsid.recommend.fit import build
 from mmsid.recommend.flat import FlatShape
-from mmsid.recommend.instrument import Instrument, InstrumentShape, pad_histories
+from mmsid.recommend.history import pad_histories
+from mmsid.recommend.instrument import Instrument, InstrumentShape
 from mmsid.recommend.paths import ItemPaths, PathTrie, item_paths
 from mmsid.recommend.search import beam_search
 from mmsid.recommend.tiger import TigerShape

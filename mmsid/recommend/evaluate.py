@@ -12,7 +12,8 @@ import torch
 from mmsid.catalog.splits import Split
 from mmsid.recommend.decode import ItemScorer
 from mmsid.recommend.flat import FlatRecommender
-from mmsid.recommend.instrument import Instrument, pad_histories
+from mmsid.recommend.history import pad_histories
+from mmsid.recommend.instrument import Instrument
 from mmsid.recommend.metrics import COVERAGE_CUTOFF, Coverage, Ranks, rank_targets, summarise
 from mmsid.recommend.paths import PathTrie
 from mmsid.recommend.search import beam_item_scores, beam_search

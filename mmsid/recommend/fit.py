@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,9 +19,10 @@ from mmsid.config import Section
 from mmsid.errors import MmsidError
 from mmsid.precision import make_accelerator
 from mmsid.progress import track
-from mmsid.recommend.evaluate import Decoding, Evaluation, Part, Recommender, evaluate, recommender_scores
+from mmsid.recommend.evaluate import Decoding, Evaluation, Part, Recommender, Score, evaluate, recommender_scores
 from mmsid.recommend.flat import FlatRecommender, FlatShape
-from mmsid.recommend.instrument import Instrument, InstrumentShape, pad_histories
+from mmsid.recommend.history import pad_histories
+from mmsid.recommend.instrument import Instrument, InstrumentShape
 from mmsid.recommend.paths import ItemPaths, PathTrie, item_paths
 from mmsid.recommend.tiger import TigerRecommender, TigerShape
 from mmsid.sids.table import SidTable
@@ -99,30 +102,41 @@ def fit(
     """
     shape, schedule = shape or InstrumentShape(), schedule or Schedule()
     accelerator = accelerator or make_accelerator()
-    histories = [history for history in split.train if len(history)]
-    if not histories:
-        raise MmsidError("no user has a train history, so no recommender can be trained; give the catalogue sequences of 3 items or more")
     started = time.perf_counter()
     with torch.random.fork_rng(devices=[accelerator.device] if accelerator.device.type == "cuda" else []):
         torch.manual_seed(seed)
         wrapped = accelerator.prepare(build(paths, shape))
         model, trie = accelerator.unwrap_model(wrapped), PathTrie.build(paths, accelerator.device)
         torch.manual_seed(seed + 1_000_003 * accelerator.process_index)  # dropout differs between processes, weights do not
-        epochs, best = _train(wrapped, model, trie, histories, split, schedule, seed, accelerator, what)
+        scores = partial(recommender_scores, model, trie)
+        epochs, best = train(wrapped, scores, split, schedule, num_items=len(paths.tokens), seed=seed, accelerator=accelerator, what=what)
     return Fitted(model.eval(), trie, epochs, best, time.perf_counter() - started)
 
 
-def _train(
+def train(
     wrapped: torch.nn.Module,
-    model: Recommender,
-    trie: PathTrie,
-    histories: list[np.ndarray],
+    scores: Callable[[], Score],
     split: Split,
     schedule: Schedule,
+    *,
+    num_items: int,
     seed: int,
     accelerator: Accelerator,
     what: str,
 ) -> tuple[int, float]:
+    """The one training loop of all recommenders; leaves the weights of the best epoch. -> (epochs run, best valid NDCG@10).
+
+    Args:
+        wrapped: a prepared module: histories (B, T) -> summed loss over their items; `shape` names its lr and max_history.
+        scores: makes the scoring function of the weights as they stand.
+
+    Raises:
+        MmsidError: no user has a train history, or the loss became NaN.
+    """
+    model = accelerator.unwrap_model(wrapped)
+    histories = [history for history in split.train if len(history)]
+    if not histories:
+        raise MmsidError("no user has a train history, so no recommender can be trained; give the catalogue sequences of 3 items or more")
     lr = schedule.lr or model.shape.lr
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=schedule.weight_decay)
     steps = schedule.epochs * math.ceil(len(histories) / schedule.batch_size)
@@ -137,8 +151,7 @@ def _train(
         loss = _epoch(wrapped, histories, order.permutation(len(histories)), schedule.batch_size, optimizer, rate, accelerator)
         verdict = [None]
         if accelerator.is_main_process:
-            scores = recommender_scores(model, trie)
-            found = evaluate(scores, split, "valid", trie.node_of.shape[1], schedule.stop_users).summary()["NDCG@10"]
+            found = evaluate(scores(), split, "valid", num_items, schedule.stop_users).summary()["NDCG@10"]
             verdict = [(found, math.isfinite(loss))]
         # one process judges for all: figures that differ in the last bit must not let the processes part ways
         found, finite = broadcast_object_list(verdict)[0]

@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from mmsid.recommend.history import HistoryEncoder
+
 
 @dataclass(frozen=True)
 class InstrumentShape:
@@ -53,40 +55,27 @@ class Instrument(nn.Module):
         self.register_buffer("decided", decided, persistent=False)
         width = shape.d_model
         self.codes = nn.Embedding(sum(self.sizes), width)
-        self.start = nn.Parameter(torch.zeros(width))
-        self.positions = nn.Parameter(torch.zeros(shape.max_history + 1, width))
-        self.blocks = nn.ModuleList(_Block(shape) for _ in range(shape.layers))
-        self.norm = nn.LayerNorm(width)
+        self.read = HistoryEncoder(width, shape.layers, shape.heads, shape.dropout, shape.max_history)
         self.dropout = nn.Dropout(shape.dropout)
         self.from_state = nn.ModuleList(nn.Linear(width, shape.hidden) for _ in self.sizes)
         self.from_prefix = nn.ModuleList(nn.Linear(width, shape.hidden, bias=False) for _ in self.sizes)
         self.out = nn.ModuleList(nn.Linear(shape.hidden, width, bias=False) for _ in self.sizes)
         self.bias = nn.Parameter(torch.zeros(sum(self.sizes)))
         nn.init.normal_(self.codes.weight, std=0.05)
-        nn.init.normal_(self.positions, std=0.02)
         for layer in self.out:
             nn.init.normal_(layer.weight, std=0.02)
 
     def last_states(self, histories: torch.Tensor) -> torch.Tensor:
         """State (B, d) after the last item of each history (int64 (B, T), -1 pads on the right; an empty one is fine)."""
-        present = torch.cat([torch.ones_like(histories[:, :1], dtype=torch.bool), histories >= 0], 1)
-        return self._states(histories, present)[present.sum(1).cumsum(0) - 1]
+        return self.read.last(self.item_vectors(histories.clamp_min(0)), histories)
 
     def steps(self, histories: torch.Tensor) -> InstrumentSteps:
         """The decoder of search.py after histories (B, T)."""
         return InstrumentSteps(self, self.last_states(histories))
 
-    def _states(self, histories: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
-        """States (P, d) of the positions `present` (B, 1 + T), position 0 standing before the first item.
-
-        Only real positions pass through the layers (histories are short and ragged: padding would triple the work).
-        """
-        items = self.codes(self.tokens[histories.clamp_min(0)]).sum(2)
-        x = torch.cat([self.start.expand(len(histories), 1, -1), items], 1) + self.positions[: present.shape[1]]
-        x = self.dropout(x[present])
-        for block in self.blocks:
-            x = block(x, present)
-        return self.norm(x)
+    def item_vectors(self, rows: torch.Tensor) -> torch.Tensor:
+        """What the transformer reads of items (any shape of rows) -> (..., d): the sum of the embeddings of their codes."""
+        return self.codes(self.tokens[rows]).sum(-2)
 
     def level_table(self, level: int) -> torch.Tensor:
         """Embeddings (K_l, d) of one level's codes, a view of the tied table."""
@@ -117,7 +106,7 @@ class Instrument(nn.Module):
         """Sum of negative log-likelihoods of every item of `histories` (B, T) given the items before it."""
         real = histories >= 0
         targets = histories[real]
-        states = self.dropout(self._states(histories[:, :-1], real))
+        states = self.dropout(self.read(self.item_vectors(histories[:, :-1].clamp_min(0)), real))
         return -self.path_log_prob(states, self.paths[targets], self.decided[targets]).sum()
 
 
@@ -137,36 +126,3 @@ class InstrumentSteps:
         chosen = self.model.level_table(level - 1)[code]
         self.prefix = self.prefix.gather(1, owner[..., None].expand_as(chosen)) + chosen
         return self.model.level_logits(level, self.states, self.prefix)
-
-
-class _Block(nn.Module):
-    """Pre-norm causal attention and feed-forward."""
-
-    def __init__(self, shape: InstrumentShape) -> None:
-        super().__init__()
-        width = shape.d_model
-        self.heads = shape.heads
-        self.norm_attention, self.norm_feed = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.project = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.feed = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-        self.dropout = nn.Dropout(shape.dropout)
-
-    def forward(self, x: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
-        """x (P, d) of the true positions of `present` (B, T); causal, so what pads the end is never attended to."""
-        (batch, length), width = present.shape, x.shape[1]
-        padded = x.new_zeros(batch, length, 3 * width)
-        padded[present] = self.qkv(self.norm_attention(x))
-        q, k, v = padded.view(batch, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        # no dropout on the attention weights: it would leave the fused kernel, which is most of the layer's time on a CPU
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.dropout(self.project(mixed.transpose(1, 2).reshape(batch, length, width)[present]))
-        return x + self.dropout(self.feed(self.norm_feed(x)))
-
-
-def pad_histories(histories: list[np.ndarray], max_history: int) -> torch.Tensor:
-    """The last `max_history` rows of each history, int64 (B, T) padded with -1 on the right; T >= 1."""
-    recent = [np.asarray(history[-max_history:]) for history in histories]
-    padded = np.full((len(recent), max(1, max((len(history) for history in recent), default=1))), -1, dtype=np.int64)
-    for row, history in enumerate(recent):
-        padded[row, : len(history)] = history
-    return torch.from_numpy(padded)

@@ -1,7 +1,7 @@
-"""Stage `report`: the figures of one run on one page of Markdown, printed and written. Reads finished folders, computes nothing.
+"""Stage `report`: one run on one HTML page to walk through, and its figures in Markdown, printed too. Reads finished folders only.
 
-Shows where the Semantic IDs are, the intrinsic table and the ranking table of every arm, the verdict of the refinement gate,
-and a few example items with picture, caption, interests and SID.
+The Markdown shows where the Semantic IDs are, the intrinsic table and the ranking table of every arm, the verdict of the refinement
+gate, and a few example items with picture, caption, interests and SID. The page is `mmsid.report.page`'s.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ from mmsid.artifacts import is_complete, read_json, writing
 from mmsid.catalog import CatalogConfig, Item, read_catalog
 from mmsid.config import StageConfig
 from mmsid.progress import done, is_main_process
+from mmsid.report.explore import MOST_ITEMS
+from mmsid.report.page import write_run_page
+from mmsid.report.run_folder import sid_folders
 from mmsid.sids.folder import INTRINSIC, TABLE, read_sid_folder
 from mmsid.sids.summary import intrinsic_table
 from mmsid.sids.table import SidTable
@@ -28,42 +31,35 @@ class ReportConfig(StageConfig):
 
     Attributes:
         run: the folder that holds the run's stage folders.
-        examples: how many items to show.
+        examples: how many items summary.md shows.
+        most_items: how many items report.html shows, an even sample where the catalogue has more; 10,000 stay under 20 MB.
     """
 
     catalog: CatalogConfig
     run: Path
     examples: int = Field(default=3, ge=0)
+    most_items: int = Field(default=MOST_ITEMS, gt=0, le=MOST_ITEMS)
 
 
 def run(config: ReportConfig) -> Path:
-    """Write summary.md into `config.out` and print it.
+    """Write report.html and summary.md into `config.out` and print the latter.
 
     Raises:
-        ArtifactError: a stage folder of the run is damaged.
+        ArtifactError: the run has no finished stage, or one is damaged.
     """
     arms = sid_folders(config.run)
     inputs = {stage: config.run / stage for stage in ("assign", "refine", "train_recommender") if is_complete(config.run / stage)}
     with writing(config.out, stage="report", config=config, inputs=inputs) as draft:
         page = "\n".join([*_where(arms), *_intrinsic(arms), *_gate(config.run), *_ranking(config.run), *_examples(config, arms)])
         (draft.path / "summary.md").write_text(page, encoding="utf-8")
+        write_run_page(config.run, config.catalog, draft.path / "report.html", config.most_items)
         draft.counts["arms"] = len(arms)
     if is_main_process():
         console = Console()
         # A table wider than the terminal would be cut to ellipses: raw Markdown stays whole
         console.print(Markdown(page)) if console.is_terminal and console.width >= 150 else print(page)
-    done(f"report: wrote {config.out / 'summary.md'}")
+    done(f"report: wrote {config.out / 'summary.md'}, and {config.out / 'report.html'} to open in a browser")
     return config.out
-
-
-def sid_folders(run: Path) -> dict[str, Path]:
-    """Arm name -> SID folder, for every arm that a run has finished: baselines first, then ours, then ours refined."""
-    found = {path.parent.name: path.parent for path in sorted((run / "baselines").glob(f"*/{TABLE}")) if is_complete(run / "baselines")}
-    if is_complete(run / "assign"):
-        found["ours"] = run / "assign"
-    if is_complete(run / "refine"):
-        found["ours_refined"] = run / "refine" / "sids"
-    return found
 
 
 def _where(arms: dict[str, Path]) -> list[str]:

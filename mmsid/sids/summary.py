@@ -7,11 +7,19 @@ from typing import Any
 
 
 def intrinsic_table(metrics: Mapping[str, Mapping[str, Any]]) -> str:
-    """Markdown, one row per arm; a figure an arm lacks is a dash, a column that all lack is left out.
+    """Markdown, one row per arm.
 
     Args:
         metrics: arm name -> what `intrinsic_metrics` returned.
     """
+    shown = intrinsic_columns(metrics)
+    lines = ["| " + " | ".join(shown) + " |", "|" + "---|" * len(shown)]
+    lines += ["| " + " | ".join(cells) + " |" for cells in zip(*shown.values(), strict=True)]
+    return "\n".join(lines) + "\n"
+
+
+def intrinsic_columns(metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Column -> one cell per arm, the arms' names first; a figure an arm lacks is a dash, a column that all lack is left out."""
     columns: list[tuple[str, Callable[[Mapping[str, Any]], str]]] = [
         ("items", lambda m: f"{m['published']['items']:,}"),
         ("unique", lambda m: f"{m['published']['uniqueness']:.3f}"),
@@ -27,11 +35,7 @@ def intrinsic_table(metrics: Mapping[str, Mapping[str, Any]]) -> str:
         ("codes changed", lambda m: f"{100 * m['changed']['any']:.1f} %"),
     ]
     cells = {name: [_cell(render, arm) for arm in metrics.values()] for name, render in columns}
-    shown = {name: values for name, values in cells.items() if any(value != "-" for value in values)}
-    lines = ["| SIDs | " + " | ".join(shown) + " |", "|" + "---|" * (len(shown) + 1)]
-    for row, arm in enumerate(metrics):
-        lines.append(f"| {arm} | " + " | ".join(values[row] for values in shown.values()) + " |")
-    return "\n".join(lines) + "\n"
+    return {"SIDs": list(metrics)} | {name: values for name, values in cells.items() if any(value != "-" for value in values)}
 
 
 def _cell(render: Callable[[Mapping[str, Any]], str], metrics: Mapping[str, Any]) -> str:
