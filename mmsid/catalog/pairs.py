@@ -13,6 +13,17 @@ def co_engagement(histories: Sequence[np.ndarray], num_items: int, window: int =
 
     Two items d <= window steps apart in a history add 1/d to each other. Hand in train prefixes only.
     """
+    forward = followed_by(histories, num_items, window)
+    total = (forward + forward.T).tocsr()
+    total.sort_indices()
+    return total
+
+
+def followed_by(histories: Sequence[np.ndarray], num_items: int, window: int = 3) -> sparse.csr_matrix:
+    """How strongly the item of a row is followed by the item of a column, (num_items, num_items) float64, empty diagonal.
+
+    An item d <= window steps after another adds 1/d. Hand in train prefixes only.
+    """
     items, users = _concatenated(histories)
     total = sparse.csr_matrix((num_items, num_items), dtype=np.float64)
     for distance in range(1, window + 1):
@@ -21,7 +32,7 @@ def co_engagement(histories: Sequence[np.ndarray], num_items: int, window: int =
         weights = np.ones(int(kept.sum()))
         # whole counts first, divided once: sums of thirds would depend on their order
         counts = sparse.coo_matrix((weights, (left[kept], right[kept])), shape=(num_items, num_items)).tocsr()
-        total = total + (counts + counts.T) / distance
+        total = total + counts / distance
     total.sort_indices()
     return total.tocsr()
 

@@ -49,11 +49,8 @@ class _Parts(NamedTuple):
 def classical_floors(items: list[Item], split: Split) -> list[Floor]:
     """Popularity, item-kNN, TF-IDF and hybrid, tuned on valid and ready to score."""
     started = time.perf_counter()
-    num_items = len(items)
+    num_items, parts = len(items), _parts(items, split)
     counts = np.bincount(np.concatenate([*split.train, np.zeros(0, np.int64)]), minlength=num_items)
-    text = text_vectors(items)
-    # once all pairs cost far less than every user's profile against all items
-    parts = _Parts(item_similarity(split.train, counts), text, (text @ text.T).toarray() if num_items <= DENSE_UP_TO else None)
     popularity = torch.from_numpy(counts.astype(np.float32))
     floors = [Floor("popularity", lambda histories: popularity.repeat(len(histories), 1), {}, time.perf_counter() - started)]
     chosen: dict[str, float] = {}
@@ -71,6 +68,18 @@ def classical_floors(items: list[Item], split: Split) -> list[Floor]:
         chosen |= point
         floors.append(Floor(name, _scorer(parts, point), point, time.perf_counter() - started))
     return floors
+
+
+def floor_scorer(items: list[Item], split: Split, parameters: dict[str, float]) -> Score:
+    """The scoring function of kNN, TF-IDF or hybrid with parameters that were tuned before."""
+    return _scorer(_parts(items, split), parameters)
+
+
+def _parts(items: list[Item], split: Split) -> _Parts:
+    counts = np.bincount(np.concatenate([*split.train, np.zeros(0, np.int64)]), minlength=len(items))
+    text = text_vectors(items)
+    # once all pairs cost far less than every user's profile against all items
+    return _Parts(item_similarity(split.train, counts), text, (text @ text.T).toarray() if len(items) <= DENSE_UP_TO else None)
 
 
 def item_similarity(histories: list[np.ndarray], counts: np.ndarray) -> sparse.csr_matrix:

@@ -1,0 +1,213 @@
+"""The grounded recommender: a generative decoder that ranks its beams, and what retrieval proposes, by all that is known of them.
+
+1. A dense instrument (dense.py) is trained on the train prefixes of the fit users.
+2. For the held-out tenth of the train users (`Split.held_out`), whose interactions neither the model nor any statistic has seen, a
+   small ranker learns what the decoder's two answers and each source of evidence (evidence.py) are worth: a linear part and one
+   hidden layer over the item's scores and the length of the history, softmax over the true next item and random others.
+   Nothing is learned from valid or test; weights learned on users that were fitted on would trust the decoder's memory too much.
+3. Decoder and statistics are fitted again on all train prefixes; the ranker stays.
+
+To recommend, the best items of every source are proposed and ranked together; better SIDs still show, in the decoder's answer.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mmsid.catalog.items import Item
+from mmsid.catalog.splits import Split
+from mmsid.errors import MmsidError
+from mmsid.precision import make_accelerator
+from mmsid.progress import track
+from mmsid.recommend.dense import DenseInstrument, DenseScores, DenseShape, mean_log_prob
+from mmsid.recommend.evaluate import Evaluation, Part, evaluate
+from mmsid.recommend.evidence import Evidence, columns
+from mmsid.recommend.fit import Schedule, train
+from mmsid.recommend.paths import ItemPaths, PathTrie
+
+PROPOSED = 100  # items that each source proposes
+PROPOSERS = ("path", "pointer", "near 0.6", "next 0.6", "far 0.85", "words 0.6", "words 0.85", "meaning 0.85", "labels 0.6")
+POSITIONS = 4000  # of held-out users, that the ranker learns from
+OTHERS = 1000  # items drawn beside the true one at each position
+AT_ONCE = 64  # histories scored together: every source holds (B, N) floats
+
+
+class Ranker(nn.Module):
+    """Linear part and one hidden layer over the standardised columns of an item and the log length of the history."""
+
+    def __init__(self, mean: torch.Tensor, deviation: torch.Tensor, hidden: int = 16) -> None:
+        super().__init__()
+        self.register_buffer("mean", mean)
+        self.register_buffer("deviation", deviation)
+        self.linear = nn.Linear(len(mean), 1, bias=False)
+        self.hidden, self.out = nn.Linear(len(mean) + 1, hidden), nn.Linear(hidden, 1, bias=False)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.out.weight)
+
+    def forward(self, read: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """Columns (B, C, F) and history lengths (B,) -> scores (B, C)."""
+        x = (read - self.mean) / self.deviation
+        length = lengths.float().log()[:, None, None].expand(*x.shape[:2], 1)
+        return (self.linear(x) + self.out(F.gelu(self.hidden(torch.cat([x, length], -1)))))[..., 0]
+
+
+class Sources:
+    """Decoder and evidence of one set of histories: every source's scores of all items."""
+
+    def __init__(self, decoder: DenseScores, evidence: Evidence) -> None:
+        self.decoder, self.evidence = decoder, evidence
+
+    def __call__(self, histories: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+        """Source -> (B, N) float32."""
+        path, pointer = self.decoder(list(histories))
+        return {"path": path.cpu().numpy() / 3, "pointer": pointer.cpu().numpy() / 3} | self.evidence(histories)
+
+
+@dataclass(frozen=True)
+class FittedGrounded:
+    """A trained recommender: epochs and best valid NDCG@10 of its decoder, and the seconds that all of it took."""
+
+    sources: Sources
+    ranker: Ranker
+    epochs: int
+    best: float
+    seconds: float
+
+    @torch.no_grad()
+    def score(self, histories: list[np.ndarray]) -> torch.Tensor:
+        """histories -> (B, N); -inf for items that no source proposes."""
+        return torch.cat([self._score(histories[start : start + AT_ONCE]) for start in range(0, len(histories), AT_ONCE)])
+
+    def _score(self, histories: list[np.ndarray]) -> torch.Tensor:
+        known = self.sources(histories)
+        chosen = _proposals(known, histories)
+        read = torch.from_numpy(columns({name: np.take_along_axis(values, chosen, 1) for name, values in known.items()}))
+        scores = self.ranker(read, torch.tensor([len(history) for history in histories]))
+        found = torch.full((len(histories), self.sources.evidence.num_items), -torch.inf)
+        return found.scatter_(1, torch.from_numpy(chosen), scores)  # an item proposed twice has one score, written twice
+
+    def evaluate(self, split: Split, part: Part, limit: int | None = None) -> Evaluation:
+        """Item-level ranks on one part of the split."""
+        return evaluate(self.score, split, part, self.sources.evidence.num_items, limit)
+
+
+def fit_grounded(
+    paths: ItemPaths,
+    items: Sequence[Item],
+    embeddings: np.ndarray,
+    split: Split,
+    *,
+    shape: DenseShape | None = None,
+    schedule: Schedule | None = None,
+    seed: int = 0,
+    what: str = "grounded",
+) -> FittedGrounded:
+    """Train decoder, ranker, and decoder again.
+
+    Args:
+        embeddings: (N, D) dense text embeddings of unit length, rows as the items'.
+
+    Raises:
+        MmsidError: no held-out user has two items to learn the ranker from, or the loss became NaN.
+    """
+    shape, schedule, started = shape or DenseShape(), schedule or Schedule(), time.perf_counter()
+    positions = _positions(split, seed)
+    if not positions:
+        raise MmsidError("no held-out user has two items, so the ranker has nothing to learn from; raise catalog.split.inner_held_out")
+    nothing = np.zeros(0, np.int64)
+    inner = replace(split, train=[nothing if held else rows for rows, held in zip(split.train, split.held_out, strict=True)])
+    sources, _, _ = _fit_sources(paths, items, embeddings, inner, shape, schedule, seed, f"{what}, inner")
+    ranker = _fit_ranker(sources, positions, seed)
+    sources, epochs, best = _fit_sources(paths, items, embeddings, split, shape, schedule, seed, what)
+    return FittedGrounded(sources, ranker, epochs, best, time.perf_counter() - started)
+
+
+def _fit_sources(
+    paths: ItemPaths,
+    items: Sequence[Item],
+    embeddings: np.ndarray,
+    split: Split,
+    shape: DenseShape,
+    schedule: Schedule,
+    seed: int,
+    what: str,
+) -> tuple[Sources, int, float]:
+    accelerator = make_accelerator()
+    with torch.random.fork_rng(devices=[accelerator.device] if accelerator.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        wrapped = accelerator.prepare(DenseInstrument(paths, embeddings, shape))
+        model, trie = accelerator.unwrap_model(wrapped), PathTrie.build(paths, accelerator.device)
+        epochs, best = train(
+            wrapped,
+            lambda: mean_log_prob(model, trie),
+            split,
+            schedule,
+            num_items=len(paths.tokens),
+            seed=seed,
+            accelerator=accelerator,
+            what=what,
+        )
+    return Sources(DenseScores(model, trie), Evidence(items, embeddings, split.train)), epochs, best
+
+
+def _positions(split: Split, seed: int) -> list[tuple[np.ndarray, int]]:
+    """(history, next item) within the train prefixes of held-out users, next items that are new to the user; a sample by seed."""
+    found = [
+        (rows[:place], int(rows[place]))
+        for rows in split.held_out_histories()
+        for place in range(1, len(rows))
+        if rows[place] not in rows[:place]
+    ]
+    order = np.random.default_rng(seed).permutation(len(found))[:POSITIONS]
+    return [found[place] for place in order]
+
+
+def _fit_ranker(sources: Sources, positions: list[tuple[np.ndarray, int]], seed: int, epochs: int = 20) -> Ranker:
+    """Softmax of the true item against random unseen ones: unlike proposed ones, they leave the scores right over all items."""
+    rng, reads, seen = np.random.default_rng(seed), [], []
+    num_items = sources.evidence.num_items
+    for start in track(range(0, len(positions), AT_ONCE), what="evidence", unit="batches"):
+        part = positions[start : start + AT_ONCE]
+        known = sources([history for history, _ in part])
+        drawn = np.stack([np.append(item, rng.integers(num_items, size=min(OTHERS, num_items))) for _, item in part])
+        reads.append(torch.from_numpy(columns({name: np.take_along_axis(values, drawn, 1) for name, values in known.items()})).half())
+        invalid = np.stack([np.isin(row, np.append(history, item)) for row, (history, item) in zip(drawn, part, strict=True)])
+        invalid[:, 0] = False
+        seen.append(torch.from_numpy(invalid))
+    read, invalid = torch.cat(reads), torch.cat(seen)
+    lengths = torch.tensor([len(history) for history, _ in positions])
+    some = read[:: max(1, len(read) // 500)].float().flatten(0, 1)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        ranker = Ranker(some.mean(0), some.std(0) + 1e-4)
+        steps = epochs * math.ceil(len(read) / 256)
+        optimizer = torch.optim.AdamW(ranker.parameters(), lr=0.02, weight_decay=0.3)
+        rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+        for _ in track(range(epochs), what="ranker", unit="epochs"):
+            for rows in torch.randperm(len(read)).split(256):
+                scores = ranker(read[rows].float(), lengths[rows]).masked_fill(invalid[rows], -torch.inf)
+                loss = F.cross_entropy(scores, torch.zeros(len(rows), dtype=torch.long))
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                rate.step()
+    return ranker.eval()
+
+
+def _proposals(known: dict[str, np.ndarray], histories: Sequence[np.ndarray]) -> np.ndarray:
+    """Item rows (B, C) that some source ranks among its best unseen ones; the same item may stand in several columns."""
+    rows = np.repeat(np.arange(len(histories)), [len(history) for history in histories])
+    chosen = []
+    for name in PROPOSERS:
+        scores = torch.from_numpy(known[name].copy())
+        scores[torch.from_numpy(rows), torch.from_numpy(np.concatenate(list(histories)))] = -torch.inf
+        chosen.append(scores.topk(min(PROPOSED, scores.shape[1])).indices)
+    return torch.cat(chosen, 1).numpy()
