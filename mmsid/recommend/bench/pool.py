@@ -114,6 +114,7 @@ class Pool:
 
     def _idle(self) -> _Worker | None:
         """A process without a job, started now if there are fewer than there may be."""
+        self._workers = [worker for worker in self._workers if worker.job is not None or worker.process.is_alive()]
         for worker in self._workers:
             if worker.job is None:
                 return worker

@@ -103,7 +103,7 @@ def run(dataset: DatasetConfig, suite: SuiteConfig, options: BenchOptions) -> Pa
     arms = _asked_for(plan, options.only)
     if any(arm.config.sids is not None and arm.config.sids.method not in ("random", "category_path") for arm in arms):
         _ = bench.sources.text  # embedded once, kept on disk for all processes
-    ledger = _Ledger(suite.budget_minutes, suite.jobs or len(os.sched_getaffinity(0)))
+    ledger = _Ledger(suite.budget_minutes, suite.jobs or os.cpu_count() or 1)
     first, *others = suite.seeds
     with Pool(Prepare(dataset, work / "inputs"), ledger.workers, work / "logs") as pool:
         floors, with_sids = plan.floors(), [arm for arm in arms if arm.config.kind != "sasrec"]
