@@ -90,8 +90,12 @@ class CodebookScores:
 
     def _default_temperature(self) -> list[float]:
         codes = self.codebooks.encode(self.x)
-        energy = max(float(self.x.double().square().sum(1).mean()), 1e-12)
-        errors = [
-            float((self.x - self.codebooks.decode(codes, level)).double().square().sum(1).mean()) for level in range(1, codes.shape[1] + 1)
-        ]
-        return [max(error, 1e-6 * energy) for error in errors]
+        energy, errors = 0.0, np.zeros(codes.shape[1])
+        for rows in row_blocks(len(codes)):
+            residual = self.x[rows].double()
+            energy += float(residual.square().sum())
+            for level in range(codes.shape[1]):
+                residual = residual - self.codebooks.vectors[level][codes[rows, level]].double()
+                errors[level] += float(residual.square().sum())
+        energy = max(energy / len(codes), 1e-12)
+        return [max(float(error) / len(codes), 1e-6 * energy) for error in errors]
