@@ -136,6 +136,7 @@ def make_arm(spec: ArmSpec, sources: ArmSources, folder: Path, seed: int) -> Sid
         scores=scores,
         margin=scores.margin(raw_codes),
         embeddings=space,
+        decode=lambda codes: codebooks.decode(codes).numpy(),
         **common,
     )
     codebooks.save(Path(folder) / "codebooks.safetensors")
