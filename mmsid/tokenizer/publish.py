@@ -13,6 +13,7 @@ from torch import Tensor
 from mmsid.artifacts import write_tensors
 from mmsid.catalog import Catalog, Split, adjacent_pairs
 from mmsid.quantize import ResidualCodebooks
+from mmsid.quantize.scores import best_first
 from mmsid.sids import SidTable, intrinsic_metrics, resolve, write_sid_folder
 from mmsid.sids.collisions import Policy
 from mmsid.sids.semantics import fidelity
@@ -55,7 +56,7 @@ class HeadScores:
             for _ in range(self.head.num_levels - 1):
                 step = self.head.level_logits(s, prefixes)[0].double().log_softmax(-1)
                 total = (joint[:, None] + step).flatten()
-                kept = total.argsort(descending=True, stable=True)[:beam]
+                kept = best_first(total, beam)
                 parent, code = kept // step.shape[1], kept % step.shape[1]
                 prefixes, joint = torch.cat([prefixes[0, parent], code[:, None]], 1)[None], total[kept]
             for codes, value in zip(prefixes[0].tolist(), joint.tolist(), strict=True):
