@@ -33,7 +33,7 @@ def rq_vae(
     *,
     latent_dim: int = 32,
     hidden: int = 256,
-    steps: int = 800,
+    steps: int = 400,
     batch_rows: int = 1024,
     learning_rate: float = 1e-3,
     commitment: float = 0.25,
