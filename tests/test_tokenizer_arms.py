@@ -1,8 +1,10 @@
 """Arms: every method through its one door, the category path by hand, published sets, the text cache."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 from test_tokenizer_inputs import item
@@ -68,8 +70,6 @@ def test_arms_depend_on_the_seed_and_on_what_they_read(sources, tmp_path) -> Non
 
 def test_held_out_users_shape_no_arm(sources, tmp_path) -> None:
     """Behaviour is read from the users that our tokenizer may be fitted on, and from no other."""
-    from dataclasses import replace
-
     split = sources.split
     emptied = replace(split, train=[rows[:0] if held else rows for rows, held in zip(split.train, split.held_out)])
     assert split.held_out.any()
@@ -131,8 +131,6 @@ def test_published_sets_come_back_in_the_order_asked_for(sources, tmp_path) -> N
 @pytest.mark.real_data
 @pytest.mark.parametrize(("name", "columns"), [("amazon_scientific", 10), ("amazon_beauty", 11)])
 def test_published_sets_collide_as_their_readme_says(data_root: Path, name: str, columns: int) -> None:
-    import pyarrow.parquet as pq
-
     path = data_root / name / "reference_sids.parquet"
     if not path.is_file():
         pytest.skip(f"{path} is absent: set MMSID_DATA to the folder that holds it")

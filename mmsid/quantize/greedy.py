@@ -47,7 +47,8 @@ def greedy_codes(x: np.ndarray, vectors: np.ndarray, used: np.ndarray) -> np.nda
                 distance += first_norms
             for j in range(level):
                 distance += cross[level][j][found[:, j]]
-            margin = 4 * (dim + 8) * _UNIT * ((span + reach[level]) * reach[level])
+            length = span + reach[level]
+            margin = 4 * (dim + 8) * _UNIT * length * reach[level] + 2 * _TIE * np.square(length)
             limit = distance.min(axis=1) + margin.astype(np.float32)
             row, code = np.divmod(np.flatnonzero(distance <= limit[:, None]), size)
             first = np.flatnonzero(np.diff(row, prepend=-1))

@@ -50,7 +50,7 @@ class ArmSpec(Section):
     collisions: Policy = "relocate"
     num_levels: int = Field(3, ge=1, le=8)
     codebook_size: int = Field(256, ge=2)
-    behaviour_weight: float = Field(1.0, gt=0)
+    behaviour_weight: float = Field(1.0, ge=0)
 
     @model_validator(mode="after")
     def _relocatable(self) -> ArmSpec:

@@ -65,11 +65,11 @@ class BaselinesConfig(StageConfig):
         return ArmSpec.model_validate(
             {
                 "method": method,
-                "space": space if self.start.behaviour_weight > 0 else "text",
+                "space": space,
                 "collisions": self.collisions,
                 "num_levels": self.num_levels,
                 "codebook_size": self.codebook_size,
-                "behaviour_weight": self.start.behaviour_weight or 1.0,
+                "behaviour_weight": self.start.behaviour_weight,
             }
         )
 
