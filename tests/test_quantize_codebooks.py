@@ -219,17 +219,17 @@ def test_unused_codes_are_never_chosen():
 
 
 def test_rq_vae_uses_its_codes_and_rebuilds_whatever_the_order_of_rows():
-    x = clustered(num_items=300)
-    settings = {"num_levels": 2, "codebook_size": 16, "steps": 60, "batch_rows": 64, "latent_dim": 8, "hidden": 32, "check_every": 20}
+    x = clustered(num_items=400)
+    settings = {"num_levels": 2, "codebook_size": 16, "steps": 60, "batch_rows": 128, "latent_dim": 8, "hidden": 32, "check_every": 20}
     fit = rq_vae(x, seed=0, **settings)
     codes = fit.codebooks.encode(fit.latent)
-    assert codes.shape == (300, 2) and min(perplexity(codes[:, level], 16) for level in range(2)) > 8
+    assert codes.shape == (400, 2) and min(perplexity(codes[:, level], 16) for level in range(2)) > 8
     left = (fit.latent - fit.codebooks.decode(codes)).square().sum() / (fit.latent - fit.latent.mean(0)).square().sum()
     assert left < 0.5
     order = np.random.default_rng(5).permutation(len(x))
     permuted = rq_vae(np.concatenate([x[order], x[order[:30]]]), seed=0, **settings)  # duplicates do not count either
     assert torch.equal(permuted.codebooks.vectors, fit.codebooks.vectors)
-    assert torch.equal(permuted.codebooks.encode(permuted.latent)[:300], codes[torch.from_numpy(order)])
+    assert torch.equal(permuted.codebooks.encode(permuted.latent)[:400], codes[torch.from_numpy(order)])
 
 
 def test_rq_vae_leaves_the_callers_random_numbers_alone_and_takes_fewer_items_than_codes():
