@@ -38,7 +38,7 @@ from mmsid.config import StageConfig, load_yaml
 from mmsid.quantize.rqkmeans import rq_kmeans
 from mmsid.sids.folder import read_sid_folder
 from mmsid.sids.intrinsic import intrinsic_metrics
-from mmsid.sids.semantics import retrieval_recall
+from mmsid.sids.retrieval import prefix_recall, retrieval_recall
 from mmsid.sids.table import SidTable
 
 K = 10
@@ -156,20 +156,9 @@ def sid_figures(
         **{f"V-measure {depth}": value for depth, value in matched.items()},
         "colliding share": metrics["published"]["colliding_share"],
         **{f"perplexity {level + 1}": record["perplexity"] for level, record in enumerate(metrics["levels"])},
-        f"same title R@{K}, SID": prefix_recall(codes[held], pairs),
+        f"same title R@{K}, SID": prefix_recall(codes[held], pairs, ks=(K,))["full"][str(K)],
         f"same title R@{K}, embedding": retrieval_recall(x[held], pairs, ks=(K,))["full"][str(K)],
     }
-
-
-def prefix_recall(codes: np.ndarray, pairs: np.ndarray) -> float:
-    """R@K of ranking all others by the length of the prefix they share with the query; ties at expectation."""
-    found = []
-    for query, positive in pairs:
-        shared = np.cumprod(codes == codes[query], axis=1).sum(axis=1)
-        shared[query] = -1
-        better, tied = (shared > shared[positive]).sum(), (shared == shared[positive]).sum() - 1
-        found.append(np.clip((K - better) / (tied + 1), 0, 1))
-    return float(np.mean(found))
 
 
 def summarise(seeds: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:

@@ -200,3 +200,17 @@ def test_pictures_open_by_the_paths_that_items_carry_wherever_the_root_is_named_
     config = CatalogConfig(items=Path("shop/items.jsonl"))
     (item,) = read_catalog(config).items
     assert load_picture(item.images[0], config.pictures, config.root).size == (4, 4)
+
+
+def test_category_roots_cut_what_stands_before_the_path(folder):
+    rows = [
+        {"item_id": "a", "title": "x", "facts": ["Acme", "Hair", "Shampoo"]},
+        {"item_id": "b", "title": "y", "facts": ["Skin", "Hair"]},
+        {"item_id": "c", "title": "z", "facts": ["Acme"]},
+    ]
+    mapped = {"categories": "facts", "category_roots": ["Hair", "Skin"], "attributes": ["facts"]}
+    catalog = read_catalog(config(folder, items=rows, sequences=None, fields=mapped))
+    found = {item.item_id: (item.categories, item.attributes["facts"]) for item in catalog.items}
+    assert found["a"] == (("Hair", "Shampoo"), ("Acme", "Hair", "Shampoo"))  # the attributes keep the brand
+    assert found["b"][0] == ("Skin", "Hair") and found["c"][0] == ()
+    assert "no_categories" in catalog.items[catalog.row_of["c"]].problems

@@ -9,6 +9,12 @@ MAPPED = {
     "ml_posters": {"attributes": ["genres", "year"], "timestamps": "timestamps"},
     "grocery": {"group_by": "class_id", "title": "class_name", "categories": ["cat_l1", "coarse_name", "class_name"]},
     "amazon_scientific": {"attributes": ["brand"]},
+    "amazon_beauty": {  # one column holds the brand, where known, and then the category path
+        "title": "name_generated",
+        "categories": "attributes",
+        "category_roots": ["Bath & Body", "Fragrance", "Hair Care", "Makeup", "Skin Care", "Tools & Accessories"],
+        "attributes": ["attributes"],
+    },
 }
 
 
@@ -20,6 +26,7 @@ MAPPED = {
         ("ml_posters", {"items": 2305, "pictures": 2305, "users": 1540, "interactions": 155605}),
         ("grocery", {"items": 81, "pictures": 5421, "items_with_categories": 81, "users": 0}),
         ("amazon_scientific", {"items": 4344, "pictures": 0, "users": 8317, "interactions": 58492}),
+        ("amazon_beauty", {"items": 12101, "items_with_categories": 12101, "users": 22363, "interactions": 198502}),
     ],
 )
 def test_counts_are_those_of_the_readme(data_root, name, expected):
@@ -37,6 +44,8 @@ def test_counts_are_those_of_the_readme(data_root, name, expected):
         assert [len({item.categories[depth] for item in catalog.items}) for depth in range(3)] == [6, 30, 75]
     if name == "grocery":
         assert facts["categories_per_depth"][:2] == [3, 43]
+    if name == "amazon_beauty":
+        assert facts["categories_per_depth"][0] == 6
     if facts["users"]:
         assert facts["split"]["test_users"] == facts["users"] and facts["split"]["target_seen_before"] == 0
     if name == "ml_posters":

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from mmsid.errors import MmsidError
-from mmsid.quantize import CodebookScores, ResidualCodebooks, balanced_residual_kmeans, rq_kmeans, sinkhorn
+from mmsid.quantize import CodebookScores, ResidualCodebooks, balanced_residual_kmeans, rq_kmeans, rq_vae, sinkhorn
 from mmsid.quantize.sinkhorn import column_log_weights
 
 
@@ -175,3 +175,69 @@ def test_prefix_candidates_are_in_order_and_complete():
     head = [value for _, value in candidates[:16]]
     assert head == sorted(head, reverse=True)
     assert sum(np.exp(value) for _, value in candidates) == pytest.approx(1)
+
+
+def reference_codes(x, codebooks):
+    """Greedy assignment in float64 throughout, differences written out: slow and plain."""
+    residual, codes = x.astype(np.float64), []
+    for vectors, used in zip(codebooks.vectors.double().numpy(), codebooks.used.numpy()):
+        distance = np.square(residual[:, None] - vectors[None]).sum(-1) + np.where(used, 0.0, np.inf)
+        codes.append(distance.argmin(axis=1))
+        residual = residual - vectors[codes[-1]]
+    return np.stack(codes, 1)
+
+
+@pytest.mark.parametrize("shift", [0.0, 30.0])  # far from the origin float32 distances are all noise: float64 must decide
+def test_encode_is_the_exact_greedy_assignment_however_rows_are_batched(shift):
+    x = clustered(num_items=3000, dim=24, seed=2) + np.float32(shift)
+    codebooks = rq_kmeans(x, 3, 32)
+    codes = codebooks.encode(x).numpy()
+    assert np.array_equal(codes, reference_codes(x, codebooks))
+    order = np.random.default_rng(0).permutation(len(x))
+    assert np.array_equal(codebooks.encode(x[order]).numpy(), codes[order])
+    assert np.array_equal(torch.cat([codebooks.encode(part) for part in np.array_split(x, 700)]).numpy(), codes)
+
+
+def test_encode_decides_near_ties_in_float64():
+    # Items a hair off the middle between two codes: a lead of 1e-9 is real in float64 and invisible in float32 distances.
+    rng = np.random.default_rng(0)
+    codebook = rng.normal(size=(2, 40)).astype(np.float32)
+    middle = codebook.astype(np.float64).mean(0)
+    towards = codebook[0].astype(np.float64) - codebook[1]
+    x = np.stack([(middle + side * 1e-7 * towards).astype(np.float32) for side in rng.uniform(-1, 1, size=300)])
+    codebooks = ResidualCodebooks(torch.from_numpy(codebook[None]))
+    expected = reference_codes(x, codebooks)
+    assert 20 < expected.sum() < 280
+    assert np.array_equal(codebooks.encode(x).numpy(), expected)
+    single = np.square(x[:, None] - codebook[None]).sum(-1).argmin(axis=1)
+    assert not np.array_equal(single[:, None], expected), "float32 alone would have been wrong: the test tests something"
+
+
+def test_unused_codes_are_never_chosen():
+    codebooks = ResidualCodebooks(torch.tensor([[[0.0], [1.0], [5.0]]]), torch.tensor([[True, False, True]]))
+    assert codebooks.encode(np.array([[0.9], [1.1], [4.0]])).ravel().tolist() == [0, 0, 2]
+
+
+def test_rq_vae_uses_its_codes_and_rebuilds_whatever_the_order_of_rows():
+    x = clustered(num_items=400)
+    settings = {"num_levels": 2, "codebook_size": 16, "steps": 60, "batch_rows": 128, "latent_dim": 8, "hidden": 32, "check_every": 20}
+    fit = rq_vae(x, seed=0, **settings)
+    codes = fit.codebooks.encode(fit.latent)
+    assert codes.shape == (400, 2) and min(perplexity(codes[:, level], 16) for level in range(2)) > 8
+    left = (fit.latent - fit.codebooks.decode(codes)).square().sum() / (fit.latent - fit.latent.mean(0)).square().sum()
+    assert left < 0.5
+    order = np.random.default_rng(5).permutation(len(x))
+    permuted = rq_vae(np.concatenate([x[order], x[order[:30]]]), seed=0, **settings)  # duplicates do not count either
+    assert torch.equal(permuted.codebooks.vectors, fit.codebooks.vectors)
+    assert torch.equal(permuted.codebooks.encode(permuted.latent)[:400], codes[torch.from_numpy(order)])
+
+
+def test_rq_vae_leaves_the_callers_random_numbers_alone_and_takes_fewer_items_than_codes():
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    fit = rq_vae(clustered(num_items=5), 2, 8, steps=5, latent_dim=4, hidden=8)
+    assert torch.equal(torch.rand(3), expected)
+    assert fit.latent.shape == (5, 4) and torch.isfinite(fit.codebooks.vectors).all()
+    with pytest.raises(MmsidError, match="first row 1"):
+        rq_vae(np.array([[0.0, 1.0], [np.nan, 0.0]]))

@@ -19,7 +19,7 @@ from mmsid.sids.distribution import (
     pair_agreement,
 )
 from mmsid.sids.intrinsic import basket, dominates
-from mmsid.sids.semantics import category_agreement, cluster_agreement, fidelity, nearest_neighbour_lcp, retrieval_recall
+from mmsid.sids.semantics import category_agreement, cluster_agreement, fidelity, nearest_neighbour_lcp
 
 CODES = np.array([[0, 0], [0, 0], [0, 1], [2, 1]])  # K = 4
 
@@ -121,37 +121,6 @@ def test_flip_rate_by_hand():
     assert flip_rate(CODES, other) == pytest.approx([0.5, 0.25, 0.75])
     with pytest.raises(ValueError):
         flip_rate(CODES, other[:2])
-
-
-def test_retrieval_by_hand():
-    angles = np.deg2rad([0, 10, 20, 30, 180])
-    x = np.stack([np.cos(angles), np.sin(angles)], axis=1)
-    pairs = np.array([[0, 1], [0, 3], [4, 3], [2, 2]])  # ranks 1, 3, 1; the self pair is left out
-    found = retrieval_recall(x, pairs, ks=(1, 2, 3))
-    assert found["full"] == pytest.approx({"1": 2 / 3, "2": 2 / 3, "3": 1})
-    assert found["sampled"] == found["full"] and found["floor_full"]["1"] == 0.25  # 3 other items: all are drawn
-    # one negative of three: the rank-3 positive is beaten by it with probability 2/3
-    assert retrieval_recall(x, pairs, ks=(1,), negatives=1)["sampled"]["1"] == pytest.approx((1 + 1 + 1 / 3) / 3)
-
-
-def test_retrieval_ties_count_at_expectation():
-    found = retrieval_recall(np.ones((5, 3)), np.array([[0, 1]]), ks=(1, 2), negatives=1)
-    assert found["full"] == pytest.approx({"1": 1 / 4, "2": 2 / 4}) and found["sampled"] == pytest.approx({"1": 1 / 2, "2": 1})
-
-
-def test_sampled_negatives_match_simulation():
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(60, 4))
-    pairs = rng.integers(0, 60, size=(5, 2))
-    pairs = pairs[pairs[:, 0] != pairs[:, 1]]
-    unit = x / np.linalg.norm(x, axis=1, keepdims=True)
-    hits = []
-    for query, positive in pairs:
-        others = np.setdiff1d(np.arange(60), [query, positive])
-        for _ in range(2000):
-            drawn = rng.choice(others, 20, replace=False)
-            hits.append((unit[drawn] @ unit[query] > unit[positive] @ unit[query]).sum() < 5)
-    assert retrieval_recall(x, pairs, ks=(5,), negatives=20)["sampled"]["5"] == pytest.approx(np.mean(hits), abs=0.02)
 
 
 def planted(seed=0, clusters=16, per_cluster=40):

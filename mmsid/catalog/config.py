@@ -20,6 +20,8 @@ class Fields(Section):
         title, description: text, or None when the table has none.
         image: one column or several; each cell holds a path (relative to `image_root`) or a list of paths.
         categories: a list column, or several columns from root to leaf.
+        category_roots: where the column holds more than the path (a brand before it): the path starts at the first of these names,
+            and is empty where none occurs.
         attributes: columns with one value or a list of labels each, or a single column holding a mapping.
         group_by: rows with the same value of this column are creatives of one item, and the value is its id.
         user_id, sequence, timestamps: of the sequences table; `sequence` lists item ids in time order.
@@ -31,6 +33,7 @@ class Fields(Section):
     description: str | None = "description"
     image: str | list[str] | None = "image"
     categories: str | list[str] | None = "categories"
+    category_roots: list[str] = Field(default_factory=list)
     attributes: list[str] = Field(default_factory=list)
     group_by: str | None = None
     user_id: str = "user_id"

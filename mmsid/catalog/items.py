@@ -136,10 +136,17 @@ class _Rows:
         return _Content(
             title=cells.text(index, self._title),
             description=cells.text(index, self._description),
-            categories=tuple(name for column in self._categories for name in cells.texts(index, column)),
+            categories=self._path(index),
             attributes=self._attributes(index),
             pictures=tuple(self._picture(path) for path in paths),
         )
+
+    def _path(self, index: int) -> tuple[str, ...]:
+        path = tuple(name for column in self._categories for name in self._cells.texts(index, column))
+        roots = self._config.fields.category_roots
+        if not roots:
+            return path
+        return path[next((place for place, name in enumerate(path) if name in roots), len(path)) :]
 
     def _attributes(self, index: int) -> dict[str, tuple[str, ...]]:
         names = self._config.fields.attributes

@@ -11,9 +11,9 @@ import torch
 
 from mmsid.artifacts import read_tensors, write_tensors
 from mmsid.errors import ArtifactError, MmsidError
+from mmsid.quantize.greedy import greedy_codes
 
 _BLOCK_ROWS = 8192
-_TIE = 1e-10  # relative to the squared norms: float64 rounding differs between a row alone and a row in a batch
 
 
 def as_matrix(x: np.ndarray | torch.Tensor, what: str = "embeddings") -> torch.Tensor:
@@ -25,7 +25,7 @@ def as_matrix(x: np.ndarray | torch.Tensor, what: str = "embeddings") -> torch.T
     matrix = torch.as_tensor(x).detach().to("cpu", torch.float32).contiguous()
     if matrix.ndim != 2 or 0 in matrix.shape:
         raise MmsidError(f"{what}: need a matrix (items, dimensions) with at least one of each, got shape {tuple(matrix.shape)}")
-    finite = torch.isfinite(matrix).all(dim=1)
+    finite = torch.cat([torch.isfinite(matrix[rows]).all(dim=1) for rows in row_blocks(len(matrix))])
     if not finite.all():
         bad = (~finite).nonzero().flatten()
         raise MmsidError(f"{what}: {len(bad)} of {len(matrix)} rows hold NaN or infinite values, first row {int(bad[0])}; embed them again")
@@ -73,7 +73,7 @@ class ResidualCodebooks:
     def encode(self, x: np.ndarray | torch.Tensor) -> torch.Tensor:
         """Nearest code per level, greedily on the residual; ties go to the lowest index.
 
-        In float64 with a tie margin, so that a row alone, in a batch and in another order gets the same codes.
+        A row alone, in a batch and in another order gets the same codes (see `mmsid.quantize.greedy`).
 
         Args:
             x: (N, D).
@@ -82,20 +82,7 @@ class ResidualCodebooks:
         Raises:
             MmsidError: see `as_matrix`; or D differs from the codebooks'.
         """
-        matrix = self._checked(x)
-        vectors = self.vectors.double()
-        norms = vectors.square().sum(-1)
-        blocked = torch.where(self.used, 0.0, torch.inf)
-        codes = torch.empty((len(matrix), self.num_levels), dtype=torch.int64)
-        for rows in row_blocks(len(matrix)):
-            residual = matrix[rows].double()
-            for level in range(self.num_levels):
-                distance = norms[level] - 2 * residual @ vectors[level].T + blocked[level]
-                margin = _TIE * (residual.square().sum(1, keepdim=True) + norms[level].max())
-                tied = (distance <= distance.min(dim=1, keepdim=True).values + margin).numpy()
-                codes[rows, level] = torch.from_numpy(tied.argmax(axis=1))  # numpy promises the first of equals
-                residual = residual - vectors[level][codes[rows, level]]
-        return codes
+        return torch.from_numpy(greedy_codes(self._checked(x).numpy(), self.vectors.float().numpy(), self.used.numpy()))
 
     def decode(self, codes: np.ndarray | torch.Tensor, levels: int | None = None) -> torch.Tensor:
         """Sum of the code vectors of the first `levels` levels (all by default): (N, L) codes -> (N, D) float32."""

@@ -13,7 +13,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from vector_quantize_pytorch import ResidualVQ
 
 from mmsid.quantize.balanced import distinct_rows
 from mmsid.quantize.codebooks import ResidualCodebooks, as_matrix
@@ -32,9 +31,9 @@ def rq_vae(
     codebook_size: int = 256,
     seed: int = 0,
     *,
-    latent_dim: int = 64,
+    latent_dim: int = 32,
     hidden: int = 256,
-    steps: int = 1500,
+    steps: int = 400,
     batch_rows: int = 1024,
     learning_rate: float = 1e-3,
     commitment: float = 0.25,
@@ -50,6 +49,8 @@ def rq_vae(
     Raises:
         MmsidError: not a matrix, or NaN or infinite values.
     """
+    from vector_quantize_pytorch import ResidualVQ  # takes seconds to import: only whoever trains one pays
+
     rows, inverse = distinct_rows(as_matrix(x))
     rows = rows - rows.mean(0)
     rows = rows / rows.square().mean().sqrt().clamp_min(1e-12)

@@ -12,6 +12,14 @@ from mmsid.quantize.codebooks import ResidualCodebooks, row_blocks
 _BEAMS = (16, 1024)
 
 
+def best_first(values: torch.Tensor, count: int) -> torch.Tensor:
+    """Places of the `count` greatest of (n,) values, greatest first, equal ones in their order: a stable sort without sorting all."""
+    if len(values) > count:
+        places = (values >= torch.topk(values, count, sorted=False).values.min()).nonzero().flatten()
+        return places[torch.argsort(values[places], descending=True, stable=True)[:count]]
+    return torch.argsort(values, descending=True, stable=True)
+
+
 class CodebookScores:
     """log pi(c_l | x, c_<l) = log softmax(-|r_l - e|^2 / t_l) of a set of items, r_l = x - the vectors chosen before.
 
@@ -26,6 +34,8 @@ class CodebookScores:
     def __init__(self, codebooks: ResidualCodebooks, x: np.ndarray | torch.Tensor, temperature: Sequence[float] | None = None) -> None:
         self.codebooks = codebooks
         self.x = codebooks._checked(x)
+        self._vectors = codebooks.vectors.double()
+        self._norms = self._vectors.square().sum(-1)
         if temperature is None:
             temperature = self._default_temperature()
         if len(temperature) != codebooks.num_levels or min(temperature) <= 0:
@@ -58,10 +68,10 @@ class CodebookScores:
         size = self.codebooks.codebook_size
         for level in range(self.codebooks.num_levels - 1):
             joint = (log_prob[:, None] + self._log_pi(residual, level)).flatten()
-            kept = torch.argsort(joint, descending=True, stable=True)[:beam]
+            kept = best_first(joint, beam)
             parent, code = kept // size, kept % size
             prefixes, log_prob = torch.cat([prefixes[parent], code[:, None]], dim=1), joint[kept]
-            residual = residual[parent] - self.codebooks.vectors[level][code].double()
+            residual = residual[parent] - self._vectors[level][code]
         return [(tuple(codes), float(value)) for codes, value in zip(prefixes.tolist(), log_prob.tolist(), strict=True)]
 
     def margin(self, codes: np.ndarray | torch.Tensor) -> np.ndarray:
@@ -79,19 +89,22 @@ class CodebookScores:
                 log_pi = self._log_pi(residual, level)
                 own = log_pi.gather(1, chosen)[:, 0]
                 least = torch.minimum(least, own - log_pi.scatter(1, chosen, -torch.inf).max(dim=1).values)
-                residual = residual - self.codebooks.vectors[level][chosen[:, 0]].double()
+                residual = residual - self._vectors[level][chosen[:, 0]]
             result[rows] = least.numpy()
         return result
 
     def _log_pi(self, residual: torch.Tensor, level: int) -> torch.Tensor:
-        vectors = self.codebooks.vectors[level].double()
-        scores = (2 * residual @ vectors.T - vectors.square().sum(1)) / self.temperature[level]
+        scores = (2 * residual @ self._vectors[level].T - self._norms[level]) / self.temperature[level]
         return torch.log_softmax(scores, dim=1)
 
     def _default_temperature(self) -> list[float]:
         codes = self.codebooks.encode(self.x)
-        energy = max(float(self.x.double().square().sum(1).mean()), 1e-12)
-        errors = [
-            float((self.x - self.codebooks.decode(codes, level)).double().square().sum(1).mean()) for level in range(1, codes.shape[1] + 1)
-        ]
-        return [max(error, 1e-6 * energy) for error in errors]
+        energy, errors = 0.0, np.zeros(codes.shape[1])
+        for rows in row_blocks(len(codes)):
+            residual = self.x[rows].double()
+            energy += float(residual.square().sum())
+            for level in range(codes.shape[1]):
+                residual = residual - self._vectors[level][codes[rows, level]]
+                errors[level] += float(residual.square().sum())
+        energy = max(energy / len(codes), 1e-12)
+        return [max(float(error) / len(codes), 1e-6 * energy) for error in errors]

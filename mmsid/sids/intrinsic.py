@@ -19,7 +19,8 @@ from mmsid.sids.distribution import (
     level_metrics,
     pair_agreement,
 )
-from mmsid.sids.semantics import category_agreement, fidelity, nearest_neighbour_lcp, retrieval_recall
+from mmsid.sids.retrieval import prefix_recall, retrieval_recall
+from mmsid.sids.semantics import category_agreement, fidelity, nearest_neighbour_lcp
 from mmsid.sids.table import SidTable
 
 SCHEMA_VERSION = 1
@@ -33,6 +34,7 @@ def intrinsic_metrics(
     codebook_vectors: np.ndarray | None = None,
     content_hashes: list[str] | None = None,
     seed: int = 0,
+    decoded: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """All intrinsic figures of a table's published codes, ready for JSON. Rows of every argument are the table's rows.
 
@@ -41,16 +43,18 @@ def intrinsic_metrics(
         held_out_pairs: (P, 2) rows adjacent in histories that nothing was fitted on (the inner 10 %).
         embeddings: (N, D); codebook_vectors: (L, K, D) in the same space, for the rebuild figures.
         content_hashes: N; separates exact duplicates from collisions.
+        decoded: (N, D') vectors that the published codes decode to, in any space: what retrieval by codes searches with.
     Returns:
         published, raw (bucket figures; `with_suffix` too where there is one), levels, joint_entropy (nats),
         effective_capacity, min_perplexity, max_gini, changed (raw to published, per level and any), margin_median; where
         the inputs are given: coengagement (pairs, agreement, chance, lift per prefix length, lift null where chance is 0,
-        lcp, lcp_chance, lcp_ratio, lcp_difference), categories, fidelity, retrieval, neighbour_lcp. Definitions: the functions of
-        `mmsid.sids.distribution` and `mmsid.sids.semantics`.
+        lcp, lcp_chance, lcp_ratio, lcp_difference), categories, fidelity, retrieval (by the embedding), retrieval_prefix (by the
+        codes), retrieval_decoded, neighbour_lcp. Definitions: the functions of `mmsid.sids.distribution`, `mmsid.sids.semantics` and
+        `mmsid.sids.retrieval`.
     Raises:
         ValueError: an empty table, or an argument of another number of rows.
     """
-    for name, rows in (("categories", categories), ("embeddings", embeddings), ("content_hashes", content_hashes)):
+    for name, rows in (("categories", categories), ("embeddings", embeddings), ("content_hashes", content_hashes), ("decoded", decoded)):
         if rows is not None and len(rows) != len(table):
             raise ValueError(f"{name} has {len(rows)} rows, the table {len(table)}")
     if not len(table):
@@ -83,6 +87,9 @@ def intrinsic_metrics(
         pairs = pairs[pairs[:, 0] != pairs[:, 1]]
         if len(pairs):
             metrics["coengagement"] = coengagement_metrics(codes, pairs)
+            metrics["retrieval_prefix"] = prefix_recall(codes, pairs)
+            if decoded is not None:
+                metrics["retrieval_decoded"] = retrieval_recall(decoded, pairs)
     if categories is not None:
         metrics["categories"] = category_agreement(codes, categories, seed)
     if embeddings is not None and len(table) > 1:

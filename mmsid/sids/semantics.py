@@ -1,4 +1,4 @@
-"""What codes mean: agreement with categories, fidelity to the embedding, retrieval by the embedding."""
+"""What codes mean: agreement with categories, fidelity to the embedding and to its neighbourhoods."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
-from scipy.special import gammaln
 
 from mmsid.sids.distribution import entropy, prefix_labels
 
 _BLOCK = 128  # queries at a time: 128 x N similarities in memory
-_TIE = 1e-5  # cosines nearer than this are equal: exact duplicates must tie whatever the order of summation
 
 
 def cluster_agreement(clusters: np.ndarray, classes: np.ndarray) -> dict[str, float]:
@@ -96,65 +94,6 @@ def fidelity(x: np.ndarray, vectors: np.ndarray, codes: np.ndarray) -> list[dict
             {"mse": float(error / len(x)), "r2": float(1 - error / variance) if variance > 0 else 0.0, "cosine": float(cosine.mean())}
         )
     return metrics
-
-
-def retrieval_recall(
-    embeddings: np.ndarray, pairs: np.ndarray, ks: tuple[int, ...] = (1, 5, 10, 20), negatives: int = 999
-) -> dict[str, dict[str, float]]:
-    """R@K of the embedding (cosine) for pairs (query row, positive row): it scores the embedding, not the codes.
-
-    `full`: among the whole catalogue but the query. `sampled`: among the positive and `negatives` others drawn without
-    replacement; computed exactly as the expectation over all draws (hypergeometric), so no sampling noise and no seed.
-    Equal similarities count at expectation. A smaller catalogue uses all the negatives that it has.
-
-    Args:
-        embeddings: (N, D), N >= 2; pairs: (P, 2).
-    Returns:
-        {"full": {"1": ..., ...}, "sampled": {...}, "floor_full": {...}} with floor = k / (N - 1).
-    Raises:
-        ValueError: no pair of two different items.
-    """
-    pairs = np.asarray(pairs, dtype=np.int64).reshape(-1, 2)
-    pairs = pairs[pairs[:, 0] != pairs[:, 1]]
-    if not len(pairs):
-        raise ValueError("no pair of two different items")
-    x = np.asarray(embeddings, dtype=np.float32)
-    norms = np.linalg.norm(x, axis=1, keepdims=True)
-    x = x / np.where(norms > 0, norms, 1)
-    others = len(x) - 2
-    better, tied = np.empty(len(pairs), dtype=np.int64), np.empty(len(pairs), dtype=np.int64)
-    order = np.argsort(pairs[:, 0], kind="stable")
-    for start in range(0, len(order), _BLOCK):
-        block = order[start : start + _BLOCK]
-        similar = x[pairs[block, 0]] @ x.T
-        own = similar[np.arange(len(block)), pairs[block, 1]][:, None]
-        similar[np.arange(len(block)), pairs[block, 0]] = -np.inf
-        better[block] = (similar > own + _TIE).sum(axis=1)
-        tied[block] = (similar >= own - _TIE).sum(axis=1) - better[block] - 1
-    result: dict[str, dict[str, float]] = {"full": {}, "sampled": {}, "floor_full": {}}
-    drawn = min(negatives, others)
-    for k in ks:
-        result["full"][str(k)] = float(np.clip((k - better) / (tied + 1), 0, 1).mean())
-        running = np.concatenate([[0.0], np.cumsum(_fewer_than(k, others, drawn))])
-        result["sampled"][str(k)] = float(((running[better + tied + 1] - running[better]) / (tied + 1)).mean())
-        result["floor_full"][str(k)] = min(1.0, k / (len(x) - 1))
-    return result
-
-
-def _fewer_than(k: int, others: int, drawn: int) -> np.ndarray:
-    """(others + 1,): entry g = probability that `drawn` of `others` items, without replacement, hold fewer than k of g marked ones."""
-    marked = np.arange(others + 1, dtype=np.float64)
-
-    def log_choose(total: np.ndarray | float, part: float) -> np.ndarray:
-        total = np.maximum(total, part)  # impossible draws are masked out below
-        return gammaln(total + 1) - gammaln(part + 1) - gammaln(total - part + 1)
-
-    probability = np.zeros(others + 1)
-    for found in range(min(k, drawn + 1)):
-        possible = (marked >= found) & (others - marked >= drawn - found)
-        log_mass = log_choose(marked, found) + log_choose(others - marked, drawn - found) - log_choose(float(others), drawn)
-        probability += np.where(possible, np.exp(log_mass), 0.0)
-    return np.minimum(probability, 1.0)
 
 
 def nearest_neighbour_lcp(codes: np.ndarray, embeddings: np.ndarray, max_queries: int = 2000, seed: int = 0) -> float:

@@ -50,7 +50,7 @@ class ArmSpec(Section):
     collisions: Policy = "relocate"
     num_levels: int = Field(3, ge=1, le=8)
     codebook_size: int = Field(256, ge=2)
-    behaviour_weight: float = Field(1.0, gt=0)
+    behaviour_weight: float = Field(1.0, ge=0)
 
     @model_validator(mode="after")
     def _relocatable(self) -> ArmSpec:
@@ -136,6 +136,7 @@ def make_arm(spec: ArmSpec, sources: ArmSources, folder: Path, seed: int) -> Sid
         scores=scores,
         margin=scores.margin(raw_codes),
         embeddings=space,
+        decode=lambda codes: codebooks.decode(codes).numpy(),
         **common,
     )
     codebooks.save(Path(folder) / "codebooks.safetensors")

@@ -19,9 +19,10 @@ from mmsid.progress import done, track
 from mmsid.sids import intrinsic_table
 from mmsid.sids.collisions import Policy
 from mmsid.sids.folder import INTRINSIC
+from mmsid.sids.retrieval import retrieval_table
 from mmsid.tokenizer.inputs import load_inputs
 from mmsid.tokenizer.model import ItemTokenizer
-from mmsid.tokenizer.publish import HeadScores, publish, rebuild_figures
+from mmsid.tokenizer.publish import HeadScores, head_decoder, publish, rebuild_figures
 
 _REBUILT_ROWS = 50_000
 
@@ -78,6 +79,7 @@ def run(config: AssignConfig) -> Path:
             scores=HeadScores(tokenizer.head, lambda rows, scores=scores: torch.from_numpy(scores[rows])),
             margin=margin,
             embeddings=embeddings,
+            decode=head_decoder(tokenizer.head),
             tokenizer_sha256=tokenizer.sha256(),
             seed=config.seed,
         )
@@ -85,7 +87,9 @@ def run(config: AssignConfig) -> Path:
             metrics |= rebuilt
             write_json(draft.path / INTRINSIC, metrics)
         path.unlink()
-        (draft.path / "intrinsic.md").write_text(intrinsic_table({"ours": metrics}), encoding="utf-8")
+        (draft.path / "intrinsic.md").write_text(
+            intrinsic_table({"ours": metrics}) + "\n" + retrieval_table({"ours": metrics}), encoding="utf-8"
+        )
         draft.counts.update({"items": len(items)})
         draft.extra["collisions"] = metrics["collisions"]
     published = metrics["published"]

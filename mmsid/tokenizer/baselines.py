@@ -19,6 +19,7 @@ from mmsid.progress import done
 from mmsid.sids import intrinsic_table
 from mmsid.sids.collisions import Policy
 from mmsid.sids.folder import INTRINSIC
+from mmsid.sids.retrieval import retrieval_table
 from mmsid.tokenizer.arms import ArmSources, ArmSpec, Method, make_arm
 from mmsid.tokenizer.inputs import FieldName
 from mmsid.tokenizer.targets import StartSettings
@@ -64,11 +65,11 @@ class BaselinesConfig(StageConfig):
         return ArmSpec.model_validate(
             {
                 "method": method,
-                "space": space if self.start.behaviour_weight > 0 else "text",
+                "space": space,
                 "collisions": self.collisions,
                 "num_levels": self.num_levels,
                 "codebook_size": self.codebook_size,
-                "behaviour_weight": self.start.behaviour_weight or 1.0,
+                "behaviour_weight": self.start.behaviour_weight,
             }
         )
 
@@ -93,7 +94,7 @@ def run(config: BaselinesConfig) -> Path:
         for arm in config.arms:
             make_arm(config.spec(arm), sources, draft.path / arm, config.seed)
             figures[arm] = read_json(draft.path / arm / INTRINSIC)
-        (draft.path / "intrinsic.md").write_text(intrinsic_table(figures), encoding="utf-8")
+        (draft.path / "intrinsic.md").write_text(intrinsic_table(figures) + "\n" + retrieval_table(figures), encoding="utf-8")
         draft.counts.update({"items": len(catalog.items), "arms": len(config.arms)})
     done(f"baselines: wrote {', '.join(config.arms)} for {len(catalog.items):,} items to {config.out}")
     return config.out

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from mmsid.artifacts import write_tensors
 from mmsid.catalog import Catalog, Split, adjacent_pairs
+from mmsid.quantize import ResidualCodebooks
+from mmsid.quantize.scores import best_first
 from mmsid.sids import SidTable, intrinsic_metrics, resolve, write_sid_folder
 from mmsid.sids.collisions import Policy
 from mmsid.sids.semantics import fidelity
@@ -54,7 +56,7 @@ class HeadScores:
             for _ in range(self.head.num_levels - 1):
                 step = self.head.level_logits(s, prefixes)[0].double().log_softmax(-1)
                 total = (joint[:, None] + step).flatten()
-                kept = total.argsort(descending=True, stable=True)[:beam]
+                kept = best_first(total, beam)
                 parent, code = kept // step.shape[1], kept % step.shape[1]
                 prefixes, joint = torch.cat([prefixes[0, parent], code[:, None]], 1)[None], total[kept]
             for codes, value in zip(prefixes[0].tolist(), joint.tolist(), strict=True):
@@ -74,13 +76,15 @@ def publish(
     scores: Scores | None,
     margin: np.ndarray | None = None,
     embeddings: np.ndarray | None = None,
+    decode: Callable[[np.ndarray], np.ndarray] | None = None,
     tokenizer_sha256: str = "",
     seed: int = 0,
 ) -> tuple[SidTable, dict[str, Any]]:
     """Resolve collisions of raw codes (N, L), measure, and write a SID folder; returns the table and its figures.
 
     `scores` is needed by the policy "relocate" only. `embeddings` (N, D), if given, are written as `embeddings.safetensors` (row
-    order = the table's) and measured. Pairs come from the inner held-out users; categories from the catalogue.
+    order = the table's) and measured. `decode` turns codes (N, L) into vectors, for retrieval by codes. Pairs come from the inner
+    held-out users; categories from the catalogue.
     """
     hashes = [item.content_sha256 for item in catalog.items]
     needed = scores if collisions == "relocate" else None
@@ -106,13 +110,28 @@ def publish(
     pairs = adjacent_pairs(held_out) if held_out else None
     categories = [item.categories for item in catalog.items]
     metrics = intrinsic_metrics(
-        table, categories if any(categories) else None, pairs, embeddings=embeddings, content_hashes=hashes, seed=seed
+        table,
+        categories if any(categories) else None,
+        pairs,
+        embeddings=embeddings,
+        content_hashes=hashes,
+        seed=seed,
+        decoded=None if decode is None or pairs is None else decode(table.codes),
     )
     metrics["collisions"] = {"policy": collisions, "moved": resolution.moved, "spilled": resolution.spilled}
     write_sid_folder(folder, table, metrics)
     if embeddings is not None:
         write_tensors(Path(folder) / "embeddings.safetensors", {"embeddings": torch.from_numpy(np.ascontiguousarray(embeddings))})
     return table, metrics
+
+
+def head_decoder(head: CodeHead) -> Callable[[np.ndarray], np.ndarray] | None:
+    """Codes (N, L) -> the sum of their code vectors without the places of the prices; None for a head without vectors."""
+    if not isinstance(head, ResidualHead):
+        return None
+    kept = head.vectors.shape[-1] - head.num_levels if head.vectors.shape[-1] > head.num_levels else head.vectors.shape[-1]
+    codebooks = ResidualCodebooks(head.vectors.detach().cpu().float()[..., :kept].contiguous())
+    return lambda codes: codebooks.decode(codes).numpy()
 
 
 def rebuild_figures(head: CodeHead, s: np.ndarray, table: SidTable) -> dict[str, Any] | None:
