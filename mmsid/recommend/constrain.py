@@ -200,9 +200,9 @@ class TrieLogitsProcessor(LogitsProcessor):
         may_end = node < 0
         depths = [longest] if self.prompt_length is not None else range(longest + 1)
         for depth in depths:
+            if depth > len(self.constraint.levels) or not len(self.constraint.ends[depth]):
+                continue  # rows that went on after a whole SID, or where no SID goes: their node is -1
             here = (length == depth) & (node >= 0)
-            if depth > len(self.constraint.levels):
-                continue  # such rows went on after a whole SID: their node is -1
             place = torch.where(here, node, 0)
             may_end |= here & self.constraint.ends[depth][place]
             if depth < len(self.constraint.levels):
