@@ -75,6 +75,7 @@ def test_the_loss_is_the_likelihood_of_every_position_of_every_prefix(architectu
                     if level + 1 < len(model.sizes):
                         logits = steps.step(level + 1, torch.zeros(1, 1, dtype=torch.long), code.view(1, 1))
     assert together == pytest.approx(total, abs=1e-3)
+    assert torch.isfinite(model(torch.tensor([[2]])))  # one item, nothing before it
 
 
 def test_the_stage_trains_the_architecture_that_the_config_names(tmp_path):

@@ -36,8 +36,6 @@ from mmsid.sids.folder import read_sid_folder
 from mmsid.sids.table import SidTable
 
 COMPARED = ("NDCG@10", "HR@10")
-
-
 Architecture = Literal["instrument", "flat", "tiger"]
 
 
