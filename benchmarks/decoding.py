@@ -10,9 +10,9 @@ decides the cost, not their content). Four ways to the same 50 beams for a batch
 - ours as a logits processor inside Hugging Face `generate` (the reusable form);
 - generate with `prefix_allowed_tokens_fn` over a dictionary of prefixes (what most published projects do).
 
-The last two must return the beams of the first: SIDs and scores are compared. Repetitions of the ways are interleaved, so that a
-busy machine slows all of them alike, and a ratio is the median over repetitions of the ratio within one. Beside that, the masking
-step of the last level alone, on the same (users x beams) prefixes, against `rectokens` where that is installed.
+The last two must return the beams of the first: SIDs and scores are compared. Beside that, the masking step alone, on as many
+(users x beams) prefixes, against `rectokens` where that is installed. Seconds are those that the one thread spent computing, so that
+other work on the machine does not count; repetitions of the ways are interleaved, and a ratio is taken within each repetition.
 
 Prints Markdown; writes benchmarks/results/decoding.json.
 """
@@ -182,14 +182,14 @@ def masking_step(trie: PathTrie, codes: np.ndarray, rows: int, repeats: int) -> 
 
 
 def interleaved(ways: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each way, `repeats` times, one after the other within a repetition; one more run before is not counted."""
+    """Processor seconds of each way, `repeats` times, one after the other within a repetition, after one run that is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for repeat in range(repeats + 1):
         for name, way in ways.items():
-            started = time.perf_counter()
+            started = time.process_time()
             way()
             if repeat:
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append(time.process_time() - started)
     return seconds
 
 

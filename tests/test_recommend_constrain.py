@@ -72,7 +72,8 @@ def test_rows_of_different_lengths_after_the_begin_token():
 def test_a_row_that_can_only_end_ends_even_if_the_model_forbids_it():
     processor = TrieLogitsProcessor(Trie.from_codes(CODES, (3, 4, 5)), TOKEN_IDS, prompt_length=0, end_token_id=END)
     scores = torch.full((1, VOCABULARY), -torch.inf)
-    assert torch.isfinite(processor(torch.tensor([[10, 2]]), scores)).nonzero().tolist() == [[0, END]]
+    for prefix in ([10, 2], [12, 2, 8], [10, 3]):  # no item's, whole, whole without a suffix
+        assert torch.isfinite(processor(torch.tensor([prefix]), scores)).nonzero().tolist() == [[0, END]]
 
 
 def test_without_an_end_token_nothing_left_is_an_error_and_not_freedom():
