@@ -5,7 +5,7 @@ children and a dense row of 0 / -inf per node make the step one row lookup and o
 few children among many codes: there only the children are gathered (compressed sparse rows), so that a search looks at
 `width` candidates per beam and not at the whole codebook. The division is that of STATIC (arXiv 2602.22647).
 
-No step loops over rows, and none but the processor's error check waits for the device.
+The masking step neither loops over rows nor waits for the device.
 """
 
 from __future__ import annotations
@@ -197,23 +197,24 @@ class TrieLogitsProcessor(LogitsProcessor):
 
     def _masked(self, scores: torch.Tensor, node: torch.Tensor, length: torch.Tensor, longest: int) -> torch.Tensor:
         masked = torch.full_like(scores, -torch.inf)
-        may_end = node < 0
+        may_end, goes_on = node < 0, torch.zeros_like(node, dtype=torch.bool)
         depths = [longest] if self.prompt_length is not None else range(longest + 1)
         for depth in depths:
+            if depth > len(self.constraint.levels) or not len(self.constraint.ends[depth]):
+                continue  # rows that went on after a whole SID, or where no SID goes: their node is -1
             here = (length == depth) & (node >= 0)
-            if depth > len(self.constraint.levels):
-                continue  # such rows went on after a whole SID: their node is -1
             place = torch.where(here, node, 0)
             may_end |= here & self.constraint.ends[depth][place]
             if depth < len(self.constraint.levels):
                 code, real = self.constraint.levels[depth].children(place)
                 token = self.token_ids[depth][code]
                 real &= here[:, None]
+                goes_on |= real.any(1)
                 masked.scatter_reduce_(1, token, scores.gather(1, token).masked_fill_(~real, -torch.inf), "amax")
         if self.end_token_id is not None:
             end = scores[:, self.end_token_id]
             # a row that can only end must end, whatever the model thinks of it
-            end = torch.where(torch.isneginf(end) & (node < 0), 0.0, end)
+            end = torch.where(torch.isneginf(end) & ~goes_on, 0.0, end)
             masked[:, self.end_token_id] = torch.where(may_end, end, -torch.inf)
         elif bool(may_end.any()):
             row = int(may_end.nonzero()[0, 0])

@@ -179,13 +179,13 @@ def _epoch(
 ) -> float:
     """One pass; the mean negative log-likelihood per item (of this process's share), in nats."""
     wrapped.train()
-    reach = accelerator.unwrap_model(wrapped).shape.max_history
+    window = accelerator.unwrap_model(wrapped).window
     total, count = 0.0, 0
     for start in range(0, len(order), batch_size):
         users = order[start : start + batch_size]
-        positions = sum(min(len(histories[user]), reach) for user in users)
+        positions = sum(min(len(histories[user]), window) for user in users)
         mine = users[accelerator.process_index :: accelerator.num_processes]
-        batch = pad_histories([histories[user] for user in mine], reach).to(accelerator.device)
+        batch = pad_histories([histories[user] for user in mine], window).to(accelerator.device)
         optimizer.zero_grad(set_to_none=True)
         loss = wrapped(batch)
         # gradients are averaged over processes, so each share is weighted by the whole batch's positions

@@ -42,7 +42,7 @@ class FlatRecommender(TokenRecommender):
     """
 
     def __init__(self, paths: ItemPaths, shape: FlatShape) -> None:
-        super().__init__(paths)
+        super().__init__(paths, shape.max_history)
         self.shape = shape
         config = GPT2Config(
             vocab_size=self.begin + 1,

@@ -45,7 +45,7 @@ class TigerRecommender(TokenRecommender):
     """
 
     def __init__(self, paths: ItemPaths, shape: TigerShape) -> None:
-        super().__init__(paths)
+        super().__init__(paths, shape.max_history)
         self.shape = shape
         config = T5Config(
             vocab_size=self.begin + 1,

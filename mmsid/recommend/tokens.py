@@ -18,12 +18,17 @@ from mmsid.recommend.paths import ItemPaths
 class TokenRecommender(nn.Module):
     """Base of the flat decoder and of the encoder-decoder.
 
+    Attributes:
+        window: items of a train history that are read at once: `max_history` and the target after them, so that the
+            longest history that is ever decoded was also trained on.
+
     Args:
         paths: of all items; a ragged suffix is a level of its own (paths.item_paths).
     """
 
-    def __init__(self, paths: ItemPaths) -> None:
+    def __init__(self, paths: ItemPaths, max_history: int) -> None:
         super().__init__()
+        self.window = max_history + 1
         self.sizes = tuple(int(size) for size in paths.sizes)
         self.offsets = [0, *np.cumsum(self.sizes)[:-1].tolist()]
         self.begin = sum(self.sizes)

@@ -1,4 +1,6 @@
-"""SIDs in the shapes other projects read, and back: index.json (MiniOneRec, LC-Rec, LETTER), token list, code strings."""
+"""SIDs in the shapes other projects read, and back: index.json (MiniOneRec, LC-Rec, LETTER), token list, code strings,
+and what a serving engine needs to write existing SIDs only: allowed next tokens, and which items a SID stands for.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +8,16 @@ import re
 import string
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 
-from mmsid.artifacts import read_json, read_table, write_json
+from mmsid.artifacts import read_json, read_table, write_json, write_tensors
 from mmsid.errors import ArtifactError
 from mmsid.sids.table import SidTable
+from mmsid.sids.trie import Trie
 
 LETTERS = string.ascii_lowercase
 _TOKEN = re.compile(r"<([a-z])_([0-9]{1,9})>")
@@ -29,10 +35,28 @@ def sid_tokens(table: SidTable) -> list[list[str]]:
 
 def vocabulary(table: SidTable) -> list[str]:
     """Every token a text tokenizer needs: all codes of all levels, used or not, so that it need not grow with the catalogue."""
+    return [text for level in level_tokens(table) for text in level]
+
+
+def level_tokens(table: SidTable) -> list[list[str]]:
+    """The same tokens level by level, code c of a level at place c; a suffix is one more level."""
     sizes = list(table.codebook_sizes)
     if table.suffix is not None:
-        sizes.append(int(table.suffix.max(initial=-1)) + 1)
-    return [token(level, code) for level, size in enumerate(sizes) for code in range(size)]
+        sizes.append(max(int(table.suffix.max(initial=-1)) + 1, 1))
+    return [[token(level, code) for code in range(size)] for level, size in enumerate(sizes)]
+
+
+def token_ids(text_tokenizer: Any, table: SidTable) -> list[list[int]]:
+    """Per level, the id of each code in a Hugging Face text tokenizer that knows the tokens of `write_tokens`.
+
+    Raises:
+        ArtifactError: it lacks a token, or splits it.
+    """
+    known = text_tokenizer.get_vocab()
+    missing = [text for text in vocabulary(table) if text not in known]
+    if missing:
+        raise ArtifactError(f"the text tokenizer lacks {len(missing)} SID tokens (first: {missing[0]}); add tokens.txt to it first")
+    return [[known[text] for text in level] for level in level_tokens(table)]
 
 
 def write_index_json(path: Path, table: SidTable) -> None:
@@ -43,6 +67,75 @@ def write_index_json(path: Path, table: SidTable) -> None:
 def write_tokens(path: Path, table: SidTable) -> None:
     """One token per line; `tokenizer.add_tokens(Path(path).read_text().split())` adds them to a Hugging Face tokenizer."""
     Path(path).write_text("\n".join(vocabulary(table)) + "\n", encoding="utf-8")
+
+
+def write_allowed_tokens(path: Path, table: SidTable, ids: Sequence[Sequence[int]], end_token_id: int | None = None) -> None:
+    """What may follow every prefix of SIDs, in a serving engine's own token ids, for its logits processor (SGLang, vLLM).
+
+    A `.json` file: `{"levels": D, "allowed": {"": [..], "17": [..], "17,301": [..]}}`, keys are prefixes of token ids
+    joined by commas, lists ascend. With `end_token_id` a whole SID is a key as well and allows the end; without, it is
+    no key: stop after it. A prefix that is no key belongs to no item: allow the end only, never everything.
+
+    A `.safetensors` file, for large catalogues: the trie in compressed sparse rows. Node 0 of depth 0 is the empty prefix;
+    node i of depth d may be followed by `tokens.d[offsets.d[i] : offsets.d[i + 1]]`, ascending, which lead to the nodes of
+    depth d + 1 of the same numbers; it is a whole SID where `ends.d[i]` is 1.
+
+    Args:
+        ids: per level, the id of each code (`token_ids`).
+
+    Raises:
+        ArtifactError: another file ending, or `ids` does not name every code.
+    """
+    trie, path = Trie.from_table(table), Path(path)
+    if len(ids) != trie.depth or any(len(level) < size for level, size in zip(ids, trie.sizes.tolist())):
+        raise ArtifactError(
+            f"token ids are given for {[len(level) for level in ids]} codes per level, the SIDs have {trie.sizes.tolist()}; name every code"
+        )
+    if path.suffix == ".json":
+        allowed: dict[str, list[int]] = {}
+        for sid in table.full_codes().tolist():
+            tokens = [ids[level][code] for level, code in enumerate(sid) if code >= 0]
+            following = tokens if end_token_id is None else [*tokens, end_token_id]
+            for length, after in enumerate(following):
+                allowed.setdefault(",".join(map(str, tokens[:length])), []).append(after)
+        sorted_lists = {prefix: sorted(set(after)) for prefix, after in allowed.items()}
+        write_json(path, {"levels": trie.depth, "end": end_token_id, "allowed": sorted_lists})
+    elif path.suffix == ".safetensors":
+        write_tensors(path, _allowed_tensors(trie, ids))
+    else:
+        raise ArtifactError(f"{path}: allowed tokens are written as .json or .safetensors; name one of these")
+
+
+def _allowed_tensors(trie: Trie, ids: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
+    """Rows of the trie with token ids in place of codes, its children put in ascending order of those ids."""
+    tensors = {}
+    order = torch.zeros(1, dtype=torch.int64)  # new number -> the trie's own number, of the nodes of a depth
+    for depth in range(trie.depth):
+        first, code = trie.child_offsets[depth], trie.child_codes[depth]
+        count = first.diff()[order]
+        offsets = F.pad(count.cumsum(0), (1, 0))
+        parent = torch.repeat_interleave(torch.arange(len(order)), count)
+        child = first[order][parent] + torch.arange(len(parent)) - offsets[parent]
+        token_of = torch.as_tensor(list(ids[depth]), dtype=torch.int64)[code[child]]
+        place = torch.from_numpy(np.lexsort((token_of.numpy(), parent.numpy())))
+        items = trie.item_end[depth] - trie.item_start[depth]
+        below = torch.zeros_like(items)
+        below.index_add_(0, order[parent], (trie.item_end[depth + 1] - trie.item_start[depth + 1])[child])
+        tensors |= {
+            f"offsets.{depth}": offsets,
+            f"tokens.{depth}": token_of[place],
+            f"ends.{depth}": (items > below)[order].to(torch.uint8),
+        }
+        order = child[place]
+    return tensors | {f"ends.{trie.depth}": torch.ones(len(order), dtype=torch.uint8)}
+
+
+def write_sid_items(path: Path, table: SidTable) -> None:
+    """`{"<a_12><b_7><c_201>": ["item", ...], ...}`: the items that a generated SID stands for, in table order (FlashRec's sid2item)."""
+    items: dict[str, list[str]] = {}
+    for item_id, tokens in zip(table.item_ids, sid_tokens(table), strict=True):
+        items.setdefault("".join(tokens), []).append(item_id)
+    write_json(path, items)
 
 
 def import_index_json(path: Path, codebook_sizes: Sequence[int] | None = None) -> SidTable:
