@@ -60,6 +60,11 @@ class Fitted:
     best: float
     seconds: float
 
+    @property
+    def score(self) -> Score:
+        """histories -> (B, N), decoded as is usual for the architecture."""
+        return recommender_scores(self.model, self.trie)
+
     def evaluate(self, split: Split, part: Part, decoding: Decoding = "auto", beam: int = 50, limit: int | None = None) -> Evaluation:
         """Item-level ranks of the model on one part of the split."""
         scores = recommender_scores(self.model, self.trie, decoding, beam)

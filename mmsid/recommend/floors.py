@@ -93,7 +93,8 @@ def text_vectors(items: list[Item]) -> sparse.csr_matrix:
     texts = []
     for item in items:
         labels = [label for _, values in sorted(item.attributes.items()) for label in values]
-        texts.append(" ".join([item.title, *labels, *item.categories, item.description]))
+        further = [name for name in item.categories if name not in labels]  # a column may be mapped as both
+        texts.append(" ".join([item.title, *labels, *further, item.description]))
     vectorizer = TfidfVectorizer(sublinear_tf=True, min_df=2, ngram_range=(1, 2), dtype=np.float32)
     try:
         return vectorizer.fit_transform(texts).tocsr()

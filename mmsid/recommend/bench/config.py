@@ -15,8 +15,10 @@ from pydantic import Field, field_validator, model_validator
 from mmsid.catalog import CatalogConfig
 from mmsid.config import Section, build, load_yaml
 from mmsid.errors import ConfigError
+from mmsid.recommend.dense import DenseShape
 from mmsid.recommend.fit import Schedule
 from mmsid.recommend.floors import FLOOR_NAMES
+from mmsid.recommend.sasrec import SasrecShape
 from mmsid.recommend.train import Architecture, ModelConfig
 from mmsid.tokenizer.arms import ArmSpec
 from mmsid.tokenizer.inputs import FieldName
@@ -66,7 +68,8 @@ class ArmConfig(Section):
         floors: popularity, item-kNN, TF-IDF kNN and their hybrid: deterministic, run once.
         sasrec: a recommender of item ids, without SIDs; trials and seeds as for the SID arms.
         fusion: name of a SID arm, whose item scores are fused with the hybrid floor's; its trial and seeds are that arm's.
-        recommender: the architecture that ranks by these SIDs. The instrument compares tokenizers; the others are cross-checks.
+        recommender: the architecture that ranks by these SIDs. The instrument compares tokenizers; flat and tiger are cross-checks;
+            grounded reads dense embeddings and retrieval evidence too, and shows what SIDs are worth beside them.
     """
 
     sids: ArmSpec | None = None
@@ -75,12 +78,24 @@ class ArmConfig(Section):
     floors: Literal[True] | None = None
     sasrec: Literal[True] | None = None
     fusion: str | None = None
-    recommender: Architecture = "instrument"
+    recommender: Architecture | Literal["grounded"] = "instrument"
 
     @property
     def kind(self) -> str:
         """The one that is set."""
         return next(name for name in KINDS if getattr(self, name) is not None)
+
+    def shape(self, model: ModelConfig) -> Any:
+        """The sizes of the arm's recommender, each by default its own.
+
+        Raises:
+            ConfigError: d_model is no multiple of heads.
+        """
+        if self.kind == "sasrec" or self.recommender == "grounded":
+            own = SasrecShape if self.kind == "sasrec" else DenseShape
+            known = own.__dataclass_fields__
+            return own(**{name: value for name, value in model.model_dump(exclude_none=True).items() if name in known})
+        return model.shape(self.recommender)
 
     @field_validator("tokenizer")
     @classmethod
@@ -151,7 +166,7 @@ class SuiteConfig(Section):
         for place in range(len(self.trials)):
             model, _ = self.settings(place)
             for arm in self.arms.values():
-                model.shape(arm.recommender)
+                arm.shape(model)
         return self
 
     def settings(self, trial: int) -> tuple[ModelConfig, Schedule]:

@@ -39,6 +39,8 @@ class Arm:
     @property
     def family(self) -> str:
         """Arms of one family are screened against one another."""
+        if self.config.recommender == "grounded":
+            return "fusion"
         return {"sasrec": "classical", "fusion": "fusion"}.get(self.config.kind, "sid")
 
     @property

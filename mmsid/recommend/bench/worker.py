@@ -20,7 +20,10 @@ from mmsid.recommend.bench.plan import BenchJob
 from mmsid.recommend.evaluate import Evaluation, Part, evaluate
 from mmsid.recommend.fit import fit, table_paths
 from mmsid.recommend.floors import classical_floors
+from mmsid.recommend.fusion import late_fusion
+from mmsid.recommend.grounded import fit_grounded
 from mmsid.recommend.rows import lost_to_collisions, write_ranks
+from mmsid.recommend.sasrec import fit_sasrec
 from mmsid.sids import SidTable, intrinsic_metrics, write_sid_folder
 from mmsid.sids.folder import INTRINSIC, read_sid_folder
 from mmsid.tokenizer.arms import ArmSources, ArmSpec, import_published, make_arm
@@ -115,22 +118,22 @@ class Bench:
 
     def _fit(self, job: BenchJob, folder: Path) -> None:
         started = time.perf_counter()
-        shape, items = job.model.shape(job.arm.config.recommender), self.catalog.items
+        shape, items = job.arm.config.shape(job.model), self.catalog.items
         if job.arm.config.kind == "sasrec":
-            from mmsid.recommend.sasrec import fit_sasrec
-
             fitted = fit_sasrec(len(items), self.split, shape=shape, schedule=job.schedule, seed=job.seed)
         else:
             paths = table_paths(read_sid_folder(job.sids).align([item.item_id for item in items]))
-            fitted = fit(paths, self.split, shape=shape, schedule=job.schedule, seed=job.seed, what=job.arm.name)
+            common = {"shape": shape, "schedule": job.schedule, "seed": job.seed, "what": job.arm.name}
+            if job.arm.config.recommender == "grounded":
+                fitted = fit_grounded(paths, items, self.sources.text, self.split, **common)
+            else:
+                fitted = fit(paths, self.split, **common)
         found = {part: fitted.evaluate(self.split, part) for part in PARTS}
         seconds = time.perf_counter() - started
         rows = {job.arm.name: (found, {"epochs": fitted.epochs, "stopped_at_valid": fitted.best, "seconds": seconds})}
         if job.fusion is not None:
-            from mmsid.recommend.fusion import late_fusion
-
             hybrid = read_json(job.floors / FIGURES)["hybrid_knn"]["parameters"]
-            fused = late_fusion(fitted, hybrid, items, self.split)
+            fused = late_fusion(fitted.score, hybrid, items, self.split)
             found = {part: evaluate(fused.score, self.split, part, len(items)) for part in PARTS}
             seconds = time.perf_counter() - started
             rows[job.fusion] = (found, {"epochs": fitted.epochs, "parameters": fused.parameters, "seconds": seconds})
