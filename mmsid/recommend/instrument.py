@@ -49,7 +49,7 @@ class Instrument(nn.Module):
     def __init__(self, paths: torch.Tensor, sizes: tuple[int, ...], decided: torch.Tensor, shape: InstrumentShape) -> None:
         super().__init__()
         self.sizes, self.shape = tuple(int(size) for size in sizes), shape
-        self.window = shape.max_history  # items of a train history that are read at once
+        self.window = shape.max_history + 1  # of a train history: the last one is only a target, so that every position is trained
         offsets = torch.tensor(np.concatenate([[0], np.cumsum(self.sizes)[:-1]]), dtype=torch.long)
         self.register_buffer("paths", paths.long(), persistent=False)
         self.register_buffer("tokens", paths.long() + offsets, persistent=False)

@@ -41,7 +41,7 @@ class Sasrec(nn.Module):
     def __init__(self, num_items: int, shape: SasrecShape) -> None:
         super().__init__()
         self.shape = shape
-        self.window = shape.max_history  # items of a history that one training pass reads
+        self.window = shape.max_history + 1  # of a train history: the last one is only a target, so that every position is trained
         self.items = nn.Embedding(num_items, shape.d_model)
         self.read = HistoryEncoder(shape.d_model, shape.layers, shape.heads, shape.dropout, shape.max_history)
         self.dropout = nn.Dropout(shape.dropout)
