@@ -26,12 +26,12 @@ from mmsid.recommend.history import HistoryEncoder, pad_histories
 class SasrecShape:
     """Sizes and the regularisation that served best on amazon_scientific's valid part (LOG.md)."""
 
-    lr: ClassVar[float] = 2e-3
+    lr: ClassVar[float] = 4e-3
 
     d_model: int = 128
     layers: int = 2
     heads: int = 4
-    dropout: float = 0.4
+    dropout: float = 0.2
     max_history: int = 20
 
 
