@@ -34,6 +34,9 @@ SMALL = {
         "train_captioner.drawn.seen=0",
         *[f"train_captioner.{phase}={{steps: 2, batch_size: 8}}" for phase in ("see", "tell", "joint")],
     ],
+    "bench --dataset demo": ["suite.schedule.epochs=1", "dataset.codebook_size=16"],
+    "benchmarks/decoding.py": ["--items", "500", "--batch", "2", "--beam", "4", "--repeats", "1", "--out", "decoding.json"],
+    "benchmarks/assignment.py": ["--rows", "1000", "--dim", "16", "--sizes", "1000", "--repeats", "1", "--out", "assignment.json"],
 }
 
 
@@ -52,7 +55,7 @@ def test_the_yaml_of_the_readme_is_accepted(tmp_path):
 @pytest.mark.slow
 def test_every_other_command_runs(tmp_path):
     """In the README's order, in an empty folder, with overrides that make each stage small."""
-    for name in ("configs", "scripts"):
+    for name in ("benchmarks", "configs", "scripts"):
         (tmp_path / name).symlink_to(ROOT / name)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = os.environ | {"PATH": path, "OMP_NUM_THREADS": "2"}
@@ -65,5 +68,5 @@ def test_every_other_command_runs(tmp_path):
     for command in COMMANDS:
         if command.startswith("make "):
             continue
-        small = next((overrides for config, overrides in SMALL.items() if config in command), [])
+        small = next((overrides for part, overrides in SMALL.items() if part in command), [])
         call(" ".join([command.replace("/tmp/ads", str(tmp_path / "ads")), *map(shlex.quote, small)]))

@@ -101,7 +101,7 @@ def known(tmp_path_factory):
     folder = tmp_path_factory.mktemp("grounded") / "data"
     write_catalogue(folder)
     catalog = read_catalog(CatalogConfig(items=folder / "items.parquet", sequences=folder / "sequences.parquet"))
-    split = split_histories(catalog, CatalogConfig(items=folder, split={"inner_held_out": 0.3}).split)
+    split = split_histories(catalog, CatalogConfig(items=folder).split)
     codes = np.random.default_rng(0).permutation(64)[: len(catalog.items)]
     paths = grounded.ItemPaths(np.stack([codes // 8, codes % 8], 1), (8, 8), np.ones((len(codes), 2), dtype=bool))
     embeddings = np.random.default_rng(1).normal(size=(len(codes), 8)).astype(np.float32)
@@ -119,22 +119,21 @@ def test_grounded_ranks_and_learns_nothing_from_test(known):
     assert torch.allclose(scores[3], fitted.score([split.train[3]])[0], atol=1e-4)
 
 
-def test_what_the_ranker_learns_from_was_seen_by_nobody_before(known, monkeypatch):
-    """The sources that the ranker is fitted on come from fit users alone."""
+def test_what_the_ranker_learns_from_was_hidden_from_its_sources(known, monkeypatch):
+    """The sources that the ranker is fitted on come from train prefixes without their last items; the final ones from all."""
     catalog, split, paths, embeddings = known
     seen = []
 
     def spy(items, embeddings, histories):
-        seen.append([len(history) for history in histories])
+        seen.append([rows.tolist() for rows in histories])
         return Evidence(items, embeddings, histories)
 
     monkeypatch.setattr(grounded, "Evidence", spy)
     fit_grounded(paths, catalog.items, embeddings, split, shape=SMALL, schedule=BRIEF)
-    assert all(length == 0 for length, held in zip(seen[0], split.held_out) if held) and sum(seen[0]) > 0
-    assert seen[1] == [len(history) for history in split.train]
+    assert seen == [[rows[:-1].tolist() for rows in split.train], [rows.tolist() for rows in split.train]]
 
 
-def test_grounded_without_held_out_users_says_what_to_do(known):
+def test_grounded_without_an_item_to_hide_says_what_to_do(known):
     catalog, split, paths, embeddings = known
-    with pytest.raises(MmsidError, match="inner_held_out"):
-        fit_grounded(paths, catalog.items, embeddings, replace(split, held_out=np.zeros(len(split.train), bool)), shape=SMALL)
+    with pytest.raises(MmsidError, match="4 items"):
+        fit_grounded(paths, catalog.items, embeddings, replace(split, train=[rows[:1] for rows in split.train]), shape=SMALL)

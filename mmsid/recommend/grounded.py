@@ -1,10 +1,11 @@
 """The grounded recommender: a generative decoder that ranks its beams, and what retrieval proposes, by all that is known of them.
 
-1. A dense instrument (dense.py) is trained on the train prefixes of the fit users.
-2. For the held-out tenth of the train users (`Split.held_out`), whose interactions neither the model nor any statistic has seen, a
-   small ranker learns what the decoder's two answers and each source of evidence (evidence.py) are worth: a linear part and one
-   hidden layer over the item's scores and the length of the history, softmax over the true next item and random others.
-   Nothing is learned from valid or test; weights learned on users that were fitted on would trust the decoder's memory too much.
+1. The game is played one step earlier: the last item of every train prefix is hidden. A dense instrument (dense.py) and the
+   statistics of retrieval (evidence.py) are fitted on what remains.
+2. A small ranker learns, from the hidden items, what the decoder's two answers and each source of evidence are worth: a linear part
+   and one hidden layer over the item's scores and the length of the history, softmax over the hidden item and random others.
+   Neither decoder nor statistics have seen these items, and they are as fresh, and as rarely seen, as those to be predicted later;
+   weights learned on items that were fitted on would trust the decoder's memory too much. Nothing is learned from valid or test.
 3. Decoder and statistics are fitted again on all train prefixes; the ranker stays.
 
 To recommend, the best items of every source are proposed and ranked together; better SIDs still show, in the decoder's answer.
@@ -29,14 +30,15 @@ from mmsid.precision import make_accelerator
 from mmsid.progress import track
 from mmsid.recommend.dense import DenseInstrument, DenseScores, DenseShape, mean_log_prob
 from mmsid.recommend.evaluate import Evaluation, Part, evaluate
-from mmsid.recommend.evidence import Evidence, columns
+from mmsid.recommend.evidence import Evidence, columns, factorised_words
 from mmsid.recommend.fit import Schedule, train
 from mmsid.recommend.paths import ItemPaths, PathTrie
 
 PROPOSED = 100  # items that each source proposes
 PROPOSERS = ("path", "pointer", "near 0.6", "next 0.6", "far 0.85", "words 0.6", "words 0.85", "meaning 0.85", "labels 0.6")
-POSITIONS = 4000  # of held-out users, that the ranker learns from
-OTHERS = 1000  # items drawn beside the true one at each position
+POSITIONS = 8000  # hidden items that the ranker learns from, at most
+OTHERS = 500  # items drawn beside the true one at each position
+RANKERS = 3  # of different starts, averaged: one ranker varies by one part in a hundred of NDCG@10
 AT_ONCE = 64  # histories scored together: every source holds (B, N) floats
 
 
@@ -76,7 +78,7 @@ class FittedGrounded:
     """A trained recommender: epochs and best valid NDCG@10 of its decoder, and the seconds that all of it took."""
 
     sources: Sources
-    ranker: Ranker
+    rankers: Sequence[Ranker]
     epochs: int
     best: float
     seconds: float
@@ -90,7 +92,8 @@ class FittedGrounded:
         known = self.sources(histories)
         chosen = _proposals(known, histories)
         read = torch.from_numpy(columns({name: np.take_along_axis(values, chosen, 1) for name, values in known.items()}))
-        scores = self.ranker(read, torch.tensor([len(history) for history in histories]))
+        lengths = torch.tensor([len(history) for history in histories])
+        scores = torch.stack([ranker(read, lengths) for ranker in self.rankers]).mean(0)
         found = torch.full((len(histories), self.sources.evidence.num_items), -torch.inf)
         return found.scatter_(1, torch.from_numpy(chosen), scores)  # an item proposed twice has one score, written twice
 
@@ -113,21 +116,21 @@ def fit_grounded(
     """Train decoder, ranker, and decoder again.
 
     Args:
-        embeddings: (N, D) dense text embeddings of unit length, rows as the items'.
+        embeddings: (N, D) dense text embeddings of unit length, rows as the items'. The decoder reads factorised TF-IDF beside them.
 
     Raises:
-        MmsidError: no held-out user has two items to learn the ranker from, or the loss became NaN.
+        MmsidError: no train prefix holds two items, so there is none to hide, or the loss became NaN.
     """
     shape, schedule, started = shape or DenseShape(), schedule or Schedule(), time.perf_counter()
-    positions = _positions(split, seed)
-    if not positions:
-        raise MmsidError("no held-out user has two items, so the ranker has nothing to learn from; raise catalog.split.inner_held_out")
-    nothing = np.zeros(0, np.int64)
-    inner = replace(split, train=[nothing if held else rows for rows, held in zip(split.train, split.held_out, strict=True)])
-    sources, _, _ = _fit_sources(paths, items, embeddings, inner, shape, schedule, seed, f"{what}, inner")
-    ranker = _fit_ranker(sources, positions, seed)
+    inner = _one_step_earlier(split)
+    users = np.random.default_rng(seed).permutation(inner.users("valid"))[:POSITIONS]
+    if not len(users):
+        raise MmsidError("no user has two train items, so the ranker has nothing to learn from; give sequences of 4 items or more")
+    sources, _, _ = _fit_sources(paths, items, embeddings, inner, shape, schedule, seed, f"{what}, one step earlier")
+    positions = [(inner.train[user], int(inner.valid[user])) for user in users]
+    rankers = _fit_rankers(sources, positions, seed)
     sources, epochs, best = _fit_sources(paths, items, embeddings, split, shape, schedule, seed, what)
-    return FittedGrounded(sources, ranker, epochs, best, time.perf_counter() - started)
+    return FittedGrounded(sources, rankers, epochs, best, time.perf_counter() - started)
 
 
 def _fit_sources(
@@ -143,7 +146,7 @@ def _fit_sources(
     accelerator = make_accelerator()
     with torch.random.fork_rng(devices=[accelerator.device] if accelerator.device.type == "cuda" else []):
         torch.manual_seed(seed)
-        wrapped = accelerator.prepare(DenseInstrument(paths, embeddings, shape))
+        wrapped = accelerator.prepare(DenseInstrument(paths, np.concatenate([embeddings, factorised_words(items, seed)], 1), shape))
         model, trie = accelerator.unwrap_model(wrapped), PathTrie.build(paths, accelerator.device)
         epochs, best = train(
             wrapped,
@@ -158,19 +161,13 @@ def _fit_sources(
     return Sources(DenseScores(model, trie), Evidence(items, embeddings, split.train)), epochs, best
 
 
-def _positions(split: Split, seed: int) -> list[tuple[np.ndarray, int]]:
-    """(history, next item) within the train prefixes of held-out users, next items that are new to the user; a sample by seed."""
-    found = [
-        (rows[:place], int(rows[place]))
-        for rows in split.held_out_histories()
-        for place in range(1, len(rows))
-        if rows[place] not in rows[:place]
-    ]
-    order = np.random.default_rng(seed).permutation(len(found))[:POSITIONS]
-    return [found[place] for place in order]
+def _one_step_earlier(split: Split) -> Split:
+    """The split whose valid items are the last train items, where they are new to the user and something precedes them."""
+    hidden = [rows[-1] if len(rows) > 1 and rows[-1] not in rows[:-1] else -1 for rows in split.train]
+    return replace(split, train=[rows[:-1] for rows in split.train], valid=np.array(hidden, dtype=np.int64))
 
 
-def _fit_ranker(sources: Sources, positions: list[tuple[np.ndarray, int]], seed: int, epochs: int = 20) -> Ranker:
+def _fit_rankers(sources: Sources, positions: list[tuple[np.ndarray, int]], seed: int) -> list[Ranker]:
     """Softmax of the true item against random unseen ones: unlike proposed ones, they leave the scores right over all items."""
     rng, reads, seen = np.random.default_rng(seed), [], []
     num_items = sources.evidence.num_items
@@ -184,6 +181,12 @@ def _fit_ranker(sources: Sources, positions: list[tuple[np.ndarray, int]], seed:
         seen.append(torch.from_numpy(invalid))
     read, invalid = torch.cat(reads), torch.cat(seen)
     lengths = torch.tensor([len(history) for history, _ in positions])
+    starts = track(range(RANKERS), what="rankers", unit="rankers")
+    return [_fit_ranker(read, lengths, invalid, seed=RANKERS * seed + start) for start in starts]
+
+
+def _fit_ranker(read: torch.Tensor, lengths: torch.Tensor, invalid: torch.Tensor, seed: int, epochs: int = 20) -> Ranker:
+    """One ranker from columns (P, 1 + OTHERS, F) whose first item is the true one."""
     some = read[:: max(1, len(read) // 500)].float().flatten(0, 1)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -191,7 +194,7 @@ def _fit_ranker(sources: Sources, positions: list[tuple[np.ndarray, int]], seed:
         steps = epochs * math.ceil(len(read) / 256)
         optimizer = torch.optim.AdamW(ranker.parameters(), lr=0.02, weight_decay=0.3)
         rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
-        for _ in track(range(epochs), what="ranker", unit="epochs"):
+        for _ in range(epochs):
             for rows in torch.randperm(len(read)).split(256):
                 scores = ranker(read[rows].float(), lengths[rows]).masked_fill(invalid[rows], -torch.inf)
                 loss = F.cross_entropy(scores, torch.zeros(len(rows), dtype=torch.long))
