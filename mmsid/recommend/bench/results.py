@@ -105,7 +105,7 @@ def _arm_row(plan: Plan, arm: Arm, fits: list[BenchJob], read: list[dict[Part, R
         "trial": plan.suite.trials[fits[0].trial].model_dump(),
         "varies": "recommender seed",
     }
-    if arm.family == "fusion":
+    if arm.config.fusion is not None:
         return row | {"varies": f"as {arm.config.fusion}", "parameters": [one["parameters"] for one in figures]}
     return row if fits[0].sids is None else row | _sid_figures(arm, fits)
 
