@@ -27,6 +27,7 @@ from mmsid.recommend.bench.pool import BUDGET_SPENT, Outcome, Pool
 from mmsid.recommend.bench.results import collect
 from mmsid.recommend.bench.run import BenchOptions, run
 from mmsid.recommend.bench.worker import Bench, ranks_path
+from mmsid.recommend.floors import FLOOR_NAMES
 from mmsid.recommend.metrics import Ranks
 from mmsid.recommend.rows import difference_rows, read_ranks
 
@@ -272,7 +273,9 @@ def stamps(work: Path) -> dict[str, int]:
 
 @pytest.mark.slow
 def test_the_command_resumes_after_a_kill_reports_a_failing_arm_and_then_does_nothing(dataset, tmp_path):
-    suite = SUITE | {"arms": SUITE["arms"] | {"broken": {"sids": {"method": "random", "num_levels": 1, "codebook_size": 2}}}}
+    grounded = {"sids": {"method": "random"}, "recommender": "grounded"}
+    sound = SUITE | {"arms": SUITE["arms"] | {"grounded": grounded, "sasrec": {"sasrec": True}, "fused": {"fusion": "random"}}}
+    suite = sound | {"arms": sound["arms"] | {"broken": {"sids": {"method": "random", "num_levels": 1, "codebook_size": 2}}}}
     (tmp_path / "rules.yaml").write_text(yaml.safe_dump(suite))
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(json.loads(dataset.model_dump_json(exclude={"name"}, exclude_none=True))))
     command = [sys.executable, "-m", "mmsid.cli", "bench", "--dataset", "tiny.yaml", "--suite", "rules.yaml", "--results", "out"]
@@ -295,7 +298,8 @@ def test_the_command_resumes_after_a_kill_reports_a_failing_arm_and_then_does_no
     assert set(written) == {"dataset", "arms", "differences"}
     assert "item0" not in text and '"u1"' not in text
     rows = {row["arm"]: row for row in written["arms"]}
-    assert set(rows) == {"popularity", "item_knn", "tfidf_knn", "hybrid_knn", "random", "balanced_rq", "published_someone"}
+    assert set(rows) == {*FLOOR_NAMES, "random", "balanced_rq", "published_someone", "grounded", "sasrec", "fused"}
+    assert {name for name, row in rows.items() if row["family"] == "fusion"} == {"grounded", "fused"}
     assert rows["balanced_rq"]["seeds"] == [0, 1] and rows["balanced_rq"]["metrics"]["NDCG@10"]["std"] >= 0
     assert rows["hybrid_knn"]["family"] == "classical" and rows["random"]["family"] == "sid"
     assert written["dataset"]["not_run"][0]["arm"] == "broken"
@@ -305,7 +309,7 @@ def test_the_command_resumes_after_a_kill_reports_a_failing_arm_and_then_does_no
 
     options = BenchOptions(suite_name="rules", results=tmp_path / "out", runs=tmp_path / "runs")
     shutil.copy(tmp_path / "out" / "tiny.json", tmp_path / "before.json")
-    path = run(load_dataset(str(tmp_path / "tiny.yaml")), SuiteConfig(**SUITE), options)
+    path = run(load_dataset(str(tmp_path / "tiny.yaml")), SuiteConfig(**sound), options)
     assert stamps(work) == after
     again = {row["arm"]: row for row in json.loads(path.read_text())["arms"]}
     assert again == rows  # the suite of this call names its arms in another order

@@ -19,7 +19,7 @@ def test_distinct_items_have_their_plain_rank():
     third = ranks(2, 1)
     assert hit_rate(third, 2)[0] == 0 and hit_rate(third, 3)[0] == 1
     assert ndcg(third, 10)[0] == pytest.approx(1 / math.log2(4))
-    assert per_position(third, "MRR")[0] == pytest.approx(1 / 3)
+    assert per_position(third, "MRR@50")[0] == pytest.approx(1 / 3)
 
 
 def test_a_bucket_of_three_takes_three_ranks():
@@ -29,7 +29,8 @@ def test_a_bucket_of_three_takes_three_ranks():
     assert hit_rate(bucket, 6)[0] == pytest.approx(2 / 3)
     assert hit_rate(bucket, 10)[0] == 1
     assert ndcg(bucket, 6)[0] == pytest.approx((1 / math.log2(6) + 1 / math.log2(7)) / 3)
-    assert per_position(bucket, "MRR")[0] == pytest.approx((1 / 5 + 1 / 6 + 1 / 7) / 3)
+    assert per_position(bucket, "MRR@50")[0] == pytest.approx((1 / 5 + 1 / 6 + 1 / 7) / 3)
+    assert per_position(bucket, "MRR@6")[0] == pytest.approx((1 / 5 + 1 / 6) / 3)  # the third rank lies beyond the cutoff
 
 
 def test_never_a_candidate_earns_nothing():

@@ -7,7 +7,7 @@ each of the ranks above+1 .. above+tied with probability 1/tied:
 
     E[HR@K]   = clip(K - above, 0, tied) / tied
     E[NDCG@K] = (G(min(above + tied, K)) - G(min(above, K))) / tied,   G(r) = sum_{i=1..r} 1 / log2(i + 1)
-    E[MRR]    = (H(above + tied) - H(above)) / tied,                   H(r) = sum_{i=1..r} 1 / i
+    E[MRR@K]  = (H(min(above + tied, K)) - H(min(above, K))) / tied,   H(r) = sum_{i=1..r} 1 / i
 
 One bucket for the whole catalogue therefore earns exactly chance, K/N. (Scoring SID strings instead, as most published
 tables do, would give it HR@1 = 1.) `tied = 0` marks a target that was never a candidate (not decoded, or already in the
@@ -25,6 +25,7 @@ import torch
 
 HIT_CUTOFFS = (1, 5, 10, 20, 50)
 NDCG_CUTOFFS = (5, 10)
+MRR_CUTOFF = 50  # the usual beam: exact ranking and a beam search are then scored alike
 COVERAGE_CUTOFF = 10
 
 
@@ -64,29 +65,30 @@ def hit_rate(ranks: Ranks, cutoff: int) -> np.ndarray:
 
 def ndcg(ranks: Ranks, cutoff: int) -> np.ndarray:
     """Expected NDCG@cutoff per position with one relevant item, float64 (P,)."""
-    gains = np.concatenate([[0.0], np.cumsum(1.0 / np.log2(np.arange(2, cutoff + 2)))])
-    first, last = np.minimum(ranks.above, cutoff), np.minimum(ranks.above + ranks.tied, cutoff)
-    return np.where(ranks.tied > 0, (gains[last] - gains[first]) / np.maximum(ranks.tied, 1), 0.0)
+    return _expected_gain(ranks, 1.0 / np.log2(np.arange(2, cutoff + 2)))
 
 
-def reciprocal_rank(ranks: Ranks) -> np.ndarray:
-    """Expected reciprocal rank per position, float64 (P,)."""
-    highest = int((ranks.above + ranks.tied).max(initial=0))
-    harmonic = np.concatenate([[0.0], np.cumsum(1.0 / np.arange(1, highest + 1))])
-    return np.where(ranks.tied > 0, (harmonic[ranks.above + ranks.tied] - harmonic[ranks.above]) / np.maximum(ranks.tied, 1), 0.0)
+def reciprocal_rank(ranks: Ranks, cutoff: int) -> np.ndarray:
+    """Expected reciprocal rank per position, 0 beyond the cutoff (which is what a beam of that width sees), float64 (P,)."""
+    return _expected_gain(ranks, 1.0 / np.arange(1, cutoff + 1))
+
+
+def _expected_gain(ranks: Ranks, gain: np.ndarray) -> np.ndarray:
+    """Mean of `gain` (K,) over the ranks above+1 .. above+tied, nothing beyond K."""
+    total = np.concatenate([[0.0], np.cumsum(gain)])
+    first, last = np.minimum(ranks.above, len(gain)), np.minimum(ranks.above + ranks.tied, len(gain))
+    return np.where(ranks.tied > 0, (total[last] - total[first]) / np.maximum(ranks.tied, 1), 0.0)
 
 
 def per_position(ranks: Ranks, metric: str) -> np.ndarray:
-    """One metric by name (`HR@10`, `NDCG@5`, `MRR`), float64 (P,)."""
+    """One metric by name (`HR@10`, `NDCG@5`, `MRR@50`), float64 (P,)."""
     name, _, cutoff = metric.partition("@")
-    if name == "MRR":
-        return reciprocal_rank(ranks)
-    return {"HR": hit_rate, "NDCG": ndcg}[name](ranks, int(cutoff))
+    return {"HR": hit_rate, "NDCG": ndcg, "MRR": reciprocal_rank}[name](ranks, int(cutoff))
 
 
 def summarise(ranks: Ranks) -> dict[str, float]:
-    """Means over positions: HR@{1,5,10,20,50}, NDCG@{5,10}, MRR. Empty input gives zeros."""
-    names = [f"HR@{k}" for k in HIT_CUTOFFS] + [f"NDCG@{k}" for k in NDCG_CUTOFFS] + ["MRR"]
+    """Means over positions: HR@{1,5,10,20,50}, NDCG@{5,10}, MRR@50. Empty input gives zeros."""
+    names = [f"HR@{k}" for k in HIT_CUTOFFS] + [f"NDCG@{k}" for k in NDCG_CUTOFFS] + [f"MRR@{MRR_CUTOFF}"]
     return {name: float(per_position(ranks, name).mean()) if len(ranks.above) else 0.0 for name in names}
 
 

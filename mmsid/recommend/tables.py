@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from mmsid.recommend.metrics import COVERAGE_CUTOFF, HIT_CUTOFFS, NDCG_CUTOFFS
+from mmsid.recommend.metrics import COVERAGE_CUTOFF, HIT_CUTOFFS, MRR_CUTOFF, NDCG_CUTOFFS
 
-COLUMNS = [f"HR@{k}" for k in HIT_CUTOFFS] + [f"NDCG@{k}" for k in NDCG_CUTOFFS] + ["MRR", f"coverage@{COVERAGE_CUTOFF}"]
+COLUMNS = [f"HR@{k}" for k in HIT_CUTOFFS] + [f"NDCG@{k}" for k in NDCG_CUTOFFS] + [f"MRR@{MRR_CUTOFF}", f"coverage@{COVERAGE_CUTOFF}"]
 FAMILIES = ("classical", "sid", "fusion", "optimum")
 
 
