@@ -7,6 +7,8 @@ level. So the softmax of a level runs over that level's range only, in training 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -15,7 +17,7 @@ from torch import nn
 from mmsid.recommend.paths import ItemPaths
 
 
-class TokenRecommender(nn.Module):
+class TokenRecommender(nn.Module, ABC):
     """Base of the flat decoder and of the encoder-decoder.
 
     Attributes:
@@ -37,9 +39,9 @@ class TokenRecommender(nn.Module):
         self.register_buffer("tokens", codes + torch.tensor(self.offsets), persistent=False)
         self.register_buffer("decided", torch.from_numpy(paths.decided), persistent=False)
 
+    @abstractmethod
     def level_table(self, level: int) -> torch.Tensor:
         """Output vectors (K_l, d) of one level's tokens."""
-        raise NotImplementedError
 
     def sequences(self, histories: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Histories (B, T) of item rows, -1 pads on the right -> ids (B, 1 + T D), `begin` where padded; and which are real."""
