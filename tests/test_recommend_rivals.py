@@ -7,23 +7,22 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from test_recommend_architectures import ITEMS, circle_paths, circle_split
+from test_recommend_architectures import ITEMS, circle_split
 from test_recommend_train import write_catalogue
 
 from mmsid.catalog import CatalogConfig, read_catalog, split_histories
 from mmsid.catalog.items import Item
 from mmsid.errors import MmsidError
 from mmsid.recommend import grounded
-from mmsid.recommend.dense import DenseInstrument, DenseShape
 from mmsid.recommend.evidence import Evidence, columns
 from mmsid.recommend.fit import Schedule
 from mmsid.recommend.floors import classical_floors
 from mmsid.recommend.fusion import fuse_scores, late_fusion
 from mmsid.recommend.grounded import fit_grounded
-from mmsid.recommend.history import pad_histories
+from mmsid.recommend.instrument import InstrumentShape
 from mmsid.recommend.sasrec import SasrecShape, fit_sasrec
 
-SMALL = DenseShape(d_model=16, heads=2, hidden=16, layers=1, dropout=0.0)
+SMALL = InstrumentShape(d_model=16, heads=2, hidden=16, layers=1, dropout=0.0)
 BRIEF = Schedule(epochs=3, batch_size=32, lr=0.02)
 
 
@@ -73,27 +72,6 @@ def test_evidence_by_hand():
     assert np.allclose(known["popularity"], np.log1p([[2, 2, 1, 0]]))
     assert known["labels 0.0"][0, 1] == pytest.approx(1) and known["labels 0.0"][0, 2] == 0 and known["words 0.0"][0, 3] == 0
     assert columns(known).shape == (1, 4, 2 * 7 + 9)
-
-
-def test_the_sampled_pointer_loss_is_the_full_one_at_expectation(monkeypatch):
-    torch.manual_seed(0)
-    model = DenseInstrument(circle_paths(), np.random.default_rng(0).normal(size=(ITEMS, 8)), SMALL).eval()
-    states, targets = torch.randn(400, 16), torch.randint(ITEMS, (400,))
-    with torch.no_grad():
-        full = float(model._point_loss(states, targets))
-        monkeypatch.setattr("mmsid.recommend.dense.NEGATIVES", ITEMS - 1)
-        sampled = np.mean([float(model._point_loss(states, targets)) for _ in range(50)])
-    assert sampled == pytest.approx(full, rel=0.02)
-
-
-def test_the_dense_instrument_reads_the_embeddings():
-    torch.manual_seed(0)
-    model = DenseInstrument(circle_paths(), np.zeros((ITEMS, 8)), SMALL).eval()
-    histories = pad_histories([np.array([1, 2])], 6)
-    with torch.no_grad():
-        before = model(histories)
-        model.embeddings[1] = 1.0
-        assert model(histories) != before
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from scipy import sparse
-from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.preprocessing import normalize
 
 from mmsid.catalog.items import Item
 from mmsid.catalog.pairs import co_engagement, followed_by
@@ -68,15 +66,6 @@ def columns(scores: dict[str, np.ndarray]) -> np.ndarray:
         else:
             read.append(values)
     return np.stack(read, -1).astype(np.float32)
-
-
-def factorised_words(items: Sequence[Item], seed: int = 0) -> np.ndarray:
-    """TF-IDF rows by truncated SVD, (N, M <= 128) float32 of unit length: the words of an item, dense."""
-    words = text_vectors(list(items))
-    width = min(128, *(size - 1 for size in words.shape))
-    if width < 1:
-        return np.zeros((len(items), 0), np.float32)
-    return normalize(TruncatedSVD(width, random_state=seed).fit_transform(words)).astype(np.float32)
 
 
 def _baskets(histories: Sequence[np.ndarray], num_items: int) -> sparse.csr_matrix:

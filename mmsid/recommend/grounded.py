@@ -1,14 +1,15 @@
 """The grounded recommender: a generative decoder that ranks its beams, and what retrieval proposes, by all that is known of them.
 
-1. The game is played one step earlier: the last item of every train prefix is hidden. A dense instrument (dense.py) and the
-   statistics of retrieval (evidence.py) are fitted on what remains.
-2. A small ranker learns, from the hidden items, what the decoder's two answers and each source of evidence are worth: a linear part
-   and one hidden layer over the item's scores and the length of the history, softmax over the hidden item and random others.
+1. The game is played one step earlier: the last item of every train prefix is hidden. The decoder (the instrument, over SIDs
+   alone) and the statistics of retrieval (evidence.py) are fitted on what remains.
+2. A small ranker learns, from the hidden items, what the decoder's answer and each source of evidence are worth: a linear part and
+   one hidden layer over the item's scores and the length of the history, softmax over the hidden item and random others.
    Neither decoder nor statistics have seen these items, and they are as fresh, and as rarely seen, as those to be predicted later;
    weights learned on items that were fitted on would trust the decoder's memory too much. Nothing is learned from valid or test.
 3. Decoder and statistics are fitted again on all train prefixes; the ranker stays.
 
-To recommend, the best items of every source are proposed and ranked together; better SIDs still show, in the decoder's answer.
+To recommend, the best items of every source are proposed and ranked together. The decoder reads no dense embeddings: one that did
+(after LIGER) ranked no better here, and made random SIDs as good as any (LOG.md).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,16 +28,15 @@ from torch import nn
 from mmsid.catalog.items import Item
 from mmsid.catalog.splits import Split
 from mmsid.errors import MmsidError
-from mmsid.precision import make_accelerator
 from mmsid.progress import track
-from mmsid.recommend.dense import DenseInstrument, DenseScores, DenseShape, mean_log_prob
-from mmsid.recommend.evaluate import Evaluation, Part, evaluate
-from mmsid.recommend.evidence import Evidence, columns, factorised_words
-from mmsid.recommend.fit import Schedule, train
-from mmsid.recommend.paths import ItemPaths, PathTrie
+from mmsid.recommend.evaluate import Evaluation, Part, Score, evaluate, recommender_scores
+from mmsid.recommend.evidence import Evidence, columns
+from mmsid.recommend.fit import Schedule, fit
+from mmsid.recommend.instrument import InstrumentShape
+from mmsid.recommend.paths import ItemPaths
 
 PROPOSED = 100  # items that each source proposes
-PROPOSERS = ("path", "pointer", "near 0.6", "next 0.6", "far 0.85", "words 0.6", "words 0.85", "meaning 0.85", "labels 0.6")
+PROPOSERS = ("path", "near 0.6", "next 0.6", "far 0.85", "words 0.6", "words 0.85", "meaning 0.85", "labels 0.6")
 POSITIONS = 8000  # hidden items that the ranker learns from, at most
 OTHERS = 500  # items drawn beside the true one at each position
 RANKERS = 3  # of different starts, averaged: one ranker varies by one part in a hundred of NDCG@10
@@ -62,15 +63,18 @@ class Ranker(nn.Module):
 
 
 class Sources:
-    """Decoder and evidence of one set of histories: every source's scores of all items."""
+    """Decoder and evidence of one set of histories: every source's scores of all items.
 
-    def __init__(self, decoder: DenseScores, evidence: Evidence) -> None:
+    Args:
+        decoder: histories -> log p (B, N) of each item's path under the trie.
+    """
+
+    def __init__(self, decoder: Score, evidence: Evidence) -> None:
         self.decoder, self.evidence = decoder, evidence
 
     def __call__(self, histories: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
         """Source -> (B, N) float32."""
-        path, pointer = self.decoder(list(histories))
-        return {"path": path.cpu().numpy() / 3, "pointer": pointer.cpu().numpy() / 3} | self.evidence(histories)
+        return {"path": self.decoder(list(histories)).cpu().numpy()} | self.evidence(histories)
 
 
 @dataclass(frozen=True)
@@ -108,7 +112,7 @@ def fit_grounded(
     embeddings: np.ndarray,
     split: Split,
     *,
-    shape: DenseShape | None = None,
+    shape: InstrumentShape | None = None,
     schedule: Schedule | None = None,
     seed: int = 0,
     what: str = "grounded",
@@ -116,49 +120,31 @@ def fit_grounded(
     """Train decoder, ranker, and decoder again.
 
     Args:
-        embeddings: (N, D) dense text embeddings of unit length, rows as the items'. The decoder reads factorised TF-IDF beside them.
+        embeddings: (N, D) dense text embeddings of unit length, rows as the items': one of the sources of evidence.
 
     Raises:
         MmsidError: no train prefix holds two items, so there is none to hide, or the loss became NaN.
     """
-    shape, schedule, started = shape or DenseShape(), schedule or Schedule(), time.perf_counter()
+    started = time.perf_counter()
+    common = {"shape": shape, "schedule": schedule, "seed": seed}
     inner = _one_step_earlier(split)
     users = np.random.default_rng(seed).permutation(inner.users("valid"))[:POSITIONS]
     if not len(users):
         raise MmsidError("no user has two train items, so the ranker has nothing to learn from; give sequences of 4 items or more")
-    sources, _, _ = _fit_sources(paths, items, embeddings, inner, shape, schedule, seed, f"{what}, one step earlier")
+    sources, _, _ = _fit_sources(paths, items, embeddings, inner, common, f"{what}, one step earlier")
     positions = [(inner.train[user], int(inner.valid[user])) for user in users]
     rankers = _fit_rankers(sources, positions, seed)
-    sources, epochs, best = _fit_sources(paths, items, embeddings, split, shape, schedule, seed, what)
+    sources, epochs, best = _fit_sources(paths, items, embeddings, split, common, what)
     return FittedGrounded(sources, rankers, epochs, best, time.perf_counter() - started)
 
 
 def _fit_sources(
-    paths: ItemPaths,
-    items: Sequence[Item],
-    embeddings: np.ndarray,
-    split: Split,
-    shape: DenseShape,
-    schedule: Schedule,
-    seed: int,
-    what: str,
+    paths: ItemPaths, items: Sequence[Item], embeddings: np.ndarray, split: Split, common: dict[str, Any], what: str
 ) -> tuple[Sources, int, float]:
-    accelerator = make_accelerator()
-    with torch.random.fork_rng(devices=[accelerator.device] if accelerator.device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        wrapped = accelerator.prepare(DenseInstrument(paths, np.concatenate([embeddings, factorised_words(items, seed)], 1), shape))
-        model, trie = accelerator.unwrap_model(wrapped), PathTrie.build(paths, accelerator.device)
-        epochs, best = train(
-            wrapped,
-            lambda: mean_log_prob(model, trie),
-            split,
-            schedule,
-            num_items=len(paths.tokens),
-            seed=seed,
-            accelerator=accelerator,
-            what=what,
-        )
-    return Sources(DenseScores(model, trie), Evidence(items, embeddings, split.train)), epochs, best
+    fitted = fit(paths, split, what=what, **common)
+    # exact, so that what is no beam has a score too: the ranker learns from random items
+    decoder = recommender_scores(fitted.model, fitted.trie, "exact")
+    return Sources(decoder, Evidence(items, embeddings, split.train)), fitted.epochs, fitted.best
 
 
 def _one_step_earlier(split: Split) -> Split:

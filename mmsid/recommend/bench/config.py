@@ -15,7 +15,6 @@ from pydantic import Field, field_validator, model_validator
 from mmsid.catalog import CatalogConfig
 from mmsid.config import Section, build, load_yaml
 from mmsid.errors import ConfigError
-from mmsid.recommend.dense import DenseShape
 from mmsid.recommend.fit import Schedule
 from mmsid.recommend.floors import FLOOR_NAMES
 from mmsid.recommend.sasrec import SasrecShape
@@ -69,7 +68,7 @@ class ArmConfig(Section):
         sasrec: a recommender of item ids, without SIDs; trials and seeds as for the SID arms.
         fusion: name of a SID arm, whose item scores are fused with the hybrid floor's; its trial and seeds are that arm's.
         recommender: the architecture that ranks by these SIDs. The instrument compares tokenizers; flat and tiger are cross-checks;
-            grounded reads dense embeddings and retrieval evidence too, and shows what SIDs are worth beside them.
+            grounded ranks the instrument's answer with retrieval evidence, and shows what SIDs are worth beside it.
     """
 
     sids: ArmSpec | None = None
@@ -91,11 +90,10 @@ class ArmConfig(Section):
         Raises:
             ConfigError: d_model is no multiple of heads.
         """
-        if self.kind == "sasrec" or self.recommender == "grounded":
-            own = SasrecShape if self.kind == "sasrec" else DenseShape
-            known = own.__dataclass_fields__
-            return own(**{name: value for name, value in model.model_dump(exclude_none=True).items() if name in known})
-        return model.shape(self.recommender)
+        if self.kind == "sasrec":
+            given = model.model_dump(exclude_none=True)
+            return SasrecShape(**{name: value for name, value in given.items() if name in SasrecShape.__dataclass_fields__})
+        return model.shape("instrument" if self.recommender == "grounded" else self.recommender)
 
     @field_validator("tokenizer")
     @classmethod
