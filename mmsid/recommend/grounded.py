@@ -4,8 +4,9 @@
    alone) and the statistics of retrieval (evidence.py) are fitted on what remains.
 2. A small ranker learns, from the hidden items, what the decoder's answer and each source of evidence are worth: a linear part and
    one hidden layer over the item's scores and the length of the history, softmax over the hidden item and random others.
-   Neither decoder nor statistics have seen these items, and they are as fresh, and as rarely seen, as those to be predicted later;
-   weights learned on items that were fitted on would trust the decoder's memory too much. Nothing is learned from valid or test.
+   Neither decoder nor statistics were fitted on these items (early stopping of the inner decoder looks at some of them), and they are
+   as fresh, and as rarely seen, as those to be predicted later; weights learned on items that were fitted on would trust the decoder's
+   memory too much. No gradient, statistic or label comes from valid or test; the final decoder stops early on valid, as all do.
 3. Decoder and statistics are fitted again on all train prefixes; the ranker stays.
 
 To recommend, the best items of every source are proposed and ranked together. The decoder reads no dense embeddings: one that did
