@@ -185,8 +185,11 @@ def test_an_unfinished_folder_is_refused(tmp_path):
 
 
 def _killed_run(config, moment: float) -> bool:
-    """Run the job in a process of its own and kill it after `moment` seconds; True when the kill came before the end."""
-    job = multiprocessing.get_context("fork").Process(target=run, args=(config, StubGenerator(sleep=0.01)))
+    """Run the job in a process of its own and kill it after `moment` seconds; True when the kill came before the end.
+
+    The generator sleeps so long that on any machine an undisturbed run outlasts the latest first kill.
+    """
+    job = multiprocessing.get_context("fork").Process(target=run, args=(config, StubGenerator(sleep=0.06)))
     job.start()
     time.sleep(moment)
     if job.is_alive():
