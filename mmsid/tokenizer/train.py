@@ -31,7 +31,7 @@ class TrainTokenizerConfig(StageConfig):
     what the loss implies.
 
     `refit` clusters the trained states once more at the end, so that the raw codes are balanced (residual head, balanced start;
-    one more reading of the items). `reconstruct` None takes summaries where there are interests, else attributes, else nothing.
+    one more reading of the items). `memory` first adds what behaviour says of each known item beyond what content predicts. `reconstruct` None takes summaries where there are interests, else attributes, else nothing.
     """
 
     catalog: CatalogConfig
@@ -61,6 +61,7 @@ class TrainTokenizerConfig(StageConfig):
     clip: float = Field(1.0, gt=0)
     precision: Precision = "auto"
     refit: bool = True
+    memory: bool = True
     rebalance_every: int = Field(0, ge=0)
     checkpoint_every: int = Field(50, ge=1)
     held_out_items: float = Field(0.0, ge=0, lt=0.5)

@@ -23,6 +23,7 @@ from mmsid.tokenizer.batches import PairPlan
 from mmsid.tokenizer.card import model_card
 from mmsid.tokenizer.heads import ResidualHead
 from mmsid.tokenizer.inputs import ItemInput, build_inputs, read_caption_texts, read_mined_interests, readable_fields
+from mmsid.tokenizer.memory import remember
 from mmsid.tokenizer.model import ItemTokenizer, TokenizerSettings
 from mmsid.tokenizer.objective import Labels, Objective
 from mmsid.tokenizer.reconstruction import FrozenDecoder, train_decoder
@@ -68,6 +69,7 @@ class Training:
         decoder = self._prepare(behaviour, start)
         weights = config.resolved_weights()
         finest = config.finest or ("category" if config.loss == "unisid" else "engaged")
+        self.interactions = behaviour.interactions
         self.objective = Objective(
             self.tokenizer, weights, decoder, tau=config.tau, finest=finest, reconstruct_from=config.reconstruct_from
         ).to(accelerator.device)
@@ -283,14 +285,20 @@ class Training:
         self.objective.eval()
         folder, config = self.draft.path, self.config
         head, balanced = self.tokenizer.head, config.resolved_start().mode == "balanced"
-        refit = config.refit and balanced and isinstance(head, ResidualHead) and bool(self.history)
+        recall = config.memory and balanced and isinstance(head, ResidualHead) and bool(self.interactions.any())
+        refit = recall or (config.refit and balanced and isinstance(head, ResidualHead) and bool(self.history))
         order = np.random.default_rng([config.seed, 9]).permutation(len(self.inputs))
         sample = np.sort(order[: targets.RIDGE_ROWS if refit else MEASURED_ROWS])
         encoded = self.tokenizer.encode([self.inputs[row] for row in sample], config.batch_size)
         codes, target = encoded.raw_codes, self.codes[torch.from_numpy(sample)] if balanced else None
         if refit and isinstance(head, ResidualHead):
-            target = targets.refit_head(head, encoded.scores, config.seed)
             s = targets.with_price_places(encoded.scores[..., : -config.num_levels], config.num_levels)
+            if recall:
+                misses = self.fused[torch.from_numpy(sample)] - s.mean(1)
+                memory = remember(s.mean(1), misses, torch.from_numpy(self.interactions[sample]), config.seed)
+                self.tokenizer.keep(memory)
+                s = s + memory.cpu()(s)
+            target = targets.refit_head(head, s, config.seed)
             codes = head.greedy(s.to(self.accelerator.device)).codes.cpu()
         figures = measure(codes, target, config.codebook_size)
         if self.history:
