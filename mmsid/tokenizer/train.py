@@ -31,7 +31,8 @@ class TrainTokenizerConfig(StageConfig):
     what the loss implies.
 
     `refit` clusters the trained states once more at the end, so that the raw codes are balanced (residual head, balanced start;
-    one more reading of the items). `memory` first adds what behaviour says of each known item beyond what content predicts. `reconstruct` None takes summaries where there are interests, else attributes, else nothing.
+    one more reading of the items). `memory` first adds what behaviour says of each known item beyond what content predicts.
+    `reconstruct` None takes summaries where there are interests, else attributes, else nothing.
     """
 
     catalog: CatalogConfig
