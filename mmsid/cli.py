@@ -2,6 +2,7 @@
 
 mmsid run CONFIG [key=value ...] [--redo STAGE]      every stage of the configuration in order; continues where it stopped
 mmsid STAGE --config CONFIG [key=value ...] [--redo] one stage; also `accelerate launch scripts/STAGE.py --config CONFIG`
+mmsid assign --config CONFIG --append SIDS           the same, but the Semantic IDs in the folder SIDS stay as they are
 mmsid report RUN [catalog.key=value ...]             write RUN/report.html; RUN is a run's folder, its YAML, or results of a benchmark
 mmsid catalog --config CONFIG                        read the catalogue and describe it
 mmsid demo-catalog OUT --items N --users M --seed S  draw the demo catalogue
@@ -176,8 +177,11 @@ def _one_stage(stage: str, arguments: list[str]) -> None:
     parser.add_argument("--config", required=True, type=Path, help="YAML of the run; the section with the stage's name is used")
     parser.add_argument("--redo", action="store_true", help="write a finished folder again")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides, e.g. train_tokenizer.steps=50")
-    parsed = parser.parse_args(arguments)
-    data = load_yaml(parsed.config, parsed.overrides)
+    if stage == "assign":
+        parser.add_argument("--append", metavar="SIDS", help="keep the Semantic IDs of this folder, give new items theirs (assign.append)")
+    parsed = parser.parse_intermixed_args(arguments)
+    append = [f"assign.append={parsed.append}"] if getattr(parsed, "append", None) else []
+    data = load_yaml(parsed.config, [*parsed.overrides, *append])
     data.setdefault(stage, {})
     configs = wire(data, source=str(parsed.config))
     run_stages({stage: configs[stage]}, redo=[stage] if parsed.redo else [])
