@@ -6,6 +6,8 @@ mmsid assign --config CONFIG --append SIDS           the same, but the Semantic 
 mmsid report RUN [catalog.key=value ...]             write RUN/report.html; RUN is a run's folder, its YAML, or results of a benchmark
 mmsid catalog --config CONFIG                        read the catalogue and describe it
 mmsid demo-catalog OUT --items N --users M --seed S  draw the demo catalogue
+mmsid churn OLD NEW [--out REPORT.json]              what changed between two SID folders
+mmsid bundle OUT --tokenizer T --sids S              a tokenizer and its SIDs as one model folder, ready to upload
 mmsid bench --dataset D --suite S [suite.key=value ...]  every arm of a suite on a data set, one table; continues where it stopped
 """
 
@@ -18,7 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmsid.artifacts import input_hashes, is_complete, plain, read_manifest
+from mmsid.artifacts import input_hashes, is_complete, plain, read_manifest, write_json
 from mmsid.config import Section, StageConfig, build, load_yaml
 from mmsid.errors import ArtifactError, ConfigError, MmsidError
 from mmsid.progress import done
@@ -245,6 +247,32 @@ def _demo_catalog(arguments: list[str]) -> None:
     write_demo_catalog(parsed.out, items=parsed.items, users=parsed.users, seed=parsed.seed)
 
 
+def _churn(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="mmsid churn", description="What changed between two SID folders of one catalogue.")
+    parser.add_argument("old", type=Path, help="the published folder (or its sids.parquet)")
+    parser.add_argument("new", type=Path)
+    parser.add_argument("--out", type=Path, help="write the report as JSON too")
+    parsed = parser.parse_args(arguments)
+    from mmsid.sids import read_sid_folder
+    from mmsid.sids.churn import churn_report, churn_table
+
+    report = churn_report(read_sid_folder(parsed.old), read_sid_folder(parsed.new))
+    print(churn_table(report), end="")
+    if parsed.out is not None:
+        write_json(parsed.out, report)
+
+
+def _bundle(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="mmsid bundle", description="Tokenizer and the Semantic IDs it published, as one model folder.")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--tokenizer", type=Path, required=True, help="runs/NAME/train_tokenizer, or runs/NAME/refine/tokenizer")
+    parser.add_argument("--sids", type=Path, required=True, help="runs/NAME/assign, or runs/NAME/refine/sids")
+    parsed = parser.parse_args(arguments)
+    from mmsid.tokenizer.bundle import write_bundle
+
+    write_bundle(parsed.tokenizer, parsed.sids, parsed.out)
+
+
 def _bench(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="mmsid bench", description="Run every arm of a suite on a data set; continues where it stopped.")
     parser.add_argument("--dataset", required=True, help="a shipped data set (configs/bench/datasets), or a YAML of your own")
@@ -290,6 +318,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _guarded(lambda: _catalog(rest))
     elif command == "demo-catalog":
         _guarded(lambda: _demo_catalog(rest))
+    elif command == "churn":
+        _guarded(lambda: _churn(rest))
+    elif command == "bundle":
+        _guarded(lambda: _bundle(rest))
     elif command == "bench":
         _guarded(lambda: _bench(rest))
     elif command == "report" and rest and not rest[0].startswith("-"):
@@ -299,7 +331,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     elif command in ("-h", "--help", "help"):
         print(f"{__doc__}\nstages: {', '.join(STAGES)}")
     else:
-        print(f"mmsid: unknown command {command!r}; known: run, catalog, demo-catalog, bench, {', '.join(STAGES)}", file=sys.stderr)
+        print(
+            f"mmsid: unknown command {command!r}; known: run, catalog, demo-catalog, churn, bundle, bench, {', '.join(STAGES)}",
+            file=sys.stderr,
+        )
         raise SystemExit(2)
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from mmsid.artifacts import writing
+from mmsid.artifacts import manifest_folder, writing
 from mmsid.catalog import CatalogConfig, read_catalog, split_histories
 from mmsid.config import StageConfig
 from mmsid.precision import Precision, make_accelerator
@@ -32,6 +32,8 @@ class TrainTokenizerConfig(StageConfig):
 
     `refit` clusters the trained states once more at the end, so that the raw codes are balanced (residual head, balanced start;
     one more reading of the items). `reconstruct` None takes summaries where there are interests, else attributes, else nothing.
+    `against`: published SIDs of an earlier tokenizer of the same sizes; the codes are renamed at the end, by one permutation per
+    level, to agree with them for most items.
     """
 
     catalog: CatalogConfig
@@ -61,6 +63,7 @@ class TrainTokenizerConfig(StageConfig):
     clip: float = Field(1.0, gt=0)
     precision: Precision = "auto"
     refit: bool = True
+    against: Path | None = None
     rebalance_every: int = Field(0, ge=0)
     checkpoint_every: int = Field(50, ge=1)
     held_out_items: float = Field(0.0, ge=0, lt=0.5)
@@ -101,6 +104,7 @@ def run(config: TrainTokenizerConfig, on_step: OnStep | None = None) -> Path:
         "sequences": config.catalog.sequences,
         "captions": config.captions,
         "interests": config.interests,
+        "against": None if config.against is None else manifest_folder(config.against),
     }
     with writing(config.out, stage="train_tokenizer", config=config, inputs=folders, resume=True) as draft:
         accelerator.wait_for_everyone()  # rank 0 has opened the draft

@@ -18,6 +18,7 @@ from mmsid.backbone.text import hidden_size_of
 from mmsid.catalog import Catalog, Split, load_picture
 from mmsid.errors import ConfigError
 from mmsid.progress import track
+from mmsid.sids import read_sid_folder
 from mmsid.tokenizer import targets
 from mmsid.tokenizer.batches import PairPlan
 from mmsid.tokenizer.card import model_card
@@ -26,6 +27,7 @@ from mmsid.tokenizer.inputs import ItemInput, build_inputs, read_caption_texts, 
 from mmsid.tokenizer.model import ItemTokenizer, TokenizerSettings
 from mmsid.tokenizer.objective import Labels, Objective
 from mmsid.tokenizer.reconstruction import FrozenDecoder, train_decoder
+from mmsid.tokenizer.renaming import check_sizes, rename_codes
 
 if TYPE_CHECKING:
     from mmsid.tokenizer.train import TrainTokenizerConfig
@@ -40,6 +42,9 @@ class Training:
 
     def __init__(self, config: TrainTokenizerConfig, accelerator: Accelerator, catalog: Catalog, split: Split | None, draft: Draft) -> None:
         self.config, self.accelerator, self.catalog, self.draft = config, accelerator, catalog, draft
+        self.published = None if config.against is None else read_sid_folder(config.against)
+        if self.published is not None:
+            check_sizes(self.published, config.num_levels, config.codebook_size)
         mined = read_mined_interests(config.interests)
         fields = readable_fields(config.use, mined)
         if config.backbone.kind == "text":
@@ -296,6 +301,9 @@ class Training:
         if self.history:
             last = self.history[-10:]
             figures["losses_last_steps"] = {n: float(np.mean([row[n] for row in last if n in row])) for n in last[-1]}
+        if self.published is not None:
+            item_ids = [item.item_id for item in self.catalog.items]
+            figures["renamed"] = rename_codes(self.tokenizer, self.inputs, item_ids, self.published, config.batch_size)
         if self.objective.reconstruction is not None:
             write_tensors(folder / "reconstruction.safetensors", self.objective.reconstruction.state_dict())
         write_json(folder / "training.json", {"figures": figures, "reconstruct": self.reconstruct, "history": self.history})
