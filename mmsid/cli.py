@@ -17,6 +17,7 @@ import argparse
 import shutil
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,10 @@ def _load_stage(name: str) -> Stage:
         from mmsid.tokenizer.assign import AssignConfig, run
 
         return AssignConfig, run
+    if name == "stability":
+        from mmsid.tokenizer.stability import StabilityConfig, run
+
+        return StabilityConfig, _with_annotators(run)
     if name == "baselines":
         from mmsid.tokenizer.baselines import BaselinesConfig, run
 
@@ -67,7 +72,18 @@ def _load_stage(name: str) -> Stage:
     return ReportConfig, run
 
 
-STAGES = ("train_captioner", "caption", "interests", "train_tokenizer", "assign", "baselines", "refine", "train_recommender", "report")
+STAGES = (
+    "train_captioner",
+    "caption",
+    "interests",
+    "train_tokenizer",
+    "assign",
+    "stability",
+    "baselines",
+    "refine",
+    "train_recommender",
+    "report",
+)
 
 
 class RunHeader(Section):
@@ -165,6 +181,17 @@ def _with_quick_recommender(run: Callable[..., Path]) -> Callable[..., Path]:
         from mmsid.recommend.train import quick_recommender
 
         return run(config, quick_recommender=quick_recommender(config.catalog, seed=config.seed))
+
+    return run_with
+
+
+def _with_annotators(run: Callable[..., Path]) -> Callable[..., Path]:
+    """The tokenizer may not import annotation (rooms of one storey), so what captions changed pictures again is handed in."""
+
+    def run_with(config: StageConfig) -> Path:
+        from mmsid.annotate.again import annotate_again
+
+        return run(config, annotate_again=partial(annotate_again, config.captions, config.interests))
 
     return run_with
 
