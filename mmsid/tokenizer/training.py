@@ -46,7 +46,7 @@ class Training:
         if self.published is not None:
             check_sizes(self.published, config.num_levels, config.codebook_size)
         mined = read_mined_interests(config.interests)
-        fields = readable_fields(config.use, mined)
+        fields = tuple(name for name in readable_fields(config.use, mined) if name not in config.without)
         if config.backbone.kind == "text":
             fields = tuple(name for name in fields if name != "pictures")
         self.inputs: list[ItemInput] = build_inputs(
@@ -72,7 +72,7 @@ class Training:
         self.texts, self.reconstruct = self._texts(mined)
         decoder = self._prepare(behaviour, start)
         weights = config.resolved_weights()
-        finest = config.finest or ("category" if config.loss == "unisid" else "engaged")
+        finest = "engaged" if config.behavioural(config.finest) else "category"
         self.objective = Objective(
             self.tokenizer, weights, decoder, tau=config.tau, finest=finest, reconstruct_from=config.reconstruct_from
         ).to(accelerator.device)
@@ -81,7 +81,7 @@ class Training:
         self.plan = PairPlan(
             [len(item.text) for item in self.inputs],
             self.categories[:, -1].numpy(),
-            behaviour.pairs,
+            behaviour.pairs if config.behavioural(config.partners) else None,
             batch_size=config.batch_size,
             seed=config.seed,
             rows=np.setdiff1d(np.arange(len(self.inputs)), self.held_out),
