@@ -120,6 +120,12 @@ def is_complete(folder: Path) -> bool:
     return (Path(folder) / MANIFEST).is_file()
 
 
+def manifest_folder(folder: Path) -> Path:
+    """Where the manifest of a part lies: in the folder itself, or, for one part of what a stage wrote (`refine/sids`), one above."""
+    folder = Path(folder)
+    return folder.parent if not is_complete(folder) and is_complete(folder.parent) else folder
+
+
 def input_hashes(inputs: Mapping[str, Path | None]) -> dict[str, str]:
     """Hash of each input: a finished folder by what made it (stage, config, inputs), a file by its bytes."""
     hashes = {}

@@ -2,9 +2,12 @@
 
 mmsid run CONFIG [key=value ...] [--redo STAGE]      every stage of the configuration in order; continues where it stopped
 mmsid STAGE --config CONFIG [key=value ...] [--redo] one stage; also `accelerate launch scripts/STAGE.py --config CONFIG`
+mmsid assign --config CONFIG --append SIDS           the same, but the Semantic IDs in the folder SIDS stay as they are
 mmsid report RUN [catalog.key=value ...]             write RUN/report.html; RUN is a run's folder, its YAML, or results of a benchmark
 mmsid catalog --config CONFIG                        read the catalogue and describe it
 mmsid demo-catalog OUT --items N --users M --seed S  draw the demo catalogue
+mmsid churn OLD NEW [--out REPORT.json]              what changed between two SID folders
+mmsid bundle OUT --tokenizer T --sids S              a tokenizer and its SIDs as one model folder, ready to upload
 mmsid bench --dataset D --suite S [suite.key=value ...]  every arm of a suite on a data set, one table; continues where it stopped
 """
 
@@ -14,10 +17,11 @@ import argparse
 import shutil
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mmsid.artifacts import input_hashes, is_complete, plain, read_manifest
+from mmsid.artifacts import input_hashes, is_complete, plain, read_manifest, write_json
 from mmsid.config import Section, StageConfig, build, load_yaml
 from mmsid.errors import ArtifactError, ConfigError, MmsidError
 from mmsid.progress import done
@@ -47,6 +51,10 @@ def _load_stage(name: str) -> Stage:
         from mmsid.tokenizer.assign import AssignConfig, run
 
         return AssignConfig, run
+    if name == "stability":
+        from mmsid.tokenizer.stability import StabilityConfig, run
+
+        return StabilityConfig, _with_annotators(run)
     if name == "baselines":
         from mmsid.tokenizer.baselines import BaselinesConfig, run
 
@@ -64,7 +72,18 @@ def _load_stage(name: str) -> Stage:
     return ReportConfig, run
 
 
-STAGES = ("train_captioner", "caption", "interests", "train_tokenizer", "assign", "baselines", "refine", "train_recommender", "report")
+STAGES = (
+    "train_captioner",
+    "caption",
+    "interests",
+    "train_tokenizer",
+    "assign",
+    "stability",
+    "baselines",
+    "refine",
+    "train_recommender",
+    "report",
+)
 
 
 class RunHeader(Section):
@@ -166,6 +185,17 @@ def _with_quick_recommender(run: Callable[..., Path]) -> Callable[..., Path]:
     return run_with
 
 
+def _with_annotators(run: Callable[..., Path]) -> Callable[..., Path]:
+    """The tokenizer may not import annotation (rooms of one storey), so what captions changed pictures again is handed in."""
+
+    def run_with(config: StageConfig) -> Path:
+        from mmsid.annotate.again import annotate_again
+
+        return run(config, annotate_again=partial(annotate_again, config.captions, config.interests))
+
+    return run_with
+
+
 def main_stage(stage: str, arguments: Sequence[str] | None = None) -> None:
     """What every script in `scripts/` calls: one stage from `--config CONFIG [key=value ...]`."""
     _guarded(lambda: _one_stage(stage, list(sys.argv[1:] if arguments is None else arguments)))
@@ -176,8 +206,11 @@ def _one_stage(stage: str, arguments: list[str]) -> None:
     parser.add_argument("--config", required=True, type=Path, help="YAML of the run; the section with the stage's name is used")
     parser.add_argument("--redo", action="store_true", help="write a finished folder again")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides, e.g. train_tokenizer.steps=50")
-    parsed = parser.parse_args(arguments)
-    data = load_yaml(parsed.config, parsed.overrides)
+    if stage == "assign":
+        parser.add_argument("--append", metavar="SIDS", help="keep the Semantic IDs of this folder, give new items theirs (assign.append)")
+    parsed = parser.parse_intermixed_args(arguments)
+    append = [f"assign.append={parsed.append}"] if getattr(parsed, "append", None) else []
+    data = load_yaml(parsed.config, [*parsed.overrides, *append])
     data.setdefault(stage, {})
     configs = wire(data, source=str(parsed.config))
     run_stages({stage: configs[stage]}, redo=[stage] if parsed.redo else [])
@@ -241,6 +274,32 @@ def _demo_catalog(arguments: list[str]) -> None:
     write_demo_catalog(parsed.out, items=parsed.items, users=parsed.users, seed=parsed.seed)
 
 
+def _churn(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="mmsid churn", description="What changed between two SID folders of one catalogue.")
+    parser.add_argument("old", type=Path, help="the published folder (or its sids.parquet)")
+    parser.add_argument("new", type=Path)
+    parser.add_argument("--out", type=Path, help="write the report as JSON too")
+    parsed = parser.parse_args(arguments)
+    from mmsid.sids import read_sid_folder
+    from mmsid.sids.churn import churn_report, churn_table
+
+    report = churn_report(read_sid_folder(parsed.old), read_sid_folder(parsed.new))
+    print(churn_table(report), end="")
+    if parsed.out is not None:
+        write_json(parsed.out, report)
+
+
+def _bundle(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="mmsid bundle", description="Tokenizer and the Semantic IDs it published, as one model folder.")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--tokenizer", type=Path, required=True, help="runs/NAME/train_tokenizer, or runs/NAME/refine/tokenizer")
+    parser.add_argument("--sids", type=Path, required=True, help="runs/NAME/assign, or runs/NAME/refine/sids")
+    parsed = parser.parse_args(arguments)
+    from mmsid.tokenizer.bundle import write_bundle
+
+    write_bundle(parsed.tokenizer, parsed.sids, parsed.out)
+
+
 def _bench(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="mmsid bench", description="Run every arm of a suite on a data set; continues where it stopped.")
     parser.add_argument("--dataset", required=True, help="a shipped data set (configs/bench/datasets), or a YAML of your own")
@@ -286,6 +345,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _guarded(lambda: _catalog(rest))
     elif command == "demo-catalog":
         _guarded(lambda: _demo_catalog(rest))
+    elif command == "churn":
+        _guarded(lambda: _churn(rest))
+    elif command == "bundle":
+        _guarded(lambda: _bundle(rest))
     elif command == "bench":
         _guarded(lambda: _bench(rest))
     elif command == "report" and rest and not rest[0].startswith("-"):
@@ -295,7 +358,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     elif command in ("-h", "--help", "help"):
         print(f"{__doc__}\nstages: {', '.join(STAGES)}")
     else:
-        print(f"mmsid: unknown command {command!r}; known: run, catalog, demo-catalog, bench, {', '.join(STAGES)}", file=sys.stderr)
+        print(
+            f"mmsid: unknown command {command!r}; known: run, catalog, demo-catalog, churn, bundle, bench, {', '.join(STAGES)}",
+            file=sys.stderr,
+        )
         raise SystemExit(2)
 
 

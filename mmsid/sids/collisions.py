@@ -8,7 +8,7 @@ least total cost -log pi. `suffix`: items of a colliding bucket are numbered. `n
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -69,9 +69,9 @@ def add_suffix(raw_codes: np.ndarray, content_hashes: Sequence[str]) -> np.ndarr
     Exact duplicates share the number.
     """
     raw_codes = np.asarray(raw_codes, dtype=np.int64)
-    distinct, inverse, codes = _distinct_items(raw_codes, content_hashes)
+    distinct, inverse, codes = distinct_items(raw_codes, content_hashes)
     suffix = np.full(len(distinct), -1, dtype=np.int64)
-    for bucket in _groups(codes):
+    for bucket in groups_of(codes):
         if len(bucket) > 1:
             suffix[bucket] = np.arange(len(bucket))
     return suffix[inverse]
@@ -113,7 +113,7 @@ def relocate(
     sizes = tuple(np.atleast_1d(codebook_sizes).astype(int).tolist()) * (num_levels if np.ndim(codebook_sizes) == 0 else 1)
     if len(sizes) != num_levels:
         raise ValueError(f"codes have {num_levels} levels, codebook_sizes {len(sizes)}")
-    rows, inverse, codes = _distinct_items(raw_codes, content_hashes)
+    rows, inverse, codes = distinct_items(raw_codes, content_hashes)
     capacity = int(np.prod([float(size) for size in sizes]))
     if len(rows) > capacity:
         raise MmsidError(f"{len(rows)} distinct items cannot have unique SIDs out of {capacity}; use more levels or larger codebooks")
@@ -139,7 +139,7 @@ class _Relocation:
         self.last_size = sizes[-1]
 
     def run(self) -> None:
-        groups = list(_groups(self.codes[:, :-1]))
+        groups = list(groups_of(self.codes[:, :-1]))
         resident = [group for group in groups if self._collides(group) and len(group) <= self.last_size]
         overfull = [group for group in groups if len(group) > self.last_size]
         if overfull:
@@ -179,7 +179,7 @@ class _Relocation:
             arrivals.setdefault(prefix, []).append(int(position))
             self.codes[position, :-1] = prefix
         rest = []
-        for group in _groups(self.codes[:, :-1]):
+        for group in groups_of(self.codes[:, :-1]):
             prefix = tuple(self.codes[group[0], :-1].tolist())
             if prefix in arrivals and prefix in clean:
                 self._settle(group, np.array(arrivals[prefix]))
@@ -208,10 +208,9 @@ class _Relocation:
             candidate = tuple(int(code) for code in prefix)
             if free.get(candidate, self.last_size) > 0:
                 return candidate
-        for kept in range(len(own) - 1, -1, -1):
-            for tail in itertools.product(*(range(size) for size in self.sizes[kept:-1])):
-                if free.get(own[:kept] + tail, self.last_size) > 0:
-                    return own[:kept] + tail
+        for candidate in nearest_prefixes(own, self.sizes):
+            if free.get(candidate, self.last_size) > 0:
+                return candidate
         raise MmsidError(f"no prefix has room for row {int(self.rows[position])}; use more levels or larger codebooks")
 
     def _settle(self, group: np.ndarray, arrivals: np.ndarray) -> None:
@@ -253,7 +252,14 @@ class _Relocation:
         return np.clip(-scores, -_WORST, _WORST)
 
 
-def _distinct_items(raw_codes: np.ndarray, content_hashes: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def nearest_prefixes(own: tuple[int, ...], sizes: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    """Every prefix (all levels but the last), those that keep most leading codes of `own` first."""
+    for kept in range(len(own) - 1, -1, -1):
+        for tail in itertools.product(*(range(size) for size in sizes[kept:-1])):
+            yield own[:kept] + tail
+
+
+def distinct_items(raw_codes: np.ndarray, content_hashes: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Distinct items by content hash, sorted by it: (n,) a representative row, (N,) index of each row, (n, L) codes (a copy).
 
     Duplicates should have equal raw codes; if rounding parted them, the least codes stand for all, whatever the row order.
@@ -269,7 +275,7 @@ def _distinct_items(raw_codes: np.ndarray, content_hashes: Sequence[str]) -> tup
     return rows, inverse, raw_codes[rows].copy()
 
 
-def _groups(keys: np.ndarray) -> Iterable[np.ndarray]:
+def groups_of(keys: np.ndarray) -> Iterable[np.ndarray]:
     """(n, d) -> positions of equal rows, ascending within a group, groups in the order of their keys."""
     if not len(keys):
         return []

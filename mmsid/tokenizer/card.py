@@ -1,9 +1,10 @@
-"""The model card that travels with a tokenizer."""
+"""The model card that travels with a tokenizer, and with a bundle of tokenizer and Semantic IDs."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from mmsid.sids import SidTable
 from mmsid.tokenizer.model import ItemTokenizer
 
 
@@ -37,4 +38,26 @@ Trained by `mmsid train_tokenizer` on {items:,} items: loss `{config.loss}`, {co
 The figures are of training items. Figures of the published codes (after collision handling), and on held-out users, are in the
 `intrinsic.json` of the folder that `mmsid assign` writes. The backbone's weights are not in this folder: it names them, and
 refuses others. Items with no text (and, for a vision-language backbone, no picture) all get one and the same code.
+"""
+
+
+def published_card(version: str, table: SidTable, metrics: dict[str, Any]) -> str:
+    """The section of a bundle's model card about the Semantic IDs in it: how many, how good, how to read and extend them."""
+    lift = metrics.get("coengagement", {}).get("lift", [None])[0]
+    rows = [
+        ("items", f"{len(table):,}"),
+        ("levels x codes", " x ".join(map(str, [table.num_levels, *sorted(set(table.codebook_sizes))]))),
+        ("items lost to collisions, published (raw)", f"{metrics['published']['items_lost']:,} ({metrics['raw']['items_lost']:,})"),
+        ("perplexity per level", " / ".join(f"{level['perplexity']:.1f}" for level in metrics["levels"])),
+        ("level-1 co-engagement lift on held-out users", "not measured" if lift is None else f"{lift:.1f}"),
+    ]
+    lines = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    return f"""## Published Semantic IDs, version {version}
+
+| measured | |
+|---|---|
+{lines}
+
+`sids/sids.parquet` holds `codes` (published) and `raw_codes` (what `encode` gives) of every item. Codes of another version are other
+names: never mix them. New items: `mmsid assign --append` on this folder's `sids`, with this folder as the tokenizer; no code moves.
 """

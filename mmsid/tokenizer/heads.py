@@ -14,8 +14,10 @@ Ties always go to the lowest index. Nothing here samples; whoever samples does i
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -57,6 +59,10 @@ class CodeHead(nn.Module):
     def scale(self, s: Tensor, prefix: Tensor, logits: Tensor) -> Tensor:
         """Magnitude (B,) of the terms that were subtracted to form `logits`; the yardstick of rounding error."""
         return logits.abs().amax(-1)
+
+    def rename(self, permutations: Sequence[np.ndarray]) -> None:
+        """Give the codes of every level other numbers, in place: what was code c of level l becomes `permutations[l][c]`."""
+        raise TypeError(f"{type(self).__name__} does not say where its codes are")
 
     def log_prob(self, s: Tensor, codes: Tensor) -> Tensor:
         """log pi(c_l | x, c_<l) for every level: codes (B, L) -> (B, L), or codes (B, M, L) -> (B, M, L). Full softmax over K."""
@@ -128,6 +134,12 @@ class ResidualHead(CodeHead):
         s = self.projection(h) + self.bias
         return s if self.memory is None else s + self.memory(s)
 
+    @torch.no_grad()
+    def rename(self, permutations: Sequence[np.ndarray]) -> None:
+        """Reorder the code vectors."""
+        for level, names in enumerate(permutations):
+            self.vectors[level] = self.vectors[level][np.argsort(names)].clone()
+
     def prefix_vectors(self, codes: Tensor) -> Tensor:
         """Cumulative sums of the chosen code vectors: codes (..., l) -> (..., l, code_dim); entry j is the rebuild from j+1 levels."""
         chosen = [self.vectors[level][codes[..., level]] for level in range(codes.shape[-1])]
@@ -180,6 +192,13 @@ class ParallelHead(CodeHead):
     def project(self, h: Tensor) -> Tensor:
         """Logits of all levels: (B, L, H) -> (B, L, K)."""
         return torch.stack([linear(h[:, level]) for level, linear in enumerate(self.levels)], 1)
+
+    @torch.no_grad()
+    def rename(self, permutations: Sequence[np.ndarray]) -> None:
+        """Reorder the outputs."""
+        for linear, names in zip(self.levels, permutations, strict=True):
+            for weight in (linear.weight, linear.bias):
+                weight.copy_(weight[np.argsort(names)].clone())
 
     def level_logits(self, s: Tensor, prefix: Tensor) -> Tensor:
         """The level's logits; the codes in `prefix` only say which level it is."""

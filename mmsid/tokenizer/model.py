@@ -32,13 +32,15 @@ DOUBTFUL = 1e-4  # relative lead under which rounding could decide; fp32 noise o
 
 
 class BackboneSettings(Section):
-    """Which backbone. `path`: "minilm", a folder or a hub id; saved tokenizers keep this reference, not the weights."""
+    """Which backbone. `path`: "minilm", a folder or a hub id; saved tokenizers keep this reference, not the weights. `states`: what
+    the heads read, a state per query token, or for all of them the mean content state (a control: what do the tokens add?)."""
 
     kind: Literal["text", "vlm"] = "text"
     path: str = "minilm"
     max_length: int = Field(96, ge=1)
     max_pictures: int = Field(1, ge=0)
     instruction: str = INSTRUCTION
+    states: Literal["tokens", "pooled"] = "tokens"
     train_queries: bool = True
     lora: LoraSettings = LoraSettings()
 
@@ -127,7 +129,10 @@ class ItemTokenizer(nn.Module, ModelHubMixin, library_name="mmsid", tags=["seman
 
     def hidden(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """States of the SID tokens (B, L, H) and of the EMB token (B, H), the mean content state folded in; with gradient."""
-        states = self.backbone(batch)
+        reading = self.backbone.read(batch)
+        states = reading.states
+        if self.settings.backbone.states == "pooled":
+            states = reading.pooled[:, None].expand_as(states)
         return states[:, :-1], states[:, -1]
 
     def embed(self, e: Tensor) -> Tensor:
@@ -188,9 +193,12 @@ class ItemTokenizer(nn.Module, ModelHubMixin, library_name="mmsid", tags=["seman
         return {name: value for name, value in self.state_dict().items() if not name.startswith("backbone.model.")}
 
     def sha256(self) -> str:
-        """Hash of settings, body and weights: what a SID table names as its tokenizer."""
+        """Hash of settings, body and weights: what a SID table names as its tokenizer. Settings at their defaults are left out, so that
+        a new setting does not rename every tokenizer there is."""
         weights = {name: sha256(value.detach().cpu().contiguous().numpy().tobytes()) for name, value in self._all_trained().items()}
-        return sha256({"settings": self.settings.model_dump(mode="json"), "backbone": self.backbone_sha256, "weights": weights})
+        return sha256(
+            {"settings": self.settings.model_dump(mode="json", exclude_defaults=True), "backbone": self.backbone_sha256, "weights": weights}
+        )
 
     def _all_trained(self) -> dict[str, Tensor]:
         adapter = {name: value for name, value in self.state_dict().items() if "lora_" in name}

@@ -12,12 +12,15 @@ from torch import Tensor
 
 from mmsid.artifacts import write_tensors
 from mmsid.catalog import Catalog, Split, adjacent_pairs
+from mmsid.errors import MmsidError
 from mmsid.quantize import ResidualCodebooks
 from mmsid.quantize.scores import best_first
-from mmsid.sids import SidTable, intrinsic_metrics, resolve, write_sid_folder
+from mmsid.sids import Resolution, SidTable, intrinsic_metrics, resolve, write_sid_folder
+from mmsid.sids.append import append_codes
 from mmsid.sids.collisions import Policy
 from mmsid.sids.semantics import fidelity
 from mmsid.tokenizer.heads import CodeHead, ResidualHead
+from mmsid.tokenizer.published import RETIRED, Published
 
 _BEAMS = (16, 1024)
 
@@ -74,6 +77,7 @@ def publish(
     *,
     collisions: Policy,
     scores: Scores | None,
+    published: Published | None = None,
     margin: np.ndarray | None = None,
     embeddings: np.ndarray | None = None,
     decode: Callable[[np.ndarray], np.ndarray] | None = None,
@@ -82,20 +86,18 @@ def publish(
 ) -> tuple[SidTable, dict[str, Any]]:
     """Resolve collisions of raw codes (N, L), measure, and write a SID folder; returns the table and its figures.
 
-    `scores` is needed by the policy "relocate" only. `embeddings` (N, D), if given, are written as `embeddings.safetensors` (row
+    `scores` is needed by the policy "relocate" only. `published`: SIDs that must not move (the rows of its items in
+    `raw_codes` are theirs); `scores` is then asked about new items only, and items that left are written to `retired.parquet`.
+    `embeddings` (N, D), if given, are written as `embeddings.safetensors` (row
     order = the table's) and measured. `decode` turns codes (N, L) into vectors, for retrieval by codes. Pairs come from the inner
     held-out users; categories from the catalogue.
     """
     hashes = [item.content_sha256 for item in catalog.items]
-    needed = scores if collisions == "relocate" else None
-    resolution = resolve(
-        collisions,
-        raw_codes,
-        hashes,
-        codebook_sizes,
-        None if needed is None else needed.last_scores,
-        None if needed is None else needed.prefix_candidates,
-    )
+    if published is None:
+        asked = (None, None) if scores is None or collisions != "relocate" else (scores.last_scores, scores.prefix_candidates)
+        resolution = resolve(collisions, raw_codes, hashes, codebook_sizes, *asked)
+    else:
+        resolution = _beside(published, catalog, raw_codes, codebook_sizes, collisions, scores)
     table = SidTable(
         [item.item_id for item in catalog.items],
         resolution.codes,
@@ -122,7 +124,31 @@ def publish(
     write_sid_folder(folder, table, metrics)
     if embeddings is not None:
         write_tensors(Path(folder) / "embeddings.safetensors", {"embeddings": torch.from_numpy(np.ascontiguousarray(embeddings))})
+    if published is not None and (gone := published.left_behind(table.item_ids)) is not None:
+        gone.save(Path(folder) / RETIRED)
     return table, metrics
+
+
+def _beside(
+    published: Published, catalog: Catalog, raw_codes: np.ndarray, sizes: tuple[int, ...], policy: Policy, scores: Scores | None
+) -> Resolution:
+    """Codes of a grown catalogue, those of published items as they are."""
+    if scores is None:
+        raise MmsidError("items can only be appended with the scores of the tokenizer that published the others")
+    item_ids = [item.item_id for item in catalog.items]
+    before, gone = published.codes_of(item_ids), published.left_behind(item_ids)
+    codes = append_codes(
+        policy,
+        raw_codes,
+        [item.content_sha256 for item in catalog.items],
+        before,
+        sizes,
+        scores.last_scores,
+        scores.prefix_candidates,
+        None if gone is None else gone.codes,
+    )
+    spilled = (codes[:, :-1] != raw_codes[:, :-1]).any(axis=1)
+    return Resolution(codes, None, int((codes != raw_codes).any(axis=1).sum()), int(spilled.sum()))
 
 
 def head_decoder(head: CodeHead) -> Callable[[np.ndarray], np.ndarray] | None:

@@ -11,9 +11,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
-from mmsid.artifacts import writing
+from mmsid.artifacts import manifest_folder, writing
 from mmsid.catalog import CatalogConfig, read_catalog, split_histories
 from mmsid.config import StageConfig
 from mmsid.precision import Precision, make_accelerator
@@ -27,18 +27,24 @@ from mmsid.tokenizer.training import OnStep, Training
 
 class TrainTokenizerConfig(StageConfig):
     """`loss: ours` starts from balanced residual codes and distils them; `loss: unisid` is the published loss: parallel heads,
-    random start, multi-granularity contrast on the logits + InfoNCE + 0.1 reconstruction. `head`, `start` and `weights` override
-    what the loss implies.
+    random start, multi-granularity contrast on the logits + InfoNCE + 0.1 reconstruction, pairs and finest positives by category.
+    `head`, `partners`, `finest` and single keys of `start` and `weights` override what the loss implies.
+
+    `without`: fields left out of `use` (they may still be reconstructed). `partners`: who an anchor is paired with in a batch, a
+    co-engaged item where there is one, or one of its finest category.
 
     `refit` clusters the trained states once more at the end, so that the raw codes are balanced (residual head, balanced start;
     one more reading of the items). `memory` first adds what behaviour says of each known item beyond what content predicts.
     `reconstruct` None takes summaries where there are interests, else attributes, else nothing.
+    `against`: published SIDs of an earlier tokenizer of the same sizes; the codes are renamed at the end, by one permutation per
+    level, to agree with them for most items.
     """
 
     catalog: CatalogConfig
     captions: Path | None = None
     interests: Path | None = None
     use: tuple[FieldName, ...] | None = None
+    without: tuple[FieldName, ...] = ()
     backbone: BackboneSettings = BackboneSettings()
     num_levels: int = Field(3, ge=1, le=8)
     codebook_size: int = Field(256, ge=2)
@@ -48,6 +54,7 @@ class TrainTokenizerConfig(StageConfig):
     weights: LossWeights | None = None
     tau: float = Field(0.07, gt=0)
     finest: Literal["engaged", "category"] | None = None
+    partners: Literal["engaged", "category"] | None = None
     reconstruct: Literal["summary", "attributes", "off"] | None = None
     reconstruct_from: Literal["states", "codes"] = "states"
     decoder: str | None = None
@@ -63,11 +70,23 @@ class TrainTokenizerConfig(StageConfig):
     precision: Precision = "auto"
     refit: bool = True
     memory: bool = True
+    against: Path | None = None
     rebalance_every: int = Field(0, ge=0)
     checkpoint_every: int = Field(50, ge=1)
     held_out_items: float = Field(0.0, ge=0, lt=0.5)
     evaluate_every: int = Field(25, ge=1)
     patience: int = Field(0, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _single_keys_override(cls, data: Any) -> Any:
+        """A section that names some keys changes those alone; the others stay what the loss implies."""
+        if not isinstance(data, dict):
+            return data
+        unisid = data.get("loss") == "unisid"
+        weights = UNISID_WEIGHTS if unisid else LossWeights()
+        implied = {"weights": weights.model_dump(), "start": {"mode": "random" if unisid else "balanced"}}
+        return data | {name: values | data[name] for name, values in implied.items() if isinstance(data.get(name), dict)}
 
     @field_validator("reconstruct", mode="before")
     @classmethod
@@ -81,6 +100,10 @@ class TrainTokenizerConfig(StageConfig):
     def resolved_start(self) -> targets.StartSettings:
         """Balanced for our loss, random for UniSID's, unless set."""
         return self.start or targets.StartSettings(mode="random" if self.loss == "unisid" else "balanced")
+
+    def behavioural(self, chosen: str | None) -> bool:
+        """Whether `finest` or `partners`, as `chosen`, goes by co-engagement: ours does unless set, UniSID's does not."""
+        return (chosen or ("category" if self.loss == "unisid" else "engaged")) == "engaged"
 
     def resolved_weights(self) -> LossWeights:
         """The published weights for UniSID's loss, ours otherwise, unless set."""
@@ -103,6 +126,7 @@ def run(config: TrainTokenizerConfig, on_step: OnStep | None = None) -> Path:
         "sequences": config.catalog.sequences,
         "captions": config.captions,
         "interests": config.interests,
+        "against": None if config.against is None else manifest_folder(config.against),
     }
     with writing(config.out, stage="train_tokenizer", config=config, inputs=folders, resume=True) as draft:
         accelerator.wait_for_everyone()  # rank 0 has opened the draft

@@ -18,6 +18,7 @@ from mmsid.backbone.text import hidden_size_of
 from mmsid.catalog import Catalog, Split, load_picture
 from mmsid.errors import ConfigError
 from mmsid.progress import track
+from mmsid.sids import read_sid_folder
 from mmsid.tokenizer import targets
 from mmsid.tokenizer.batches import PairPlan
 from mmsid.tokenizer.card import model_card
@@ -27,6 +28,7 @@ from mmsid.tokenizer.memory import remember
 from mmsid.tokenizer.model import ItemTokenizer, TokenizerSettings
 from mmsid.tokenizer.objective import Labels, Objective
 from mmsid.tokenizer.reconstruction import FrozenDecoder, train_decoder
+from mmsid.tokenizer.renaming import check_sizes, rename_codes
 
 if TYPE_CHECKING:
     from mmsid.tokenizer.train import TrainTokenizerConfig
@@ -41,8 +43,11 @@ class Training:
 
     def __init__(self, config: TrainTokenizerConfig, accelerator: Accelerator, catalog: Catalog, split: Split | None, draft: Draft) -> None:
         self.config, self.accelerator, self.catalog, self.draft = config, accelerator, catalog, draft
+        self.published = None if config.against is None else read_sid_folder(config.against)
+        if self.published is not None:
+            check_sizes(self.published, config.num_levels, config.codebook_size)
         mined = read_mined_interests(config.interests)
-        fields = readable_fields(config.use, mined)
+        fields = tuple(name for name in readable_fields(config.use, mined) if name not in config.without)
         if config.backbone.kind == "text":
             fields = tuple(name for name in fields if name != "pictures")
         self.inputs: list[ItemInput] = build_inputs(
@@ -68,7 +73,7 @@ class Training:
         self.texts, self.reconstruct = self._texts(mined)
         decoder = self._prepare(behaviour, start)
         weights = config.resolved_weights()
-        finest = config.finest or ("category" if config.loss == "unisid" else "engaged")
+        finest = "engaged" if config.behavioural(config.finest) else "category"
         self.interactions = behaviour.interactions
         self.objective = Objective(
             self.tokenizer, weights, decoder, tau=config.tau, finest=finest, reconstruct_from=config.reconstruct_from
@@ -78,7 +83,7 @@ class Training:
         self.plan = PairPlan(
             [len(item.text) for item in self.inputs],
             self.categories[:, -1].numpy(),
-            behaviour.pairs,
+            behaviour.pairs if config.behavioural(config.partners) else None,
             batch_size=config.batch_size,
             seed=config.seed,
             rows=np.setdiff1d(np.arange(len(self.inputs)), self.held_out),
@@ -296,14 +301,17 @@ class Training:
             if recall:
                 misses = self.fused[torch.from_numpy(sample)] - s.mean(1)
                 memory = remember(s.mean(1), misses, torch.from_numpy(self.interactions[sample]), config.seed)
+                s = s + memory(s)
                 self.tokenizer.keep(memory)
-                s = s + memory.cpu()(s)
             target = targets.refit_head(head, s, config.seed)
             codes = head.greedy(s.to(self.accelerator.device)).codes.cpu()
         figures = measure(codes, target, config.codebook_size)
         if self.history:
             last = self.history[-10:]
             figures["losses_last_steps"] = {n: float(np.mean([row[n] for row in last if n in row])) for n in last[-1]}
+        if self.published is not None:
+            item_ids = [item.item_id for item in self.catalog.items]
+            figures["renamed"] = rename_codes(self.tokenizer, self.inputs, item_ids, self.published, config.batch_size)
         if self.objective.reconstruction is not None:
             write_tensors(folder / "reconstruction.safetensors", self.objective.reconstruction.state_dict())
         write_json(folder / "training.json", {"figures": figures, "reconstruct": self.reconstruct, "history": self.history})

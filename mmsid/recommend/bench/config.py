@@ -19,6 +19,7 @@ from mmsid.recommend.fit import Schedule
 from mmsid.recommend.floors import FLOOR_NAMES
 from mmsid.recommend.sasrec import SasrecShape
 from mmsid.recommend.train import Architecture, ModelConfig
+from mmsid.sids.collisions import Policy
 from mmsid.tokenizer.arms import ArmSpec
 from mmsid.tokenizer.inputs import FieldName
 
@@ -64,6 +65,7 @@ class ArmConfig(Section):
         sids: how a baseline makes its SIDs; sizes default to the data set's.
         published: one arm per published SID set of the data set, named `<arm>_<column>`.
         tokenizer: our tokenizer, trained and assigned anew for every seed; overrides of the stage train_tokenizer.
+        collisions: how our tokenizer's collisions are handled (of a baseline it stands in `sids`).
         floors: popularity, item-kNN, TF-IDF kNN and their hybrid: deterministic, run once.
         sasrec: a recommender of item ids, without SIDs; trials and seeds as for the SID arms.
         fusion: name of a SID arm, whose item scores are fused with the hybrid floor's; its trial and seeds are that arm's.
@@ -74,6 +76,7 @@ class ArmConfig(Section):
     sids: ArmSpec | None = None
     published: Literal["all"] | None = None
     tokenizer: dict[str, Any] | None = None
+    collisions: Policy = "relocate"
     floors: Literal[True] | None = None
     sasrec: Literal[True] | None = None
     fusion: str | None = None
@@ -106,6 +109,8 @@ class ArmConfig(Section):
     @model_validator(mode="after")
     def _exactly_one(self) -> ArmConfig:
         named = [name for name in KINDS if getattr(self, name) is not None]
+        if self.tokenizer is None and "collisions" in self.model_fields_set:
+            raise ValueError("collisions stands beside `tokenizer` only; of a baseline it is a key of `sids`")
         if len(named) != 1:
             raise ValueError(f"an arm is exactly one of {', '.join(KINDS)}; this one names {', '.join(named) or 'none'}")
         return self

@@ -126,6 +126,8 @@ class Plan:
         else:
             folders = {"captions": self.dataset.captions, "interests": self.dataset.interests}
             made_from |= {"use": self.dataset.use, "annotations": input_hashes(folders), "seed": seed}
+        if arm.config.tokenizer is not None and arm.config.collisions != "relocate":
+            made_from["collisions"] = arm.config.collisions
         return self._job("sids", arm, made_from, seed, spec=spec)
 
     def fit(self, arm: Arm, trial: int, seed: int) -> BenchJob:

@@ -113,6 +113,7 @@ def _arm_row(plan: Plan, arm: Arm, fits: list[BenchJob], read: list[dict[Part, R
 def _sid_figures(arm: Arm, fits: list[BenchJob]) -> dict[str, Any]:
     tables = [read_json(job.sids / FIGURES) for job in fits]
     lifts = [table["level_1_lift"] for table in tables]
+    v_measures = [table["v_measure"] for table in tables]
     return {
         "collisions": _mean([table["collisions"] for table in tables]),
         "sid_seconds": _mean([table["seconds"] for table in tables]),
@@ -120,6 +121,7 @@ def _sid_figures(arm: Arm, fits: list[BenchJob]) -> dict[str, Any]:
             "codebook_sizes": tables[0]["codebook_sizes"],
             "perplexity": [round(float(level), 2) for level in np.mean([table["perplexity"] for table in tables], axis=0)],
             "level_1_lift": None if None in lifts else _mean(lifts),
+            "v_measure": None if None in v_measures else [round(float(level), 4) for level in np.mean(v_measures, axis=0)],
         },
         "varies": "tokenizer and recommender seed, paired"
         if arm.sids_seeded

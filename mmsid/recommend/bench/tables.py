@@ -30,8 +30,8 @@ def bench_table(written: dict[str, Any]) -> str:
         lines += [
             "## The Semantic IDs",
             "",
-            "| arm | perplexity per level | codes per level | level-1 co-engagement lift | seconds to make | trial |",
-            "|---|---|---|---|---|---|",
+            "| arm | perplexity per level | codes per level | level-1 co-engagement lift | V-measure, finest category | seconds | trial |",
+            "|---|---|---|---|---|---|---|",
             *[_intrinsic(row) for row in intrinsic],
             "",
         ]
@@ -47,8 +47,9 @@ def _intrinsic(row: dict[str, Any]) -> str:
     perplexity = " / ".join(f"{level:.0f}" for level in found["perplexity"])
     sizes = " / ".join(map(str, found["codebook_sizes"]))
     lift = "" if found["level_1_lift"] is None else f"{found['level_1_lift']:.1f}"
+    v_measure = " / ".join(f"{level:.3f}" for level in found["v_measure"] or ())
     trial = ", ".join(f"{key} {value}" for part in row["trial"].values() for key, value in part.items()) or "default"
-    return f"| {row['arm']} | {perplexity} | {sizes} | {lift} | {row['sid_seconds']:.0f} | {trial} |"
+    return f"| {row['arm']} | {perplexity} | {sizes} | {lift} | {v_measure} | {row['sid_seconds']:.0f} | {trial} |"
 
 
 def _missing(entry: dict[str, Any]) -> str:

@@ -79,6 +79,7 @@ class Bench:
             "perplexity": [level["perplexity"] for level in intrinsic["levels"]],
             "codebook_sizes": intrinsic["codebook_sizes"],
             "level_1_lift": lift[0] if lift else None,
+            "v_measure": finest_v_measures(intrinsic.get("categories", [])),
             "seconds": earlier + time.perf_counter() - started,
         }
         write_json(folder / FIGURES, figures)
@@ -94,7 +95,8 @@ class Bench:
             train_tokenizer(config)
         scratch = folder / "scratch"
         annotations = {"captions": config.captions, "interests": config.interests}
-        assigned = assign(AssignConfig(out=scratch / "sids", seed=job.seed, tokenizer=config.out, catalog=config.catalog, **annotations))
+        chosen = {"seed": job.seed, "collisions": job.arm.config.collisions}
+        assigned = assign(AssignConfig(out=scratch / "sids", tokenizer=config.out, catalog=config.catalog, **annotations, **chosen))
         for path in assigned.iterdir():
             if path.name != MANIFEST:
                 path.rename(folder / path.name)
@@ -156,6 +158,12 @@ class Bench:
                 write_ranks(ranks_path(folder, name, part), {part: evaluation}, self.catalog)
             figures[name] = {"valid": found["valid"].summary()} | extra
         write_json(folder / FIGURES, figures)
+
+
+def finest_v_measures(records: list[dict[str, Any]]) -> list[float] | None:
+    """V-measure of every prefix length against the finest category, as UniSID reports it; None without categories."""
+    deepest = max((record["depth"] for record in records), default=0)
+    return [record["v_measure"] for record in records if record["depth"] == deepest] or None
 
 
 def ranks_path(folder: Path, name: str, part: Part) -> Path:

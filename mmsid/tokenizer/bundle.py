@@ -1,0 +1,98 @@
+"""A bundle: one tokenizer and the Semantic IDs that it published, in one folder that is whole or refused.
+
+The folder is laid out as a model repository, ready to upload: `ItemTokenizer.from_pretrained(folder)` reads it, its model card says
+how good the SIDs are, and `sids/` holds them. The manifest names every file's hash and a version, so that codes of one version
+are never read with the tokenizer of another; `mmsid assign --append` goes on from it. No path of the machine enters it.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+from mmsid.artifacts import file_sha256, read_json, read_manifest, sha256, write_text, writing
+from mmsid.errors import ArtifactError
+from mmsid.progress import done
+from mmsid.sids import SidTable, read_sid_folder
+from mmsid.sids.folder import INTRINSIC, TABLE
+from mmsid.tokenizer.card import published_card
+from mmsid.tokenizer.model import ItemTokenizer
+from mmsid.tokenizer.published import RETIRED
+
+FORMAT = 1
+SIDS = "sids"
+CARD = "README.md"
+_PARTS = (TABLE, INTRINSIC, "index.json", "tokens.txt", "trie.safetensors", "embeddings.safetensors")
+
+
+class Bundle(NamedTuple):
+    """`tokenizer` and the `table` that it published; `version`: 12 hex digits that name the pair."""
+
+    tokenizer: ItemTokenizer
+    table: SidTable
+    version: str
+
+
+def write_bundle(tokenizer: Path, sids: Path, out: Path) -> Path:
+    """Put a tokenizer folder and a SID folder together into `out`.
+
+    Raises:
+        ArtifactError: the SIDs were made by another tokenizer (names both), or a part is missing.
+    """
+    tokenizer, sids = Path(tokenizer), Path(sids)
+    model, table = ItemTokenizer.from_pretrained(tokenizer), read_sid_folder(sids)
+    _check_pair(model.sha256(), table, str(tokenizer), str(sids))
+    version = sha256([FORMAT, model.sha256(), file_sha256(sids / TABLE)])[:12]
+    with writing(out, stage="bundle", config={"format": FORMAT, "version": version}) as draft:
+        (draft.path / SIDS).mkdir()
+        for name in _PARTS:
+            if not (sids / name).is_file():
+                raise ArtifactError(f"{sids} holds no {name}; run `mmsid assign` again")
+            shutil.copyfile(sids / name, draft.path / SIDS / name)
+        if (sids / RETIRED).is_file():
+            shutil.copyfile(sids / RETIRED, draft.path / SIDS / RETIRED)
+        card = (
+            (tokenizer / CARD).read_text(encoding="utf-8") if (tokenizer / CARD).is_file() else f"# Item tokenizer\n\n{model.describe()}\n"
+        )
+        write_text(draft.path / CARD, card.rstrip() + "\n\n" + published_card(version, table, read_json(sids / INTRINSIC)))
+        model.save_pretrained(draft.path)
+        files = [path for path in sorted(draft.path.rglob("*")) if path.is_file() and path.name != "draft.json"]
+        draft.extra.update(
+            {
+                "version": version,
+                "tokenizer_sha256": model.sha256(),
+                "catalog_sha256": table.catalog_sha256,
+                "files": {path.relative_to(draft.path).as_posix(): file_sha256(path) for path in files},
+            }
+        )
+        draft.counts.update({"items": len(table)})
+    done(f"bundle: wrote version {version}, {len(table):,} Semantic IDs and their tokenizer, to {out}")
+    return Path(out)
+
+
+def read_bundle(folder: Path) -> Bundle:
+    """Read a bundle after checking every file in it.
+
+    Raises:
+        ArtifactError: no bundle, a file missing or not the one that was bundled (names it and both hashes), or SIDs of another
+            tokenizer.
+    """
+    folder = Path(folder)
+    extra = read_manifest(folder, "bundle")["extra"]
+    for name, expected in extra["files"].items():
+        found = file_sha256(folder / name) if (folder / name).is_file() else None
+        if found != expected:
+            state = "is missing" if found is None else f"is another file (sha256 {found[:12]}, bundled was {expected[:12]})"
+            raise ArtifactError(f"{folder}, version {extra['version']}: {name} {state}; copy the whole bundle again, never parts of two")
+    tokenizer, table = ItemTokenizer.from_pretrained(folder), read_sid_folder(folder / SIDS)
+    _check_pair(tokenizer.sha256(), table, str(folder), str(folder / SIDS))
+    return Bundle(tokenizer, table, extra["version"])
+
+
+def _check_pair(tokenizer_sha256: str, table: SidTable, tokenizer: str, sids: str) -> None:
+    if table.tokenizer_sha256 != tokenizer_sha256:
+        raise ArtifactError(
+            f"{sids} was made by tokenizer {table.tokenizer_sha256[:12] or 'unknown'}, but {tokenizer} is {tokenizer_sha256[:12]}; "
+            "take the SIDs that this tokenizer assigned, or the tokenizer that assigned these"
+        )
