@@ -37,9 +37,9 @@ def _toy(seed: int = 0, kind: str = "residual"):
     return head, states
 
 
-def _refine(scorer, seed=0, kind="residual", quality=None, **changes):
+def _refine(scorer, seed=0, kind="residual", quality=None, top_m=CODES, **changes):
     head, states = _toy(kind=kind)
-    reference = Reference(head, states, top_m=CODES)
+    reference = Reference(head, states, top_m)
     config = LoopConfig(**{**QUICK, **changes})
     log: list[dict] = []
     refinement = Refinement(
@@ -90,6 +90,16 @@ def test_t9_does_not_move_when_the_reward_is_constant(gradient):
     assert (codes == reference.greedy).all()
     assert all(torch.equal(value, start[name]) for name, value in head.state_dict().items())
     assert max(abs(record["kl"]) for record in log) < 1e-6 and log[0]["zero_variance_groups"] == 1.0
+
+
+@pytest.mark.parametrize("better", [0, 1])
+def test_t8_of_two_actions_the_better_is_taken(better):
+    """Only the first level pays, +1 or -1, the same for every item; whatever the start, all end there."""
+    pays = lambda rows, candidates, table: {"planted": np.where(candidates[..., 0] % 2 == better, 1.0, -1.0)}  # noqa: E731
+    codes, *_ = _refine(pays, rounds=20, lr=0.06, top_m=2)
+    tree = Reference(*_toy(), top_m=2).tree.codes[..., 0].numpy() % 2
+    can = (tree == better).any(1)
+    assert can.sum() > ITEMS // 3 and (codes[can, 0] % 2 == better).all()
 
 
 def test_t8_bandit_whose_answer_depends_on_the_item():
