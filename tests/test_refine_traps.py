@@ -10,7 +10,7 @@ from mmsid.refine import gate
 from mmsid.refine.evidence import CodeTable
 from mmsid.refine.gate import GateConfig, HeldOutPairs
 from mmsid.refine.loop import LoopConfig, Refinement
-from mmsid.refine.policy import Reference
+from mmsid.refine.policy import HeadPolicy, Reference
 from mmsid.tokenizer.heads import ParallelHead
 
 CLUSTERS, PER, CODES = 6, 8, 8
@@ -61,8 +61,8 @@ def test_t10_a_reward_that_can_be_bribed_is_refused_by_the_gate(scorer, failed):
     reference = Reference(head, states, top_m=CODES)
     assert (reference.greedy == start).all()
     log: list[dict] = []
-    loop = Refinement(head, lambda rows: states[rows], list(head.parameters()), reference, scorer, _loosely(0.2), Accelerator(cpu=True))
-    codes = loop.run(log.append)
+    policy = HeadPolicy(head, lambda rows: states[rows], list(head.parameters()), reference)
+    codes = Refinement(policy, reference, scorer, _loosely(0.2), Accelerator(cpu=True)).run(log.append)
     assert log[-1]["reward_bribe"] > log[0]["reward_bribe"] and (codes != start).any(1).mean() > 0.3, (
         "the trap is no trap: nothing was gained"
     )
