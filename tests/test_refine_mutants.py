@@ -25,6 +25,7 @@ MUTANTS = {
     "own reward in the baseline": ("(group / max(group - 1, 1))", "1.0"),
     "sample deviation": ("correction=ddof", "correction=1"),
     "no epsilon": ("/ (deviation + eps)", "/ deviation"),
+    "reward weights over the batch": ("(rewards / temperature).softmax(dim=1)", "(rewards / temperature).softmax(dim=0)"),
     "scale over flat groups too": ("varying = rewards[~equal]", "varying = rewards"),
     "decay on the present": ("self.decay * before + (1.0 - self.decay) * now", "self.decay * now + (1.0 - self.decay) * before"),
     "KL of the other order": ("(log_p.exp() * (log_p - log_q))", "(log_q.exp() * (log_q - log_p))"),

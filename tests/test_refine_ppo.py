@@ -134,7 +134,7 @@ def test_t6_normaliser_by_hand():
     assert ppo.leave_one_out(rewards).tolist()[0] == pytest.approx([-1.5, 0.0, 1.5])  # 1 - (2+3)/2
 
 
-@pytest.mark.parametrize("name", ["leave_one_out", "group_normalised"])
+@pytest.mark.parametrize("name", ["leave_one_out", "group_normalised", "reward_weighted"])
 def test_t6_degenerate_groups(name):
     advantage = getattr(ppo, name)
     assert advantage(torch.full((2, 3), 0.1)).tolist() == [[0.0] * 3] * 2  # exactly 0
@@ -143,6 +143,11 @@ def test_t6_degenerate_groups(name):
     for bad in (float("nan"), float("inf")):
         with pytest.raises(FloatingPointError):
             advantage(torch.tensor([[1.0, bad]]))
+
+
+def test_reward_weights_by_hand():
+    assert ppo.reward_weighted(torch.tensor([[0.0, math.log(3)]])).tolist()[0] == pytest.approx([0.5, 1.5])
+    assert ppo.reward_weighted(torch.tensor([[0.0, math.log(9)]]), temperature=2.0).tolist()[0] == pytest.approx([0.5, 1.5])
 
 
 def test_running_scale_by_hand():

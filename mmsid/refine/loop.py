@@ -33,6 +33,9 @@ Scorer = Callable[[NDArray, Codes, Codes], dict[str, Floats]]
 Describe = Callable[[int, Codes], dict[str, Any]]  # round, raw codes (N, L) -> further figures for the log
 
 
+_ADVANTAGES = {"leave_one_out": ppo.leave_one_out, "group_normalised": ppo.group_normalised, "reward_weighted": ppo.reward_weighted}
+
+
 class Policy(Protocol):
     """What the loop moves."""
 
@@ -57,7 +60,7 @@ class LoopConfig(Section):
     clip_high: float = 0.28
     kl: float = 0.05  # coefficient of the exact KL to the reference
     entropy: float = 0.0  # bonus; not 0 means the policy moves even under a constant reward
-    advantage: Literal["leave_one_out", "group_normalised"] = "leave_one_out"
+    advantage: Literal["leave_one_out", "group_normalised", "reward_weighted"] = "leave_one_out"  # the others are control arms
     negatives: Literal["bounded", "clipped"] = "bounded"
     gradient: Literal["sampled", "exact"] = "sampled"  # exact: expected gradient over the whole tree, the control arm
     moving: float = 0.5  # share of the items that moves per round
@@ -184,8 +187,7 @@ class Refinement:
         if config.gradient == "exact":
             signal = ppo.centred(rewards) * self.quality[moving]
         else:
-            advantage = ppo.leave_one_out(rewards) if config.advantage == "leave_one_out" else ppo.group_normalised(rewards)
-            signal = advantage * self.quality[moving]
+            signal = _ADVANTAGES[config.advantage](rewards) * self.quality[moving]
         old = old_all.gather(1, picks.to(device))
         before = [weight.detach().clone() for weight in self.policy.parameters]
         figures = self._optimise(rows, old_all, picks.to(device), old, signal.float().to(device))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from accelerate import Accelerator
-from accelerate.tracking import GeneralTracker
+from accelerate.tracking import GeneralTracker, filter_trackers
 from accelerate.utils import is_tensorboard_available, is_wandb_available
 
 from mmsid.errors import ConfigError
@@ -40,8 +40,9 @@ class RunLog:
         if accelerator.is_main_process and self.path.exists():
             lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
             self.path.write_text("".join(line for line in lines if json.loads(line).get("round", first) < first), encoding="utf-8")
-        accelerator.log_with = [] if tracker is None else [tracker]
-        accelerator.project_configuration.set_directories(str(folder / "trackers"))
+        directory = str(folder / "trackers")
+        accelerator.project_configuration.set_directories(directory)
+        accelerator.log_with = filter_trackers(tracker, directory)
         accelerator.init_trackers("mmsid_refine", {name: value for name, value in config.items() if isinstance(value, (int, float, str))})
 
     def __call__(self, record: dict[str, Any]) -> None:
@@ -55,4 +56,5 @@ class RunLog:
 
     def close(self) -> None:
         """End the trackers' runs: before the draft is published, because their files lie in it."""
-        self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:  # `end_training` would end the process group too
+            tracker.finish()

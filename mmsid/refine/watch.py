@@ -21,7 +21,7 @@ from mmsid.refine.evidence import Codes, prefix_keys
 Watch = Callable[[Codes], float]  # raw codes (N, L) of all items -> a figure, higher is better
 
 
-def next_item_watch(split: Split, codebook_size: int) -> Watch | None:
+def next_item_watch(split: Split, codebook_size: int, levels: int = 1) -> Watch | None:
     """`transition_information` from the fit users to the valid items; None where no user has a valid item."""
     counted = adjacent_pairs(split.fit_histories())
     users = [user for user in split.users("valid") if len(split.train[user])]
@@ -29,29 +29,33 @@ def next_item_watch(split: Split, codebook_size: int) -> Watch | None:
     asked = asked[asked[:, 0] != asked[:, 1]]
     if not len(counted) or not len(asked):
         return None
-    return lambda codes: transition_information(codes, codebook_size, counted, asked)
+    return lambda codes: transition_information(codes, codebook_size, counted, asked, levels)
 
 
 def transition_information(
-    codes: Codes, codebook_size: int, counted: NDArray, asked: NDArray, prior: float = 4.0, levels: int = 2
+    codes: Codes, codebook_size: int, counted: NDArray, asked: NDArray, levels: int = 1, prior: float = 4.0
 ) -> float:
     """Mean over the pairs `asked` of log p(prefix of the second | prefix of the first) - log p(prefix of the second), in nats.
 
     p is estimated on the pairs `counted`, level by level: given the code before it and the first item's prefix of the same length,
-    counts are smoothed towards what holds whatever the first item is (Dirichlet, strength `prior`).
+    counts are smoothed towards what holds whatever the first item is (Dirichlet, strength `prior`; that itself by one per code in use).
+    Exactly 0 for a collapsed table.
 
     Args:
         codes: (N, L).
         counted, asked: (P, 2) and (Q, 2) item rows in time order, P and Q above 0.
-        levels: deeper levels are too sparse to count.
+        levels: length of the prefixes. Long ones name single items, about which pairs can be remembered whatever the codes mean:
+            more than 1 only where the first level is frozen.
     """
     keys = prefix_keys(codes[:, :levels], codebook_size)
     parent = np.zeros(len(codes), dtype=np.int64)
     total = np.zeros(len(asked))
     for level in range(keys.shape[1]):
-        _, own = np.unique(keys[:, level], return_inverse=True)
-        often, often_parent = np.bincount(own[counted[:, 1]], minlength=len(own)), np.bincount(parent[counted[:, 1]], minlength=len(own))
-        usual = (often[own[asked[:, 1]]] + 1) / (often_parent[parent[asked[:, 1]]] + codebook_size)
+        _, one_of_each, own = np.unique(keys[:, level], return_index=True, return_inverse=True)
+        children = np.bincount(parent[one_of_each], minlength=len(own))  # codes in use after each prefix
+        often, often_parent = (np.bincount(label[counted[:, 1]], minlength=len(own)) for label in (own, parent))
+        above = parent[asked[:, 1]]
+        usual = (often[own[asked[:, 1]]] + 1) / (often_parent[above] + children[above])
         both = _pair_counts(own, own, counted, asked)
         given = _pair_counts(own, parent, counted, asked)
         total += np.log((both + prior * usual) / (given + prior)) - np.log(usual)
