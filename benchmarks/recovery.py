@@ -34,7 +34,7 @@ from mmsid.tokenizer.train import TrainTokenizerConfig
 from mmsid.tokenizer.training import Training
 
 METRICS = ("NDCG@10", "HR@10", "HR@50")
-STAGES = ("caption", "interests", "train_tokenizer", "assign", "refine")
+LATER = ("train_tokenizer", "assign", "refine")
 
 
 class Damaged(Training):
@@ -77,15 +77,13 @@ def main() -> None:
 def one_seed(parsed: argparse.Namespace, seed: int) -> dict[str, Any]:
     """Train, damage, refine, rank; -> figures per table and what was recovered."""
     data = load_yaml(parsed.config, [*parsed.overrides, f"seed={seed}", f"name=good{seed}", f"runs={parsed.out}"])
-    data = {key: value for key, value in data.items() if key in STAGES or key not in ("baselines", "train_recommender", "report")}
+    data = {key: value for key, value in data.items() if key not in ("baselines", "train_recommender", "report")}
     configs = wire(data, str(parsed.config))
     run_stages(configs)
     # the annotations are the good run's; everything after them is made anew
-    annotations = {name: configs[name].out for name in ("caption", "interests") if name in configs}
-    read = {"captions": annotations.get("caption"), "interests": annotations.get("interests")}
-    later = {stage: (data[stage] or {}) | {key: str(path) for key, path in read.items() if path} for stage in STAGES[2:]}
-    damaged = wire({**data, **later, "name": f"damaged{seed}", "caption": None, "interests": None}, str(parsed.config))
-    damaged = {stage: damaged[stage] for stage in STAGES[2:]}
+    read = {key: str(configs[stage].out) for stage, key in (("caption", "captions"), ("interests", "interests")) if stage in configs}
+    again = {key: value for key, value in data.items() if key not in ("caption", "interests")} | {"name": f"damaged{seed}"}
+    damaged = wire(again | {stage: (data[stage] or {}) | read for stage in LATER}, str(parsed.config))
     train_damaged(damaged["train_tokenizer"])
     run_stages({stage: damaged[stage] for stage in ("assign", "refine")})
 

@@ -93,6 +93,9 @@ class TablePolicy:
         self.reference = reference
         self.logits = nn.Parameter(torch.zeros_like(reference.tree.log_prob))
         self.parameters = [self.logits]
+        # the greedy path is the best level by level, not always the best as a whole: without this lead items would move before any step
+        self.lead = torch.zeros_like(reference.tree.log_prob)
+        self.lead[:, 0] = reference.tree.log_prob.amax(1) - reference.tree.log_prob[:, 0]
 
     def log_prob(self, rows: Tensor) -> Tensor:
         """(B,) item rows -> (B, P), with gradient."""
@@ -101,7 +104,7 @@ class TablePolicy:
     @torch.no_grad()
     def greedy(self) -> Codes:
         """Each item's best path of its tree, (N, L)."""
-        best = (self.reference.tree.log_prob + self.logits).argmax(-1)
+        best = (self.reference.tree.log_prob + self.lead + self.logits).argmax(-1)
         return self.reference.tree.codes[torch.arange(len(best), device=best.device), best].cpu().numpy()
 
 
