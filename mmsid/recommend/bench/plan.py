@@ -55,7 +55,7 @@ class BenchJob:
 
     `sids` makes an arm's Semantic IDs after `spec` (None: a published set), from those in `sids` where it refines them; `fit`
     trains and ranks a recommender on `sids` with one trial's model and schedule, and beside it its `fusion` with the hybrid of `floors`;
-    `floors` ranks the classical ones.
+    `floors` ranks the classical ones. `made_from` is what the folder's name is the hash of, and what its manifest keeps.
     """
 
     kind: Literal["sids", "fit", "floors"]
