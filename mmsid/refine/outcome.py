@@ -16,7 +16,7 @@ from mmsid.sids.intrinsic import intrinsic_metrics
 from mmsid.sids.table import SidTable
 from mmsid.tokenizer.model import ItemTokenizer
 
-NEAR_TIE = 0.01  # nats between the best and the second-best code
+NEAR_TIE = 0.05  # nats between the best and the second-best code
 
 
 def write_moved(folder: Path, start: SidTable, refined: SidTable, gained: Floats, accepted: bool) -> int:
