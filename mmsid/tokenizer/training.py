@@ -119,7 +119,7 @@ class Training:
             fused = torch.zeros(len(self.inputs), 0)
             if start.mode == "balanced":
                 readings = targets.read_states(self.tokenizer, self.inputs, config.batch_size, config.seed)
-                space = targets.fused_space(readings.pooled, behaviour, start.behaviour_weight, centre=config.backbone.kind == "vlm")
+                space = self._space(readings, behaviour, start)
                 codes = targets.balanced_start(self.tokenizer, readings, space, config.seed)
                 fused = targets.with_price_places(torch.from_numpy(space), config.num_levels)
             write_tensors(folder / "initial.safetensors", self.tokenizer.trained_state())
@@ -131,6 +131,10 @@ class Training:
         if self.reconstruct == "off":
             return None
         return FrozenDecoder.from_pretrained(config.decoder or str(folder / "decoder"))
+
+    def _space(self, readings: targets.Readings, behaviour: targets.Behaviour, start: targets.StartSettings) -> np.ndarray:
+        """What all targets are made of, (N, D): content and behaviour of each item."""
+        return targets.fused_space(readings.pooled, behaviour, start.behaviour_weight, centre=self.config.backbone.kind == "vlm")
 
     # --- the loop
 
