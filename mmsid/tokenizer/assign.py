@@ -15,6 +15,7 @@ from pydantic import Field
 from mmsid.artifacts import write_json, writing
 from mmsid.catalog import CatalogConfig, load_picture, read_catalog, split_histories
 from mmsid.config import StageConfig
+from mmsid.disk import reserve
 from mmsid.progress import done, track
 from mmsid.sids import intrinsic_table
 from mmsid.sids.collisions import Policy
@@ -64,7 +65,8 @@ def run(config: AssignConfig) -> Path:
         margin = np.zeros(len(items), np.float32)
         embeddings = np.zeros((len(items), settings.embedding_dim), np.float32)
         path = draft.path / "scores.f32"
-        scores = np.memmap(path, np.float32, "w+", shape=(len(items), settings.num_levels, width))
+        reserve(path, len(items) * settings.num_levels * width * np.dtype(np.float32).itemsize)
+        scores = np.memmap(path, np.float32, "r+", shape=(len(items), settings.num_levels, width))
         batches = -(-len(items) // config.batch_size)
         for rows, encoded in track(tokenizer.stream(items, config.batch_size), what="assign", total=batches, unit="batches"):
             codes[rows], margin[rows] = encoded.raw_codes.numpy(), encoded.margin.numpy()

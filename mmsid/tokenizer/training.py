@@ -16,7 +16,7 @@ from safetensors import safe_open
 from mmsid.artifacts import Draft, read_tensors, write_json, write_tensors
 from mmsid.backbone.text import hidden_size_of
 from mmsid.catalog import Catalog, Split, load_picture
-from mmsid.errors import ConfigError
+from mmsid.errors import ConfigError, MmsidError
 from mmsid.progress import track
 from mmsid.tokenizer import targets
 from mmsid.tokenizer.batches import PairPlan
@@ -154,7 +154,12 @@ class Training:
                     accelerator.backward(total / config.accumulate)
                 for name, value in {"loss": total.detach(), **parts}.items():
                     sums[name] = sums.get(name, 0.0) + float(value) / config.accumulate
-            accelerator.clip_grad_norm_(self.objective.parameters(), config.clip)
+            norm = float(accelerator.clip_grad_norm_(self.objective.parameters(), config.clip))
+            if not math.isfinite(norm):  # of the reduced gradient, so every process stops, and before its weights are spoilt
+                parts = ", ".join(f"{name} {value:.4g}" for name, value in sums.items())
+                raise MmsidError(
+                    f"train_tokenizer: the gradient is {norm} at step {step} ({parts}); lower learning_rate, or check the texts"
+                )
             optimizer.step()
             optimizer.zero_grad()
             self.history.append(sums)
