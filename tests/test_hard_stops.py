@@ -156,13 +156,15 @@ def writers() -> dict:
 @pytest.mark.parametrize("name", writers())
 def test_a_write_that_meets_a_full_disk_is_told_and_the_old_file_stays(tmp_path, name):
     out, write = tmp_path / "out", writers()[name]
-    with pytest.raises(ArtifactError, match=r"the disk is full.*bytes are left.*run again.*kept in .*\.out\.draft"):
-        with artifacts.writing(out, stage="test", config={}, resume=True) as draft:
-            write(draft.path / name)
-            before = (draft.path / name).read_bytes()
-            # the kernel's own ENOSPC: the temporary file is a link to the device that is always full
-            (draft.path / f".{name}.{os.getpid()}.tmp").symlink_to("/dev/full")
-            write(draft.path / name)
+    with (
+        pytest.raises(ArtifactError, match=r"the disk is full.*bytes are left.*run again.*kept in .*\.out\.draft"),
+        artifacts.writing(out, stage="test", config={}, resume=True) as draft,
+    ):
+        write(draft.path / name)
+        before = (draft.path / name).read_bytes()
+        # the kernel's own ENOSPC: the temporary file is a link to the device that is always full
+        (draft.path / f".{name}.{os.getpid()}.tmp").symlink_to("/dev/full")
+        write(draft.path / name)
     assert not out.exists()
     assert [path.name for path in (tmp_path / ".out.draft").iterdir() if path.name != artifacts.MARKER] == [name]
     assert (tmp_path / ".out.draft" / name).read_bytes() == before
@@ -186,7 +188,7 @@ def test_a_job_on_a_disk_that_fills_up_continues_once_there_is_room(tmp_path, sm
 
 def test_weights_that_do_not_fit_are_told(small_disk):
     with (
-        pytest.raises(ArtifactError, match="the disk is full.*Nothing was published"),
+        pytest.raises(ArtifactError, match=r"the disk is full.*Nothing was published"),
         artifacts.writing(small_disk / "out", stage="test", config={}) as draft,
     ):
         artifacts.write_tensors(draft.path / "model.safetensors", {"x": torch.ones(100_000)})
@@ -207,7 +209,7 @@ def test_a_full_disk_is_met_before_a_mapped_file_is_written_and_by_the_cache(sma
 
 def test_a_read_only_file_system_is_told(small_disk):
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
-    with pytest.raises(ArtifactError, match="file system is read-only.*name another folder"):
+    with pytest.raises(ArtifactError, match=r"file system is read-only.*name another folder"):
         write_in_parts(small_disk / "out")
 
 

@@ -58,7 +58,7 @@ def test_a_tokenizer_whose_body_computes_nan_gives_no_codes(tokenizer, weight):
     with torch.no_grad():
         found.view(-1)[0] = math.nan
     try:
-        with pytest.raises(MmsidError, match="computes NaN or infinite states for 'red shoe'.*restore them or train again"):
+        with pytest.raises(MmsidError, match=r"computes NaN or infinite states for 'red shoe'.*restore them or train again"):
             tokenizer.encode(ITEMS)
     finally:
         with torch.no_grad():
