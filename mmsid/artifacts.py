@@ -38,11 +38,16 @@ MARKER = "draft.json"  # what a draft is being made from
 
 @dataclass
 class Draft:
-    """The folder being written: put files under `path`, fill `counts` and `extra`; the manifest takes them over."""
+    """The folder being written: put files under `path`, fill `counts` and `extra`; the manifest takes them over.
+
+    `scratch` names files of the draft (checkpoints) that a resumed run needs and a finished folder does not: they go once it is
+    published and no earlier, so that a kill at the very end costs nothing.
+    """
 
     path: Path
     counts: dict[str, int] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
+    scratch: set[str] = field(default_factory=set)
 
 
 @contextlib.contextmanager
@@ -89,14 +94,15 @@ def writing(
             "finished_unix": round(time.time()),
         }
         _check_counts(draft.counts, out)
-        _write_checksums(draft_path)
+        _write_checksums(draft_path, draft.scratch)
         write_json(draft_path / MANIFEST, manifest)
         fsync(draft_path)
         if out.exists():
             out.rmdir()
         os.replace(draft_path, out)
         fsync(out.parent)
-        (out / MARKER).unlink()  # not before: a draft without it is nobody's, and would be wiped after a kill
+        for name in (MARKER, *sorted(draft.scratch)):  # not before: a draft without its marker is nobody's, and would be wiped
+            (out / name).unlink(missing_ok=True)
 
 
 def read_manifest(folder: Path, stage: str | None = None) -> dict[str, Any]:
@@ -149,13 +155,14 @@ def check_file(path: Path) -> None:
             return
 
 
-def _write_checksums(folder: Path) -> None:
+def _write_checksums(folder: Path, scratch: set[str]) -> None:
     """Put every file on the disk itself and list its hash, in the form that `sha256sum -c` reads."""
     lines = []
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name not in (MARKER, MANIFEST, CHECKSUMS):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name not in {MARKER, MANIFEST, CHECKSUMS} | scratch:
             fsync(path)
-            lines.append(f"{file_sha256(path)}  {path.relative_to(folder).as_posix()}\n")
+            lines.append(f"{file_sha256(path)}  {name}\n")
     write_text(folder / CHECKSUMS, "".join(lines))
 
 

@@ -64,12 +64,14 @@ def load_picture(path: str | Path, limits: PictureLimits, root: Path | None = No
     data = _read(path, limits, root)
     try:
         with _open(data, limits, path) as picture:
+            if _is_truncated(data):  # decoders mend some torn files; what the catalogue refuses is refused here
+                raise _refusal("truncated", path)
             picture.load()
             return _rgb(_upright(picture))
     except PictureError:
         raise
     except Exception:  # whatever a decoder throws means one thing here, and its text stays inside
-        raise _refusal("truncated" if _is_truncated(data) else "corrupt", path) from None
+        raise _refusal("corrupt", path) from None
 
 
 def picture_bytes_sha256(path: str | Path, limits: PictureLimits, root: Path | None = None) -> str:

@@ -282,7 +282,7 @@ class Training:
     # --- the end
 
     def finish(self) -> None:
-        """Rank 0: measure a sample, write the tokenizer folder, drop the checkpoint."""
+        """Rank 0: measure a sample, write the tokenizer folder."""
         if not self.accelerator.is_main_process:
             return
         self.objective.eval()
@@ -306,8 +306,7 @@ class Training:
         write_json(folder / "training.json", {"figures": figures, "reconstruct": self.reconstruct, "history": self.history})
         (folder / "README.md").write_text(model_card(self.tokenizer, config, figures, len(self.inputs)), encoding="utf-8")
         self.tokenizer.save_pretrained(folder)
-        for name in ("checkpoint", "initial", "best", "targets"):
-            (folder / f"{name}.safetensors").unlink(missing_ok=True)
+        self.draft.scratch |= {f"{name}.safetensors" for name in ("checkpoint", "initial", "best", "targets")}
         self.draft.counts.update({"items": len(self.inputs), "steps": len(self.history), "processes": self.accelerator.num_processes})
         self.draft.extra.update({"figures": figures, "use": list(self.tokenizer.settings.use), "reconstruct": self.reconstruct})
 
