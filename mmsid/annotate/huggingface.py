@@ -73,6 +73,9 @@ class HuggingFaceGenerator:
                 model = model_class.from_pretrained(folder, dtype=wanted, use_safetensors=True)
         except (OSError, ValueError, ImportError) as error:
             raise ConfigError(f"model {name!r} in {folder} cannot be loaded: {error}") from error
+        for weight_name, weight in model.named_parameters():
+            if not torch.isfinite(weight).all():
+                raise ConfigError(f"model {name!r} in {folder}: {weight_name} holds NaN or infinite values; copy the model anew")
         self.model = model.to(self.device).eval()
         self.tokenizer = getattr(self.processor, "tokenizer", self.processor)
         self.tokenizer.padding_side = "left"

@@ -10,7 +10,7 @@ from typing import Any
 
 from mmsid.annotate.flags import SENSITIVE
 from mmsid.annotate.records import Interest
-from mmsid.artifacts import read_manifest, read_table
+from mmsid.artifacts import check_whole, read_manifest, read_table
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,10 @@ def read_rows(folder: Path, stage: str) -> Iterator[dict[str, Any]]:
     """Every row of a finished annotation folder, quarantined ones included, in canonical order.
 
     Raises:
-        ArtifactError: the folder is unfinished or was written by another stage.
+        ArtifactError: the folder is unfinished, was written by another stage, or a file of it is missing or damaged.
     """
     read_manifest(folder, stage)
+    check_whole(folder)
     for shard in sorted((Path(folder) / "shards").glob("part-*.parquet")):
         yield from read_table(shard).to_pylist()
 

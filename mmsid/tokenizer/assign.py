@@ -19,6 +19,7 @@ from pydantic import Field, model_validator
 from mmsid.artifacts import manifest_folder, write_json, writing
 from mmsid.catalog import CatalogConfig, load_picture, read_catalog, split_histories
 from mmsid.config import StageConfig
+from mmsid.disk import reserve
 from mmsid.progress import done, track
 from mmsid.sids import intrinsic_table
 from mmsid.sids.collisions import Policy
@@ -136,7 +137,8 @@ class _Readings:
         self._place = np.full(len(items), -1, np.int64)
         self._place[self.fresh] = np.arange(len(self.fresh))
         shape = (max(1, len(self.fresh)), self.tokenizer.num_levels, self.width)
-        self._scores = np.memmap(self.path, np.float32, "w+", shape=shape)
+        reserve(self.path, int(np.prod(shape)) * np.dtype(np.float32).itemsize)
+        self._scores = np.memmap(self.path, np.float32, "r+", shape=shape)
         stream = self.tokenizer.stream([items[row] for row in self.fresh], batch_size)
         for places, encoded in track(stream, what="assign", total=-(-len(self.fresh) // batch_size), unit="batches"):
             rows = self.fresh[places.numpy()]
