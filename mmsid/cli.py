@@ -39,6 +39,14 @@ def _load_stage(name: str) -> Stage:
         from mmsid.annotate.interests import InterestsConfig, run
 
         return InterestsConfig, run
+    if name == "judge":
+        from mmsid.annotate.judge import JudgeConfig, run
+
+        return JudgeConfig, run
+    if name == "text_quality":
+        from mmsid.annotate.quality.stage import TextQualityConfig, run
+
+        return TextQualityConfig, run
     if name == "train_tokenizer":
         from mmsid.tokenizer.train import TrainTokenizerConfig, run
 
@@ -59,12 +67,29 @@ def _load_stage(name: str) -> Stage:
         from mmsid.recommend.train import TrainRecommenderConfig, run
 
         return TrainRecommenderConfig, run
+    if name == "train_recommender_rl":
+        from mmsid.recommend.reinforce import TrainRecommenderRLConfig, run
+
+        return TrainRecommenderRLConfig, run
     from mmsid.report.summary import ReportConfig, run
 
     return ReportConfig, run
 
 
-STAGES = ("train_captioner", "caption", "interests", "train_tokenizer", "assign", "baselines", "refine", "train_recommender", "report")
+STAGES = (
+    "train_captioner",
+    "caption",
+    "interests",
+    "judge",
+    "text_quality",
+    "train_tokenizer",
+    "assign",
+    "baselines",
+    "refine",
+    "train_recommender",
+    "train_recommender_rl",
+    "report",
+)
 
 
 class RunHeader(Section):
@@ -115,6 +140,8 @@ def _upstream(stage: str, folder: dict[str, Path], header: RunHeader, configs: d
         "cache": header.runs / ".cache" / "annotations.sqlite",
         "captions": folder.get("caption"),
         "interests": folder.get("interests"),
+        "judgements": folder.get("judge"),
+        "text_quality": folder.get("text_quality"),
         "tokenizer": folder.get("train_tokenizer"),
         "sids": folder.get("assign"),
         "arms": arms if stage == "train_recommender" and arms else None,

@@ -63,13 +63,15 @@ def load_prompt(name: str | Path) -> Prompt:
     return Prompt(text=text, sha256=sha256(text), name=str(name))
 
 
-def evidence_json(*, title: str = "", description: str = "", caption: str = "", longest: int = 4_000) -> str:
-    """One item's text as a JSON object with sorted keys, each field cut at `longest` characters.
+def evidence_json(*, title: str = "", description: str = "", caption: str = "", descriptor: str | None = None, longest: int = 4_000) -> str:
+    """One item's text as a JSON object with sorted keys, each field cut at `longest` characters; with a `descriptor` to be judged, that too.
 
     Angle brackets and backticks are written as escapes, so no text of an advertiser can close the marker lines around it,
     open a chat role, or name a special token such as `<image>`.
     """
     fields = {"title": title[:longest], "description": description[:longest], "caption": caption[:longest]}
+    if descriptor is not None:
+        fields["descriptor"] = descriptor[:longest]
     text = json.dumps(fields, sort_keys=True, ensure_ascii=False)
     for character in "<>`|":
         text = text.replace(character, f"\\u{ord(character):04x}")
