@@ -59,6 +59,10 @@ def _load_stage(name: str) -> Stage:
         from mmsid.tokenizer.baselines import BaselinesConfig, run
 
         return BaselinesConfig, run
+    if name == "sid_reward":
+        from mmsid.refine.sid_reward import SidRewardConfig, run
+
+        return SidRewardConfig, run
     if name == "refine":
         from mmsid.refine.refine import RefineConfig, run
 
@@ -85,6 +89,7 @@ STAGES = (
     "train_tokenizer",
     "assign",
     "baselines",
+    "sid_reward",
     "refine",
     "train_recommender",
     "train_recommender_rl",
@@ -205,7 +210,7 @@ def _one_stage(stage: str, arguments: list[str]) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides, e.g. train_tokenizer.steps=50")
     parsed = parser.parse_args(arguments)
     data = load_yaml(parsed.config, parsed.overrides)
-    data.setdefault(stage, {})
+    data.setdefault(stage, data.get("refine", {}) if stage == "sid_reward" else {})
     configs = wire(data, source=str(parsed.config))
     run_stages({stage: configs[stage]}, redo=[stage] if parsed.redo else [])
 

@@ -1,4 +1,4 @@
-"""Reinforcement of the flat decoder: rewards by hand, one distribution in sampling, scoring and search, and a stage that learns from train alone."""
+"""Reinforcement of the flat decoder: rewards by hand; one distribution in sampling, scoring and search; train items alone."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def trainer_of(folder, tmp_path, *, quality=None, published=False, steps=2, **ar
 
 
 def test_completions_are_scored_as_trie_search_scores_them(start, tmp_path):
-    """Prompts of unlike lengths, padded on the left: the log-probabilities of all paths are those of the exhaustive search, and sum to one."""
+    """Prompts of unlike lengths, padded on the left: all paths get the log-probabilities of the exhaustive search, which sum to one."""
     fitted, folder = start
     trainer = trainer_of(folder, tmp_path)
     model, paths = fitted.model, circle_paths()

@@ -64,7 +64,7 @@ def load_prompt(name: str | Path) -> Prompt:
 
 
 def evidence_json(*, title: str = "", description: str = "", caption: str = "", descriptor: str | None = None, longest: int = 4_000) -> str:
-    """One item's text as a JSON object with sorted keys, each field cut at `longest` characters; with a `descriptor` to be judged, that too.
+    """One item's text as a JSON object with sorted keys, each field cut at `longest` characters; the `descriptor` only where one is judged.
 
     Angle brackets and backticks are written as escapes, so no text of an advertiser can close the marker lines around it,
     open a chat role, or name a special token such as `<image>`.

@@ -200,7 +200,7 @@ class _Seed:
         offsets = np.cumsum([0, *self.paths.sizes[:-1]])
         words = [" ".join(row) for row in names[self.paths.tokens + offsets]]
         reach = self.config.model.shape("flat").max_history
-        questions = _questions(self.split)
+        asked = questions(self.split)
         data = Dataset.from_dict(
             {
                 "prompt": [" ".join([tokenizer.bos_token, *(words[item] for item in history[:-1][-reach:])]) for history in asked],

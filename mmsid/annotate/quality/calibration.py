@@ -39,7 +39,7 @@ def probability(scores: NDArray, platt: tuple[float, float]) -> NDArray:
 
 
 def reliability(probabilities: NDArray, labels: NDArray, bins: int = 10) -> dict:
-    """Expected calibration error over equally wide bins, and the curve: per bin that holds anything its size, mean q and share of label 1."""
+    """Expected calibration error over equally wide bins, and the curve: per filled bin its size, mean q and share of label 1."""
     which = np.minimum((probabilities * bins).astype(int), bins - 1)
     curve = [
         {"size": int(inside.sum()), "mean_q": float(probabilities[inside].mean()), "share_good": float(labels[inside].mean())}

@@ -155,7 +155,8 @@ def encode(text_tokenizer: PreTrainedTokenizerBase, descriptor: str, evidence: s
     """Ids of one question. Encoders read descriptor, separator, evidence; causal models the evidence first and end on the descriptor."""
     if text_tokenizer.sep_token_id is not None:
         return text_tokenizer(descriptor, evidence, truncation="only_second", max_length=max_length)["input_ids"]
-    last = text_tokenizer(f"\n{descriptor}", add_special_tokens=False)["input_ids"][: max_length // 2] + [text_tokenizer.eos_token_id]
+    asked = text_tokenizer(f"\n{descriptor}", add_special_tokens=False)["input_ids"][: max_length // 2]
+    last = [*asked, text_tokenizer.eos_token_id]
     first = text_tokenizer(evidence, add_special_tokens=False)["input_ids"]
     return first[: max_length - len(last)] + last
 

@@ -179,13 +179,12 @@ class _Job:
                 f"orders {report['accuracy']:.3f} of the held-out pairs rightly ({kinds}), least_accuracy is {report['least_accuracy']}"
             )
         if report["calibration_error"] > report["most_calibration_error"]:
-            problems.append(
-                f"has a calibration error of {report['calibration_error']:.3f}, most_calibration_error is {report['most_calibration_error']}"
-            )
+            problems.append(f"has a calibration error of {report['calibration_error']:.3f}, allowed is {report['most_calibration_error']}")
         if problems:
+            where = self.draft.path / "report.json"
             raise MmsidError(
-                f"text_quality: the text model {' and '.join(problems)}; nothing was published, all figures are in "
-                f"{self.draft.path / 'report.json'}. Label more descriptors, train longer (model.steps), or name a larger model (model.path)"
+                f"text_quality: the text model {' and '.join(problems)}; nothing was published, its figures are in {where}. "
+                "Label more descriptors, train longer (model.steps), or name a larger model (model.path)"
             )
 
     def _score_mined(self, platt: tuple[float, float]) -> list[dict[str, Any]]:
