@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ def plain_arguments(scratch: Path, *, steps: int, lr: float, seed: int, log_ever
     """Keyword arguments for any TRL configuration: fp32, cosine rate after 5 % warm-up, no checkpoints, no reports, dropout off.
 
     Args:
-        scratch: a folder that the trainer may create and fill.
+        scratch: a folder that the trainer may create and fill; `train_quietly` removes it.
         steps: optimiser steps.
         log_every: steps between two lines of the log.
     """
@@ -53,6 +54,8 @@ def train_quietly(trainer: Trainer, what: str, log: Path, shown: dict[str, str])
     trainer.add_callback(_Bar(what, log, shown))
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):  # the trainer seeds the global generators
         trainer.train()
+    if is_main_process():
+        shutil.rmtree(trainer.args.output_dir, ignore_errors=True)
 
 
 class _Bar(TrainerCallback):

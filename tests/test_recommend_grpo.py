@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import Dataset
@@ -14,7 +21,7 @@ from transformers import GPT2LMHeadModel
 from trl import GRPOConfig
 
 from mmsid.artifacts import read_manifest, write_table, writing
-from mmsid.catalog import read_catalog, split_histories
+from mmsid.catalog.demo import write_demo_catalog
 from mmsid.cli import run_stages
 from mmsid.errors import ArtifactError, MmsidError
 from mmsid.recommend.constrain import TrieConstraint
@@ -23,12 +30,13 @@ from mmsid.recommend.flat import FlatShape
 from mmsid.recommend.grpo import TrieGRPOTrainer, path_log_probs, sid_text_tokenizer
 from mmsid.recommend.history import pad_histories
 from mmsid.recommend.paths import PathTrie, item_paths
-from mmsid.recommend.reinforce import PathRewards, TrainRecommenderRLConfig, questions, run
-from mmsid.recommend.rewards import reward_parts
+from mmsid.recommend.reinforce import TrainRecommenderRLConfig, questions, run
+from mmsid.recommend.rewards import PathRewards, reward_parts
 from mmsid.recommend.search import beam_item_scores, beam_search
 from mmsid.sids.trie import Trie
 from mmsid.trainers import plain_arguments, train_quietly
 
+ROOT = Path(__file__).parents[1]
 SHAPE = FlatShape(d_model=32, heads=2, hidden=64, layers=1, dropout=0.1, max_history=4)
 
 
@@ -128,29 +136,39 @@ def test_quality_weighs_our_advantages_and_cancels_under_the_published_normalisa
     """A = q (r - mean r), r including alpha q for a hit; divided by the deviation, q moves a hit by nothing that counts."""
     _, folder = start
     seen = {}
-    for name, published, level in (("ours", False, 1.0), ("ours", False, 0.25), ("published", True, 1.0), ("published", True, 0.25)):
+    for name, published, level in (("ours", False, 0.25), ("published", True, 1.0), ("published", True, 0.25)):
         trainer = trainer_of(folder, tmp_path, quality=np.full(ITEMS, level), published=published, steps=1, reward_weights=[1.0, 0.0, 0.5])
         train_quietly(trainer, "test", tmp_path / "log.jsonl", {})
         hits = torch.tensor([value > 0 for value in trainer._logs["rewards"]["exact"]]).view(4, 8)
         seen[name, level] = hits.float(), torch.tensor(list(trainer._logs["advantages"])).view(4, 8)
-    for level in (1.0, 0.25):
-        hits, advantages = seen["ours", level]
-        assert hits.any() and torch.allclose(advantages, level * (1 + 0.5 * level) * (hits - hits.mean(1, keepdim=True)), atol=1e-6)
+    hits, advantages = seen["ours", 0.25]
+    assert hits.any() and torch.allclose(advantages, 0.25 * (1 + 0.5 * 0.25) * (hits - hits.mean(1, keepdim=True)), atol=1e-6)
     assert torch.equal(seen["published", 1.0][0], seen["published", 0.25][0])
     assert torch.allclose(seen["published", 1.0][1], seen["published", 0.25][1], atol=2e-3)
 
 
-def test_reinforcement_raises_the_reward_and_starts_from_the_reference(start, tmp_path):
-    _, folder = start
-    trainer = trainer_of(folder, tmp_path, steps=40)
+def test_reinforcement_makes_the_answers_likelier_and_starts_from_the_reference(start, tmp_path):
+    fitted, folder = start
+    trainer = trainer_of(folder, tmp_path, steps=20, per_device_train_batch_size=128)
     before = torch.get_rng_state()
     train_quietly(trainer, "test", tmp_path / "log.jsonl", {"reward": "reward"})
-    assert torch.equal(before, torch.get_rng_state())
+    assert torch.equal(before, torch.get_rng_state()) and not (tmp_path / "trainer").exists()
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     steps = [line for line in log if "rewards/exact/mean" in line]
-    assert len(steps) == 40 and steps[0]["kl"] == pytest.approx(0, abs=1e-6) and steps[-1]["kl"] > 1e-4
-    reached = [np.mean([line["rewards/exact/mean"] for line in part]) for part in (steps[:5], steps[-5:])]
-    assert reached[1] > reached[0] + 0.1
+    assert len(steps) == 20 and steps[0]["kl"] == pytest.approx(0, abs=1e-6) and steps[-1]["kl"] > 1e-4
+    known = mean_probability(fitted.model)
+    moved = copy.deepcopy(fitted.model)
+    moved.language_model.load_state_dict(trainer.model.state_dict())
+    assert mean_probability(moved) > known + 0.05
+
+
+def mean_probability(model) -> float:
+    """Of the answers, over all questions, under the trie."""
+    asked, trie = questions(circle_split()), PathTrie.build(circle_paths())
+    with torch.no_grad():
+        steps = model.eval().steps(pad_histories([history[:-1] for history in asked], 4))
+        scores = beam_item_scores(beam_search(steps, trie, torch.full((len(asked), 1), -1), beam=ITEMS), trie)
+    return scores[torch.arange(len(asked)), torch.tensor([history[-1] for history in asked])].exp().mean().item()
 
 
 def test_questions_hide_the_last_train_item_and_know_nothing_of_valid_and_test():
@@ -193,14 +211,15 @@ def test_the_stage_writes_the_table_of_three_arms(tmp_path):
 
 def test_what_cannot_be_trained_is_said(tmp_path):
     folder = tmp_path / "data"
-    write_arm(folder / "random.parquet", write_catalogue(folder))
+    ids = list(numbers := write_catalogue(folder))
+    write_arm(folder / "random.parquet", numbers)
     with pytest.raises(ArtifactError, match="text_quality"):
         run(_config(folder, text_quality=folder / "none"))
-    catalog = read_catalog(_config(folder).catalog)
-    short = split_histories(catalog, _config(folder).catalog.split)
-    short.train = [history[:1] for history in short.train]
-    assert questions(short) == []
-    assert issubclass(ArtifactError, MmsidError)
+    config = _config(folder)
+    pairs = [{"user_id": f"u{at}", "items": ids[:3]} for at in range(4)]  # nothing before the two targets but one item
+    pq.write_table(pa.Table.from_pylist(pairs), folder / "sequences.parquet")
+    with pytest.raises(MmsidError, match="no user has two train items"):
+        run(config)
 
 
 def test_a_suffix_level_is_written_and_never_counted():
@@ -212,3 +231,36 @@ def test_a_suffix_level_is_written_and_never_counted():
     assert exact(completion_ids=completions, target=[0, 0, 2]) == [1.0, 0.0, 0.5]
     assert prefix(completion_ids=completions, target=[0, 0, 2]) == [1.0, 1.0, 0.5]
     assert quality(completion_ids=completions, target=[0, 0, 2]) == [1.0, 0.0, 0.25]
+
+
+@pytest.mark.slow
+def test_the_road_from_drawn_ads_to_a_reinforced_recommender_by_two_processes(tmp_path):
+    """The shipped configuration by its scripts, made small: quality from known truth, then GRPO launched on two processes."""
+    for name in ("configs", "scripts"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+    def call(*command: str) -> str:
+        told = subprocess.run(
+            [sys.executable, *command], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900, check=False
+        )
+        assert told.returncode == 0, f"{command}\n{told.stdout[-2000:]}\n{told.stderr[-4000:]}"
+        return told.stderr
+
+    write_demo_catalog(tmp_path / "demo" / "catalog", items=90, users=80, seed=0)
+    for stage in ("caption", "interests", "baselines"):
+        call(
+            "scripts/" + stage + ".py", "--config", "configs/demo.yaml", "baselines.codebook_size=8", "baselines.arms=[random,balanced_rq]"
+        )
+    quality = ["text_quality.model.steps=150", "text_quality.least_accuracy=0.6", "text_quality.most_calibration_error=0.5"]
+    call("scripts/train_reward.py", "--part", "text", "--config", "configs/demo_quality.yaml", *quality)
+    assert 0 < read_manifest(tmp_path / "runs/demo/text_quality", "text_quality")["extra"]["mean_q"] < 1
+    section = "train_recommender_rl."
+    small = [section + "schedule={epochs: 2}", section + "reinforcement={steps: 3, histories: 4, group: 4}"]
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+    call(*launch, "scripts/train_recommender_rl.py", "--config", "configs/demo_quality.yaml", *small, *quality)
+    out = tmp_path / "runs/demo/train_recommender_rl"
+    assert read_manifest(out, "train_recommender_rl")["extra"]["text_quality"]["deviation"] > 0
+    log = [json.loads(line) for line in (out / "logs" / "rl" / "0.jsonl").read_text().splitlines()]
+    assert log[-1]["step"] == 3 and log[-1]["train_samples_per_second"] > 0
+    assert "| rl_published |" in (out / "ranking.md").read_text()

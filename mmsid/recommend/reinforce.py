@@ -12,7 +12,7 @@ folders) and logs/<arm>/<seed>.jsonl (what TRL logs: every part of the reward, K
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,8 +38,8 @@ from mmsid.recommend.fit import Schedule, fit, table_paths
 from mmsid.recommend.flat import FlatRecommender
 from mmsid.recommend.grpo import TrieGRPOTrainer, sid_text_tokenizer
 from mmsid.recommend.metrics import over_seeds
-from mmsid.recommend.paths import ItemPaths, PathTrie
-from mmsid.recommend.rewards import reward_parts
+from mmsid.recommend.paths import PathTrie
+from mmsid.recommend.rewards import PathRewards
 from mmsid.recommend.rows import dataset_facts, difference_rows, lost_to_collisions, read_ranks, write_ranks
 from mmsid.recommend.tables import ranking_table
 from mmsid.recommend.train import ModelConfig
@@ -63,7 +63,7 @@ class ReinforcementConfig(Section):
         prefix_weight, quality_weight: of the parts of the reward beside the exact hit (rewards.py).
     """
 
-    steps: int = Field(default=100, gt=0)
+    steps: int = Field(default=60, gt=0)
     histories: int = Field(default=32, gt=0)
     group: int = Field(default=8, gt=1)
     updates: int = Field(default=1, gt=0)
@@ -188,7 +188,8 @@ class _Seed:
 
     def _save(self, policy: GPT2LMHeadModel, arm: str) -> None:
         if self.accelerator.is_main_process:
-            policy.save_pretrained(self._model_folder(arm))
+            with no_loading_bar():
+                policy.save_pretrained(self._model_folder(arm))
             sid_text_tokenizer(self.paths.sizes).save_pretrained(self._model_folder(arm))
         self.accelerator.wait_for_everyone()
 
@@ -246,38 +247,6 @@ class _Seed:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_ranks(path, found, self.catalog)
         return {part: evaluation.summary() for part, evaluation in found.items()}
-
-
-class PathRewards:
-    """The parts of the reward as TRL reward functions, each logged by name.
-
-    Args:
-        quality: (N,) text quality of the items, in [0, 1].
-        num_levels: levels that count for the prefix; a suffix level beyond them does not.
-    """
-
-    def __init__(self, paths: ItemPaths, quality: np.ndarray, num_levels: int) -> None:
-        self.paths, self.num_levels = torch.from_numpy(paths.tokens), num_levels
-        self.offsets = torch.from_numpy(np.cumsum([0, *paths.sizes[:-1]]))
-        self.quality = torch.from_numpy(quality).float()
-        _, which, counts = np.unique(paths.tokens, axis=0, return_inverse=True, return_counts=True)
-        self.sharing = torch.from_numpy(counts[which.reshape(-1)]).float()
-
-    def functions(self, *, weighted: bool) -> list[Callable[..., list[float]]]:
-        """One function per part, in the order exact, prefix, quality; `weighted` multiplies each by the target's quality."""
-
-        def part(name: str) -> Callable[..., list[float]]:
-            def reward(completion_ids: list[list[int]], target: list[int], **unused: Any) -> list[float]:
-                rows = torch.tensor(target)
-                drawn = torch.tensor(completion_ids) - self.offsets
-                parts = reward_parts(drawn, self.paths[rows], self.sharing[rows], self.quality[rows], self.num_levels)
-                value = getattr(parts, name)
-                return (value * self.quality[rows] if weighted else value).tolist()
-
-            reward.__name__ = name
-            return reward
-
-        return [part(name) for name in ("exact", "prefix", "quality")]
 
 
 def _results(

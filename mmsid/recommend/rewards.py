@@ -15,9 +15,13 @@ instead: A = q * (r - mean r), which is what multiplying all parts by q and divi
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+
+from mmsid.recommend.paths import ItemPaths
 
 
 class RewardParts(NamedTuple):
@@ -42,3 +46,35 @@ def reward_parts(
     exact = same.all(1).float() / sharing
     prefix = same[:, :num_levels].int().cumprod(1).sum(1).float() / num_levels
     return RewardParts(exact, prefix, quality * exact)
+
+
+class PathRewards:
+    """The parts of the reward as TRL reward functions, each logged by name.
+
+    Args:
+        quality: (N,) text quality of the items, in [0, 1].
+        num_levels: levels that count for the prefix; a suffix level beyond them does not.
+    """
+
+    def __init__(self, paths: ItemPaths, quality: np.ndarray, num_levels: int) -> None:
+        self.paths, self.num_levels = torch.from_numpy(paths.tokens), num_levels
+        self.offsets = torch.from_numpy(np.cumsum([0, *paths.sizes[:-1]]))
+        self.quality = torch.from_numpy(quality).float()
+        _, which, counts = np.unique(paths.tokens, axis=0, return_inverse=True, return_counts=True)
+        self.sharing = torch.from_numpy(counts[which.reshape(-1)]).float()
+
+    def functions(self, *, weighted: bool) -> list[Callable[..., list[float]]]:
+        """One function per part, in the order exact, prefix, quality; `weighted` multiplies each by the target's quality."""
+
+        def part(name: str) -> Callable[..., list[float]]:
+            def reward(completion_ids: list[list[int]], target: list[int], **unused: Any) -> list[float]:
+                rows = torch.tensor(target)
+                drawn = torch.tensor(completion_ids) - self.offsets
+                parts = reward_parts(drawn, self.paths[rows], self.sharing[rows], self.quality[rows], self.num_levels)
+                value = getattr(parts, name)
+                return (value * self.quality[rows] if weighted else value).tolist()
+
+            reward.__name__ = name
+            return reward
+
+        return [part(name) for name in ("exact", "prefix", "quality")]

@@ -24,6 +24,7 @@ from mmsid.annotate.quality.model import TextModelConfig, build_text_model, enco
 from mmsid.annotate.quality.truth import read_truth, true_examples
 from mmsid.annotate.reading import read_captions, read_interests, read_judgements
 from mmsid.artifacts import Draft, read_json, read_manifest, write_json, write_table, writing
+from mmsid.backbone.text import no_loading_bar
 from mmsid.catalog import Catalog, CatalogConfig, Item, read_catalog
 from mmsid.config import StageConfig
 from mmsid.errors import ConfigError, MmsidError
@@ -110,7 +111,8 @@ class _Job:
         report, platt = self._measure(examples, pairs)
         write_json(folder / "report.json", report)
         self._hold(report)
-        self.model.save_pretrained(folder / "model")
+        with no_loading_bar():
+            self.model.save_pretrained(folder / "model")
         self.text_tokenizer.save_pretrained(folder / "model")
         _write_scores(self.draft, self.catalog, self._score_mined(platt), None)
         self.draft.extra |= {"labels": "truth" if config.truth is not None else "judge", **report}
