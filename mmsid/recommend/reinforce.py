@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
@@ -214,8 +213,8 @@ class _Seed:
                 f"reinforcement: {told.histories} histories x {told.group} rollouts do not divide among "
                 f"{self.accelerator.num_processes} processes; change one"
             )
-        published = arm == "rl_published"
-        arguments = GRPOConfig(
+        device, published = self.accelerator.device, arm == "rl_published"
+        arguments = GRPOConfig(  # resets accelerate's state; the trainer sets it up again
             **plain_arguments(scratch, steps=told.steps, lr=told.lr, seed=self.seed),
             per_device_train_batch_size=size // self.accelerator.num_processes,
             num_generations=told.group,
@@ -227,7 +226,6 @@ class _Seed:
             scale_rewards="group" if published else "none",
             reward_weights=[1.0, told.prefix_weight, told.quality_weight],
         )
-        device = self.accelerator.device
         trie = Trie.from_codes(self.paths.tokens, self.paths.sizes).to(device)
         with no_loading_bar():
             policy = GPT2LMHeadModel.from_pretrained(self._model_folder(START)).to(device)
