@@ -43,6 +43,14 @@ def _load_stage(name: str) -> Stage:
         from mmsid.annotate.interests import InterestsConfig, run
 
         return InterestsConfig, run
+    if name == "judge":
+        from mmsid.annotate.judge import JudgeConfig, run
+
+        return JudgeConfig, run
+    if name == "text_quality":
+        from mmsid.annotate.quality.stage import TextQualityConfig, run
+
+        return TextQualityConfig, run
     if name == "train_tokenizer":
         from mmsid.tokenizer.train import TrainTokenizerConfig, run
 
@@ -59,6 +67,10 @@ def _load_stage(name: str) -> Stage:
         from mmsid.tokenizer.baselines import BaselinesConfig, run
 
         return BaselinesConfig, run
+    if name == "sid_reward":
+        from mmsid.refine.sid_reward import SidRewardConfig, run
+
+        return SidRewardConfig, run
     if name == "refine":
         from mmsid.refine.refine import RefineConfig, run
 
@@ -67,6 +79,10 @@ def _load_stage(name: str) -> Stage:
         from mmsid.recommend.train import TrainRecommenderConfig, run
 
         return TrainRecommenderConfig, run
+    if name == "train_recommender_rl":
+        from mmsid.recommend.reinforce import TrainRecommenderRLConfig, run
+
+        return TrainRecommenderRLConfig, run
     from mmsid.report.summary import ReportConfig, run
 
     return ReportConfig, run
@@ -76,12 +92,16 @@ STAGES = (
     "train_captioner",
     "caption",
     "interests",
+    "judge",
+    "text_quality",
     "train_tokenizer",
     "assign",
     "stability",
     "baselines",
+    "sid_reward",
     "refine",
     "train_recommender",
+    "train_recommender_rl",
     "report",
 )
 
@@ -134,6 +154,8 @@ def _upstream(stage: str, folder: dict[str, Path], header: RunHeader, configs: d
         "cache": header.runs / ".cache" / "annotations.sqlite",
         "captions": folder.get("caption"),
         "interests": folder.get("interests"),
+        "judgements": folder.get("judge"),
+        "text_quality": folder.get("text_quality"),
         "tokenizer": folder.get("train_tokenizer"),
         "sids": folder.get("assign"),
         "arms": arms if stage == "train_recommender" and arms else None,
@@ -211,7 +233,7 @@ def _one_stage(stage: str, arguments: list[str]) -> None:
     parsed = parser.parse_intermixed_args(arguments)
     append = [f"assign.append={parsed.append}"] if getattr(parsed, "append", None) else []
     data = load_yaml(parsed.config, [*parsed.overrides, *append])
-    data.setdefault(stage, {})
+    data.setdefault(stage, data.get("refine", {}) if stage == "sid_reward" else {})
     configs = wire(data, source=str(parsed.config))
     run_stages({stage: configs[stage]}, redo=[stage] if parsed.redo else [])
 

@@ -65,14 +65,16 @@ def load_prompt(name: str | Path) -> Prompt:
     return Prompt(text=text, sha256=sha256(text), name=str(name))
 
 
-def evidence_json(*, title: str = "", description: str = "", caption: str = "", longest: int = 4_000) -> str:
-    """One item's text as a JSON object with sorted keys, each field cut at `longest` characters.
+def evidence_json(*, title: str = "", description: str = "", caption: str = "", descriptor: str | None = None, longest: int = 4_000) -> str:
+    """One item's text as a JSON object with sorted keys, each field cut at `longest` characters; the `descriptor` only where one is judged.
 
     Angle brackets, backticks and bars (full-width ones too) and every character that no reader sees are written as escapes, so no
     text of an advertiser can close the marker lines around it, open a chat role, name a special token such as `<image>`, or
     whisper to the model. Quotes and line ends are JSON's own escapes.
     """
     fields = {"title": title[:longest], "description": description[:longest], "caption": caption[:longest]}
+    if descriptor is not None:
+        fields["descriptor"] = descriptor[:longest]
     text = json.dumps(fields, sort_keys=True, ensure_ascii=False)
     for character in {*_ESCAPED, *(character for character in set(text) if visible(character) != character)}:
         text = text.replace(character, "".join(f"\\u{unit:04x}" for unit in _utf16(character)))

@@ -18,7 +18,7 @@ from mmsid.config import StageConfig
 
 DEMO = "demo"  # the model whose weights are shipped with mmsid
 # There was nothing to annotate: a fact about the item, not a failure of the job, so the gate looks past these rows.
-EXCUSED = frozenset({"no_picture", "no_evidence", "no_coengagement"})
+EXCUSED = frozenset({"no_picture", "no_evidence", "no_coengagement", "no_interests"})
 
 
 class JobConfig(StageConfig):
