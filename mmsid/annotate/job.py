@@ -137,6 +137,7 @@ class _Job:
             reasons=tally.most_common("reasons"),
             flags=tally.most_common("flags"),
             work=dict(tally.work),
+            processes=self.ranks.count,
             gate={"passed": passed, "attempted": attempted, "failed": failed, "max_quarantined": limit},
         )
         gate = self.draft.path / GATE_FILE
