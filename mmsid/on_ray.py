@@ -43,7 +43,7 @@ def ray_cluster(config: RayConfig) -> Iterator[Any]:
     """The module `ray`, connected; a Ray that was started here is shut down at the end.
 
     Raises:
-        ConfigError: the extra `ray` is not installed, or the address leads to no cluster.
+        ConfigError: the extra `ray` is not installed, the address leads to no cluster, or Ray does not start.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
@@ -55,8 +55,9 @@ def ray_cluster(config: RayConfig) -> Iterator[Any]:
     if started:
         try:
             ray.init(address=config.address, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-        except ConnectionError as error:
-            raise ConfigError(f"ray.address: no Ray cluster at {config.address!r}; start one, or leave the key away") from error
+        except Exception as error:  # Ray raises bare ones
+            where = f"no Ray cluster answers at {config.address!r}" if config.address else "Ray does not start here"
+            raise ConfigError(f"{where} ({str(error).splitlines()[0]}); see to it, or use the local engine") from error
     try:
         yield ray
     finally:

@@ -98,7 +98,9 @@ def local_rows(ads, tmp_path_factory):
 def ray():
     """Slots for two half-slot actors and Ray's own tasks; a Ray of our own would take the machine's count."""
     ray = pytest.importorskip("ray")
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+    with pytest.MonkeyPatch.context() as patch:  # the actors import what the tests define
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
+        ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
     yield ray
     ray.shutdown()
 
@@ -121,8 +123,6 @@ def test_on_ray_with_an_actor_killed_halfway_the_rows_are_those_of_this_process(
     assert rows_of(out) == local_rows
     assert read_manifest(out)["counts"] == {"in": len(local_rows), "ok": len(local_rows), "quarantined": 0}
     # what the actors answered is in the cache for every engine
-    again = StubGenerator()
-    again.model_id, again.parameters = local_rows[0]["model_id"], None
     second = run(ads_config(ads, tmp_path / "second" / "caption", cache=tmp_path / "answers.sqlite"))
     assert rows_of(second) == local_rows
     assert "generated" not in read_manifest(second)["extra"]["work"]
