@@ -5,8 +5,9 @@
 overhead  wall time of the job over the time that its own model calls took (reading, decoding, hashing, preparing, judging and writing
           should hide behind them), and over bare `model.generate` on the same batches, prepared beforehand.
 naive     the job's rate over that of a loop that reads, prepares and generates one picture after another.
-same      the same ads by a model in process, by a server on loopback and by two Ray actors: rows that differ in item, creative, text,
-          status, reason, flags or attempts. Needs the extras `serve` and `ray`.
+server    the same ads by a model in process and by a server on loopback: rows that differ in item, creative, text, status, reason, flags
+          or attempts. Needs the extra `serve`.
+ray       the same with two Ray actors, on a machine with two CPU slots or more. Needs the extra `ray`.
 faults    wall time against a server that spoils every fifth request in ten ways, over the time against a healthy one; each good answer
           takes .25 s, sixteen are under way at once. Needs the extra `serve`.
 
@@ -16,13 +17,14 @@ Ratios are of one run on one machine; seconds depend on it.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -34,7 +36,7 @@ from mmsid.annotate.prompts import load_prompt
 from mmsid.annotate.reading import read_rows
 from mmsid.annotate.records import Caption, parse_caption
 from mmsid.annotate.units import Task, Unit
-from mmsid.artifacts import sha256, write_json, writing
+from mmsid.artifacts import read_json, sha256, write_json, writing
 from mmsid.catalog import CatalogConfig, read_catalog
 from mmsid.catalog.demo import write_demo_catalog
 
@@ -43,6 +45,7 @@ from chat_server import FAULTS, Batching, ChatServer
 
 TOLD = ("item_id", "creative", "caption", "status", "reason", "flags", "attempts")
 BATCH, TOKENS = 16, 96
+PARTS = ("overhead", "naive", "server", "ray", "faults")
 
 
 class Watched(HuggingFaceGenerator):
@@ -66,21 +69,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ads", type=int, default=500)
     parser.add_argument("--naive-ads", type=int, default=60, help="ads of the one-by-one loop")
-    parser.add_argument(
-        "--parts", nargs="+", choices=("overhead", "naive", "same", "faults"), default=["overhead", "naive", "same", "faults"]
-    )
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/annotation.json"))
     parsed = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), parsed.ads)
         results: dict[str, Any] = {"ads": parsed.ads, "pictures": len(bench.units), "threads": 1}
+        if parsed.out.is_file() and (earlier := read_json(parsed.out))["ads"] == parsed.ads:
+            results = earlier  # parts may be run one at a time
         if "overhead" in parsed.parts or "naive" in parsed.parts:
             results["overhead"] = bench.overhead()
         if "naive" in parsed.parts:
             results["naive"] = bench.naive(parsed.naive_ads, results["overhead"]["job_seconds"] / len(bench.units))
-        if "same" in parsed.parts:
-            results["same"] = bench.same()
+        if "server" in parsed.parts:
+            with ChatServer(Batching(HuggingFaceGenerator("demo", max_new_tokens=TOKENS), BATCH)) as server:
+                treat = {"base_url": server.url, "concurrency": 2 * BATCH}
+                results["server"] = bench.beside_local(generator="openai", server=treat)
+        if "ray" in parsed.parts:
+            results["ray"] = bench.beside_local(engine="ray", ray={"actors": 2, "cpus_per_actor": 0.5, "rows_per_task": 64})
         if "faults" in parsed.parts:
             results["faults"] = bench.faults()
     parsed.out.parent.mkdir(parents=True, exist_ok=True)
@@ -136,24 +143,22 @@ class Bench:
             "speedup": round(each / job_seconds_each, 2),
         }
 
-    def same(self) -> dict[str, Any]:
-        def captioned(**options: Any) -> tuple[list[dict], float]:
-            engine = options.pop("engine", "local")
-            config = self.config(shard_rows=128, **options)
-            seconds = timed(lambda: run(config, engine=engine))
-            return [{name: row[name] for name in TOLD} for row in read_rows(config.out, "caption")], seconds
+    @functools.cached_property
+    def local(self) -> tuple[list[dict], float]:
+        """Rows of the model in process, and the seconds they took."""
+        return self.captioned()
 
-        local, seconds = captioned()
-        results: dict[str, Any] = {
-            "rows": len(local),
-            "ok": sum(row["status"] == "ok" for row in local),
-            "local_seconds": round(seconds, 1),
-        }
-        with ChatServer(Batching(HuggingFaceGenerator("demo", max_new_tokens=TOKENS), BATCH)) as server:
-            rows, seconds = captioned(generator="openai", server={"base_url": server.url, "concurrency": 2 * BATCH})
-        results |= {"server_differs": differing(local, rows), "server_seconds": round(seconds, 1)}
-        rows, seconds = captioned(engine="ray", ray={"actors": 2, "cpus_per_actor": 0.5, "rows_per_task": 64})
-        return results | {"ray_differs": differing(local, rows), "ray_seconds": round(seconds, 1)}
+    def captioned(self, engine: Literal["local", "ray"] = "local", **options: Any) -> tuple[list[dict], float]:
+        config = self.config(shard_rows=128, **options)
+        seconds = timed(lambda: run(config, engine=engine))
+        return [{name: row[name] for name in TOLD} for row in read_rows(config.out, "caption")], seconds
+
+    def beside_local(self, **options: Any) -> dict[str, Any]:
+        local, local_seconds = self.local
+        rows, seconds = self.captioned(**options)
+        ok = sum(row["status"] == "ok" for row in rows)
+        found = {"rows": len(rows), "ok": ok, "differ_from_local": differing(local, rows)}
+        return found | {"local_seconds": round(local_seconds, 1), "seconds": round(seconds, 1)}
 
     def faults(self) -> dict[str, Any]:
         answers = {sha256(self.load(unit.pictures[0]).tobytes()): json.dumps({"caption": f"ad {at}"}) for at, unit in enumerate(self.units)}
