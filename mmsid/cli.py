@@ -2,6 +2,7 @@
 
 mmsid run CONFIG [key=value ...] [--redo STAGE]      every stage of the configuration in order; continues where it stopped
 mmsid STAGE --config CONFIG [key=value ...] [--redo] one stage; also `accelerate launch scripts/STAGE.py --config CONFIG`
+                                                     caption and interests: `--engine ray` works on a Ray cluster
 mmsid assign --config CONFIG --append SIDS           the same, but the Semantic IDs in the folder SIDS stay as they are
 mmsid report RUN [catalog.key=value ...]             write RUN/report.html; RUN is a run's folder, its YAML, or results of a benchmark
 mmsid catalog --config CONFIG                        read the catalogue and describe it
@@ -88,6 +89,7 @@ def _load_stage(name: str) -> Stage:
     return ReportConfig, run
 
 
+ON_RAY = ("caption", "interests")  # stages that can be handed to a Ray cluster
 STAGES = (
     "train_captioner",
     "caption",
@@ -163,8 +165,8 @@ def _upstream(stage: str, folder: dict[str, Path], header: RunHeader, configs: d
     }
 
 
-def run_stages(configs: dict[str, StageConfig], redo: Sequence[str] = ()) -> None:
-    """Run every stage in order, keeping those that are finished and unchanged.
+def run_stages(configs: dict[str, StageConfig], redo: Sequence[str] = (), engine: str = "local") -> None:
+    """Run every stage in order, keeping those that are finished and unchanged. `engine`: where stages of `ON_RAY` work.
 
     Raises:
         ArtifactError: a finished folder was written with another configuration or other inputs.
@@ -181,7 +183,7 @@ def run_stages(configs: dict[str, StageConfig], redo: Sequence[str] = ()) -> Non
             _check_unchanged(stage, config)
             done(f"{stage}: finished earlier, kept ({config.out})")
             continue
-        _load_stage(stage)[1](config)
+        _load_stage(stage)[1](config, **({"engine": engine} if stage in ON_RAY else {}))
 
 
 def _check_unchanged(stage: str, config: StageConfig) -> None:
@@ -227,6 +229,8 @@ def _one_stage(stage: str, arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog=f"mmsid {stage}", description=f"Run the stage {stage} of a configuration.")
     parser.add_argument("--config", required=True, type=Path, help="YAML of the run; the section with the stage's name is used")
     parser.add_argument("--redo", action="store_true", help="write a finished folder again")
+    if stage in ON_RAY:
+        parser.add_argument("--engine", choices=("local", "ray"), default="local", help="ray: in the actors of a Ray cluster (extra `ray`)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides, e.g. train_tokenizer.steps=50")
     if stage == "assign":
         parser.add_argument("--append", metavar="SIDS", help="keep the Semantic IDs of this folder, give new items theirs (assign.append)")
@@ -235,16 +239,17 @@ def _one_stage(stage: str, arguments: list[str]) -> None:
     data = load_yaml(parsed.config, [*parsed.overrides, *append])
     data.setdefault(stage, data.get("refine", {}) if stage == "sid_reward" else {})
     configs = wire(data, source=str(parsed.config))
-    run_stages({stage: configs[stage]}, redo=[stage] if parsed.redo else [])
+    run_stages({stage: configs[stage]}, redo=[stage] if parsed.redo else [], engine=getattr(parsed, "engine", "local"))
 
 
 def _run(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="mmsid run", description="Run all stages in order; continues where it stopped.")
     parser.add_argument("config", type=Path)
     parser.add_argument("--redo", action="append", default=[], metavar="STAGE", help="write this stage and what follows again")
+    parser.add_argument("--engine", choices=("local", "ray"), default="local", help=f"where {' and '.join(ON_RAY)} work")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parsed = parser.parse_args(arguments)
-    run_stages(wire(load_yaml(parsed.config, parsed.overrides), source=str(parsed.config)), redo=parsed.redo)
+    run_stages(wire(load_yaml(parsed.config, parsed.overrides), source=str(parsed.config)), redo=parsed.redo, engine=parsed.engine)
 
 
 def _report(arguments: list[str]) -> None:
