@@ -46,9 +46,9 @@ BEHAVIOUR = 64
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--items", type=int, default=768)
+    parser.add_argument("--items", type=int, default=1024)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--codes", type=int, default=256, help="per level")
+    parser.add_argument("--codes", type=int, default=32, help="per level; as many items to a code as in a catalogue")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "encoding.json")
     parsed = parser.parse_args()
