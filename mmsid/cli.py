@@ -180,7 +180,7 @@ def _with_quick_recommender(run: Callable[..., Path]) -> Callable[..., Path]:
     def run_with(config: StageConfig) -> Path:
         from mmsid.recommend.train import quick_recommender
 
-        return run(config, quick_recommender=quick_recommender(config.catalog, seed=config.seed))
+        return run(config, quick_recommender=quick_recommender(config.catalog))
 
     return run_with
 
@@ -313,6 +313,7 @@ def _bench(arguments: list[str]) -> None:
     parsed = parser.parse_intermixed_args(arguments)
     from mmsid.recommend.bench.config import load_dataset, load_suite
     from mmsid.recommend.bench.run import BenchOptions, run
+    from mmsid.refine.controls import control_arm
 
     overrides: dict[str, list[str]] = {"dataset": [], "suite": []}
     for override in parsed.overrides:
@@ -323,7 +324,7 @@ def _bench(arguments: list[str]) -> None:
     dataset, suite = load_dataset(parsed.dataset, overrides["dataset"]), load_suite(parsed.suite, overrides["suite"])
     only = tuple(name for name in parsed.only.split(",") if name)
     options = {"stage": parsed.stage, "part": parsed.part, "results": parsed.results, "runs": parsed.runs}
-    run(dataset, suite, BenchOptions(suite_name=Path(parsed.suite).stem, only=only, **options))
+    run(dataset, suite, BenchOptions(suite_name=Path(parsed.suite).stem, only=only, **options), refine=control_arm)
 
 
 def _guarded(action: Callable[[], None]) -> None:

@@ -27,9 +27,10 @@ def _judge(before, after, held_out, raw=None, **figures):
     rows = []
     for codes, raw_codes in ((before, before), (after, after if raw is None else raw)):
         rows.append(gate.measure(codes, raw_codes, 96, content, held_out, figures.get("rebuild"), config.level_weights))
-        if "quick" in figures:
-            rows[-1] |= gate.ranking_figures(figures["quick"](codes))
-    share = gate.gain_share(before, after, 96, held_out, config, seed=0)
+    if "quick" in figures:
+        ranked, _ = gate.ranking_figures(lambda codes, seed: figures["quick"](codes), (before, after), [0])
+        rows = [row | more for row, more in zip(rows, ranked, strict=True)]
+    share, _ = gate.bootstrap(before, after, 96, held_out, config, seed=0)
     return gate.decide(*rows, share, config)
 
 
@@ -90,6 +91,39 @@ def test_figures_by_hand():
     assert gate.least_perplexity(codes, 2) == pytest.approx(np.exp(-(0.75 * np.log(0.75) + 0.25 * np.log(0.25))))
     draws = np.array([[1, 0, 0], [0, 0, 1]])
     assert gate.agreement(codes, 2, held_out, (1.0,), draws).tolist() == pytest.approx([1 / 2 - (9 + 1) / 16, 1 - 1])
+
+
+def test_margins_grow_with_noise_and_say_where_they_come_from():
+    before = {"target": 0.1, "lift": 4.0, "hit_rate": 0.5, "coverage": 0.8, "least_perplexity": 30.0, "raw_collisions": 0.1,
+              "published_collisions": 0.0, "flip_rate": 0.1}  # fmt: skip
+    after = before | {"target": 0.2, "hit_rate": 0.47}
+    config = GateConfig(standard_errors=2.0)
+    refused = gate.decide(before, after, 1.0, config)
+    assert refused.reasons == ["hit_rate 0.5 -> 0.47, beyond the margin of 0.015 (3% of the figure before)"]
+    accepted = gate.decide(before, after, 1.0, config, {"hit_rate": 0.02, "lift": 0.01})
+    assert accepted.accepted
+    margins = {row.metric: (row.margin, row.source) for row in accepted.rows}
+    assert margins["hit_rate"] == (0.04, "2 standard errors of the difference")
+    assert margins["lift"] == (pytest.approx(0.12), "3% of the figure before")
+    assert margins["flip_rate"] == (0.02, "0.02, absolute")
+
+
+def test_noise_of_seeds_users_and_items_by_hand():
+    scores = {("a", 0): 0.4, ("a", 1): 0.6, ("b", 0): 0.5, ("b", 1): 0.5}
+    figures, noise = gate.ranking_figures(lambda table, seed: {"HR@50": scores[table, seed], "coverage@10": 1.0}, "ab", [0, 1])
+    assert [one["hit_rate"] for one in figures] == pytest.approx([0.5, 0.5])
+    assert noise == pytest.approx({"hit_rate": np.sqrt((0.02 + 0) / 2 * 2 / 2), "coverage": 0.0})  # variances .02 and 0, pooled
+    assert gate.ranking_figures(lambda table, seed: {"HR@50": 1, "coverage@10": 1}, "ab", [0])[1] == {}
+    before, after = np.array([True, False, False, False]), np.array([True, True, False, False])
+    figures, noise = gate.flip_figures(before, after)
+    assert figures == [{"flip_rate": 0.25}, {"flip_rate": 0.5}]
+    assert noise["flip_rate"] == pytest.approx(np.std([0, 1, 0, 0], ddof=1) / 2)
+    good, blurred, held_out, _ = _world()
+    drawn = gate.bootstrap(blurred, good, 96, held_out, GateConfig(draws=400), seed=0)
+    assert 0 < drawn.noise["lift"] < gate.level_lift(good, held_out) / 4
+    assert gate.bootstrap(good, good, 96, held_out, GateConfig(), seed=0) == (0.0, {"lift": 0.0})
+    ones = np.ones((2, int(held_out.users.max()) + 1), dtype=int)
+    assert gate.level_lift(good, held_out, draws=ones).tolist() == pytest.approx([gate.level_lift(good, held_out)] * 2)
 
 
 def test_without_held_out_users_nothing_is_accepted():

@@ -5,10 +5,11 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from mmsid.errors import MmsidError
+from mmsid.errors import ArtifactError, MmsidError
 from mmsid.refine import ppo
+from mmsid.refine.checkpoint import load_state, save_state
 from mmsid.refine.loop import LoopConfig, Refinement
-from mmsid.refine.policy import Reference, path_log_prob
+from mmsid.refine.policy import HeadPolicy, Reference, path_log_prob
 from mmsid.tokenizer.heads import ParallelHead, ResidualHead
 
 ITEMS, LEVELS, CODES = 24, 2, 4
@@ -37,23 +38,17 @@ def _toy(seed: int = 0, kind: str = "residual"):
     return head, states
 
 
-def _refine(scorer, seed=0, kind="residual", quality=None, **changes):
+def _loop(scorer, seed=0, kind="residual", quality=None, watch=None, top_m=CODES, **changes):
     head, states = _toy(kind=kind)
-    reference = Reference(head, states, top_m=CODES)
+    reference = Reference(head, states, top_m)
+    policy = HeadPolicy(head, lambda rows: states[rows], list(head.parameters()), reference)
     config = LoopConfig(**{**QUICK, **changes})
-    log: list[dict] = []
-    refinement = Refinement(
-        head,
-        lambda rows: states[rows],
-        list(head.parameters()),
-        reference,
-        scorer,
-        config,
-        Accelerator(cpu=True),
-        seed=seed,
-        quality=quality,
-    )
-    return refinement.run(log.append), reference, head, log
+    return Refinement(policy, reference, scorer, config, Accelerator(cpu=True), seed=seed, quality=quality, watch=watch)
+
+
+def _refine(scorer, **changes):
+    loop, log = _loop(scorer, **changes), []
+    return loop.run(log.append), loop.reference, loop.policy.head, log
 
 
 def _swapped(reference: Reference):
@@ -90,6 +85,16 @@ def test_t9_does_not_move_when_the_reward_is_constant(gradient):
     assert (codes == reference.greedy).all()
     assert all(torch.equal(value, start[name]) for name, value in head.state_dict().items())
     assert max(abs(record["kl"]) for record in log) < 1e-6 and log[0]["zero_variance_groups"] == 1.0
+
+
+@pytest.mark.parametrize("better", [0, 1])
+def test_t8_of_two_actions_the_better_is_taken(better):
+    """Only the first level pays, +1 or -1, the same for every item; whatever the start, all end there."""
+    pays = lambda rows, candidates, table: {"planted": np.where(candidates[..., 0] % 2 == better, 1.0, -1.0)}  # noqa: E731
+    codes, *_ = _refine(pays, rounds=20, lr=0.06, top_m=2)
+    tree = Reference(*_toy(), top_m=2).tree.codes[..., 0].numpy() % 2
+    can = (tree == better).any(1)
+    assert can.sum() > ITEMS // 3 and (codes[can, 0] % 2 == better).all()
 
 
 def test_t8_bandit_whose_answer_depends_on_the_item():
@@ -153,6 +158,51 @@ def test_the_rate_rises_where_steps_are_tiny():
     assert log[-1]["lr"] == pytest.approx(1e-5 * 1.5**6)
 
 
+def test_the_run_ends_at_the_best_round_of_the_watched_figure():
+    target, _ = _swapped(Reference(*_toy(), top_m=CODES))
+    start = Reference(*_toy(), top_m=CODES).greedy
+    few = lambda codes: float(min((codes != start).any(1).sum(), 3))  # noqa: E731  three moves are welcome, more are no gain
+    codes, _, head, log = _refine(_planted(1 - target.clip(0, 1)), watch=few, patience=2, rounds=40, lr=0.1)
+    assert "stopped" in log[-1] and log[-1]["round"] < 39
+    best = next(record["round"] for record in log if record["watch"] == max(record["watch"] for record in log))
+    assert log[-1]["round"] == best + 2 and few(codes) == log[best]["watch"]
+    assert (head.greedy(head.project(torch.eye(ITEMS)[:, None].expand(-1, LEVELS, -1))).codes.numpy() == codes).all()
+    *_, head, log = _refine(_planted(target), watch=lambda codes: 0.0, patience=2)
+    assert len(log) == 2 and all(torch.equal(a, b) for a, b in zip(head.parameters(), _toy()[0].parameters())), "nothing better: the start"
+    assert len(_refine(_planted(target), watch=lambda codes: 0.0, patience=0, rounds=5)[-1]) == 5
+
+
+@pytest.mark.parametrize("interrupted", [1, 4])
+def test_t12_a_resumed_run_equals_the_uninterrupted_one(interrupted, tmp_path):
+    target, _ = _swapped(Reference(*_toy(), top_m=CODES))
+    settings = {"rounds": 6, "adapt": True, "moving": 0.5, "batch": 7, "patience": 4, "checkpoint_every": 2}
+    wavers = lambda codes: -abs(float((codes != target).sum()) - 20)  # noqa: E731
+    whole, log = _loop(_planted(target), watch=wavers, **settings), []
+    codes = whole.run(log.append)
+
+    first, kept = _loop(_planted(target), watch=wavers, **settings), []
+
+    def stop(record):
+        if record["round"] == interrupted:
+            raise KeyboardInterrupt
+        kept.append(record)
+
+    with pytest.raises(KeyboardInterrupt):
+        first.run(stop, lambda loop: save_state(loop, tmp_path / "state.safetensors"))
+    second = _loop(_planted(target), watch=wavers, **settings)
+    load_state(second, tmp_path / "state.safetensors")
+    assert second.next_round == 2 * (interrupted // 2)
+    again = kept[: second.next_round]
+    assert (second.run(again.append) == codes).all() and again == log
+    assert all(torch.equal(a, b) for a, b in zip(second.policy.parameters, whole.policy.parameters))
+
+
+def test_a_checkpoint_of_other_weights_is_refused(tmp_path):
+    save_state(_loop(_planted(None)), tmp_path / "state.safetensors")
+    with pytest.raises(ArtifactError, match="other weights"):
+        load_state(_loop(_planted(None), kind="parallel"), tmp_path / "state.safetensors")
+
+
 def test_t12_same_seed_same_weights():
     target, _ = _swapped(Reference(*_toy(), top_m=CODES))
     _, _, first, log = _refine(_planted(target), rounds=4, seed=5)
@@ -163,14 +213,16 @@ def test_t12_same_seed_same_weights():
 
 
 def test_dropout_left_on_is_caught_in_the_first_step():
-    head, states = _toy()
-    reference = Reference(head, states, top_m=CODES)
-    refinement = Refinement(
-        head, lambda rows: torch.nn.functional.dropout(states[rows], 0.5), list(head.parameters()), reference,
-        _planted(reference.greedy), LoopConfig(**QUICK), Accelerator(cpu=True),
-    )  # fmt: skip
+    loop = _loop(_planted(Reference(*_toy(), top_m=CODES).greedy))
+    states = loop.policy.states
+    loop.policy.states = lambda rows: torch.nn.functional.dropout(states(rows), 0.5)
     with pytest.raises(MmsidError, match="dropout"):
-        refinement.run(lambda record: None)
+        loop.run(lambda record: None)
+
+
+def test_a_weight_without_a_component_is_an_error():
+    with pytest.raises(MmsidError, match=r"'plantd'.*planted"):
+        _refine(_planted(Reference(*_toy(), top_m=CODES).greedy), weights={"plantd": 1.0})
 
 
 @pytest.mark.parametrize("kind", ["residual", "parallel"])

@@ -134,8 +134,9 @@ def test_t6_normaliser_by_hand():
     assert ppo.leave_one_out(rewards).tolist()[0] == pytest.approx([-1.5, 0.0, 1.5])  # 1 - (2+3)/2
 
 
-@pytest.mark.parametrize("advantage", [ppo.leave_one_out, ppo.group_normalised])
-def test_t6_degenerate_groups(advantage):
+@pytest.mark.parametrize("name", ["leave_one_out", "group_normalised", "reward_weighted"])
+def test_t6_degenerate_groups(name):
+    advantage = getattr(ppo, name)
     assert advantage(torch.full((2, 3), 0.1)).tolist() == [[0.0] * 3] * 2  # exactly 0
     with pytest.raises(ValueError, match="at least 2"):
         advantage(torch.ones(3, 1))
@@ -144,14 +145,19 @@ def test_t6_degenerate_groups(advantage):
             advantage(torch.tensor([[1.0, bad]]))
 
 
+def test_reward_weights_by_hand():
+    assert ppo.reward_weighted(torch.tensor([[0.0, math.log(3)]])).tolist()[0] == pytest.approx([0.5, 1.5])
+    assert ppo.reward_weighted(torch.tensor([[0.0, math.log(9)]]), temperature=2.0).tolist()[0] == pytest.approx([0.5, 1.5])
+
+
 def test_running_scale_by_hand():
-    scale = ppo.RunningScale(decay=0.5)
+    scale = ppo.RunningScale(decay=0.75)
     first = torch.tensor([[0.0, 2.0], [5.0, 5.0]])  # the flat group is left out: root mean square deviation 1
     assert scale("a", first).tolist() == first.tolist()
-    second = torch.tensor([[0.0, 6.0]])  # deviation 3 -> .5 * 1 + .5 * 3 = 2
-    assert scale("a", second).tolist() == [[0.0, 3.0]]
+    second = torch.tensor([[0.0, 6.0]])  # deviation 3 -> .75 * 1 + .25 * 3 = 1.5
+    assert scale("a", second).tolist() == [[0.0, 4.0]]
     assert scale("b", torch.ones(1, 2)).tolist() == [[1.0, 1.0]]  # never varied: passed through
-    assert scale("a", torch.ones(1, 2)).tolist() == [[0.5, 0.5]] and scale.scales["a"] == 2.0
+    assert scale("a", torch.full((1, 2), 3.0)).tolist() == [[2.0, 2.0]] and scale.scales["a"] == 1.5
     assert ppo.zero_variance_share(first) == 0.5
 
 

@@ -2,24 +2,32 @@
 
 Figures are of the *published* codes (after relocation) and of users that nothing was fitted on: the held-out tenth of the train users.
 The target is a chance-corrected agreement, so a collapsed table (all agree, chance 1) and a scrambled one (nobody agrees) both score 0;
-the guards cover what a single figure never can: collisions, the least perplexity, lift, rebuild, and a quick recommender on valid.
+the guards cover what a single figure never can: collisions, the least perplexity, lift, rebuild, flips under noisy texts, and a quick
+recommender on valid.
+
+A margin is the least change that matters (set in the configuration) or, where the figure varies by chance and that is larger, so many
+standard errors of the difference as measured: over seeds for the quick recommender, over held-out users for the lift, over items for the
+flips. Every row of the output names which of the two it was.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from mmsid.config import Section
 from mmsid.refine.evidence import Codes, prefix_keys
 
+_RANKED = {"hit_rate": "HR@50", "coverage": "coverage@10"}  # of a quick recommender
+
 
 class GateConfig(Section):
-    """Margins of non-inferiority. Relative ones are shares of the figure before; set them from the noise between seeds."""
+    """Least changes that matter; relative ones are shares of the figure before. See the module for how they become margins."""
 
     level_weights: tuple[float, ...] = (0.6, 0.4)
     confidence: float = 0.8  # least share of the bootstrap draws over held-out users in which the target gains
@@ -29,13 +37,16 @@ class GateConfig(Section):
     least_perplexity: float = 0.03  # relative fall
     lift: float = 0.03  # relative fall of level-1 lift over chance
     rebuild: float = 0.05  # relative growth of the mean quantisation error
+    flip_rate: float = 0.02  # absolute growth of the share of items whose raw codes change under noise
     hit_rate: float = 0.03  # relative fall of HR@50
     coverage: float = 0.05  # relative fall of the recommender's coverage
+    standard_errors: float = 2.0  # of the difference, where its noise is known
+    quick_seeds: int = Field(2, ge=1)  # runs of the quick recommender for each table; from 2 on their noise is known
 
 
 @dataclass
 class GateRow:
-    """One line of the gate: `margin` is how far the figure may fall (or grow) in its own unit; `passed` is the verdict."""
+    """One line of the gate: `margin` is how far the figure may fall (or grow) in its own unit, `source` where that comes from."""
 
     metric: str
     role: Literal["target", "guard"]
@@ -44,6 +55,7 @@ class GateRow:
     margin: float
     passed: bool
     better: Literal["higher", "lower"] = "higher"
+    source: str = ""
 
 
 @dataclass
@@ -101,15 +113,22 @@ def agreement(
     return value if draws is not None else float(value[0])
 
 
-def level_lift(codes: Codes, held_out: HeldOutPairs, level: int = 0) -> float:
-    """Share of held-out adjacent pairs agreeing on the first `level`+1 codes, over that of random pairs of different items."""
+def level_lift(codes: Codes, held_out: HeldOutPairs, level: int = 0, draws: NDArray | None = None) -> Any:
+    """Share of held-out adjacent pairs agreeing on the first `level`+1 codes, over that of random pairs of different items.
+
+    With `draws` (D, users) of user weights: one value per draw (D,); else a float.
+    """
     keys = prefix_keys(codes, int(codes.max(initial=0)) + 1)[:, level]
     _, sizes = np.unique(keys, return_counts=True)
     count = len(keys)
     chance = float((sizes * (sizes - 1)).sum() / max(count * (count - 1), 1))
+    weights = np.ones((1, 1 + int(held_out.users.max(initial=0)))) if draws is None else draws
     if len(held_out.pairs) == 0 or chance == 0.0:
-        return 0.0
-    return float((keys[held_out.pairs[:, 0]] == keys[held_out.pairs[:, 1]]).mean()) / chance
+        return 0.0 if draws is None else np.zeros(len(weights))
+    per_pair = weights[:, held_out.users].astype(np.float64)
+    agree = keys[held_out.pairs[:, 0]] == keys[held_out.pairs[:, 1]]
+    value = per_pair @ agree / np.maximum(per_pair.sum(axis=1), 1e-12) / chance
+    return value if draws is not None else float(value[0])
 
 
 def colliding_share(codes: Codes, content: NDArray) -> float:
@@ -158,39 +177,78 @@ def measure(
     return figures
 
 
-def ranking_figures(ranked: Mapping[str, float]) -> dict[str, float]:
-    """What the gate takes from a quick recommender's figures on valid."""
-    return {"hit_rate": float(ranked["HR@50"]), "coverage": float(ranked["coverage@10"])}
+def ranking_figures(
+    judge: Callable[[Any, int], Mapping[str, float]], tables: Sequence[Any], seeds: Sequence[int]
+) -> tuple[list[dict[str, float]], dict[str, float]]:
+    """HR@50 and coverage of a quick recommender: means over `seeds` per table, and the standard errors of their difference.
+
+    The deviation over seeds is pooled over the tables; with one seed nothing is known of the noise.
+    """
+    runs = [[judge(table, seed) for seed in seeds] for table in tables]
+    noise: dict[str, float] = {}
+    values = {name: np.array([[float(one[key]) for one in of] for of in runs]) for name, key in _RANKED.items()}
+    figures = [{name: float(value[place].mean()) for name, value in values.items()} for place in range(len(tables))]
+    if len(seeds) > 1:
+        noise = {name: float(np.sqrt(value.var(axis=1, ddof=1).mean() * 2 / len(seeds))) for name, value in values.items()}
+    return figures, noise
 
 
-def gain_share(before: Codes, after: Codes, codebook_size: int, held_out: HeldOutPairs, config: GateConfig, seed: int) -> float:
-    """Paired bootstrap over the held-out users: the share of draws in which `after` scores above `before` on the target."""
+class Bootstrap(NamedTuple):
+    """Paired over the held-out users: the share of draws in which the target gains, and standard errors of differences."""
+
+    gain_share: float
+    noise: dict[str, float]
+
+
+def bootstrap(before: Codes, after: Codes, codebook_size: int, held_out: HeldOutPairs, config: GateConfig, seed: int) -> Bootstrap:
+    """`config.draws` draws of the held-out users with replacement, the same for both tables of published codes."""
     users = int(held_out.users.max(initial=-1)) + 1
     if users == 0:
-        return 0.0
+        return Bootstrap(0.0, {})
     draws = np.random.default_rng(seed).multinomial(users, np.full(users, 1 / users), size=config.draws)
-    gains = agreement(after, codebook_size, held_out, config.level_weights, draws) - agreement(
-        before, codebook_size, held_out, config.level_weights, draws
-    )
-    return float((gains > 0).mean())
+    target = [agreement(codes, codebook_size, held_out, config.level_weights, draws) for codes in (before, after)]
+    lift = [level_lift(codes, held_out, draws=draws) for codes in (before, after)]
+    return Bootstrap(float((target[1] - target[0] > 0).mean()), {"lift": float(np.std(lift[1] - lift[0], ddof=1))})
 
 
-def decide(before: Mapping[str, float], after: Mapping[str, float], share: float, config: GateConfig) -> GateResult:
-    """Compare figures of the same names. Accepted iff the target gains, in enough draws, and every guard keeps within its margin."""
+def flip_figures(before: NDArray, after: NDArray) -> tuple[list[dict[str, float]], dict[str, float]]:
+    """Flip rates of two tokenizers on the same noisily read items, (N,) bool each, and the standard error of their difference."""
+    difference = after.astype(np.float64) - before
+    noise = float(difference.std(ddof=1) / np.sqrt(len(difference))) if len(difference) > 1 else 0.0
+    return [{"flip_rate": float(one.mean())} for one in (before, after)], {"flip_rate": noise}
+
+
+def decide(
+    before: Mapping[str, float], after: Mapping[str, float], share: float, config: GateConfig, noise: Mapping[str, float] | None = None
+) -> GateResult:
+    """Compare figures of the same names. Accepted iff the target gains, in enough draws, and every guard keeps within its margin.
+
+    Args:
+        share: of the bootstrap draws in which the target gains.
+        noise: figure -> standard error of its difference, where known.
+    """
     gained = after["target"] > before["target"] and share >= config.confidence
-    rows = [GateRow("target", "target", before["target"], after["target"], 0.0, gained)]
-    for metric, margin, better in (
-        ("raw_collisions", config.raw_collisions, "lower"),
-        ("published_collisions", config.published_collisions, "lower"),
-        ("least_perplexity", config.least_perplexity * before["least_perplexity"], "higher"),
-        ("lift", config.lift * before["lift"], "higher"),
-        ("rebuild", config.rebuild * before.get("rebuild", 0.0), "lower"),
-        ("hit_rate", config.hit_rate * before.get("hit_rate", 0.0), "higher"),
-        ("coverage", config.coverage * before.get("coverage", 0.0), "higher"),
+    source = f"a gain in {config.confidence:.0%} of the draws over held-out users"
+    rows = [GateRow("target", "target", before["target"], after["target"], 0.0, gained, source=source)]
+    for metric, least, relative, better in (
+        ("raw_collisions", config.raw_collisions, False, "lower"),
+        ("published_collisions", config.published_collisions, False, "lower"),
+        ("least_perplexity", config.least_perplexity, True, "higher"),
+        ("lift", config.lift, True, "higher"),
+        ("rebuild", config.rebuild, True, "lower"),
+        ("flip_rate", config.flip_rate, False, "lower"),
+        ("hit_rate", config.hit_rate, True, "higher"),
+        ("coverage", config.coverage, True, "higher"),
     ):
-        if metric in before:
-            worse = before[metric] - after[metric] if better == "higher" else after[metric] - before[metric]
-            rows.append(GateRow(metric, "guard", before[metric], after[metric], margin, bool(worse <= margin + 1e-12), better))
+        if metric not in before:
+            continue
+        margin = least * before[metric] if relative else least
+        source = f"{least:.0%} of the figure before" if relative else f"{least:g}, absolute"
+        by_noise = config.standard_errors * (noise or {}).get(metric, 0.0)
+        if by_noise > margin:
+            margin, source = by_noise, f"{config.standard_errors:g} standard errors of the difference"
+        worse = before[metric] - after[metric] if better == "higher" else after[metric] - before[metric]
+        rows.append(GateRow(metric, "guard", before[metric], after[metric], margin, bool(worse <= margin + 1e-12), better, source))
     reasons = []
     if not gained:
         reasons.append(
@@ -198,7 +256,9 @@ def decide(before: Mapping[str, float], after: Mapping[str, float], share: float
             f"(needed: a gain in {config.confidence:.0%})"
         )
     reasons += [
-        f"{row.metric} {row.before:.4g} -> {row.after:.4g}, beyond the margin of {row.margin:.4g}" for row in rows[1:] if not row.passed
+        f"{row.metric} {row.before:.4g} -> {row.after:.4g}, beyond the margin of {row.margin:.4g} ({row.source})"
+        for row in rows[1:]
+        if not row.passed
     ]
     return GateResult(accepted=not reasons, reasons=reasons, rows=rows, gain_share=share)
 

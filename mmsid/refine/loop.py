@@ -1,8 +1,7 @@
 """The refinement loop: groups of sampled paths, leave-one-out advantages, a few PPO epochs per round, exact KL to the frozen start.
 
 One round: everybody's greedy codes become the table; a random half of the items draws G paths each; every path is scored against the
-table of the others (so that of two colliding items not both leave); the policy takes a few clipped steps on those groups. The policy is
-amortised: its parameters are the tokenizer's own, there are no logits per item.
+table of the others (so that of two colliding items not both leave); the policy takes a few clipped steps on those groups.
 
 Several processes: all draw the same samples from the same seed, each computes the gradient of its share of every minibatch, and the
 gradients are added up. Hence the same codes as one process, up to rounding.
@@ -11,8 +10,8 @@ gradients are added up. Hence the same codes as one process, up to rounding.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -26,12 +25,27 @@ from mmsid.errors import MmsidError
 from mmsid.progress import track
 from mmsid.refine import ppo
 from mmsid.refine.evidence import Codes, Floats
-from mmsid.refine.policy import BATCH, Reference, path_log_prob
-from mmsid.tokenizer.heads import CodeHead
+from mmsid.refine.policy import BATCH, Reference
+from mmsid.refine.watch import Watch, table_figures
 
-States = Callable[[Tensor], Tensor]  # item rows (B,) -> their SID states (B, L, H), with gradient where the backbone is trained
-# rows (R,), candidates (R, C, L), everybody's codes (N, L) -> components (R, C)
+# rows (R,), candidates (R, C, L), everybody's codes (N, L) -> components (R, C), higher is better, finite
 Scorer = Callable[[NDArray, Codes, Codes], dict[str, Floats]]
+Describe = Callable[[int, Codes], dict[str, Any]]  # round, raw codes (N, L) -> further figures for the log
+
+
+_ADVANTAGES = {"leave_one_out": ppo.leave_one_out, "group_normalised": ppo.group_normalised, "reward_weighted": ppo.reward_weighted}
+
+
+class Policy(Protocol):
+    """What the loop moves."""
+
+    parameters: Sequence[Tensor]
+
+    def log_prob(self, rows: Tensor) -> Tensor:
+        """(B,) item rows -> (B, P) log-probabilities over each item's tree, with gradient."""
+
+    def greedy(self) -> Codes:
+        """Argmax codes of all items, (N, L)."""
 
 
 class LoopConfig(Section):
@@ -40,13 +54,13 @@ class LoopConfig(Section):
     rounds: int = 30
     group: int = 8
     epochs: int = 3
-    batch: int = 256  # items per minibatch; a group is never cut
+    batch: int = 256  # items per minibatch, over all processes; a group is never cut
     lr: float = 1e-4
     clip_low: float = 0.2
     clip_high: float = 0.28
     kl: float = 0.05  # coefficient of the exact KL to the reference
     entropy: float = 0.0  # bonus; not 0 means the policy moves even under a constant reward
-    advantage: Literal["leave_one_out", "group_normalised"] = "leave_one_out"
+    advantage: Literal["leave_one_out", "group_normalised", "reward_weighted"] = "leave_one_out"  # the others are control arms
     negatives: Literal["bounded", "clipped"] = "bounded"
     gradient: Literal["sampled", "exact"] = "sampled"  # exact: expected gradient over the whole tree, the control arm
     moving: float = 0.5  # share of the items that moves per round
@@ -54,74 +68,109 @@ class LoopConfig(Section):
     step_kl: float = 0.05  # KL(old || new) aimed at per round: passes end at 1.5 times this, a round beyond 4 times is undone
     adapt: bool = True  # learning rate up by half where a round moved less than half of step_kl, down by half where more than twice
     most_kl: float = 1.5  # the run ends when the mean exact KL to the reference passes this
+    patience: int = Field(8, ge=0)  # rounds without a better watched figure before the run ends at its best round; 0: never
+    checkpoint_every: int = Field(5, ge=1)  # rounds
     weights: dict[str, float] = Field(default={"sid_reward": 1.0, "crowding": 0.3, "rebuild": 0.2})
 
 
 class Refinement:
-    """Holds what a run changes: head and optimiser, running scales, random streams.
+    """Holds what a run changes: policy and optimiser, running scales, random streams, the best round so far.
 
     Args:
-        head: the policy's head, trained in place.
-        states: where SID states come from (cached, or the live backbone).
-        trainable: parameters that the optimiser moves.
+        policy: moved in place.
         reference: the frozen start with its path trees.
-        scorer: reward components of candidates, higher is better, finite.
-        quality: (N,) multiplies the advantage of each item's group (anything constant within a group cancels otherwise).
+        scorer: reward components of candidates.
         accelerator: device and processes.
+        quality: (N,) multiplies the advantage of each item's group (anything constant within a group cancels otherwise).
+        watch: a held-out figure of raw codes, of another kind than the reward; the run ends at its best round.
+        describe: further figures for the log, asked on rank 0.
     """
 
     def __init__(
         self,
-        head: CodeHead,
-        states: States,
-        trainable: list[Tensor],
+        policy: Policy,
         reference: Reference,
         scorer: Scorer,
         config: LoopConfig,
         accelerator: Accelerator,
         seed: int = 0,
         quality: NDArray | None = None,
+        watch: Watch | None = None,
+        describe: Describe | None = None,
     ) -> None:
-        self.head, self.states, self.trainable, self.reference = head, states, trainable, reference
-        self.scorer, self.config, self.accelerator = scorer, config, accelerator
+        self.policy, self.reference, self.scorer = policy, reference, scorer
+        self.config, self.accelerator, self.watch, self.describe = config, accelerator, watch, describe
         self.items = len(reference.greedy)
         self.quality = torch.ones(self.items, 1) if quality is None else torch.as_tensor(quality, dtype=torch.float32)[:, None]
         # a large epsilon keeps Adam from blowing rounding noise up to full steps where there is nothing to learn
-        self.optimizer = torch.optim.Adam(trainable, lr=config.lr, eps=1e-6)
+        self.optimizer = torch.optim.Adam(policy.parameters, lr=config.lr, eps=1e-6)
         self.scale = ppo.RunningScale()
         self.draw = torch.Generator().manual_seed(seed)
         self.order = np.random.default_rng(seed)
         self.skipped = 0
+        self.next_round, self.ended = 0, False
+        self.best, self.waited = -math.inf, 0
+        self.best_weights: list[Tensor] | None = None
 
-    def run(self, log: Callable[[dict[str, Any]], None]) -> Codes:
-        """All rounds; `log` gets one flat record per round. -> greedy codes (N, L) at the end.
+    def run(self, log: Callable[[dict[str, Any]], None], save: Callable[[Refinement], None] | None = None) -> Codes:
+        """The rounds from `next_round` on; `log` gets one flat record per round. -> greedy codes (N, L) at the end.
 
-        Raises MmsidError when the loss is not finite in three steps running.
+        Args:
+            save: called every `checkpoint_every` rounds and after the last one (`checkpoint.save_state`).
+
+        Raises:
+            MmsidError: the gradient was not finite in three steps, or a weight belongs to no component.
         """
-        table, note = self.greedy(), {}
-        for number in track(range(self.config.rounds), what="refine", unit="rounds", note=note):
-            record = self.round(table)
-            after = self.greedy()
-            record |= self._table_figures(after, table)
-            table = after
-            log({"round": number, **record})
-            note |= {key: record[key] for key in ("reward", "kl", "churn", "collisions") if key in record}
+        table, note = self.policy.greedy(), {}
+        if self.next_round == 0 and self.watch is not None:
+            self._look(self.watch(table))
+        rounds = range(self.next_round, 0 if self.ended else self.config.rounds)
+        for number in track(rounds, what="refine", unit="rounds", note=note):
+            record = {"round": number, **self.round(table)}
+            before, table = table, self.policy.greedy()
+            record |= table_figures(table, self.reference.head.codebook_size, before, self.reference.greedy)
+            record["outside_tree"] = self._outside_tree(table)
+            reason = None
             if record["kl"] > self.config.most_kl:
-                log({"round": number, "stopped": f"mean KL to the reference {record['kl']:.3f} is above most_kl {self.config.most_kl}"})
+                reason = f"mean KL to the reference {record['kl']:.3f} is above most_kl {self.config.most_kl}"
+            if self.watch is not None:
+                record["watch"] = self.watch(table)
+                if self._look(record["watch"]):
+                    reason = reason or f"the watched figure has not passed {self.best:.4f} for {self.waited} rounds"
+            if self.describe is not None and self.accelerator.is_main_process:
+                record |= self.describe(number, table)
+            self.next_round, self.ended = number + 1, reason is not None
+            log(record | ({"stopped": reason} if reason else {}))
+            note |= {key: record[key] for key in ("reward", "kl", "watch", "churn", "collisions") if key in record}
+            if save is not None and (
+                self.ended or self.next_round % self.config.checkpoint_every == 0 or self.next_round == self.config.rounds
+            ):
+                save(self)
+            if self.ended:
                 break
-        return table
+        if self.best_weights is None or not self.config.patience:
+            return table
+        self._restore(self.best_weights)
+        return self.policy.greedy()
 
-    def greedy(self) -> Codes:
-        """Argmax codes of all items under the current policy, (N, L)."""
+    def _look(self, value: float) -> bool:
+        """Take the watched figure down; True when it has not risen for `patience` rounds."""
+        if value > self.best:
+            self.best, self.waited = value, 0
+            self.best_weights = [weight.detach().clone() for weight in self.policy.parameters]
+        else:
+            self.waited += 1
+        return 0 < self.config.patience <= self.waited
+
+    def _restore(self, weights: Sequence[Tensor]) -> None:
         with torch.no_grad():
-            rows = torch.arange(self.items, device=self.accelerator.device)
-            pieces = [self.head.greedy(self.head.project(self.states(piece))).codes for piece in rows.split(BATCH)]
-            return torch.cat(pieces).cpu().numpy()
+            for weight, old in zip(self.policy.parameters, weights, strict=True):
+                weight.copy_(old)
 
-    def log_prob(self, rows: Tensor) -> Tensor:
-        """(B,) item rows -> (B, P) log-probabilities over each item's tree."""
-        tree = self.reference.tree
-        return path_log_prob(self.head, self.states(rows), tree.codes[rows], tree.branching, self.reference.temperature)
+    def _outside_tree(self, codes: Codes) -> float:
+        """Share of the items whose greedy path is none that was enumerated: there, KL and expected reward are blind."""
+        inside = (self.reference.tree.codes.cpu().numpy() == codes[:, None]).all(-1).any(-1)
+        return float(1 - inside.mean())
 
     def round(self, table: Codes) -> dict[str, Any]:
         """Sample, score, optimise once; -> the round's figures."""
@@ -129,35 +178,37 @@ class Refinement:
         moving = np.sort(self.order.permutation(self.items)[: max(1, round(config.moving * self.items))])
         rows = torch.as_tensor(moving, device=device)
         with torch.no_grad():
-            old_all = torch.cat([self.log_prob(piece) for piece in rows.split(BATCH)])
+            old_all = torch.cat([self.policy.log_prob(piece) for piece in rows.split(BATCH)])
         picks = ppo.sample_groups(old_all.cpu(), config.group, self.draw)
         if config.gradient == "exact":
             picks = torch.arange(old_all.shape[1]).expand(len(moving), -1)
         candidates = self.reference.tree.codes[rows].cpu().gather(1, picks[..., None].expand(-1, -1, table.shape[1])).numpy()
-        parts = self.scorer(moving, candidates, table)
-        rewards = torch.zeros(picks.shape, dtype=torch.float64)
-        record: dict[str, Any] = {}
-        for name, weight in config.weights.items():
-            if weight == 0.0 or name not in parts:
-                continue
-            part = torch.as_tensor(parts[name], dtype=torch.float64)
-            mean = part.mean() if config.gradient == "sampled" else (part * old_all.cpu().exp()).sum(1).mean()
-            record[f"reward_{name}"] = float(mean)
-            rewards += weight * self.scale(name, part)
-        record |= {"zero_variance_groups": ppo.zero_variance_share(rewards)}
-        record["reward"] = float(rewards.mean() if config.gradient == "sampled" else (rewards * old_all.cpu().exp()).sum(1).mean())
+        rewards, record = self._rewards(self.scorer(moving, candidates, table), old_all.cpu())
         if config.gradient == "exact":
             signal = ppo.centred(rewards) * self.quality[moving]
         else:
-            advantage = ppo.leave_one_out(rewards) if config.advantage == "leave_one_out" else ppo.group_normalised(rewards)
-            signal = advantage * self.quality[moving]
+            signal = _ADVANTAGES[config.advantage](rewards) * self.quality[moving]
         old = old_all.gather(1, picks.to(device))
-        before = [weight.detach().clone() for weight in self.trainable]
+        before = [weight.detach().clone() for weight in self.policy.parameters]
         figures = self._optimise(rows, old_all, picks.to(device), old, signal.float().to(device))
         figures |= self._adapt(figures["round_kl"], before)
         if figures["undone"]:
             figures["kl"] = float(ppo.exact_kl(old_all, self.reference.tree.log_prob[rows]).mean())
         return record | figures
+
+    def _rewards(self, parts: dict[str, Floats], old_all: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """Weighted sum (R, C) of the scaled components, and the mean of each under the policy (R, P), unscaled."""
+        exact = self.config.gradient == "exact"
+        mean = (lambda part: float((part * old_all.exp()).sum(1).mean())) if exact else (lambda part: float(part.mean()))
+        rewards, record = torch.zeros(next(iter(parts.values())).shape, dtype=torch.float64), {}
+        for name, weight in self.config.weights.items():
+            if name not in parts:
+                raise MmsidError(f"refine.loop.weights names {name!r}; the components of the reward are {', '.join(parts)}")
+            if weight != 0.0:
+                part = torch.as_tensor(parts[name], dtype=torch.float64)
+                record[f"reward_{name}"] = mean(part)
+                rewards = rewards + weight * self.scale(name, part)
+        return rewards, record | {"zero_variance_groups": ppo.zero_variance_share(rewards), "reward": mean(rewards)}
 
     def _adapt(self, moved: float, before: list[Tensor]) -> dict[str, Any]:
         """Keep the distance of a round near `step_kl`, whatever the scale of the weights; undo a round that went much too far.
@@ -168,9 +219,7 @@ class Refinement:
         config = self.config
         undone = not moved <= 4 * config.step_kl  # NaN is undone too
         if undone:
-            with torch.no_grad():
-                for weight, old in zip(self.trainable, before, strict=True):
-                    weight.copy_(old)
+            self._restore(before)
             self.optimizer.state.clear()
         if config.adapt or undone:
             factor = 0.25 if undone else 0.5 if moved > 2 * config.step_kl else 1.5 if 0 < moved < 0.5 * config.step_kl else 1.0
@@ -180,7 +229,7 @@ class Refinement:
 
     def _optimise(self, rows: Tensor, old_all: Tensor, picks: Tensor, old: Tensor, signal: Tensor) -> dict[str, Any]:
         """`epochs` passes over the groups; stops the round before a step that would go too far. All of first axis R."""
-        config, figures, steps, epochs, stopped = self.config, [], 0, 0, False
+        config, clipped, steps, epochs, stopped = self.config, [], 0, 0, False
         for _ in range(config.epochs):
             epochs += 1
             for chosen in np.array_split(self.order.permutation(len(rows)), max(1, math.ceil(len(rows) / config.batch))):
@@ -188,11 +237,11 @@ class Refinement:
                 mine = batch[self.accelerator.process_index :: self.accelerator.num_processes]
                 loss, sums = self._loss(rows[mine], old_all[mine], picks[mine], old[mine], signal[mine], len(batch), first=steps == 0)
                 sums = self.accelerator.reduce(sums, reduction="sum")
-                approximate, kl, clipped, loudest = (float(value) / len(batch) for value in sums)
+                approximate, kl, beyond, loudest = (float(value) / len(batch) for value in sums)
                 if steps and approximate > 1.5 * config.step_kl:
                     stopped = True
                     break
-                figures.append((approximate, kl, clipped))
+                clipped.append(beyond)
                 if loudest == 0.0 and kl < 1e-9 and config.entropy == 0.0:
                     continue  # nothing to learn and nothing to undo: a step could only amplify rounding noise
                 self._step(loss)
@@ -200,15 +249,20 @@ class Refinement:
             if stopped:
                 break
         with torch.no_grad():
-            now = torch.cat([self.log_prob(piece) for piece in rows.split(BATCH)])
+            now = torch.cat([self.policy.log_prob(piece) for piece in rows.split(BATCH)])
         levels = ppo.level_entropies(now, self.reference.tree.branching).mean(0)
+        log_ratios = ppo.log_ratio(now.gather(1, picks), old)
+        round_kl = float(ppo.exact_kl(old_all, now).mean())
         return {
             "steps": steps,
             "epochs": epochs,
             "stopped_early": stopped,
-            "approximate_kl": float(np.mean([figure[0] for figure in figures])) if figures else 0.0,
-            "clip_fraction": float(np.mean([figure[2] for figure in figures])) if figures else 0.0,
-            "round_kl": float(ppo.exact_kl(old_all, now).mean()),
+            "clip_fraction": float(np.mean(clipped)),
+            "log_ratio_mean": float(log_ratios.mean()),
+            "log_ratio_max": float(log_ratios.abs().max()),
+            # the same distance twice, KL(old || new) of the round: from the samples, and over all paths
+            "approximate_kl": round_kl if config.gradient == "exact" else ppo.approximate_kl(now.gather(1, picks), old),
+            "round_kl": round_kl,
             "kl": float(ppo.exact_kl(now, self.reference.tree.log_prob[rows]).mean()),
             "skipped_steps": self.skipped,
             **{f"entropy_{level + 1}": float(value) for level, value in enumerate(levels)},
@@ -217,9 +271,9 @@ class Refinement:
     def _loss(
         self, rows: Tensor, old_all: Tensor, picks: Tensor, old: Tensor, signal: Tensor, size: int, first: bool
     ) -> tuple[Tensor, Tensor]:
-        """Loss summed over the rows over `size`, and sums for the log: approx KL, exact KL, clip fraction, |signal|."""
+        """Loss summed over the rows over `size`, and sums for the log: KL(old || new), KL to reference, clip fraction, |signal|."""
         config = self.config
-        new_all = self.log_prob(rows)
+        new_all = self.policy.log_prob(rows)
         if first and not torch.allclose(new_all.detach(), old_all, rtol=1e-4, atol=1e-3):
             raise MmsidError("the policy scores its own samples differently in the first step: dropout or a mask differs; this is a bug")
         new = new_all.gather(1, picks)
@@ -240,32 +294,14 @@ class Refinement:
         self.optimizer.zero_grad()
         self.accelerator.backward(loss)
         if self.accelerator.num_processes > 1:
-            for parameter in self.trainable:
+            for parameter in self.policy.parameters:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
                 parameter.grad.copy_(self.accelerator.reduce(parameter.grad, reduction="sum"))
-        norm = torch.nn.utils.clip_grad_norm_(self.trainable, self.config.grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters, self.config.grad_norm)
         if not bool(torch.isfinite(norm)):
             self.skipped += 1
             if self.skipped >= 3:
                 raise MmsidError(f"the gradient was not finite in {self.skipped} steps; lower refine.loop.lr (now {self.config.lr})")
             return
         self.optimizer.step()
-
-    def _table_figures(self, codes: Codes, before: Codes) -> dict[str, Any]:
-        """Collisions, perplexity per level, churn against the last round and the start, greedy codes outside the tree."""
-        _, bucket, sizes = np.unique(codes, axis=0, return_inverse=True, return_counts=True)
-        size = self.head.codebook_size
-        figures: dict[str, Any] = {"collisions": float((sizes[bucket.reshape(-1)] > 1).mean())}
-        for level in range(codes.shape[1]):
-            share = np.bincount(codes[:, level], minlength=size) / len(codes)
-            share = share[share > 0]
-            figures[f"perplexity_{level + 1}"] = float(np.exp(-(share * np.log(share)).sum()))
-            figures[f"dead_codes_{level + 1}"] = int(size - len(share))
-        tree = self.reference.tree.codes.cpu().numpy()
-        inside = (tree == codes[:, None]).all(-1).any(-1)
-        return figures | {
-            "churn": float((codes != before).any(1).mean()),
-            "moved_since_start": float((codes != self.reference.greedy).any(1).mean()),
-            "outside_tree": float(1 - inside.mean()),
-        }

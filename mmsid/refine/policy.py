@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -170,3 +171,29 @@ class Reference:
                 codes = torch.as_tensor(candidates[start : start + BATCH], device=self.states.device)
                 pieces.append(self.head.log_prob(s, codes).float().cpu().numpy())
         return np.concatenate(pieces) if pieces else np.zeros(candidates.shape, dtype=np.float32)
+
+
+class HeadPolicy:
+    """The policy that is refined: the tokenizer's own weights, shared by all items (amortised), so that new items profit too.
+
+    Args:
+        head: trained in place.
+        states: item rows (B,) -> their SID states (B, L, H): cached, or read by the live backbone, then with gradient.
+        parameters: weights that the optimiser moves.
+        reference: whose trees and temperature the policy is scored with.
+    """
+
+    def __init__(self, head: CodeHead, states: Callable[[Tensor], Tensor], parameters: Sequence[Tensor], reference: Reference) -> None:
+        self.head, self.states, self.parameters, self.reference = head, states, list(parameters), reference
+
+    def log_prob(self, rows: Tensor) -> Tensor:
+        """(B,) item rows -> (B, P) log-probabilities over each item's tree, with gradient."""
+        tree = self.reference.tree
+        return path_log_prob(self.head, self.states(rows), tree.codes[rows], tree.branching, self.reference.temperature)
+
+    @torch.no_grad()
+    def greedy(self) -> Codes:
+        """Argmax codes of all items, (N, L); they may leave the tree."""
+        rows = torch.arange(len(self.reference.greedy), device=self.reference.states.device)
+        pieces = [self.head.greedy(self.head.project(self.states(piece))).codes for piece in rows.split(BATCH)]
+        return torch.cat(pieces).cpu().numpy()

@@ -95,6 +95,14 @@ def group_normalised(rewards: Tensor, ddof: int = 0, eps: float = 1e-6) -> Tenso
     return ((rewards - rewards.mean(dim=1, keepdim=True)) / (deviation + eps)).masked_fill(equal, 0.0)
 
 
+def reward_weighted(rewards: Tensor, temperature: float = 1.0) -> Tensor:
+    """Control arm: G softmax(r / temperature) over the group, never negative: supervised steps on one's samples, by their worth.
+
+    (N, G) -> (N, G); 0 where all rewards of a group are equal (they teach nothing). After reward-weighted regression (Peters 2007).
+    """
+    return ((rewards / temperature).softmax(dim=1) * rewards.shape[1]).masked_fill(_checked_groups(rewards), 0.0)
+
+
 def zero_variance_share(rewards: Tensor) -> float:
     """Share of the groups (N, G) whose rewards are all equal: they teach nothing."""
     return float(_checked_groups(rewards).float().mean())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import numpy as np
@@ -34,10 +35,23 @@ def raw_codes(tokenizer: ItemTokenizer, states: Tensor, inputs: Sequence[ItemInp
     return codes.numpy(), margin.numpy(), scores
 
 
-def make_table(tokenizer: ItemTokenizer, states: Tensor, inputs: Sequence[ItemInput], catalog: Catalog, policy: Policy) -> SidTable:
-    """The table that the tokenizer would publish under a collision policy; rows in the catalogue's order."""
+def make_table(
+    tokenizer: ItemTokenizer,
+    states: Tensor,
+    inputs: Sequence[ItemInput],
+    catalog: Catalog,
+    policy: Policy,
+    moved: Codes | None = None,
+) -> SidTable:
+    """The table that the tokenizer would publish under a collision policy; rows in the catalogue's order.
+
+    `moved` (N, L): raw codes that are not the tokenizer's own (control arms); it still says where collisions may go.
+    """
     codes, margin, scores = raw_codes(tokenizer, states, inputs)
-    head_scores = HeadScores(tokenizer.head, lambda rows: scores[torch.from_numpy(rows)])
+    if moved is not None:
+        codes, margin = moved, np.full(len(moved), np.nan, np.float32)
+    # a copy: `HeadScores` takes its head to the CPU, this one may be in training elsewhere
+    head_scores = HeadScores(copy.deepcopy(tokenizer.head), lambda rows: scores[torch.from_numpy(rows)])
     sizes = (tokenizer.codebook_size,) * tokenizer.num_levels
     hashes = [item.content_sha256 for item in catalog.items]
     resolution = resolve(policy, codes, hashes, sizes, head_scores.last_scores, head_scores.prefix_candidates)

@@ -2,44 +2,49 @@
 
 Reads a trained tokenizer and its published SIDs. Fits `sid_reward` on the inner fit users, refines the policy against it, relocates,
 and lets the gate decide on the inner held-out users. Refused runs are no failures: the folder then holds the start, and `gate.json` why.
-Nothing here reads valid or test interactions; only the quick recommender that the gate may be handed looks at valid.
+No gradient, statistic or label comes from valid or test; valid is looked at by what ends the run (`watch`) and by the quick recommender
+that the gate may be handed.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
 import torch
 from accelerate import Accelerator
 from pydantic import Field
 from torch import Tensor
 
-from mmsid.artifacts import Draft, write_json, write_table, write_tensors, writing
-from mmsid.catalog import Catalog, CatalogConfig, Split, adjacent_pairs, co_engagement, load_picture, read_catalog, split_histories
+from mmsid.artifacts import Draft, write_json, writing
+from mmsid.catalog import Catalog, CatalogConfig, Split, co_engagement, load_picture, read_catalog, split_histories
 from mmsid.config import StageConfig
 from mmsid.errors import ArtifactError
 from mmsid.precision import make_accelerator
 from mmsid.progress import done, track
 from mmsid.refine import gate
+from mmsid.refine.checkpoint import load_state, save_state
 from mmsid.refine.evidence import Codes, CodeTable, EvidenceConfig, Floats
+from mmsid.refine.flips import flipped, noisy_sample
 from mmsid.refine.gate import GateConfig
-from mmsid.refine.loop import LoopConfig, Refinement
-from mmsid.refine.policy import Reference
+from mmsid.refine.loop import LoopConfig, Policy, Refinement, Scorer
+from mmsid.refine.outcome import write_moved, write_near_ties, write_sids, write_tokenizer
+from mmsid.refine.policy import HeadPolicy, Reference
 from mmsid.refine.publish import make_table
 from mmsid.refine.reward import Material, RewardConfig, SidReward, read_features, train_reward
-from mmsid.sids.collisions import Policy
-from mmsid.sids.folder import read_sid_folder, write_sid_folder
-from mmsid.sids.intrinsic import intrinsic_metrics
+from mmsid.refine.tracking import RunLog, TrackerName, check_tracker
+from mmsid.refine.watch import next_item_watch
+from mmsid.sids.collisions import Policy as Collisions
+from mmsid.sids.folder import read_sid_folder
 from mmsid.sids.table import SidTable
-from mmsid.tokenizer.inputs import load_inputs
+from mmsid.tokenizer.inputs import ItemInput, load_inputs
 from mmsid.tokenizer.model import ItemTokenizer
 
-QuickRecommender = Callable[[SidTable], Mapping[str, float]]  # a table -> figures of a short training run, HR@50 and coverage@10 among them
+# a table and a seed -> figures of a short training run, HR@50 and coverage@10 among them
+QuickRecommender = Callable[[SidTable, int], Mapping[str, float]]
+CHECKPOINT = "checkpoint.safetensors"
 SCORED_ROWS = 256  # items whose candidates' features are built at once
 
 
@@ -55,6 +60,7 @@ class RefineConfig(StageConfig):
         temperature: flattens (> 1) the joint path distribution of policy and reference alike, in sampling and in scoring; None: as much
             as it takes for the start to have `start_entropy` nats over an item's tree on average (never below 1).
         collisions: how refined codes are published; must be what the start was published with.
+        log_with: a tracker that accelerate feeds beside `log.jsonl`; its files lie in `trackers/` of the folder.
     """
 
     catalog: CatalogConfig
@@ -67,8 +73,9 @@ class RefineConfig(StageConfig):
     freeze_first_level: bool = False
     temperature: float | None = Field(None, gt=0)
     start_entropy: float = Field(2.0, gt=0)
-    collisions: Policy = "relocate"
+    collisions: Collisions = "relocate"
     batch_size: int = Field(32, ge=1)
+    log_with: TrackerName | None = None
     evidence: EvidenceConfig = EvidenceConfig()
     reward: RewardConfig = RewardConfig()
     loop: LoopConfig = LoopConfig()
@@ -76,12 +83,16 @@ class RefineConfig(StageConfig):
 
 
 def run(config: RefineConfig, quick_recommender: QuickRecommender | None = None) -> Path:
-    """Refine into `config.out`: tokenizer/, sids/, reward/, gate.json, log.jsonl, moved.parquet. -> the folder.
+    """Refine into `config.out`: tokenizer/, sids/, reward/, gate.json, log.jsonl, moved.parquet, near_ties.json. -> the folder.
+
+    An interrupted run of the same configuration continues at its last checkpoint.
 
     Raises:
         CatalogError, ArtifactError: inputs that cannot be read or do not belong together.
+        ConfigError: the tracker is not installed.
         MmsidError: the optimisation diverged.
     """
+    check_tracker(config.log_with)
     accelerator = make_accelerator()
     catalog = read_catalog(config.catalog)
     split = split_histories(catalog, config.catalog.split)
@@ -89,7 +100,7 @@ def run(config: RefineConfig, quick_recommender: QuickRecommender | None = None)
     inputs |= {"items": config.catalog.items, "sequences": config.catalog.sequences}
     inputs["tokenizer"] = _manifest_folder(config.tokenizer)
     inputs["sids"] = _manifest_folder(config.sids)
-    with writing(config.out, stage="refine", config=config, inputs=inputs) as draft:
+    with writing(config.out, stage="refine", config=config, inputs=inputs, resume=True) as draft:
         accelerator.wait_for_everyone()
         verdict = Job(config, accelerator, catalog, split, draft, quick_recommender).run()
         accelerator.wait_for_everyone()
@@ -118,17 +129,17 @@ class Job:
         self, config: RefineConfig, accelerator: Accelerator, catalog: Catalog, split: Split, draft: Draft, quick: QuickRecommender | None
     ) -> None:
         self.config, self.accelerator, self.catalog, self.draft, self.quick = config, accelerator, catalog, draft, quick
-        limits, root = config.catalog.pictures, config.catalog.root
-        self.tokenizer = ItemTokenizer.from_pretrained(
-            tokenizer_folder(config.tokenizer), open_picture=lambda path: load_picture(path, limits, root)
-        )
+        self.split, limits, root = split, config.catalog.pictures, config.catalog.root
+        self.open_picture = lambda path: load_picture(path, limits, root)
+        self.tokenizer = ItemTokenizer.from_pretrained(tokenizer_folder(config.tokenizer), open_picture=self.open_picture)
         self.tokenizer.to(accelerator.device).eval()
         self.inputs, _ = load_inputs(catalog, config.captions, config.interests, self.tokenizer.settings.use or None)
         self.start = read_sid_folder(config.sids).align([item.item_id for item in catalog.items])
         self.start_sha256 = self.tokenizer.sha256()
         self.fit_histories, self.held_out = split.fit_histories(), split.held_out_histories()
+        self.held_out_pairs = gate.HeldOutPairs.from_histories(self.held_out)
         _, self.content = np.unique([item.content_sha256 for item in catalog.items], return_inverse=True)
-        states, item_states = self._read_states()
+        states, item_states = self._read_states(self.inputs)
         self.reference = Reference(
             self.tokenizer.head, states, config.top_m, config.freeze_first_level, config.temperature, config.start_entropy
         )
@@ -141,44 +152,56 @@ class Job:
     def run(self) -> gate.GateResult:
         """Reward, loop, gate, folder; only rank 0 judges and writes."""
         config, folder = self.config, self.draft.path
-        reward, report = train_reward(self.material, self.fit_histories, self.held_out, config.evidence, config.reward, config.seed)
+        reward, report = self.learn_reward()
         refined = None
         if report["usable"]:
             self._refine(reward)
-            states, item_states = (self.reference.states, None) if config.trainable == "heads" else self._read_states()
+            states, item_states = (self.reference.states, None) if config.trainable == "heads" else self._read_states(self.inputs)
             self.refined_embedding = self.embedding if item_states is None else self._embed(item_states)
             refined = make_table(self.tokenizer, states, self.inputs, self.catalog, config.collisions)
+        else:
+            RunLog(self.accelerator, folder, None, {})({"stopped": report["reason"]})
+        flips = None if refined is None else self._flips(refined)
         if not self.accelerator.is_main_process:
             return gate.refused("only rank 0 judges")
-        verdict = gate.refused(report["reason"]) if refined is None else self._judge(refined)
+        verdict = gate.refused(report["reason"]) if refined is None else self._judge(refined, flips)
         reward.save(folder / "reward", report)
         write_json(folder / "gate.json", verdict.to_json() | {"margins": config.gate.model_dump(), "reward": report})
-        if not (folder / "log.jsonl").exists():
-            self._log({"stopped": report["reason"]})
-        moved = self._write_moved(reward, refined, verdict.accepted)
-        self._write_outcome(refined if refined is not None and verdict.accepted else self.start, verdict.accepted)
-        self.draft.counts.update({"items": len(self.inputs), "moved": moved if verdict.accepted else 0, "proposed": moved})
+        proposed = self.start if refined is None else refined
+        moved = write_moved(folder, self.start, proposed, self._gained(reward, proposed), verdict.accepted)
+        self._write_outcome(proposed if verdict.accepted else self.start, verdict.accepted)
+        self.draft.counts.update(
+            {
+                "items": len(self.inputs),
+                "moved": moved if verdict.accepted else 0,
+                "proposed": moved,
+                "near_ties": write_near_ties(folder, proposed),
+                "processes": self.accelerator.num_processes,
+            }
+        )
         self.draft.extra.update(
             {
                 "accepted": verdict.accepted,
                 "reasons": verdict.reasons,
                 "temperature": self.reference.temperature,
+                "raw_to_published": {"before": _gap(self.start), "after": _gap(proposed)},
                 "text_quality": "1 for every item: no judgements were given",
             }
         )
+        (folder / CHECKPOINT).unlink(missing_ok=True)
         return verdict
 
-    def _read_states(self) -> tuple[Tensor, Tensor]:
-        """SID states (N, L, H) and EMB states (N, H) of all items, each process reading its share."""
+    def _read_states(self, inputs: list[ItemInput]) -> tuple[Tensor, Tensor]:
+        """SID states (N, L, H) and EMB states (N, H) of N items, each process reading its share."""
         device, size = self.accelerator.device, self.config.batch_size
-        order = sorted(range(len(self.inputs)), key=lambda row: (len(self.inputs[row].text), len(self.inputs[row].pictures)))
+        order = sorted(range(len(inputs)), key=lambda row: (len(inputs[row].text), len(inputs[row].pictures)))
         starts = range(0, len(order), size)[self.accelerator.process_index :: self.accelerator.num_processes]
         width = (self.tokenizer.num_levels + 1, self.tokenizer.backbone.hidden_size)
         states = torch.zeros(len(order), *width, device=device)
         with torch.no_grad():
             for start in track(starts, what="refine: reading items", unit="batches"):
                 rows = order[start : start + size]
-                h, e = self.tokenizer.hidden(self._collate(rows))
+                h, e = self.tokenizer.hidden(self._collate([inputs[row] for row in rows]))
                 states[torch.tensor(rows, device=device)] = torch.cat([h, e[:, None]], dim=1).float()
         states = self.accelerator.reduce(states, reduction="sum")
         return states[:, :-1].contiguous(), states[:, -1].contiguous()
@@ -187,8 +210,8 @@ class Job:
         with torch.no_grad():
             return self.tokenizer.embed(item_states).cpu().numpy()
 
-    def _collate(self, rows: list[int]) -> dict[str, Tensor]:
-        batch = self.tokenizer.backbone.collate([self.inputs[row] for row in rows], 16)
+    def _collate(self, inputs: list[ItemInput]) -> dict[str, Tensor]:
+        batch = self.tokenizer.backbone.collate(inputs, 16)
         return {key: value.to(self.accelerator.device) for key, value in batch.items()}
 
     def _check_start(self) -> None:
@@ -205,12 +228,13 @@ class Job:
                 "assign SIDs with this tokenizer, captions and interests first"
             )
 
-    def _refine(self, reward: SidReward) -> None:
-        tokenizer, everything = self.tokenizer, self.config.trainable == "all"
-        cached = self.reference.states
-        states = (lambda rows: tokenizer.hidden(self._collate(rows.tolist()))[0].float()) if everything else (lambda rows: cached[rows])
-        tokenizer.emb_head.requires_grad_(False)  # no reward reaches it
-        trained = [weight for weight in tokenizer.parameters() if weight.requires_grad] if everything else list(tokenizer.head.parameters())
+    def learn_reward(self) -> tuple[SidReward, dict[str, Any]]:
+        """`sid_reward`, and its held-out report with `usable` and `reason`."""
+        config = self.config
+        return train_reward(self.material, self.fit_histories, self.held_out, config.evidence, config.reward, config.seed)
+
+    def scorer(self, reward: SidReward) -> Scorer:
+        """The components of the reward of candidates, against everybody else's codes."""
 
         def score(rows: np.ndarray, candidates: Codes, codes: Codes) -> dict[str, Floats]:
             table = self._table(codes)
@@ -219,10 +243,39 @@ class Job:
             parts["sid_reward"] = self._rewards(reward, table, rows, candidates)
             return parts
 
-        refinement = Refinement(
-            tokenizer.head, states, trained, self.reference, score, self.config.loop, self.accelerator, seed=self.config.seed
-        )
-        refinement.run(self._log)
+        return score
+
+    def policy(self) -> HeadPolicy:
+        """The tokenizer as the policy that the loop moves, with the weights that `trainable` names."""
+        tokenizer, everything = self.tokenizer, self.config.trainable == "all"
+        cached, inputs = self.reference.states, self.inputs
+        read = lambda rows: tokenizer.hidden(self._collate([inputs[row] for row in rows.tolist()]))[0].float()  # noqa: E731
+        tokenizer.emb_head.requires_grad_(False)  # no reward reaches it
+        trained = [weight for weight in tokenizer.parameters() if weight.requires_grad] if everything else list(tokenizer.head.parameters())
+        return HeadPolicy(tokenizer.head, read if everything else lambda rows: cached[rows], trained, self.reference)
+
+    def loop(self, policy: Policy, scorer: Scorer) -> Refinement:
+        """The loop, not yet run."""
+        config, size = self.config, self.tokenizer.codebook_size
+        watch = next_item_watch(self.split, size, levels=2 if config.freeze_first_level else 1)
+        return Refinement(policy, self.reference, scorer, config.loop, self.accelerator, seed=config.seed, watch=watch)
+
+    def _refine(self, reward: SidReward) -> None:
+        loop = self.loop(self.policy(), self.scorer(reward))
+        loop.describe = self._describe
+        path, main = self.draft.path / CHECKPOINT, self.accelerator.is_main_process
+        load_state(loop, path)
+        log = RunLog(self.accelerator, self.draft.path, self.config.log_with, self.config.loop.model_dump(), loop.next_round)
+        loop.run(log, (lambda loop: save_state(loop, path)) if main else None)
+        log.close()
+
+    def _describe(self, number: int, codes: Codes) -> dict[str, Any]:
+        """Lift of a round's raw codes; every `checkpoint_every` rounds, where states are cached, what relocation would change in them."""
+        figures = {"lift": gate.level_lift(codes, self.held_out_pairs)}
+        if number % self.config.loop.checkpoint_every == 0 and self.config.trainable == "heads":
+            table = make_table(self.tokenizer, self.reference.states, self.inputs, self.catalog, self.config.collisions)
+            figures |= {"raw_to_published": _gap(table), "lift_published": gate.level_lift(table.codes, self.held_out_pairs)}
+        return figures
 
     def _table(self, codes: Codes) -> CodeTable:
         return CodeTable(codes, self.tokenizer.codebook_size, self.neighbours, self.content, self.config.evidence.prior)
@@ -242,76 +295,68 @@ class Job:
                 pieces.append(reward.eval()(features).double().numpy())
         return np.concatenate(pieces)
 
-    def _log(self, record: dict[str, Any]) -> None:
-        if self.accelerator.is_main_process:
-            with open(self.draft.path / "log.jsonl", "a", encoding="utf-8") as handle:
-                handle.write(json.dumps(record) + "\n")
+    def _gained(self, reward: SidReward, refined: SidTable) -> Floats:
+        """(M,) reward of each moved item's new codes in the new table less that of its old codes in the old table."""
+        rows = np.flatnonzero((self.start.codes != refined.codes).any(axis=1))
+        if not len(rows):
+            return np.zeros(0)
+        now, then = (self._rewards(reward, self._table(codes), rows, codes[rows][:, None]) for codes in (refined.codes, self.start.codes))
+        return (now - then)[:, 0]
 
-    def _judge(self, refined: SidTable) -> gate.GateResult:
-        """The gate; the quick recommender (two training runs) is asked only when everything cheaper has passed."""
-        config, held_out = self.config.gate, gate.HeldOutPairs.from_histories(self.held_out)
+    def _flips(self, refined: SidTable) -> tuple[np.ndarray, np.ndarray] | None:
+        """Whether raw codes of a sample of items flip when they are read with noise: under the start, under the policy."""
+        rows, noisy = noisy_sample(self.inputs, [item.content_sha256 for item in self.catalog.items])
+        if not rows:
+            return None
+        after = self._read_states(noisy)[0]
+        before = after
+        if self.config.trainable == "all":
+            start = ItemTokenizer.from_pretrained(tokenizer_folder(self.config.tokenizer), open_picture=self.open_picture)
+            self.tokenizer, moved = start.to(self.accelerator.device).eval(), self.tokenizer
+            before, self.tokenizer = self._read_states(noisy)[0], moved
+        return (
+            flipped(self.reference.head, before, self.reference.greedy[rows]),
+            flipped(self.tokenizer.head, after, refined.raw_codes[rows]),
+        )
+
+    def _judge(self, refined: SidTable, flips: tuple[np.ndarray, np.ndarray] | None) -> gate.GateResult:
+        """The gate; the quick recommender (several training runs) is asked only when everything cheaper has passed."""
+        config, tables = self.config.gate, (self.start, refined)
         size = self.tokenizer.codebook_size
         figures = [
-            gate.measure(table.codes, table.raw_codes, size, self.content, held_out, self.reference.rebuild_error, config.level_weights)
-            for table in (self.start, refined)
+            gate.measure(
+                table.codes,
+                table.raw_codes,
+                size,
+                self.content,
+                self.held_out_pairs,
+                self.reference.rebuild_error,
+                config.level_weights,
+            )
+            for table in tables
         ]
-        share = gate.gain_share(self.start.codes, refined.codes, size, held_out, config, self.config.seed)
-        verdict = gate.decide(*figures, share, config)
-        if verdict.accepted and self.quick is not None:
-            for figure, table in zip(figures, (self.start, refined), strict=True):
-                figure |= gate.ranking_figures(self.quick(table))
-            verdict = gate.decide(*figures, share, config)
-        return verdict
-
-    def _write_moved(self, reward: SidReward, refined: SidTable | None, accepted: bool) -> int:
-        """Which items the run would move, from where to where, and the reward gained: new codes in the new table less old in the old."""
-        before = self.start.codes
-        after = before if refined is None else refined.codes
-        rows = np.flatnonzero((before != after).any(axis=1))
-        gained = np.zeros(len(rows))
-        for codes, sign in ((before, -1.0), (after, 1.0)):
-            if len(rows):
-                gained += sign * self._rewards(reward, self._table(codes), rows, codes[rows][:, None])[:, 0]
-        columns = {
-            "item_id": [self.start.item_ids[row] for row in rows],
-            "codes_before": before[rows].tolist(),
-            "codes_after": after[rows].tolist(),
-            "reward_gained": gained.tolist(),
-        }
-        write_table(self.draft.path / "moved.parquet", _columns(columns), {"accepted": str(accepted).lower()})
-        return len(rows)
+        share, noise = gate.bootstrap(self.start.codes, refined.codes, size, self.held_out_pairs, config, self.config.seed)
+        more = [] if flips is None else [gate.flip_figures(*flips)]
+        if gate.decide(*figures, share, config, noise).accepted and self.quick is not None:
+            seeds = range(self.config.seed, self.config.seed + config.quick_seeds)
+            more.append(gate.ranking_figures(self.quick, tables, seeds))
+        for found, error in more:
+            figures = [figure | one for figure, one in zip(figures, found, strict=True)]
+            noise |= error
+        return gate.decide(*figures, share, config, noise)
 
     def _write_outcome(self, table: SidTable, accepted: bool) -> None:
         """The tokenizer and its SIDs: the refined ones, or the start's as they were."""
         if not accepted:
             self.tokenizer = ItemTokenizer.from_pretrained(tokenizer_folder(self.config.tokenizer))
-        folder = self.draft.path / "tokenizer"
-        folder.mkdir()
         outcome = "refined by `mmsid refine`" if accepted else "kept as it was: `mmsid refine` was not accepted by its gate"
-        card = (
-            f"# Item tokenizer\n\n{self.tokenizer.describe()}\n\nThe tokenizer {self.start_sha256[:12]}, {outcome}; see `../gate.json`.\n"
+        write_tokenizer(
+            self.draft.path / "tokenizer", self.tokenizer, f"The tokenizer {self.start_sha256[:12]}, {outcome}; see `../gate.json`."
         )
-        (folder / "README.md").write_text(card, encoding="utf-8")
-        self.tokenizer.save_pretrained(folder)
         embedding = self.refined_embedding if accepted else self.embedding
-        categories = [item.categories for item in self.catalog.items]
-        metrics = intrinsic_metrics(
-            table,
-            categories if any(categories) else None,
-            adjacent_pairs(self.held_out) if self.held_out else None,
-            embeddings=embedding,
-            content_hashes=[item.content_sha256 for item in self.catalog.items],
-            seed=self.config.seed,
-        )
-        write_sid_folder(self.draft.path / "sids", table, metrics)
-        write_tensors(self.draft.path / "sids" / "embeddings.safetensors", {"embeddings": torch.from_numpy(embedding)})
+        write_sids(self.draft.path / "sids", table, embedding, self.catalog, self.held_out, self.config.seed)
 
 
-def _columns(columns: dict[str, list]) -> pa.Table:
-    types = {
-        "item_id": pa.string(),
-        "codes_before": pa.list_(pa.int64()),
-        "codes_after": pa.list_(pa.int64()),
-        "reward_gained": pa.float64(),
-    }
-    return pa.table({name: pa.array(values, types[name]) for name, values in columns.items()})
+def _gap(table: SidTable) -> float:
+    """Share of the items whose published codes are not the policy's own."""
+    return float((table.codes != table.raw_codes).any(axis=1).mean())

@@ -39,7 +39,8 @@ class Chart:
 
 @dataclass(frozen=True)
 class GateMark:
-    """One figure of the gate. `at`: its change in percent of the strip, right of 50 is better; `floor`: how far left it may fall."""
+    """One figure of the gate. `at`: its change in percent of the strip, right of 50 is better; `floor`: how far left it may fall;
+    `source`: where the margin comes from."""
 
     metric: str
     before: str
@@ -48,6 +49,7 @@ class GateMark:
     passed: bool
     at: float
     floor: float
+    source: str
 
 
 def metric_names(arms: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -96,7 +98,8 @@ def gate_marks(rows: Iterable[Mapping[str, Any]]) -> list[GateMark]:
         scale = max(abs(gained), row["margin"], 1e-12) * 1.1
         places = [50 + 50 * value / scale for value in (gained, -row["margin"])]
         figures = [f"{row[name]:.4g}" for name in ("before", "after", "margin")]
-        marks.append(GateMark(row["metric"].replace("_", " "), *figures, row["passed"], *(round(place, 2) for place in places)))
+        metric, source = row["metric"].replace("_", " "), row.get("source", "")
+        marks.append(GateMark(metric, *figures, row["passed"], *(round(place, 2) for place in places), source))
     return marks
 
 

@@ -3,7 +3,7 @@
 Two heads share the same doors. Symbols: B items, M paths per item, L levels, K codes per level, H hidden size of the
 backbone, D size of what `project` returns (the code space for the residual head, K for the parallel head).
 
-`ResidualHead` (ours): every SID state is projected into one code space, s_l = W h_l; level l scores its codes against the
+`ResidualHead` (ours): every SID state is projected into one code space, s_l = W h_l + b_l; level l scores its codes against the
 residual r_l = s_l - (sum of the code vectors chosen before it), pi(c_l | x, c_<l) = softmax(-|r_l - e_l|^2 / t_l).
 `ParallelHead` (UniSID, arXiv 2602.10445 section 2.2): one linear layer per SID token gives K logits; levels are
 independent of each other given the item.
@@ -20,6 +20,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from mmsid.tokenizer.memory import Memory
 
 
 class Greedy(NamedTuple):
@@ -111,21 +113,26 @@ class CodeHead(nn.Module):
 
 
 class ResidualHead(CodeHead):
-    """Residual codes in one space of size `code_dim`: a projection W shared by all levels, a bias and a temperature per level."""
+    """Residual codes in one space of size `code_dim`: a projection W shared by all levels, a bias and a temperature per level.
+
+    `memory` (rows; 0: none) adds to every projected state what behaviour says beyond it (`mmsid.tokenizer.memory`).
+    """
 
     kind = "residual"
 
-    def __init__(self, hidden_size: int, num_levels: int = 3, codebook_size: int = 256, code_dim: int = 448) -> None:
+    def __init__(self, hidden_size: int, num_levels: int = 3, codebook_size: int = 256, code_dim: int = 448, memory: int = 0) -> None:
         super().__init__()
         self.num_levels, self.codebook_size, self.code_dim = num_levels, codebook_size, code_dim
         self.projection = nn.Linear(hidden_size, code_dim, bias=False)
         self.bias = nn.Parameter(torch.zeros(num_levels, code_dim))  # per level: every SID token adds a constant of its own to its state
         self.vectors = nn.Parameter(torch.randn(num_levels, codebook_size, code_dim) / math.sqrt(code_dim))
         self.log_temperature = nn.Parameter(torch.zeros(num_levels))
+        self.memory = Memory(memory, code_dim) if memory else None
 
     def project(self, h: Tensor) -> Tensor:
-        """s_l = W h_l + b_l: (B, L, H) -> (B, L, code_dim)."""
-        return self.projection(h) + self.bias
+        """s_l = W h_l + b_l, and what the memory adds: (B, L, H) -> (B, L, code_dim)."""
+        s = self.projection(h) + self.bias
+        return s if self.memory is None else s + self.memory(s)
 
     @torch.no_grad()
     def rename(self, permutations: Sequence[np.ndarray]) -> None:
@@ -199,8 +206,8 @@ class ParallelHead(CodeHead):
         return logits if prefix.dim() == 2 else logits[:, None].expand(-1, prefix.shape[1], -1)
 
 
-def make_head(kind: str, hidden_size: int, num_levels: int, codebook_size: int, code_dim: int) -> CodeHead:
-    """The head named by a config: "residual" or "parallel" (`code_dim` is only read by the former)."""
+def make_head(kind: str, hidden_size: int, num_levels: int, codebook_size: int, code_dim: int, memory: int) -> CodeHead:
+    """The head named by a config: "residual" or "parallel" (`code_dim` and `memory` are only read by the former)."""
     if kind == "parallel":
         return ParallelHead(hidden_size, num_levels, codebook_size)
-    return ResidualHead(hidden_size, num_levels, codebook_size, code_dim)
+    return ResidualHead(hidden_size, num_levels, codebook_size, code_dim, memory)

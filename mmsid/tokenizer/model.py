@@ -25,6 +25,7 @@ from mmsid.config import Section
 from mmsid.errors import ArtifactError
 from mmsid.tokenizer.heads import CodeHead, make_head
 from mmsid.tokenizer.inputs import FieldName
+from mmsid.tokenizer.memory import Memory
 
 FORMAT = 1
 DOUBTFUL = 1e-4  # relative lead under which rounding could decide; fp32 noise of a whole forward is about 1e-6
@@ -45,8 +46,8 @@ class BackboneSettings(Section):
 
 
 class TokenizerSettings(Section):
-    """All that shapes a tokenizer. `code_dim` is the size of the code space (residual head); `use` names the fields it
-    reads, so that whoever encodes new items feeds it what it was trained on."""
+    """All that shapes a tokenizer. `code_dim` is the size of the code space, `memory` the rows of the residual head's memory of
+    behaviour (training sets it); `use` names the fields it reads, so that whoever encodes new items feeds it what it was trained on."""
 
     backbone: BackboneSettings = BackboneSettings()
     head: Literal["residual", "parallel"] = "residual"
@@ -54,6 +55,7 @@ class TokenizerSettings(Section):
     codebook_size: int = Field(256, ge=2)
     code_dim: int = Field(448, ge=1)
     embedding_dim: int = Field(448, ge=1)
+    memory: int = Field(0, ge=0)
     use: tuple[FieldName, ...] = ()
     seed: int = 0
 
@@ -88,7 +90,12 @@ class ItemTokenizer(nn.Module, ModelHubMixin, library_name="mmsid", tags=["seman
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed + 1)
             self.head: CodeHead = make_head(
-                settings.head, self.backbone.hidden_size, settings.num_levels, settings.codebook_size, settings.code_dim
+                settings.head,
+                self.backbone.hidden_size,
+                settings.num_levels,
+                settings.codebook_size,
+                settings.code_dim,
+                settings.memory,
             )
             self.emb_head = nn.Linear(self.backbone.hidden_size, settings.embedding_dim)
 
@@ -114,6 +121,11 @@ class ItemTokenizer(nn.Module, ModelHubMixin, library_name="mmsid", tags=["seman
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.backbone.queries.device
+
+    def keep(self, memory: Memory) -> None:
+        """Give the residual head a fitted memory; the settings follow, so that a saved tokenizer is loaded with it."""
+        self.head.memory = memory.to(self.device)
+        self.settings = self.settings.model_copy(update={"memory": len(memory.keys)})
 
     def hidden(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """States of the SID tokens (B, L, H) and of the EMB token (B, H), the mean content state folded in; with gradient."""

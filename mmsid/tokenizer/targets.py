@@ -6,7 +6,8 @@ the behaviour vectors' variance (amazon_scientific), and states regressed on the
 collapse (perplexity 211 / 12 / 72 of 256, more than half of all items in collision). So the clustering is of the *distilled*
 space, the part of the fused space that content predicts: the ridge regression of pooled content on it. Its centroids are the
 first code vectors, its codes the first targets, and the heads start as the ridge regression of the SID states on it. Training
-goes on regressing on the whole fused space, and `refit_head` clusters again what the states have become.
+goes on regressing on the whole fused space; at the end the head is given a memory of what it misses (`mmsid.tokenizer.memory`), and
+`refit_head` clusters again what the states have become.
 
 Balance for an item alone: Sinkhorn balances a table by a price per code; an argmax without prices loses it again. The prices are
 kept in the code vectors themselves, as one more coordinate per level in which every state is 0 and code c of level l is
@@ -53,10 +54,12 @@ class StartSettings(Section):
 
 @dataclass
 class Behaviour:
-    """Co-engagement of the fit histories: `pairs` (N, N) weights, `vectors` (N, M); None and (N, 0) without sequences."""
+    """Co-engagement of the fit histories: `pairs` (N, N) weights, `vectors` (N, M); None and (N, 0) without sequences.
+    `interactions` (N,): how often each item stands in them."""
 
     pairs: sparse.csr_matrix | None
     vectors: np.ndarray
+    interactions: np.ndarray
 
 
 @dataclass
@@ -73,9 +76,10 @@ def read_behaviour(catalog: Catalog, split: Split | None, settings: StartSetting
     """Co-engagement within `window` steps of the fit histories, factorised (PPMI, SVD)."""
     histories = split.fit_histories() if split is not None else []
     if not histories or settings.behaviour_dim == 0 or settings.behaviour_weight == 0:
-        return Behaviour(None, np.zeros((len(catalog.items), 0), np.float32))
+        return Behaviour(None, np.zeros((len(catalog.items), 0), np.float32), np.zeros(len(catalog.items), np.int64))
     pairs = co_engagement(histories, len(catalog.items), settings.window)
-    return Behaviour(pairs, ppmi_svd(pairs, settings.behaviour_dim, seed=seed))
+    interactions = np.bincount(np.concatenate(histories), minlength=len(catalog.items))
+    return Behaviour(pairs, ppmi_svd(pairs, settings.behaviour_dim, seed=seed), interactions)
 
 
 @torch.no_grad()

@@ -34,7 +34,8 @@ class TrainTokenizerConfig(StageConfig):
     co-engaged item where there is one, or one of its finest category.
 
     `refit` clusters the trained states once more at the end, so that the raw codes are balanced (residual head, balanced start;
-    one more reading of the items). `reconstruct` None takes summaries where there are interests, else attributes, else nothing.
+    one more reading of the items). `memory` first adds what behaviour says of each known item beyond what content predicts.
+    `reconstruct` None takes summaries where there are interests, else attributes, else nothing.
     `against`: published SIDs of an earlier tokenizer of the same sizes; the codes are renamed at the end, by one permutation per
     level, to agree with them for most items.
     """
@@ -68,6 +69,7 @@ class TrainTokenizerConfig(StageConfig):
     clip: float = Field(1.0, gt=0)
     precision: Precision = "auto"
     refit: bool = True
+    memory: bool = True
     against: Path | None = None
     rebalance_every: int = Field(0, ge=0)
     checkpoint_every: int = Field(50, ge=1)

@@ -24,6 +24,7 @@ from mmsid.tokenizer.batches import PairPlan
 from mmsid.tokenizer.card import model_card
 from mmsid.tokenizer.heads import ResidualHead
 from mmsid.tokenizer.inputs import ItemInput, build_inputs, read_caption_texts, read_mined_interests, readable_fields
+from mmsid.tokenizer.memory import remember
 from mmsid.tokenizer.model import ItemTokenizer, TokenizerSettings
 from mmsid.tokenizer.objective import Labels, Objective
 from mmsid.tokenizer.reconstruction import FrozenDecoder, train_decoder
@@ -73,6 +74,7 @@ class Training:
         decoder = self._prepare(behaviour, start)
         weights = config.resolved_weights()
         finest = "engaged" if config.behavioural(config.finest) else "category"
+        self.interactions = behaviour.interactions
         self.objective = Objective(
             self.tokenizer, weights, decoder, tau=config.tau, finest=finest, reconstruct_from=config.reconstruct_from
         ).to(accelerator.device)
@@ -117,7 +119,7 @@ class Training:
             fused = torch.zeros(len(self.inputs), 0)
             if start.mode == "balanced":
                 readings = targets.read_states(self.tokenizer, self.inputs, config.batch_size, config.seed)
-                space = targets.fused_space(readings.pooled, behaviour, start.behaviour_weight, centre=config.backbone.kind == "vlm")
+                space = self._space(readings, behaviour, start)
                 codes = targets.balanced_start(self.tokenizer, readings, space, config.seed)
                 fused = targets.with_price_places(torch.from_numpy(space), config.num_levels)
             write_tensors(folder / "initial.safetensors", self.tokenizer.trained_state())
@@ -129,6 +131,10 @@ class Training:
         if self.reconstruct == "off":
             return None
         return FrozenDecoder.from_pretrained(config.decoder or str(folder / "decoder"))
+
+    def _space(self, readings: targets.Readings, behaviour: targets.Behaviour, start: targets.StartSettings) -> np.ndarray:
+        """What all targets are made of, (N, D): content and behaviour of each item."""
+        return targets.fused_space(readings.pooled, behaviour, start.behaviour_weight, centre=self.config.backbone.kind == "vlm")
 
     # --- the loop
 
@@ -288,14 +294,20 @@ class Training:
         self.objective.eval()
         folder, config = self.draft.path, self.config
         head, balanced = self.tokenizer.head, config.resolved_start().mode == "balanced"
-        refit = config.refit and balanced and isinstance(head, ResidualHead) and bool(self.history)
+        recall = config.memory and balanced and isinstance(head, ResidualHead) and bool(self.interactions.any())
+        refit = recall or (config.refit and balanced and isinstance(head, ResidualHead) and bool(self.history))
         order = np.random.default_rng([config.seed, 9]).permutation(len(self.inputs))
         sample = np.sort(order[: targets.RIDGE_ROWS if refit else MEASURED_ROWS])
         encoded = self.tokenizer.encode([self.inputs[row] for row in sample], config.batch_size)
         codes, target = encoded.raw_codes, self.codes[torch.from_numpy(sample)] if balanced else None
         if refit and isinstance(head, ResidualHead):
-            target = targets.refit_head(head, encoded.scores, config.seed)
             s = targets.with_price_places(encoded.scores[..., : -config.num_levels], config.num_levels)
+            if recall:
+                misses = self.fused[torch.from_numpy(sample)] - s.mean(1)
+                memory = remember(s.mean(1), misses, torch.from_numpy(self.interactions[sample]), config.seed)
+                s = s + memory(s)
+                self.tokenizer.keep(memory)
+            target = targets.refit_head(head, s, config.seed)
             codes = head.greedy(s.to(self.accelerator.device)).codes.cpu()
         figures = measure(codes, target, config.codebook_size)
         if self.history:

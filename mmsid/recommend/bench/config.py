@@ -24,7 +24,7 @@ from mmsid.tokenizer.arms import ArmSpec
 from mmsid.tokenizer.inputs import FieldName
 
 SectionT = TypeVar("SectionT", bound=Section)
-KINDS = ("sids", "published", "tokenizer", "floors", "sasrec", "fusion")
+KINDS = ("sids", "published", "tokenizer", "refine", "floors", "sasrec", "fusion")
 
 
 class PublishedConfig(Section):
@@ -58,6 +58,31 @@ class DatasetConfig(Section):
     left_out: dict[str, str] = Field(default_factory=dict)
 
 
+def _not_taken(settings: dict[str, Any], by_bench: set[str]) -> dict[str, Any]:
+    taken = sorted(by_bench & set(settings))
+    if taken:
+        raise ValueError(f"{taken[0]} is given by the bench; take it out")
+    return settings
+
+
+class RefineArm(Section):
+    """The codes of a tokenizer arm after refinement, or after a control of it (`mmsid.refine.controls`).
+
+    Attributes:
+        of: the tokenizer arm that is the start.
+        settings: overrides of the stage refine.
+    """
+
+    of: str
+    control: Literal["ppo", "per_item", "best_of_n", "shuffled", "random", "gumbel"] = "ppo"
+    settings: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("settings")
+    @classmethod
+    def _filled_in_by_the_bench(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return _not_taken(value, {"out", "seed", "catalog", "captions", "interests", "tokenizer", "sids"})
+
+
 class ArmConfig(Section):
     """One entry of a suite: exactly one of the following.
 
@@ -66,6 +91,7 @@ class ArmConfig(Section):
         published: one arm per published SID set of the data set, named `<arm>_<column>`.
         tokenizer: our tokenizer, trained and assigned anew for every seed; overrides of the stage train_tokenizer.
         collisions: how our tokenizer's collisions are handled (of a baseline it stands in `sids`).
+        refine: a tokenizer arm's codes moved by refinement or by one of its controls, published whatever the gate says.
         floors: popularity, item-kNN, TF-IDF kNN and their hybrid: deterministic, run once.
         sasrec: a recommender of item ids, without SIDs; trials and seeds as for the SID arms.
         fusion: name of a SID arm, whose item scores are fused with the hybrid floor's; its trial and seeds are that arm's.
@@ -77,6 +103,7 @@ class ArmConfig(Section):
     published: Literal["all"] | None = None
     tokenizer: dict[str, Any] | None = None
     collisions: Policy = "relocate"
+    refine: RefineArm | None = None
     floors: Literal[True] | None = None
     sasrec: Literal[True] | None = None
     fusion: str | None = None
@@ -101,10 +128,7 @@ class ArmConfig(Section):
     @field_validator("tokenizer")
     @classmethod
     def _filled_in_by_the_bench(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
-        taken = sorted({"out", "seed", "catalog", "captions", "interests"} & set(value or {}))
-        if taken:
-            raise ValueError(f"{taken[0]} is given by the bench; take it out")
-        return value
+        return None if value is None else _not_taken(value, {"out", "seed", "catalog", "captions", "interests"})
 
     @model_validator(mode="after")
     def _exactly_one(self) -> ArmConfig:
@@ -162,8 +186,10 @@ class SuiteConfig(Section):
         for name in (*self.claims, *self.baselines):
             if name not in known and not name.startswith(groups):
                 raise ValueError(f"{name!r} in claims or baselines is no arm; the arms are {', '.join(known)}")
-        sid_arms = [name for name, arm in self.arms.items() if arm.kind in ("sids", "tokenizer")]
+        sid_arms = [name for name, arm in self.arms.items() if arm.kind in ("sids", "tokenizer", "refine")]
         for name, arm in self.arms.items():
+            if arm.refine is not None and (arm.refine.of not in self.arms or self.arms[arm.refine.of].kind != "tokenizer"):
+                raise ValueError(f"arms: {name!r} refines {arm.refine.of!r}, which must be a tokenizer arm of this suite")
             if arm.fusion is not None and not (floors and (arm.fusion in sid_arms or arm.fusion.startswith(groups))):
                 raise ValueError(f"arms: {name!r} fuses {arm.fusion!r}, which must be a SID arm, with the floors, which must be there too")
         for place in range(len(self.trials)):

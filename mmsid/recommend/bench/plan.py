@@ -14,7 +14,7 @@ from typing import Any, Literal
 import mmsid
 from mmsid.artifacts import file_sha256, input_hashes, plain, read_table, sha256
 from mmsid.config import build
-from mmsid.recommend.bench.config import ArmConfig, DatasetConfig, SuiteConfig
+from mmsid.recommend.bench.config import ArmConfig, DatasetConfig, RefineArm, SuiteConfig
 from mmsid.recommend.fit import Schedule
 from mmsid.recommend.train import ModelConfig
 from mmsid.tokenizer.arms import ArmSpec
@@ -53,9 +53,9 @@ class Arm:
 class BenchJob:
     """One unit of work, and the folder that it writes.
 
-    `sids` makes an arm's Semantic IDs after `spec` (None: a published set); `fit` trains and ranks a recommender on them with one
-    trial's model and schedule, and beside it its `fusion` with the hybrid of `floors`; `floors` ranks the classical ones.
-    `made_from` is what the folder's name is the hash of, and what its manifest keeps.
+    `sids` makes an arm's Semantic IDs after `spec` (None: a published set), from those in `sids` where it refines them; `fit`
+    trains and ranks a recommender on `sids` with one trial's model and schedule, and beside it its `fusion` with the hybrid of `floors`;
+    `floors` ranks the classical ones. `made_from` is what the folder's name is the hash of, and what its manifest keeps.
     """
 
     kind: Literal["sids", "fit", "floors"]
@@ -63,7 +63,7 @@ class BenchJob:
     folder: Path
     made_from: dict[str, Any]
     seed: int
-    spec: ArmSpec | TrainTokenizerConfig | None = None
+    spec: ArmSpec | TrainTokenizerConfig | RefineArm | None = None
     sids: Path | None = None
     floors: Path | None = None
     fusion: str | None = None
@@ -116,8 +116,17 @@ class Plan:
         arm = Arm(named[0], self.suite.arms[named[0]])
         return self._job("floors", arm, self._data(), self.suite.seeds[0])
 
+    def sid_jobs(self, arm: Arm, seed: int) -> list[BenchJob]:
+        """The jobs that make an arm's SIDs, in order: what is refined, then the refined."""
+        start = [self.sids(Arm(arm.config.refine.of, self.suite.arms[arm.config.refine.of]), seed)] if arm.config.refine else []
+        return [*start, self.sids(arm, seed)]
+
     def sids(self, arm: Arm, seed: int) -> BenchJob:
         """The job that makes an arm's SIDs."""
+        if arm.config.refine is not None:
+            start = self.sids(Arm(arm.config.refine.of, self.suite.arms[arm.config.refine.of]), seed)
+            made_from = {"start": start.made_from, "refine": plain(arm.config.refine), "seed": seed}
+            return self._job("sids", arm, made_from, seed, spec=arm.config.refine, sids=start.folder)
         spec = self.spec(arm)
         # paths are no part of what SIDs are made from; what lies there enters by its hash
         made_from: dict[str, Any] = self._data() | {"arm": None if spec is None else _without(plain(spec), _PATHS)}

@@ -27,7 +27,7 @@ from mmsid.recommend.bench.plan import Arm, BenchJob, Plan
 from mmsid.recommend.bench.pool import Outcome, Pool
 from mmsid.recommend.bench.results import collect, not_run
 from mmsid.recommend.bench.tables import bench_table
-from mmsid.recommend.bench.worker import Bench, Prepare
+from mmsid.recommend.bench.worker import Bench, Prepare, Refine
 from mmsid.recommend.evaluate import Part
 from mmsid.recommend.rows import dataset_facts
 
@@ -88,15 +88,18 @@ class _Ledger:
                 )
 
 
-def run(dataset: DatasetConfig, suite: SuiteConfig, options: BenchOptions) -> Path:
+def run(dataset: DatasetConfig, suite: SuiteConfig, options: BenchOptions, refine: Refine | None = None) -> Path:
     """Bring a suite as far as the budget goes and write its table; returns the JSON written.
+
+    Args:
+        refine: makes the arms of kind `refine`; handed in, because the rooms do not know each other.
 
     Raises:
         ConfigError: an arm of `only` is none, the data set has nobody to rank, and what is wrong with the catalogue's configuration.
         MmsidError: at the end, after everything is written, if a job failed; names each.
     """
     work = options.runs / "bench" / dataset.name / options.suite_name
-    bench = Bench(dataset, work / "inputs")
+    bench = Bench(dataset, work / "inputs", refine)
     if not len(bench.split.users("valid")) or not len(bench.split.users("test")):
         raise ConfigError(f"bench: {dataset.name} has no user with a valid and a test item; give catalog.sequences of 3 items or more")
     plan = Plan(dataset, suite, bench.catalog.sha256, work)
@@ -105,18 +108,18 @@ def run(dataset: DatasetConfig, suite: SuiteConfig, options: BenchOptions) -> Pa
         _ = bench.sources.text  # embedded once, kept on disk for all processes
     ledger = _Ledger(suite.budget_minutes, suite.jobs or os.cpu_count() or 1)
     first, *others = suite.seeds
-    with Pool(Prepare(dataset, work / "inputs"), ledger.workers, work / "logs") as pool:
+    with Pool(Prepare(dataset, work / "inputs", refine), ledger.workers, work / "logs") as pool:
         floors, with_sids = plan.floors(), [arm for arm in arms if arm.config.kind != "sasrec"]
         wanted = floors is not None and (not options.only or floors.arm.name in options.only or any(map(plan.fusion, arms)))
         jobs = [floors] if wanted else []
-        jobs += [plan.sids(arm, first) for arm in with_sids]
+        jobs += [job for arm in with_sids for job in plan.sid_jobs(arm, first)]
         jobs += [plan.fit(arm, trial, first) for trial in range(len(suite.trials)) for arm in arms]
         _run_jobs(pool, jobs, ledger, "screen")
         choice = judge(plan)
         if options.stage == "full":
             jobs = []
             for seed in others:
-                jobs += [plan.sids(arm, seed) for arm in with_sids if arm.name in choice.finalists]
+                jobs += [job for arm in with_sids if arm.name in choice.finalists for job in plan.sid_jobs(arm, seed)]
                 jobs += [plan.fit(arm, choice.trials[arm.name], seed) for arm in arms if arm.name in choice.finalists]
             _run_jobs(pool, jobs, ledger, "all seeds")
     path = _write(plan, options, bench, choice, ledger)

@@ -15,7 +15,8 @@ from typing import Any
 
 from mmsid.artifacts import MANIFEST, is_complete, read_json, read_manifest, write_json, writing
 from mmsid.catalog import Catalog, Split, adjacent_pairs, read_catalog, split_histories
-from mmsid.recommend.bench.config import DatasetConfig
+from mmsid.errors import ConfigError
+from mmsid.recommend.bench.config import DatasetConfig, RefineArm
 from mmsid.recommend.bench.plan import BenchJob
 from mmsid.recommend.evaluate import Evaluation, Part, evaluate
 from mmsid.recommend.fit import fit, table_paths
@@ -32,6 +33,9 @@ from mmsid.tokenizer.assign import run as assign
 from mmsid.tokenizer.train import TrainTokenizerConfig
 from mmsid.tokenizer.train import run as train_tokenizer
 
+# control, settings of the stage refine -> the SID folder written; importable by name, because it goes to other processes
+Refine = Callable[[str, dict[str, Any]], Path]
+
 PARTS: tuple[Part, ...] = ("valid", "test")
 FIGURES = "figures.json"
 
@@ -39,8 +43,8 @@ FIGURES = "figures.json"
 class Bench:
     """The data set as read once, and what is done with it. `inputs`: folder of what all jobs share (text embeddings)."""
 
-    def __init__(self, dataset: DatasetConfig, inputs: Path) -> None:
-        self.dataset = dataset
+    def __init__(self, dataset: DatasetConfig, inputs: Path, refine: Refine | None = None) -> None:
+        self.dataset, self.refine = dataset, refine
         self.catalog: Catalog = read_catalog(dataset.catalog)
         self.split: Split = split_histories(self.catalog, dataset.catalog.split)
         self.sources = ArmSources(
@@ -70,6 +74,8 @@ class Bench:
             table = make_arm(job.spec, self.sources, folder, job.seed)
         elif isinstance(job.spec, TrainTokenizerConfig):
             table, earlier = self._train_tokenizer(job.spec, job, folder)
+        elif isinstance(job.spec, RefineArm):
+            table = self._refine(job.spec, job, folder)
         else:
             table = self._import(job, folder)
         intrinsic = read_json(folder / INTRINSIC)
@@ -89,7 +95,7 @@ class Bench:
 
         The tokenizer is kept beside the job, so that an interrupted training goes on from its last checkpoint.
         """
-        config = spec.model_copy(update={"out": job.folder.with_name(f"{job.folder.name}-tokenizer"), "seed": job.seed})
+        config = spec.model_copy(update={"out": _tokenizer_beside(job.folder), "seed": job.seed})
         earlier = read_manifest(config.out, "train_tokenizer")["wall_seconds"] if is_complete(config.out) else 0.0
         if not earlier:
             train_tokenizer(config)
@@ -97,11 +103,23 @@ class Bench:
         annotations = {"captions": config.captions, "interests": config.interests}
         chosen = {"seed": job.seed, "collisions": job.arm.config.collisions}
         assigned = assign(AssignConfig(out=scratch / "sids", tokenizer=config.out, catalog=config.catalog, **annotations, **chosen))
-        for path in assigned.iterdir():
-            if path.name != MANIFEST:
-                path.rename(folder / path.name)
-        shutil.rmtree(scratch)
+        _take_over(assigned, folder)
         return read_sid_folder(folder), earlier
+
+    def _refine(self, spec: RefineArm, job: BenchJob, folder: Path) -> SidTable:
+        if self.refine is None:
+            raise ConfigError(f"{job.arm.name} refines a tokenizer; run it through `mmsid bench`, which knows how")
+        given = {
+            "out": folder / "scratch" / "sids",
+            "seed": job.seed,
+            "catalog": self.dataset.catalog,
+            "captions": self.dataset.captions,
+            "interests": self.dataset.interests,
+            "tokenizer": _tokenizer_beside(job.sids),
+            "sids": job.sids,
+        }
+        _take_over(self.refine(spec.control, spec.settings | given), folder)
+        return read_sid_folder(folder)
 
     def _import(self, job: BenchJob, folder: Path) -> SidTable:
         items = self.catalog.items
@@ -166,6 +184,19 @@ def finest_v_measures(records: list[dict[str, Any]]) -> list[float] | None:
     return [record["v_measure"] for record in records if record["depth"] == deepest] or None
 
 
+def _tokenizer_beside(sids: Path) -> Path:
+    """Where the tokenizer of an arm is kept: beside its SIDs, so that refinement finds it, and an interrupted training too."""
+    return sids.with_name(f"{sids.name}-tokenizer")
+
+
+def _take_over(made: Path, folder: Path) -> None:
+    """Move the files of a finished SID folder `folder`/scratch/sids up into `folder`."""
+    for path in made.iterdir():
+        if path.name != MANIFEST:
+            path.rename(folder / path.name)
+    shutil.rmtree(made.parent)
+
+
 def ranks_path(folder: Path, name: str, part: Part) -> Path:
     """Where a job keeps the ranks of one of its rows."""
     return folder / f"{name}.{part}.parquet"
@@ -174,8 +205,8 @@ def ranks_path(folder: Path, name: str, part: Part) -> Path:
 class Prepare:
     """Picklable: what a process calls once, before its first job."""
 
-    def __init__(self, dataset: DatasetConfig, inputs: Path) -> None:
-        self.dataset, self.inputs = dataset, inputs
+    def __init__(self, dataset: DatasetConfig, inputs: Path, refine: Refine | None = None) -> None:
+        self.dataset, self.inputs, self.refine = dataset, inputs, refine
 
     def __call__(self) -> Callable[[BenchJob], None]:
-        return Bench(self.dataset, self.inputs)
+        return Bench(self.dataset, self.inputs, self.refine)

@@ -1,0 +1,69 @@
+"""The state of an interrupted refinement: weights, optimiser, running scales, random streams, the best round. One safetensors file.
+
+A run that is continued from it ends with the same weights, bit by bit on the same machine, as one that was never interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from mmsid.artifacts import read_tensors, write_tensors
+from mmsid.errors import ArtifactError
+from mmsid.refine.loop import Refinement
+
+
+def save_state(loop: Refinement, path: Path) -> None:
+    """Write all that `loop` changes, atomically; call it on rank 0, between rounds."""
+    tensors = {f"weight.{place}": weight for place, weight in enumerate(loop.policy.parameters)}
+    tensors |= {f"best.{place}": weight for place, weight in enumerate(loop.best_weights or [])}
+    for place, state in loop.optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{place}.{name}": torch.as_tensor(value) for name, value in state.items()}
+    tensors["draw"] = loop.draw.get_state()
+    progress = {
+        "next_round": loop.next_round,
+        "ended": loop.ended,
+        "best": loop.best,
+        "waited": loop.waited,
+        "skipped": loop.skipped,
+        "scales": loop.scale.scales,
+        "lr": loop.optimizer.param_groups[0]["lr"],
+        "order": loop.order.bit_generator.state,
+    }
+    write_tensors(path, tensors, metadata={"progress": json.dumps(progress)})
+
+
+def load_state(loop: Refinement, path: Path) -> None:
+    """Put a fresh `loop` of the same configuration where `save_state` left it; nothing where there is no file.
+
+    Raises:
+        ArtifactError: the file is torn, or of other weights.
+    """
+    if not path.exists():
+        return
+    tensors = read_tensors(path)
+    weights = [tensors[f"weight.{place}"] for place in range(sum(name.startswith("weight.") for name in tensors))]
+    if [weight.shape for weight in weights] != [weight.shape for weight in loop.policy.parameters]:
+        raise ArtifactError(f"{path} holds other weights than this run trains; remove its folder and start again")
+    with safe_open(str(path), framework="pt") as handle:
+        progress = json.loads(handle.metadata()["progress"])
+    with torch.no_grad():
+        for weight, kept in zip(loop.policy.parameters, weights, strict=True):
+            weight.copy_(kept)
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for name, value in tensors.items():
+        if name.startswith("optimizer."):
+            _, place, key = name.split(".", 2)
+            state.setdefault(int(place), {})[key] = value
+    groups = loop.optimizer.state_dict()["param_groups"]
+    loop.optimizer.load_state_dict({"state": state, "param_groups": [group | {"lr": progress["lr"]} for group in groups]})
+    best = [tensors[f"best.{place}"].to(weight.device) for place, weight in enumerate(loop.policy.parameters) if f"best.{place}" in tensors]
+    loop.best_weights = best or None
+    loop.draw.set_state(tensors["draw"])
+    loop.order.bit_generator.state = progress["order"]
+    loop.scale.scales = progress["scales"]
+    loop.next_round, loop.ended, loop.skipped = progress["next_round"], progress["ended"], progress["skipped"]
+    loop.best, loop.waited = progress["best"], progress["waited"]

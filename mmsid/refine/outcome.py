@@ -1,0 +1,61 @@
+"""What a refinement leaves behind: which items moved, the tokenizer and its SIDs (refined, or as they were), near-ties."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from mmsid.artifacts import write_json, write_table, write_tensors
+from mmsid.catalog import Catalog, adjacent_pairs
+from mmsid.refine.evidence import Floats
+from mmsid.sids.folder import write_sid_folder
+from mmsid.sids.intrinsic import intrinsic_metrics
+from mmsid.sids.table import SidTable
+from mmsid.tokenizer.model import ItemTokenizer
+
+NEAR_TIE = 0.05  # nats between the best and the second-best code
+
+
+def write_moved(folder: Path, start: SidTable, refined: SidTable, gained: Floats, accepted: bool) -> int:
+    """`moved.parquet`: from where to where, and the reward gained, one row per item that differs; `gained` (M,) in that order."""
+    rows = np.flatnonzero((start.codes != refined.codes).any(axis=1))
+    columns = {
+        "item_id": pa.array([start.item_ids[row] for row in rows], pa.string()),
+        "codes_before": pa.array(start.codes[rows].tolist(), pa.list_(pa.int64())),
+        "codes_after": pa.array(refined.codes[rows].tolist(), pa.list_(pa.int64())),
+        "reward_gained": pa.array(gained, pa.float64()),
+    }
+    write_table(folder / "moved.parquet", pa.table(columns), {"accepted": str(accepted).lower()})
+    return len(rows)
+
+
+def write_near_ties(folder: Path, table: SidTable) -> int:
+    """`near_ties.json`: items whose raw codes another order of additions (more processes, another machine) may turn. -> how many."""
+    close = np.flatnonzero(np.asarray(table.margin) < NEAR_TIE)
+    write_json(folder / "near_ties.json", {"margin": NEAR_TIE, "items": [table.item_ids[row] for row in close]})
+    return len(close)
+
+
+def write_tokenizer(folder: Path, tokenizer: ItemTokenizer, outcome: str) -> None:
+    """A tokenizer folder whose card says how it came about."""
+    folder.mkdir()
+    (folder / "README.md").write_text(f"# Item tokenizer\n\n{tokenizer.describe()}\n\n{outcome}\n", encoding="utf-8")
+    tokenizer.save_pretrained(folder)
+
+
+def write_sids(folder: Path, table: SidTable, embedding: np.ndarray, catalog: Catalog, held_out: list[np.ndarray], seed: int) -> None:
+    """A SID folder with intrinsic figures on the held-out users, and the embeddings (N, D)."""
+    categories = [item.categories for item in catalog.items]
+    metrics = intrinsic_metrics(
+        table,
+        categories if any(categories) else None,
+        adjacent_pairs(held_out) if held_out else None,
+        embeddings=embedding,
+        content_hashes=[item.content_sha256 for item in catalog.items],
+        seed=seed,
+    )
+    write_sid_folder(folder, table, metrics)
+    write_tensors(folder / "embeddings.safetensors", {"embeddings": torch.from_numpy(embedding)})
