@@ -32,6 +32,7 @@ from mmsid.artifacts import write_json
 from mmsid.backbone.query_tokens import Batch
 from mmsid.tokenizer import targets
 from mmsid.tokenizer.inputs import ItemInput
+from mmsid.tokenizer.memory import Memory
 from mmsid.tokenizer.model import DOUBTFUL, ItemTokenizer, TokenizerSettings
 from mmsid.tokenizer.objective import Labels, LossWeights, Objective
 from mmsid.tokenizer.reconstruction import train_decoder
@@ -49,6 +50,7 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=1024)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--codes", type=int, default=32, help="per level; as many items to a code as in a catalogue")
+    parser.add_argument("--memory", type=int, default=4096, help="items that the tokenizer remembers when it encodes")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "encoding.json")
     parsed = parser.parse_args()
@@ -57,12 +59,16 @@ def main() -> None:
     width = 384 + BEHAVIOUR
     tokenizer = ItemTokenizer(TokenizerSettings(codebook_size=parsed.codes, code_dim=width + 3, embedding_dim=width))
     labels = start(tokenizer, items, parsed.batch)
+    trained = compare_training(tokenizer, items, labels, parsed.batch, parsed.repeats)
+    if parsed.memory:
+        tokenizer.keep(Memory(parsed.memory, width + 3))  # remembers nothing: it costs what a fitted one costs, and moves no code
     results = {
         "threads": 1,
         "items": parsed.items,
         "batch": parsed.batch,
+        "memory": parsed.memory,
         "encode": compare_encoding(tokenizer, items, parsed.batch, parsed.repeats),
-        "train": compare_training(tokenizer, items, labels, parsed.batch, parsed.repeats),
+        "train": trained,
     }
     parsed.out.parent.mkdir(parents=True, exist_ok=True)
     write_json(parsed.out, results)
@@ -80,7 +86,7 @@ def start(tokenizer: ItemTokenizer, items: list[ItemInput], batch: int) -> Tenso
     """The closed-form start that training begins with, on random behaviour: margins as real codes have them. -> target codes (N, L)."""
     readings = targets.read_states(tokenizer, items, batch, 0)
     vectors = np.random.default_rng(1).normal(size=(len(items), BEHAVIOUR)).astype(np.float32) / BEHAVIOUR**0.5
-    fused = targets.fused_space(readings.pooled, targets.Behaviour(None, vectors), 1.0, centre=False)
+    fused = targets.fused_space(readings.pooled, targets.Behaviour(None, vectors, np.zeros(len(items))), 1.0, centre=False)
     return targets.balanced_start(tokenizer, readings, fused, 0)
 
 
