@@ -2,6 +2,7 @@
 
 Reads: `runs/<name>/train_tokenizer/`, the catalogue and its annotations. Writes: `runs/<name>/assign/` (a SID folder).
 Command: python scripts/assign.py --config configs/demo.yaml [assign.collisions=suffix]
+With `--append runs/<earlier>/assign` the Semantic IDs of that folder stay as they are, and only new items get theirs.
 Departure from UniSID (arXiv 2602.10445): the paper leaves collisions in; the default here relocates them.
 """
 

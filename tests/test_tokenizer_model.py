@@ -57,7 +57,22 @@ def test_doubtful_codes_are_read_alone(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(model, "DOUBTFUL", float("inf"))
     together = tokenizer.encode(items)
     for i, item in enumerate(items):
-        assert torch.equal(tokenizer._encode_batch([item], pad_to=1)[3][0], together.scores[i])
+        assert torch.equal(tokenizer._read(tokenizer.backbone.tokens_of([item]))[3][0], together.scores[i])
+
+
+def test_batches_hold_items_of_like_token_count(tmp_path, monkeypatch) -> None:
+    """Texts of one length in characters and very unequal ones in tokens: hardly any padding is read."""
+    tokenizer = tiny(tiny_bert(tmp_path / "bert"))
+    items = [ItemInput(("striped " * (n % 5) + "q" * 40)[:40]) for n in range(40)]
+    read, stack = [], tokenizer.backbone.stack
+    monkeypatch.setattr(model, "DOUBTFUL", 0.0)
+    monkeypatch.setattr(
+        tokenizer.backbone, "stack", lambda rows, *pad: read.append(stack(rows, *pad)["attention_mask"]) or stack(rows, *pad)
+    )
+    codes = tokenizer.encode(items, batch_size=8).raw_codes
+    assert len(read) == 5 and len({mask.shape[1] for mask in read}) == 5
+    assert all(mask.all() for mask in read), "eight items of each count: nothing is padding"
+    assert torch.equal(codes[0], codes[5]) and torch.equal(codes[4], codes[39])
 
 
 def test_vlm_tokenizer_saves_and_loads(tmp_path) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+import torch
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.utils import logging
 
@@ -67,6 +68,8 @@ class TextBackbone(QueryBackbone):
         max_length: most content tokens; at most the model's positions less the query tokens.
     """
 
+    look_ahead = 64
+
     def __init__(self, path: str = MINILM, *, num_levels: int = 3, max_length: int = 128, seed: int = 0) -> None:
         folder = resolve(path)
         try:
@@ -89,7 +92,12 @@ class TextBackbone(QueryBackbone):
 
     def tokens(self, item: Readable) -> Batch:
         """Ids of the text, (1, T), special tokens included; an empty text gives at least one token."""
-        encoded = self.text_tokenizer(item.text, truncation=True, max_length=self.max_length, return_tensors="pt")
-        if encoded["input_ids"].shape[1] == 0:
-            encoded = self.text_tokenizer(self.text_tokenizer.decode([self.seed_token]), add_special_tokens=False, return_tensors="pt")
-        return {"input_ids": encoded["input_ids"].long()}
+        return self.tokens_of([item])[0]
+
+    def tokens_of(self, items: Sequence[Readable]) -> list[Batch]:
+        """`tokens` of several items, in one call: the text tokenizer takes longer to be called than to read a title."""
+        rows = self.text_tokenizer([item.text for item in items], truncation=True, max_length=self.max_length)["input_ids"] if items else []
+        if not all(rows):
+            least = self.text_tokenizer(self.text_tokenizer.decode([self.seed_token]), add_special_tokens=False)["input_ids"]
+            rows = [row or least for row in rows]
+        return [{"input_ids": torch.tensor([row], dtype=torch.int64)} for row in rows]

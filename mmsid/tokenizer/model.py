@@ -160,25 +160,36 @@ class ItemTokenizer(nn.Module, ModelHubMixin, library_name="mmsid", tags=["seman
 
     @torch.no_grad()
     def stream(self, items: Sequence[Readable], batch_size: int = 32) -> Iterator[tuple[Tensor, Encoded]]:
-        """Encode batch by batch, items of like length together: yields (rows (b,), their `Encoded`), results on the CPU."""
+        """Encode batch by batch: yields (rows (b,), their `Encoded`), results on the CPU.
+
+        Items of like text length come together, and within what the backbone can look ahead, items of like token count: a batch
+        is padded to its longest row, and padding costs what tokens cost.
+        """
         was_training = self.training
         self.eval()
         try:
             order = sorted(range(len(items)), key=lambda row: (len(items[row].text), len(items[row].pictures)))
-            for start in range(0, len(order), batch_size):
-                rows = order[start : start + batch_size]
-                encoded = self._encode_batch([items[row] for row in rows], pad_to=16)
-                relative = encoded[-1]
-                for i in (relative < DOUBTFUL).nonzero().flatten().tolist():
-                    alone = self._encode_batch([items[rows[i]]], pad_to=1)
-                    for column, value in zip(encoded, alone, strict=True):
-                        column[i] = value[0]
-                yield torch.tensor(rows), Encoded(*encoded[:-1])
+            window = batch_size * self.backbone.look_ahead
+            for first in range(0, len(order), window):
+                ahead = order[first : first + window]
+                tokens = self.backbone.tokens_of([items[row] for row in ahead])
+                by_count = sorted(range(len(ahead)), key=lambda place: tokens[place]["input_ids"].shape[1])
+                for start in range(0, len(ahead), batch_size):
+                    places = by_count[start : start + batch_size]
+                    yield torch.tensor([ahead[place] for place in places]), self._encode_tokens([tokens[place] for place in places])
         finally:
             self.train(was_training)
 
-    def _encode_batch(self, items: Sequence[Readable], pad_to: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        batch = {key: value.to(self.device) for key, value in self.backbone.collate(items, pad_to).items()}
+    def _encode_tokens(self, tokens: Sequence[Batch]) -> Encoded:
+        """A batch; those whose lead is within rounding are read again, each alone and unpadded."""
+        *encoded, relative = self._read(tokens)
+        for i in (relative < DOUBTFUL).nonzero().flatten().tolist() if len(tokens) > 1 else ():
+            for column, value in zip(encoded, self._read([tokens[i]]), strict=False):
+                column[i] = value[0]
+        return Encoded(*encoded)
+
+    def _read(self, tokens: Sequence[Batch]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        batch = {key: value.to(self.device) for key, value in self.backbone.stack(tokens, 1).items()}
         with torch.autocast(self.device.type, enabled=False):
             h, e = self.hidden(batch)
             s = self.head.project(h.float())
