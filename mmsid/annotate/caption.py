@@ -9,6 +9,7 @@ from PIL import Image
 
 from mmsid.annotate.generator import Generator
 from mmsid.annotate.job import annotate
+from mmsid.annotate.overlays import masked
 from mmsid.annotate.prompts import evidence_json, load_prompt
 from mmsid.annotate.records import Caption, parse_caption
 from mmsid.annotate.units import DEMO, ModelJobConfig, Task, Unit
@@ -31,7 +32,7 @@ def run(config: CaptionConfig, generator: Generator | None = None) -> Path:
         ConfigError, CatalogError: model, prompt or catalogue cannot be used.
     """
     prompt = load_prompt(config.prompt or default_prompt("caption", config))
-    task = Task("caption", prompt, Caption, parse_caption, picture_loader(config.catalog))
+    task = Task("caption", prompt, Caption, parse_caption, picture_loader(config))
     with writing(config.out, stage="caption", config=config, inputs=input_paths(config), resume=True) as draft:
         catalog = read_catalog(config.catalog)
         units = [unit for item in catalog.items for unit in _units(item, prompt.wants_evidence)]
@@ -68,13 +69,20 @@ def model_of(config: ModelJobConfig) -> Generator:
     )
 
 
-def picture_loader(catalog: CatalogConfig) -> partial[Image.Image]:
-    """Reads a creative under the catalogue's limits."""
-    return partial(_load, catalog)
+def picture_loader(config: ModelJobConfig) -> partial[Image.Image]:
+    """Reads a creative under the catalogue's limits; with `mask_overlays` shrunk and masked, so that what is looked at is what is fed."""
+    return partial(_load_masked, config.catalog, config.max_side) if config.mask_overlays else partial(_load, config.catalog)
 
 
 def _load(catalog: CatalogConfig, path: Path) -> Image.Image:
     return load_picture(path, catalog.pictures, root=catalog.root)
+
+
+def _load_masked(catalog: CatalogConfig, max_side: int | None, path: Path) -> Image.Image:
+    picture = _load(catalog, path)
+    if max_side is not None:
+        picture.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
+    return masked(picture)
 
 
 def input_paths(config: ModelJobConfig) -> dict[str, Path]:

@@ -26,6 +26,7 @@ from pydantic import ValidationError
 from mmsid.annotate.cache import AnnotationCache
 from mmsid.annotate.flags import REFUSAL, evidence_flags, output_flags
 from mmsid.annotate.generator import GenerationFailure, Generator, Request
+from mmsid.annotate.overlays import flags_of
 from mmsid.annotate.prompts import PLACEHOLDER
 from mmsid.annotate.records import SCHEMA_VERSION, Record
 from mmsid.annotate.units import EXCUSED, JobConfig, Task, Unit
@@ -314,14 +315,14 @@ class _Job:
             raise AnnotationError("generator_broken", f"{self.generator.model_id}: {len(requests)} requests, {len(answers)} answers")
         self.work["generated"] += len(requests)
         results = {}
-        for (key, (unit, _)), answer in zip(batch.items(), answers):
-            results[key] = self._judge(key, unit, answer, history.get(key, []))
+        for (key, (unit, request)), answer in zip(batch.items(), answers):
+            results[key] = self._judge(key, unit, request, answer, history.get(key, []))
         kept = {key: {"record": o.record, "flags": o.flags, "attempts": o.attempts} for key, o in results.items() if o.record is not None}
         self.cache.put(kept)
         return results
 
-    def _judge(self, key: str, unit: Unit, answer: str | GenerationFailure, history: list[str]) -> _Outcome:
-        flags = evidence_flags([_unescaped(unit.evidence)])
+    def _judge(self, key: str, unit: Unit, request: Request, answer: str | GenerationFailure, history: list[str]) -> _Outcome:
+        flags = evidence_flags([_unescaped(unit.evidence)]) + flags_of(request.pictures)
         if isinstance(answer, GenerationFailure):
             return _Outcome(key, reason=answer.reason, flags=flags, attempts=[*history, answer.reason], rejected=_excerpt(answer.detail))
         try:

@@ -35,7 +35,8 @@ class JobConfig(StageConfig):
 
 
 class ModelJobConfig(JobConfig):
-    """An annotation job that a Hugging Face model does. `model`: `demo`, a folder, or a hub id."""
+    """An annotation job that a Hugging Face model does. `model`: `demo`, a folder, or a hub id. `mask_overlays`: lines of small print
+    are painted over before the model looks (see `overlays`)."""
 
     catalog: CatalogConfig
     model: str | Path = DEMO
@@ -43,6 +44,7 @@ class ModelJobConfig(JobConfig):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
     device: str = "auto"  # cuda when there is one
     max_new_tokens: int = Field(default=256, ge=1)
+    mask_overlays: bool = False
     prompt: str | None = None  # a shipped prompt's name or a file; None = the one that suits the model
 
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import torch
 from pydantic import Field
 
-from mmsid.artifacts import write_json, writing
+from mmsid.artifacts import write_json, write_table, writing
 from mmsid.catalog import CatalogConfig, load_picture, read_catalog, split_histories
 from mmsid.config import StageConfig
 from mmsid.disk import reserve
@@ -21,6 +22,7 @@ from mmsid.sids import intrinsic_table
 from mmsid.sids.collisions import Policy
 from mmsid.sids.folder import INTRINSIC
 from mmsid.sids.retrieval import retrieval_table
+from mmsid.tokenizer.agreement import FREE_TEXT, evidence_fields, held_to_evidence
 from mmsid.tokenizer.inputs import load_inputs
 from mmsid.tokenizer.model import ItemTokenizer
 from mmsid.tokenizer.publish import HeadScores, head_decoder, publish, rebuild_figures
@@ -29,13 +31,18 @@ _REBUILT_ROWS = 50_000
 
 
 class AssignConfig(StageConfig):
-    """`tokenizer`: a tokenizer folder. `captions` and `interests`: annotation folders of this catalogue, as far as it reads them."""
+    """`tokenizer`: a tokenizer folder. `captions` and `interests`: annotation folders of this catalogue, as far as it reads them.
+
+    `free_text_nats`: an item whose title and description alone would move the beginning of its SID by more than this is assigned
+    without them (`agreement`), and named in `overruled.parquet`. For catalogues whose texts strangers write; costs a second reading.
+    """
 
     tokenizer: Path
     catalog: CatalogConfig
     captions: Path | None = None
     interests: Path | None = None
     collisions: Policy = "relocate"
+    free_text_nats: float | None = Field(None, ge=0)
     batch_size: int = Field(32, ge=1)
 
 
@@ -58,7 +65,10 @@ def run(config: AssignConfig) -> Path:
     with writing(config.out, stage="assign", config=config, inputs=inputs) as draft:
         tokenizer = ItemTokenizer.from_pretrained(config.tokenizer, open_picture=lambda path: load_picture(path, limits, root))
         tokenizer.to("cuda" if torch.cuda.is_available() else "cpu")
-        items, _ = load_inputs(catalog, config.captions, config.interests, tokenizer.settings.use or None)
+        items, fields = load_inputs(catalog, config.captions, config.interests, tokenizer.settings.use or None)
+        guarded = config.free_text_nats is not None and any(name in FREE_TEXT for name in fields)
+        evidence = load_inputs(catalog, config.captions, config.interests, evidence_fields(fields))[0] if guarded else []
+        overruled = np.zeros(len(items), bool)
         settings = tokenizer.settings
         width = settings.codebook_size if settings.head == "parallel" else settings.code_dim
         codes = np.zeros((len(items), settings.num_levels), np.int64)
@@ -69,6 +79,9 @@ def run(config: AssignConfig) -> Path:
         scores = np.memmap(path, np.float32, "r+", shape=(len(items), settings.num_levels, width))
         batches = -(-len(items) // config.batch_size)
         for rows, encoded in track(tokenizer.stream(items, config.batch_size), what="assign", total=batches, unit="batches"):
+            if guarded:
+                encoded, held = held_to_evidence(tokenizer, encoded, [evidence[row] for row in rows.tolist()], config.free_text_nats)
+                overruled[rows] = held.numpy()
             codes[rows], margin[rows] = encoded.raw_codes.numpy(), encoded.margin.numpy()
             embeddings[rows], scores[rows.numpy()] = encoded.embedding.numpy(), encoded.scores.numpy()
         table, metrics = publish(
@@ -92,6 +105,10 @@ def run(config: AssignConfig) -> Path:
         (draft.path / "intrinsic.md").write_text(
             intrinsic_table({"ours": metrics}) + "\n" + retrieval_table({"ours": metrics}), encoding="utf-8"
         )
+        if guarded:
+            ids = [catalog.items[row].item_id for row in np.flatnonzero(overruled)]
+            write_table(draft.path / "overruled.parquet", pa.table({"item_id": pa.array(ids, pa.string())}))
+            draft.counts["overruled"] = len(ids)
         draft.counts.update({"items": len(items)})
         draft.extra["collisions"] = metrics["collisions"]
     published = metrics["published"]
