@@ -9,7 +9,8 @@ The prize is a place in a rival's bucket: an attack on an ad succeeds when its f
 into the title, or into both. Each is met twice: as the pipeline stands, and with the defences `catalog.mend_text`,
 `caption.mask_overlays` and `assign.free_text_nats`. Unattacked ads go the same two ways: that is what the defences cost.
 
-Writes results.json and results.md into --out; attacks that are measured already are not repeated. Captions are scored by whether each fact of the card stands in the caption.
+Writes results.json and results.md into --out; attacks that are measured already are not repeated. Captions are scored by whether each
+fact of the card stands in the caption.
 """
 
 from __future__ import annotations
