@@ -108,9 +108,10 @@ def test_tokenizer_and_assignment_killed_at_every_step_end_like_an_undisturbed_r
     catalog = write_texts(tmp_path, items=32, users=4)
     captions, interests = write_annotations(tmp_path, catalog)
     world = {"catalog": catalog, "captions": captions, "interests": interests, "bert": tiny_bert(tmp_path / "bert")}
-    tokenizer = train.run(settings(world, tmp_path / "tokenizer", steps=2, checkpoint_every=1, codebook_size=4))
+    training = settings(world, tmp_path / "tokenizer", steps=2, checkpoint_every=1, codebook_size=4, reconstruct="off")
+    tokenizer = train.run(training)
     if stage == "train_tokenizer":
-        config, run, compared = settings(world, tokenizer, steps=2, checkpoint_every=1, codebook_size=4), train.run, "model.safetensors"
+        config, run, compared = training, train.run, "model.safetensors"
     else:
         config = assign.AssignConfig(out=tmp_path / "none", tokenizer=tokenizer, catalog=catalog, captions=captions, interests=interests)
         run, compared = assign.run, "sids.parquet"

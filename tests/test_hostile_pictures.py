@@ -197,6 +197,7 @@ def test_a_picture_that_takes_too_long_or_too_much_memory_is_given_up_and_the_ne
     assert load_picture(tmp_path / "large.png", PictureLimits(isolate=True)).size == (5_000, 5_000)
 
 
+@pytest.mark.slow
 def test_a_decoder_that_crashes_costs_its_own_picture_and_a_worker_that_died_idle_costs_none(tmp_path):
     limits = PictureLimits(isolate=True)
     (tmp_path / "good.png").write_bytes(encoded(RED, "PNG"))

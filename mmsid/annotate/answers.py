@@ -20,6 +20,7 @@ from pydantic import ValidationError
 
 from mmsid.annotate.flags import REFUSAL, evidence_flags, output_flags
 from mmsid.annotate.generator import GenerationFailure, Generator, Request
+from mmsid.annotate.overlays import flags_of
 from mmsid.annotate.prompts import PLACEHOLDER
 from mmsid.annotate.records import SCHEMA_VERSION
 from mmsid.annotate.units import JobConfig, Task, Unit
@@ -210,7 +211,7 @@ class Annotator:
         return picture
 
     def _judge(self, key: str, asking: _Asking, answer: str | GenerationFailure) -> _Outcome:
-        flags = evidence_flags([_unescaped(asking.unit.evidence)])
+        flags = evidence_flags([_unescaped(asking.unit.evidence)]) + flags_of(asking.request.pictures)
         if isinstance(answer, GenerationFailure):
             attempts = [*asking.history, answer.reason]
             return _Outcome(key, reason=answer.reason, flags=flags, attempts=attempts, rejected=_excerpt(answer.detail))

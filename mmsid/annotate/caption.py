@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from PIL import Image
 
 from mmsid.annotate.generator import Generator
 from mmsid.annotate.job import annotate
+from mmsid.annotate.overlays import masked
 from mmsid.annotate.prompts import evidence_json, load_prompt
 from mmsid.annotate.records import Caption, Record, parse_caption
 from mmsid.annotate.server import OpenAIGenerator
@@ -34,7 +36,7 @@ def run(config: CaptionConfig, generator: Generator | None = None, engine: Engin
         ConfigError, CatalogError: model, prompt or catalogue cannot be used.
     """
     prompt = load_prompt(config.prompt or default_prompt("caption", config))
-    task = Task("caption", prompt, Caption, parse_caption, picture_loader(config.catalog))
+    task = Task("caption", prompt, Caption, parse_caption, picture_loader(config))
     with writing(config.out, stage="caption", config=config, inputs=input_paths(config), resume=True) as draft:
         catalog = read_catalog(config.catalog)
         total = sum(len(_units(item, with_text=False)) for item in catalog.items)
@@ -87,13 +89,22 @@ def model_of(config: ModelJobConfig, record: type[Record]) -> Generator:
     )
 
 
-def picture_loader(catalog: CatalogConfig) -> partial[Image.Image]:
-    """Reads a creative under the catalogue's limits, in whatever process and folder it is called."""
-    return partial(_load, catalog.pictures, catalog.root.absolute())
+def picture_loader(config: ModelJobConfig) -> partial[Image.Image]:
+    """Reads a creative under the catalogue's limits, in whatever process and folder it is called; with `mask_overlays` shrunk and
+    masked, so that what is looked at is what is fed."""
+    load = partial(_load, config.catalog.pictures, config.catalog.root.absolute())
+    return partial(_load_masked, load, config.max_side) if config.mask_overlays else load
 
 
 def _load(limits: PictureLimits, root: Path, path: Path) -> Image.Image:
     return load_picture(path, limits, root=root)
+
+
+def _load_masked(load: Callable[[Path], Image.Image], max_side: int | None, path: Path) -> Image.Image:
+    picture = load(path)
+    if max_side is not None:
+        picture.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
+    return masked(picture)
 
 
 def input_paths(config: ModelJobConfig) -> dict[str, Path]:

@@ -58,7 +58,7 @@ def run(config: InterestsConfig, generator: Generator | None = None, engine: Eng
         prompt = load_prompt(config.prompt or default_prompt("interests", config))
     reads_captions = config.captions is not None and prompt.wants_evidence
     inputs = input_paths(config) | ({"captions": config.captions} if reads_captions else {})
-    loader = picture_loader(config.catalog)
+    loader = picture_loader(config)
     source = {"source": "coengagement" if mining else "llm"}
     task = Task("interests", prompt, Interests, parse_interests, loader, any_picture=True, constants=source)
     with writing(config.out, stage="interests", config=config, inputs=inputs, resume=True) as draft:

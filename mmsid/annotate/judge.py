@@ -62,7 +62,7 @@ def run(config: JudgeConfig, generator: Generator | None = None) -> Path:
         raise ConfigError(f"judge.prompt {prompt.name!r} has no place for the evidence, so it would judge nothing; add {{{{evidence}}}}")
     inputs = input_paths(config) | {"interests": config.interests}
     inputs |= {"captions": config.captions} if config.captions is not None else {}
-    task = Task("judge", prompt, Judgement, parse_judgement, picture_loader(config.catalog))
+    task = Task("judge", prompt, Judgement, parse_judgement, picture_loader(config))
     with writing(config.out, stage="judge", config=config, inputs=inputs, resume=True) as draft:
         catalog = read_catalog(config.catalog)
         captions = read_captions(config.captions) if config.captions is not None else {}

@@ -49,6 +49,7 @@ class ModelJobConfig(JobConfig):
         generator: who answers. For `openai`, `model` is the name that the server knows and `revision` names its weights.
         model: `demo`, a folder, or a hub id.
         dtype, device: of the model in process; device `auto` = cuda when there is one.
+        mask_overlays: lines of small print are painted over before the model looks (see `overlays`).
         picture_tokens: largest number of tokens that a picture may cost, for models that scale it with the size (Qwen-VL).
         prompt: a shipped prompt's name or a file; None = the one that suits the model.
         server: where the server is and how to treat it; needed by `openai`.
@@ -61,6 +62,7 @@ class ModelJobConfig(JobConfig):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
     device: str = "auto"
     max_new_tokens: int = Field(default=256, ge=1)
+    mask_overlays: bool = False
     picture_tokens: int | None = Field(default=None, ge=1)
     prompt: str | None = None
     server: ServerConfig | None = None

@@ -133,10 +133,10 @@ def _serve(pipe: Connection) -> None:
     pipe.send_bytes(_PIXELS)
     while True:
         try:
-            limits, data = PictureLimits.model_validate_json(pipe.recv_bytes()), pipe.recv_bytes()
+            limits, data = PictureLimits.model_validate_json(pipe.recv_bytes()), pipe.recv_bytes()  # by the parent, who is trusted
         except EOFError:
             return
-        _limit(limits, len(data))
+        _limit(limits)
         try:
             picture = decode(data, limits, "")
             answer = [_PIXELS + _SIZE.pack(*picture.size), picture.tobytes()]
@@ -146,14 +146,18 @@ def _serve(pipe: Connection) -> None:
             pipe.send_bytes(part)
 
 
-def _limit(limits: PictureLimits, read: int) -> None:
+def _limit(limits: PictureLimits) -> None:
     """From here on so much more memory and processor time; past the latter the kernel ends the process (SIGXCPU)."""
-    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() if Path("/proc/self/statm").exists() else 0
-    hard = resource.RLIM_INFINITY
-    if mapped:
-        resource.setrlimit(resource.RLIMIT_AS, (mapped + limits.max_memory, hard))
+    statm = Path("/proc/self/statm")
+    if statm.exists():  # elsewhere than on Linux nothing tells what is mapped already, and only the time is limited
+        _at_most(resource.RLIMIT_AS, int(statm.read_text().split()[0]) * resource.getpagesize() + limits.max_memory)
     used = resource.getrusage(resource.RUSAGE_SELF)
-    resource.setrlimit(resource.RLIMIT_CPU, (int(used.ru_utime + used.ru_stime) + 1 + limits.max_seconds, hard))
+    _at_most(resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime) + 1 + limits.max_seconds)
+
+
+def _at_most(kind: int, value: int) -> None:
+    hard = resource.getrlimit(kind)[1]
+    resource.setrlimit(kind, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
 
 
 if __name__ == "__main__":
