@@ -139,7 +139,7 @@ class HuggingFaceGenerator:
         Raises ConfigError when a text-only model is handed pictures, or the model cannot be loaded.
         """
         with self._loading:
-            self.processor, self.model  # noqa: B018  (both load here, once, whichever thread comes first)
+            _ = self.processor, self.model  # both load here, once, whichever thread comes first
         answers: list[str | GenerationFailure] = [""] * len(requests)
         groups: dict[tuple[int, bool], list[int]] = {}
         for at, request in enumerate(requests):
