@@ -16,7 +16,7 @@ from mmsid.annotate.records import Caption, Record, parse_caption
 from mmsid.annotate.server import OpenAIGenerator
 from mmsid.annotate.units import DEMO, Engine, ModelJobConfig, Task, Unit
 from mmsid.artifacts import Draft, is_complete, read_manifest, writing
-from mmsid.catalog import CatalogConfig, Item, PictureLimits, load_picture, read_catalog
+from mmsid.catalog import Item, PictureLimits, load_picture, read_catalog
 from mmsid.progress import done, is_main_process
 
 PICTURE = "picture_"  # prefix of the catalogue's problem codes that name a refused picture

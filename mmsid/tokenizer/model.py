@@ -197,8 +197,8 @@ class ItemTokenizer(nn.Module, ModelHubMixin, library_name="mmsid", tags=["seman
             embedding = self.embed(e.float())
         if not torch.isfinite(embedding).all() or not torch.isfinite(s).all():
             raise MmsidError(
-                f"the tokenizer computes NaN or infinite states for {items[0].text[:60]!r} or a neighbour; its weights or those of "
-                f"{self.settings.backbone.path!r} are damaged: restore them or train again"
+                f"the tokenizer computes NaN or infinite states; its weights or those of {self.settings.backbone.path!r} are damaged: "
+                "restore them or train again"
             )
         return tuple(x.cpu() for x in (greedy.codes, embedding, greedy.margin, s, greedy.relative))  # type: ignore[return-value]
 
