@@ -9,7 +9,8 @@ to themselves, and go through the gate. Figures are of published codes: level-1 
 and HR@50 of the instrument on test (`--part valid` opens no test ranks).
 
 `recovered` is (damaged refined - damaged) / (good - damaged), of what refinement proposes and of what the gate lets through; where the
-damage is smaller than two deviations over recommender seeds, no share is given. `harm` is good refined - good.
+damage is not above 0, or smaller than two deviations over recommender seeds (lift and target have none), no share is given. `harm` is
+good refined - good.
 """
 
 from __future__ import annotations
