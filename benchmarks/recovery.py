@@ -94,7 +94,10 @@ def one_seed(parsed: argparse.Namespace, seed: int) -> dict[str, Any]:
         tables[name] = read_sid_folder(stages["assign"].out).align([item.item_id for item in catalog.items])
         tables[f"{name} refined"] = proposed(tables[name], stages["refine"].out)
         verdicts[name] = {key: read_json(stages["refine"].out / "gate.json")[key] for key in ("accepted", "reasons")}
-    figures = {name: measure(one, catalog, split, range(parsed.recommender_seeds), parsed.part) for name, one in tables.items()}
+    figures: dict[str, dict[str, dict[str, float]]] = {}
+    for name, one in tables.items():
+        same = next((other for other in figures if np.array_equal(tables[other].codes, one.codes)), None)
+        figures[name] = figures[same] if same else measure(one, catalog, split, range(parsed.recommender_seeds), parsed.part)
     moved = {name: int((tables[name].codes != tables[f"{name} refined"].codes).any(1).sum()) for name in ("good", "damaged")}
     return {"part": parsed.part, "share": parsed.share, "moved": moved, "figures": figures, "verdicts": verdicts} | compare(figures)
 

@@ -1,13 +1,13 @@
 """The only door to disk: artefact folders written whole or not at all, typed readers, hashes. Pickles are refused.
 
-A stage writes into a temporary sibling (`.<name>.draft`), every file is fsynced, `manifest.json` is written last, and
-one rename publishes the folder. A folder without a manifest is unfinished: resumed or refused, never read.
+A stage writes into a temporary sibling (`.<name>.draft`), every file is fsynced, `SHA256SUMS` and `manifest.json` are written
+last, and one rename publishes the folder. A folder without a manifest is unfinished: resumed or refused, never read. A file that
+no longer is what the stage wrote is refused as well (`sha256sum -c SHA256SUMS` tells the same).
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -26,20 +26,28 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import mmsid
+from mmsid.disk import fsync, one_writer, replacing, telling_failures
 from mmsid.errors import ArtifactError
 from mmsid.progress import is_main_process
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
+CHECKSUMS = "SHA256SUMS"
+MARKER = "draft.json"  # what a draft is being made from
 
 
 @dataclass
 class Draft:
-    """The folder being written: put files under `path`, fill `counts` and `extra`; the manifest takes them over."""
+    """The folder being written: put files under `path`, fill `counts` and `extra`; the manifest takes them over.
+
+    `scratch` names files of the draft (checkpoints) that a resumed run needs and a finished folder does not: they go once it is
+    published and no earlier, so that a kill at the very end costs nothing.
+    """
 
     path: Path
     counts: dict[str, int] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
+    scratch: set[str] = field(default_factory=set)
 
 
 @contextlib.contextmanager
@@ -55,15 +63,18 @@ def writing(
     path and must wait for rank 0 (`accelerator.wait_for_everyone()`) before they read from it.
 
     Raises:
-        ArtifactError: `out` is finished already, holds foreign files, or another job is writing it.
+        ArtifactError: `out` is finished already, holds foreign files, another job is writing it, or the disk is full or
+            read-only. Whatever was finished before the failure is kept.
     """
     out = Path(out)
     draft_path = out.parent / f".{out.name}.draft"
     if not is_main_process():
         yield Draft(draft_path)
         return
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(out.parent / f".{out.name}.lock", out):
+    kept = f"What is finished is kept in {draft_path}." if resume else "Nothing was published."
+    with telling_failures(out, kept), contextlib.ExitStack() as lock:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        lock.enter_context(one_writer(out))
         if (out / MANIFEST).exists():
             raise ArtifactError(f"{out} is finished already; remove it, or run `mmsid {stage} --redo`, to write it again")
         if out.exists() and any(out.iterdir()):
@@ -71,7 +82,7 @@ def writing(
         inputs = {name: Path(path) for name, path in (inputs or {}).items() if path is not None}
         identity = {"stage": stage, "config": plain(config), "inputs": input_hashes(inputs), "schema_version": SCHEMA_VERSION}
         _open_draft(draft_path, sha256(identity), resume)
-        draft, started = Draft(draft_path), time.time()
+        draft, started = Draft(draft_path), time.monotonic()  # the machine's clock may be set back meanwhile
         yield draft
         manifest = identity | {
             "input_paths": {name: str(path) for name, path in inputs.items()},
@@ -79,36 +90,38 @@ def writing(
             "seed": identity["config"].get("seed"),
             "counts": draft.counts,
             "extra": draft.extra,
-            "wall_seconds": round(time.time() - started, 3),
+            "wall_seconds": round(time.monotonic() - started, 3),
             "finished_unix": round(time.time()),
         }
         _check_counts(draft.counts, out)
-        (draft_path / "draft.json").unlink()
-        for path in sorted(draft_path.rglob("*")):
-            if path.is_file():
-                _fsync(path)
+        _write_checksums(draft_path, draft.scratch)
         write_json(draft_path / MANIFEST, manifest)
-        _fsync(draft_path)
+        fsync(draft_path)
         if out.exists():
             out.rmdir()
         os.replace(draft_path, out)
-        _fsync(out.parent)
+        fsync(out.parent)
+        for name in (MARKER, *sorted(draft.scratch)):  # not before: a draft without its marker is nobody's, and would be wiped
+            (out / name).unlink(missing_ok=True)
 
 
 def read_manifest(folder: Path, stage: str | None = None) -> dict[str, Any]:
     """The manifest of a finished folder.
 
     Raises:
-        ArtifactError: no manifest (unfinished), another schema version, or another stage than asked for.
+        ArtifactError: no manifest (unfinished), a damaged one, another schema version, or another stage than asked for.
     """
     path = Path(folder) / MANIFEST
     if not path.is_file():
         state = "is unfinished" if Path(folder).exists() else "does not exist"
         raise ArtifactError(f"{folder} {state} (no {MANIFEST}); run the stage that writes it{f' ({stage})' if stage else ''} first")
     manifest = read_json(path)
-    if manifest.get("schema_version") != SCHEMA_VERSION:
-        found = manifest.get("schema_version")
+    found = manifest.get("schema_version") if isinstance(manifest, dict) else None
+    if found != SCHEMA_VERSION:
         raise ArtifactError(f"{path}: schema version {found!r}, this mmsid reads {SCHEMA_VERSION}; write the folder anew")
+    missing = [key for key in ("stage", "config", "inputs", "input_paths", "package_version") if key not in manifest]
+    if missing:
+        raise ArtifactError(f"{path}: key {missing[0]!r} is missing, so it was damaged or written by hand; write the folder anew")
     if stage is not None and manifest.get("stage") != stage:
         found = manifest.get("stage")
         raise ArtifactError(f"{folder} was written by stage {found!r}, expected {stage!r}; check the path in the configuration")
@@ -126,6 +139,67 @@ def manifest_folder(folder: Path) -> Path:
     return folder.parent if not is_complete(folder) and is_complete(folder.parent) else folder
 
 
+def check_whole(folder: Path) -> None:
+    """Hold every file of a finished folder against its checksum (folders written before there were checksums pass).
+
+    Raises:
+        ArtifactError: files are missing or no longer what the stage wrote; names them.
+    """
+    wrong = [state for name, digest in _checksums(folder).items() if (state := _state(Path(folder) / name, digest))]
+    if wrong:
+        raise _damaged(Path(folder), wrong)
+
+
+def check_file(path: Path) -> None:
+    """As `check_whole`, for one file: at the top of its finished folder, or in a folder below. A file elsewhere passes."""
+    path = Path(path)
+    for folder in list(path.parents)[:3]:
+        digest = _checksums(folder).get(path.relative_to(folder).as_posix())
+        if digest is not None:
+            if state := _state(path, digest):
+                raise _damaged(folder, [state])
+            return
+
+
+def _write_checksums(folder: Path, scratch: set[str]) -> None:
+    """Put every file on the disk itself and list its hash, in the form that `sha256sum -c` reads."""
+    lines = []
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name not in {MARKER, MANIFEST, CHECKSUMS} | scratch:
+            fsync(path)
+            lines.append(f"{file_sha256(path)}  {name}\n")
+    write_text(folder / CHECKSUMS, "".join(lines))
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    """File, relative to a finished folder -> its hash as listed; {} where there is no list."""
+    path = Path(folder) / CHECKSUMS
+    if not (path.is_file() and is_complete(folder)):
+        return {}
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ArtifactError(f"{path} is damaged: not UTF-8 text; write the folder again") from error
+    return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+
+
+def _state(path: Path, digest: str) -> str | None:
+    """What is wrong with a file, or None."""
+    if not path.is_file():
+        return f"{path.name} is missing"
+    found = file_sha256(path)
+    return None if found == digest else f"{path.name} has sha256 {found[:12]}, written was {digest[:12]}"
+
+
+def _damaged(folder: Path, wrong: list[str]) -> ArtifactError:
+    more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+    stage = read_manifest(folder)["stage"]
+    return ArtifactError(
+        f"{folder} is damaged: {'; '.join(wrong[:3])}{more}. Copy it anew from where it is whole, or run `mmsid {stage} --redo`"
+    )
+
+
 def input_hashes(inputs: Mapping[str, Path | None]) -> dict[str, str]:
     """Hash of each input: a finished folder by what made it (stage, config, inputs), a file by its bytes."""
     hashes = {}
@@ -134,6 +208,7 @@ def input_hashes(inputs: Mapping[str, Path | None]) -> dict[str, str]:
             continue
         if Path(path).is_dir():
             manifest = read_manifest(path)
+            check_whole(path)
             hashes[name] = sha256({key: manifest[key] for key in ("stage", "config", "inputs", "package_version")})
         elif Path(path).is_file():
             hashes[name] = file_sha256(path)
@@ -164,13 +239,13 @@ def file_sha256(path: Path) -> str:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically (temporary sibling, fsync, rename), NaN refused."""
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         temporary.write_text(json.dumps(plain(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically, in UTF-8."""
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
@@ -188,21 +263,21 @@ def write_table(path: Path, table: pa.Table | list[dict[str, Any]], metadata: Ma
         table = pa.Table.from_pylist(table)
     if metadata is not None:
         table = table.replace_schema_metadata({**(table.schema.metadata or {}), **{key: str(value) for key, value in metadata.items()}})
-    with _replacing(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd")
+    with replacing(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
 
 
 def read_table(path: Path) -> pa.Table:
-    """Read a parquet file whole; a missing or torn file is an ArtifactError naming it."""
+    """Read a parquet file whole; a missing or torn file, or one whose pages fail their checksums, is an ArtifactError naming it."""
     try:
-        return pq.read_table(path, partitioning=None)
+        return pq.read_table(path, partitioning=None, page_checksum_verification=True)
     except (OSError, pa.ArrowException) as error:
         raise ArtifactError(f"{path} cannot be read as parquet ({type(error).__name__}); write the folder again") from error
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write safetensors atomically."""
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         save_file(
             {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, str(temporary), metadata=dict(metadata or {})
         )
@@ -224,6 +299,20 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         ) from error
 
 
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """`read_tensors` for a model's weights: NaN and infinities are refused, since whatever they compute is noise.
+
+    Raises:
+        ArtifactError: as `read_tensors`; or a tensor holds such a value (names the first).
+    """
+    tensors = read_tensors(path)
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise ArtifactError(f"{path}: {name} holds {bad} NaN or infinite of {tensor.numel()} values; restore the file or train again")
+    return tensors
+
+
 def _check_counts(counts: Mapping[str, int], out: Path) -> None:
     if {"in", "ok", "quarantined"} <= counts.keys() and counts["in"] != counts["ok"] + counts["quarantined"]:
         raise ArtifactError(
@@ -233,45 +322,17 @@ def _check_counts(counts: Mapping[str, int], out: Path) -> None:
 
 
 def _open_draft(path: Path, identity: str, resume: bool) -> None:
-    marker = path / "draft.json"
+    marker = path / MARKER
     if path.exists():
-        same = marker.is_file() and json.loads(marker.read_text(encoding="utf-8") or "{}").get("identity") == identity
+        same = marker.is_file() and marker.read_text(encoding="utf-8", errors="replace") == _marker(identity)
         if not (resume and same):
             shutil.rmtree(path)
+        for torn in path.rglob(".*.tmp"):  # left by a kill in the middle of a write
+            torn.unlink()
     path.mkdir(exist_ok=True)
     if not marker.exists():
-        write_json(marker, {"identity": identity})
+        write_text(marker, _marker(identity))
 
 
-@contextlib.contextmanager
-def _locked(lock: Path, out: Path) -> Iterator[None]:
-    """One writer per folder; the kernel drops the lock when the process dies, however it dies."""
-    handle = os.open(lock, os.O_CREAT | os.O_RDWR, 0o644)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ArtifactError(f"another job is writing {out} right now; wait for it or name another folder") from error
-        yield
-    finally:
-        os.close(handle)  # the file stays: removing it would let a third job lock a new file beside a running second one
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        _fsync(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _marker(identity: str) -> str:
+    return json.dumps({"identity": identity}) + "\n"

@@ -2,6 +2,7 @@
 
 mmsid run CONFIG [key=value ...] [--redo STAGE]      every stage of the configuration in order; continues where it stopped
 mmsid STAGE --config CONFIG [key=value ...] [--redo] one stage; also `accelerate launch scripts/STAGE.py --config CONFIG`
+                                                     caption and interests: `--engine ray` works on a Ray cluster
 mmsid assign --config CONFIG --append SIDS           the same, but the Semantic IDs in the folder SIDS stay as they are
 mmsid report RUN [catalog.key=value ...]             write RUN/report.html; RUN is a run's folder, its YAML, or results of a benchmark
 mmsid catalog --config CONFIG                        read the catalogue and describe it
@@ -43,6 +44,14 @@ def _load_stage(name: str) -> Stage:
         from mmsid.annotate.interests import InterestsConfig, run
 
         return InterestsConfig, run
+    if name == "judge":
+        from mmsid.annotate.judge import JudgeConfig, run
+
+        return JudgeConfig, run
+    if name == "text_quality":
+        from mmsid.annotate.quality.stage import TextQualityConfig, run
+
+        return TextQualityConfig, run
     if name == "train_tokenizer":
         from mmsid.tokenizer.train import TrainTokenizerConfig, run
 
@@ -59,6 +68,10 @@ def _load_stage(name: str) -> Stage:
         from mmsid.tokenizer.baselines import BaselinesConfig, run
 
         return BaselinesConfig, run
+    if name == "sid_reward":
+        from mmsid.refine.sid_reward import SidRewardConfig, run
+
+        return SidRewardConfig, run
     if name == "refine":
         from mmsid.refine.refine import RefineConfig, run
 
@@ -67,21 +80,30 @@ def _load_stage(name: str) -> Stage:
         from mmsid.recommend.train import TrainRecommenderConfig, run
 
         return TrainRecommenderConfig, run
+    if name == "train_recommender_rl":
+        from mmsid.recommend.reinforce import TrainRecommenderRLConfig, run
+
+        return TrainRecommenderRLConfig, run
     from mmsid.report.summary import ReportConfig, run
 
     return ReportConfig, run
 
 
+ON_RAY = ("caption", "interests")  # stages that can be handed to a Ray cluster
 STAGES = (
     "train_captioner",
     "caption",
     "interests",
+    "judge",
+    "text_quality",
     "train_tokenizer",
     "assign",
     "stability",
     "baselines",
+    "sid_reward",
     "refine",
     "train_recommender",
+    "train_recommender_rl",
     "report",
 )
 
@@ -134,6 +156,8 @@ def _upstream(stage: str, folder: dict[str, Path], header: RunHeader, configs: d
         "cache": header.runs / ".cache" / "annotations.sqlite",
         "captions": folder.get("caption"),
         "interests": folder.get("interests"),
+        "judgements": folder.get("judge"),
+        "text_quality": folder.get("text_quality"),
         "tokenizer": folder.get("train_tokenizer"),
         "sids": folder.get("assign"),
         "arms": arms if stage == "train_recommender" and arms else None,
@@ -141,8 +165,8 @@ def _upstream(stage: str, folder: dict[str, Path], header: RunHeader, configs: d
     }
 
 
-def run_stages(configs: dict[str, StageConfig], redo: Sequence[str] = ()) -> None:
-    """Run every stage in order, keeping those that are finished and unchanged.
+def run_stages(configs: dict[str, StageConfig], redo: Sequence[str] = (), engine: str = "local") -> None:
+    """Run every stage in order, keeping those that are finished and unchanged. `engine`: where stages of `ON_RAY` work.
 
     Raises:
         ArtifactError: a finished folder was written with another configuration or other inputs.
@@ -159,7 +183,7 @@ def run_stages(configs: dict[str, StageConfig], redo: Sequence[str] = ()) -> Non
             _check_unchanged(stage, config)
             done(f"{stage}: finished earlier, kept ({config.out})")
             continue
-        _load_stage(stage)[1](config)
+        _load_stage(stage)[1](config, **({"engine": engine} if stage in ON_RAY else {}))
 
 
 def _check_unchanged(stage: str, config: StageConfig) -> None:
@@ -205,24 +229,27 @@ def _one_stage(stage: str, arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog=f"mmsid {stage}", description=f"Run the stage {stage} of a configuration.")
     parser.add_argument("--config", required=True, type=Path, help="YAML of the run; the section with the stage's name is used")
     parser.add_argument("--redo", action="store_true", help="write a finished folder again")
+    if stage in ON_RAY:
+        parser.add_argument("--engine", choices=("local", "ray"), default="local", help="ray: in the actors of a Ray cluster (extra `ray`)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides, e.g. train_tokenizer.steps=50")
     if stage == "assign":
         parser.add_argument("--append", metavar="SIDS", help="keep the Semantic IDs of this folder, give new items theirs (assign.append)")
     parsed = parser.parse_intermixed_args(arguments)
     append = [f"assign.append={parsed.append}"] if getattr(parsed, "append", None) else []
     data = load_yaml(parsed.config, [*parsed.overrides, *append])
-    data.setdefault(stage, {})
+    data.setdefault(stage, data.get("refine", {}) if stage == "sid_reward" else {})
     configs = wire(data, source=str(parsed.config))
-    run_stages({stage: configs[stage]}, redo=[stage] if parsed.redo else [])
+    run_stages({stage: configs[stage]}, redo=[stage] if parsed.redo else [], engine=getattr(parsed, "engine", "local"))
 
 
 def _run(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="mmsid run", description="Run all stages in order; continues where it stopped.")
     parser.add_argument("config", type=Path)
     parser.add_argument("--redo", action="append", default=[], metavar="STAGE", help="write this stage and what follows again")
+    parser.add_argument("--engine", choices=("local", "ray"), default="local", help=f"where {' and '.join(ON_RAY)} work")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parsed = parser.parse_args(arguments)
-    run_stages(wire(load_yaml(parsed.config, parsed.overrides), source=str(parsed.config)), redo=parsed.redo)
+    run_stages(wire(load_yaml(parsed.config, parsed.overrides), source=str(parsed.config)), redo=parsed.redo, engine=parsed.engine)
 
 
 def _report(arguments: list[str]) -> None:

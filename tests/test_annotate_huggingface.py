@@ -2,12 +2,15 @@
 
 import json
 import os
+import pickle
 import random
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -22,13 +25,14 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2VLImageProcessorPil,
     SiglipImageProcessorPil,
     SiglipVisionConfig,
 )
 
 from mmsid.annotate.caption import run as run_caption
 from mmsid.annotate.generator import Request
-from mmsid.annotate.huggingface import HuggingFaceGenerator, SeededGumbel
+from mmsid.annotate.huggingface import HuggingFaceGenerator, SeededGumbel, limit_picture_tokens
 from mmsid.annotate.interests import InterestsConfig
 from mmsid.annotate.interests import run as run_interests
 from mmsid.annotate.prompts import load_prompt
@@ -149,6 +153,46 @@ def test_a_batch_that_does_not_fit_is_halved_and_a_request_that_never_fits_fails
     answers = generator.generate(asked)
     assert answers[:3] == expected[:3]
     assert answers[3].reason == "out_of_memory"
+
+
+def test_the_next_inputs_are_prepared_while_the_model_is_at_the_last(text_model):
+    both = threading.Barrier(2, timeout=60)
+
+    class Watched(HuggingFaceGenerator):
+        def inputs(self, batch):
+            found = super().inputs(batch)
+            both.wait()  # passes only when both calls' inputs are ready
+            return found
+
+    generator = Watched(text_model, max_new_tokens=4)
+    asked = requests(pictures=False)
+    with ThreadPoolExecutor(generator.calls_at_once) as calls:
+        halves = list(calls.map(generator.generate, [asked[:2], asked[2:]]))
+    assert halves[0] + halves[1] == HuggingFaceGenerator(text_model, max_new_tokens=4).generate(asked)
+
+
+@pytest.mark.parametrize("side", [100, 400, 1_500])
+def test_a_picture_costs_no_more_tokens_than_its_budget(side):
+    processor = Qwen2VLImageProcessorPil(patch_size=14, merge_size=2, temporal_patch_size=2)
+    limit_picture_tokens(processor, 64, "qwen")
+    grid = processor(Image.new("RGB", (side, side * 2 // 3)), return_tensors="pt")["image_grid_thw"][0]
+    tokens = int(grid.prod()) // 4
+    assert tokens <= 64
+    assert tokens > 40 or side == 100  # and what is allowed is used
+
+
+def test_a_processor_of_one_size_has_no_budget(llava):
+    with pytest.raises(ConfigError, match=r"picture_tokens: .* same number of tokens"):
+        HuggingFaceGenerator(llava, picture_tokens=64).generate(requests()[:1])
+
+
+def test_a_generator_is_the_same_after_a_journey(llava, tmp_path, monkeypatch):
+    generator = HuggingFaceGenerator(llava, max_new_tokens=6)
+    said = generator.generate(requests())
+    monkeypatch.chdir(tmp_path)
+    there = pickle.loads(pickle.dumps(generator))
+    assert (there.model_id, there.parameters) == (generator.model_id, generator.parameters)
+    assert there.generate(requests()) == said
 
 
 def test_drawing_follows_the_softmax():

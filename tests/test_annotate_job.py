@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import threading
 import time
 
 import pytest
@@ -16,6 +17,7 @@ from mmsid.annotate.caption import run
 from mmsid.annotate.generator import GenerationFailure
 from mmsid.annotate.reading import read_captions
 from mmsid.artifacts import is_complete, read_manifest
+from mmsid.catalog import load_picture
 from mmsid.errors import AnnotationError, ArtifactError
 
 
@@ -179,6 +181,39 @@ def test_an_unfinished_folder_is_refused(tmp_path):
     (tmp_path / "caption").mkdir()
     with pytest.raises(ArtifactError, match="unfinished"):
         read_captions(tmp_path / "caption")
+
+
+def test_the_next_pictures_are_read_while_the_model_works(catalog, undisturbed, tmp_path, monkeypatch):
+    from mmsid.annotate import caption
+
+    read, far_enough = [], threading.Event()
+
+    def load(*arguments, **options):
+        read.append(arguments[0])
+        if len(read) > 4:  # more than the batch that the model is at
+            far_enough.set()
+        return load_picture(*arguments, **options)
+
+    class Waiting(StubGenerator):
+        def generate(self, requests):
+            assert far_enough.wait(timeout=60), "nobody reads on while the model works"
+            return super().generate(requests)
+
+    monkeypatch.setattr(caption, "load_picture", load)
+    assert rows_of(run(caption_config(catalog, tmp_path / "caption"), Waiting())) == undisturbed
+
+
+def test_a_generator_of_several_calls_has_the_next_one_before_the_last_is_answered(catalog, undisturbed, tmp_path):
+    class Two(StubGenerator):
+        calls_at_once = 2
+        met = threading.Barrier(2, timeout=60)
+
+        def generate(self, requests):
+            if len(self.calls) < 2:
+                self.met.wait()  # passes only when both calls are under way
+            return super().generate(requests)
+
+    assert rows_of(run(caption_config(catalog, tmp_path / "caption", shard_rows=100), Two())) == undisturbed
 
 
 # SIGKILL at random moments

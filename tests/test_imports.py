@@ -7,7 +7,8 @@ import mmsid
 
 PACKAGE = Path(mmsid.__file__).parent
 STOREY = {"cli": 5, "report": 4, "recommend": 4, "refine": 4, "tokenizer": 3, "annotate": 3}
-STOREY |= {"sids": 2, "quantize": 2, "backbone": 2, "catalog": 2, "artifacts": 1, "config": 1, "progress": 1, "precision": 1, "errors": 0}
+STOREY |= {"sids": 2, "quantize": 2, "backbone": 2, "catalog": 2}
+STOREY |= {"artifacts": 1, "config": 1, "disk": 1, "progress": 1, "precision": 1, "trainers": 1, "on_ray": 1, "errors": 0}
 
 
 def room_of(module: str) -> str | None:

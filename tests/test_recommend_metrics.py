@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from mmsid.errors import MmsidError
 from mmsid.recommend.metrics import Coverage, Ranks, hit_rate, ndcg, over_seeds, paired_bootstrap, per_position, rank_targets, summarise
 
 
@@ -58,7 +59,7 @@ def test_masked_items_are_no_candidates_and_nan_is_refused():
     assert (above.item(), tied.item()) == (0, 2)
     above, tied = rank_targets(scores, torch.tensor([0]))
     assert (above.item(), tied.item()) == (3, 0)
-    with pytest.raises(ValueError, match="NaN"):
+    with pytest.raises(MmsidError, match="NaN"):
         rank_targets(torch.tensor([[math.nan, 1.0]]), torch.tensor([1]))
 
 

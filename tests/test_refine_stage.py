@@ -174,13 +174,13 @@ def test_two_processes_end_with_the_codes_of_one(start, tmp_path):
         "hit_rate": 9.0,
     }
     for processes, command in ((1, [sys.executable]), (2, launch)):
-        config = _config(start, tmp_path / f"refine{processes}", rounds=10, gate=loose)
+        config = _config(start, tmp_path / f"refine{processes}", rounds=6, gate=loose)
         section = json.loads(config.model_dump_json())
         catalog = section.pop("catalog")
         (tmp_path / "run.yaml").write_text(yaml.safe_dump({"name": "tiny", "catalog": catalog, "refine": section}))
         script = str(Path(__file__).parents[1] / "scripts" / "train_rl.py")
         done = subprocess.run(
-            [*command, script, "--config", str(tmp_path / "run.yaml")], env=environment, capture_output=True, text=True, timeout=500
+            [*command, script, "--config", str(tmp_path / "run.yaml")], env=environment, capture_output=True, text=True, timeout=1500
         )
         assert done.returncode == 0, done.stderr[-3000:]
         assert read_manifest(config.out, "refine")["counts"]["processes"] == processes

@@ -19,7 +19,8 @@ class AnnotationCache:
     Each `put` is one transaction; a SIGKILL loses at most the transaction under way.
 
     Raises:
-        AnnotationError: reason `cache_unreadable`, when the file is not a sqlite database or cannot be written.
+        AnnotationError: reason `cache_unreadable`, when the file is not a sqlite database or cannot be written; `cache_full`
+            when its disk is full, `cache_busy` when another job kept it locked for a minute.
     """
 
     def __init__(self, path: Path | None) -> None:
@@ -68,6 +69,16 @@ class AnnotationCache:
         self.close()
 
     def _broken(self, error: Exception) -> AnnotationError:
+        code = getattr(error, "sqlite_errorname", "")
+        where = self.path or "in the folder for temporary files"
+        if code == "SQLITE_FULL":
+            return AnnotationError(
+                "cache_full", f"annotation cache {where}: the disk is full; free some space and run again: answers are kept"
+            )
+        if code.startswith("SQLITE_BUSY"):
+            return AnnotationError("cache_busy", f"annotation cache {where}: another job keeps it locked; wait, or name another `cache`")
+        if code.startswith(("SQLITE_READONLY", "SQLITE_CANTOPEN")):
+            return AnnotationError("cache_unreadable", f"annotation cache {where}: {error}; make it writable, or name another `cache`")
         return AnnotationError(
             "cache_unreadable",
             f"annotation cache {self.path}: {error}; delete the file (answers are then generated anew) or set cache: null",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -9,12 +10,14 @@ from PIL import Image
 
 from mmsid.annotate.generator import Generator
 from mmsid.annotate.job import annotate
+from mmsid.annotate.overlays import masked
 from mmsid.annotate.prompts import evidence_json, load_prompt
-from mmsid.annotate.records import Caption, parse_caption
-from mmsid.annotate.units import DEMO, ModelJobConfig, Task, Unit
+from mmsid.annotate.records import Caption, Record, parse_caption
+from mmsid.annotate.server import OpenAIGenerator
+from mmsid.annotate.units import DEMO, Engine, ModelJobConfig, Task, Unit
 from mmsid.artifacts import Draft, is_complete, read_manifest, writing
-from mmsid.catalog import CatalogConfig, Item, load_picture, read_catalog
-from mmsid.progress import done
+from mmsid.catalog import Item, PictureLimits, load_picture, read_catalog
+from mmsid.progress import done, is_main_process
 
 PICTURE = "picture_"  # prefix of the catalogue's problem codes that name a refused picture
 
@@ -23,21 +26,25 @@ class CaptionConfig(ModelJobConfig):
     """What to caption and with which model. Prompt: `caption_demo` for our own small models, else `caption`."""
 
 
-def run(config: CaptionConfig, generator: Generator | None = None) -> Path:
-    """Caption every creative of the catalogue into `config.out`; `generator` replaces the configured model (tests, servers).
+def run(config: CaptionConfig, generator: Generator | None = None, engine: Engine = "local") -> Path:
+    """Caption every creative of the catalogue into `config.out`; `generator` replaces the configured model (tests).
+
+    `engine` says where: in this process (or the ranks of `accelerate launch`), or in the actors of a Ray cluster.
 
     Raises:
         AnnotationError: reason `gate`, when too many creatives failed (the rows stay in the draft, see `job`).
         ConfigError, CatalogError: model, prompt or catalogue cannot be used.
     """
     prompt = load_prompt(config.prompt or default_prompt("caption", config))
-    task = Task("caption", prompt, Caption, parse_caption, picture_loader(config.catalog))
+    task = Task("caption", prompt, Caption, parse_caption, picture_loader(config))
     with writing(config.out, stage="caption", config=config, inputs=input_paths(config), resume=True) as draft:
         catalog = read_catalog(config.catalog)
-        units = [unit for item in catalog.items for unit in _units(item, prompt.wants_evidence)]
-        annotate(units, task, generator or model_of(config), config, draft)
+        total = sum(len(_units(item, with_text=False)) for item in catalog.items)
+        units = (unit for item in catalog.items for unit in _units(item, prompt.wants_evidence))
+        annotate(units, total, task, generator or model_of(config, Caption), config, draft, engine)
         draft.extra.update(catalog_sha256=catalog.sha256, prompt=prompt.name, prompt_sha256=prompt.sha256)
-    done(closing_line("caption", draft, config.out))
+    if is_main_process():
+        done(closing_line("caption", draft, config.out))
     return config.out
 
 
@@ -54,33 +61,56 @@ def default_prompt(kind: str, config: ModelJobConfig) -> str:
     """The prompt that suits the model: a captioner of ours answers the one it was trained on, hub models need it spelled out."""
     if str(config.model) == DEMO:
         return f"{kind}_demo"
-    if is_complete(Path(config.model)):
+    if config.server is None and is_complete(Path(config.model)):
         return read_manifest(Path(config.model))["config"].get(f"{kind}_prompt") or f"{kind}_demo"
     return kind
 
 
-def model_of(config: ModelJobConfig) -> Generator:
-    """The configured Hugging Face model."""
+def model_of(config: ModelJobConfig, record: type[Record]) -> Generator:
+    """The configured model, in process or behind a server."""
+    if config.server is not None:
+        return OpenAIGenerator(
+            str(config.model),
+            config.server,
+            revision=config.revision,
+            max_new_tokens=config.max_new_tokens,
+            schema=record.model_json_schema(),
+            batch_size=config.batch_size,
+        )
     from mmsid.annotate.huggingface import HuggingFaceGenerator  # seconds of imports, for those alone who need a model
 
     return HuggingFaceGenerator(
-        config.model, revision=config.revision, dtype=config.dtype, device=config.device, max_new_tokens=config.max_new_tokens
+        config.model,
+        revision=config.revision,
+        dtype=config.dtype,
+        device=config.device,
+        max_new_tokens=config.max_new_tokens,
+        picture_tokens=config.picture_tokens,
     )
 
 
-def picture_loader(catalog: CatalogConfig) -> partial[Image.Image]:
-    """Reads a creative under the catalogue's limits."""
-    return partial(_load, catalog)
+def picture_loader(config: ModelJobConfig) -> partial[Image.Image]:
+    """Reads a creative under the catalogue's limits, in whatever process and folder it is called; with `mask_overlays` shrunk and
+    masked, so that what is looked at is what is fed."""
+    load = partial(_load, config.catalog.pictures, config.catalog.root.absolute())
+    return partial(_load_masked, load, config.max_side) if config.mask_overlays else load
 
 
-def _load(catalog: CatalogConfig, path: Path) -> Image.Image:
-    return load_picture(path, catalog.pictures, root=catalog.root)
+def _load(limits: PictureLimits, root: Path, path: Path) -> Image.Image:
+    return load_picture(path, limits, root=root)
+
+
+def _load_masked(load: Callable[[Path], Image.Image], max_side: int | None, path: Path) -> Image.Image:
+    picture = load(path)
+    if max_side is not None:
+        picture.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
+    return masked(picture)
 
 
 def input_paths(config: ModelJobConfig) -> dict[str, Path]:
     """Files and finished folders that the rows are made from (for the manifest)."""
     paths = {"items": config.catalog.items, "sequences": config.catalog.sequences}
-    model = Path(config.model) if is_complete(Path(config.model)) else None
+    model = Path(config.model) if config.server is None and is_complete(Path(config.model)) else None
     return {name: path for name, path in (paths | {"model": model}).items() if path is not None}
 
 

@@ -9,10 +9,14 @@ from __future__ import annotations
 import re
 import unicodedata
 
+from mmsid.catalog.wording import speaks_to_machines, visible
+
 SENSITIVE = "sensitive"
 ECHO = "prompt_echo"
 REFUSAL = "refusal"
 INSTRUCTION = "instruction_in_evidence"
+HIDDEN_TEXT = "hidden_text_in_evidence"
+PASSED_ON = "instruction_in_output"
 
 
 def normalise(text: str) -> str:
@@ -42,11 +46,6 @@ _REFUSAL = re.compile(
     r"|i (?:can ?not|can['’]?t|won['’]?t|will not|do not|don['’]?t) |as an? (?:ai|artificial intelligence|language model|large language)"
     r"|no image (?:was |is |has been )?(?:provided|attached|given)|(?:the|this) (?:request|image|picture) (?:cannot|can not|could not) be)"
 )
-_INSTRUCTION = re.compile(
-    r"(?:ignore|disregard|forget|override)\s+(?:\w+\s+){0,3}(?:previous|prior|above|earlier|preceding|system|all)\s+"
-    r"(?:\w+\s+){0,2}(?:instructions?|prompts?|rules?|messages?)"
-    r"|(?:you are now|from now on,? you|new instructions?:|system prompt|respond only with|<\|im_start\|>|<\|system\|>|\[inst\])"
-)
 
 
 def refuses(text: str) -> bool:
@@ -55,19 +54,25 @@ def refuses(text: str) -> bool:
 
 
 def output_flags(texts: list[str], prompt: str) -> list[str]:
-    """Flags of what a valid record says: `sensitive` words, `prompt_echo` (six words running that stand in the instruction)."""
+    """Flags of what a valid record says: `sensitive` words, `instruction_in_output` (it passes on an order, read off a picture, say,
+    which the next model would meet), `prompt_echo` (six words running that stand in the instruction)."""
+    orders = any(speaks_to_machines(part) for part in texts)
     texts = [normalise(part) for part in texts]
     flags = []
     if any(_SENSITIVE.search(part) for part in texts):
         flags.append(SENSITIVE)
+    if orders:
+        flags.append(PASSED_ON)
     if any(_echoes(part, normalise(prompt)) for part in texts):
         flags.append(ECHO)
     return flags
 
 
 def evidence_flags(texts: list[str]) -> list[str]:
-    """`instruction_in_evidence` when the advertiser's own text tries to instruct a model: the row deserves a look."""
-    return [INSTRUCTION] if any(_INSTRUCTION.search(normalise(part)) for part in texts) else []
+    """`instruction_in_evidence` when the advertiser's own text tries to instruct a model, `hidden_text_in_evidence` when it holds
+    characters that no reader sees: the row deserves a look."""
+    flags = [INSTRUCTION] if any(speaks_to_machines(part) for part in texts) else []
+    return flags + ([HIDDEN_TEXT] if any(visible(part) != part for part in texts) else [])
 
 
 def _echoes(text: str, prompt: str, run: int = 6) -> bool:

@@ -1,4 +1,4 @@
-"""What a job asks of a generator. In-process models, and later servers, stand behind this one door."""
+"""What a job asks of a generator. In-process models and servers stand behind this one door."""
 
 from __future__ import annotations
 
@@ -29,8 +29,17 @@ class GenerationFailure:
     detail: str = ""
 
 
+# Reasons that lie with a server or a machine, not with the input: a job that is resumed tries these rows again.
+PASSING = frozenset({"server_timeout", "server_busy", "server_error", "server_unreachable", "server_garbled", "out_of_memory"})
+
+
 class Generator(Protocol):
-    """Answers requests in order, one text or failure each. It may run them at once, in batches, or against a server."""
+    """Answers requests in order, one text or failure each. It may run them at once, in batches, or against a server.
+
+    Two attributes are optional. `calls_at_once` (default 1): how many `generate` calls to have under way, each in a thread of its
+    own, so that the next batch is at hand when the last is answered. `close()`: end what is under way and let go of connections;
+    a later `generate` starts anew. For the Ray engine a generator must pickle, and be the same after it.
+    """
 
     model_id: str
 

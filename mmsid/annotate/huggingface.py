@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+import functools
+import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -44,54 +47,99 @@ class HuggingFaceGenerator:
 
     A request's answer does not depend on what shares its batch: greedy decoding is padded on the left under a mask, and a
     drawn answer takes its noise from its own seed (Gumbel-max), not from a generator shared by the batch.
-    `model_id` is the model's name and the first 12 hex digits of the hash of its safetensors.
+    `model_id` is the model's name and the first 12 hex digits of the hash of its safetensors. The weights are loaded with the
+    first request: until then the object is only a description, which is how it travels to another process (by its arguments).
 
     Args:
         name: `demo`, a local folder (a finished `train_captioner` folder, too), or a hub id (offline: from the local cache).
         dtype: number format of the weights: `auto` (as stored), `float32`, `bfloat16`, `float16`.
-        device: `auto` = cuda when there is one.
+        device: `auto` = cuda when there is one, under `accelerate launch` the one of this rank.
+        picture_tokens: pictures are shrunk to at most so many tokens by the model's own processor; None = as it is set.
 
     Raises:
-        ConfigError: the model cannot be found, has no safetensors, or is of no supported kind.
+        ConfigError: the model cannot be found, has no safetensors, or is of no supported kind; its processor does not scale
+            tokens with the picture's size but `picture_tokens` is given.
     """
 
+    calls_at_once = 2  # one call's inputs are prepared while the other's are in the model
+
     def __init__(
-        self, name: str | Path, *, revision: str | None = None, dtype: str = "float32", device: str = "auto", max_new_tokens: int = 256
+        self,
+        name: str | Path,
+        *,
+        revision: str | None = None,
+        dtype: str = "float32",
+        device: str = "auto",
+        max_new_tokens: int = 256,
+        picture_tokens: int | None = None,
     ) -> None:
-        self.name, self.dtype, self.max_new_tokens = str(name), dtype, max_new_tokens
-        folder = _locate(self.name, revision)
-        self.model_id = f"{_short_name(self.name)}@{_files_sha256(folder, ('*.safetensors',))[:12]}"
-        self._settings_sha256 = _files_sha256(folder, _SETTINGS)
-        self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        self.name, self.revision, self.dtype, self.max_new_tokens = str(name), revision, dtype, max_new_tokens
+        self.asked_device, self.picture_tokens = device, picture_tokens
+        self.folder = _locate(self.name, revision)
+        self.model_id = f"{_short_name(self.name)}@{_files_sha256(self.folder, ('*.safetensors',))[:12]}"
+        self._settings_sha256 = _files_sha256(self.folder, _SETTINGS)
+        self._loading, self._in_model = threading.Lock(), threading.Lock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        name = str(Path(self.name).absolute()) if Path(self.name).is_dir() else self.name
+        options = {"revision": self.revision, "dtype": self.dtype, "device": self.asked_device}
+        options |= {"max_new_tokens": self.max_new_tokens, "picture_tokens": self.picture_tokens}
+        return functools.partial(HuggingFaceGenerator, **options), (name,)
+
+    @functools.cached_property
+    def reads_pictures(self) -> bool:
+        """False for a model that reads text only."""
         try:
-            kind = AutoConfig.from_pretrained(folder).model_type
-            self.reads_pictures = kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-            model_class = AutoModelForImageTextToText if self.reads_pictures else AutoModelForCausalLM
-            self.processor = (AutoProcessor if self.reads_pictures else AutoTokenizer).from_pretrained(folder)
-            wanted = dtype if dtype == "auto" else getattr(torch, dtype)
-            with no_loading_bar():
-                model = model_class.from_pretrained(folder, dtype=wanted, use_safetensors=True)
+            return AutoConfig.from_pretrained(self.folder).model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+        except (OSError, ValueError) as error:
+            raise self._unusable(error) from error
+
+    @functools.cached_property
+    def processor(self) -> Any:
+        """The model's own processor (or text tokenizer), padding on the left."""
+        try:
+            processor = (AutoProcessor if self.reads_pictures else AutoTokenizer).from_pretrained(self.folder)
         except (OSError, ValueError, ImportError) as error:
-            raise ConfigError(f"model {name!r} in {folder} cannot be loaded: {error}") from error
-        self.model = model.to(self.device).eval()
-        self.tokenizer = getattr(self.processor, "tokenizer", self.processor)
-        self.tokenizer.padding_side = "left"
-        if self.tokenizer.pad_token_id is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
-        if not getattr(self.processor, "chat_template", None) and not self.tokenizer.chat_template:
-            raise ConfigError(f"model {name!r} has no chat template; use an instruction-tuned model")
+            raise self._unusable(error) from error
+        tokenizer = getattr(processor, "tokenizer", processor)
+        tokenizer.padding_side = "left"
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        if not getattr(processor, "chat_template", None) and not tokenizer.chat_template:
+            raise ConfigError(f"model {self.name!r} has no chat template; use an instruction-tuned model")
+        if self.picture_tokens is not None:
+            limit_picture_tokens(getattr(processor, "image_processor", None), self.picture_tokens, self.name)
+        return processor
+
+    @functools.cached_property
+    def model(self) -> torch.nn.Module:
+        """The weights, on the device."""
+        model_class = AutoModelForImageTextToText if self.reads_pictures else AutoModelForCausalLM
+        wanted = self.dtype if self.dtype == "auto" else getattr(torch, self.dtype)
+        try:
+            with no_loading_bar():
+                model = model_class.from_pretrained(self.folder, dtype=wanted, use_safetensors=True)
+        except (OSError, ValueError, ImportError) as error:
+            raise self._unusable(error) from error
+        for name, weight in model.named_parameters():
+            if not torch.isfinite(weight).all():
+                raise ConfigError(f"model {self.name!r} in {self.folder}: {name} holds NaN or infinite values; copy the model anew")
+        return model.to(_device(self.asked_device)).eval()
 
     @property
     def parameters(self) -> dict[str, Any]:
         """Part of the cache key: token limit, number format, and the hash of tokenizer, processor and template files."""
-        return {"max_new_tokens": self.max_new_tokens, "dtype": self.dtype, "settings_sha256": self._settings_sha256}
+        budget = {} if self.picture_tokens is None else {"picture_tokens": self.picture_tokens}
+        return {"max_new_tokens": self.max_new_tokens, "dtype": self.dtype, "settings_sha256": self._settings_sha256, **budget}
 
     def generate(self, requests: list[Request]) -> list[str | GenerationFailure]:
         """Answer in order. Requests with unlike numbers of pictures go in separate batches.
 
         A batch too large for the device's memory is halved; a single request that does not fit is a failure `out_of_memory`.
-        Raises ConfigError when a text-only model is handed pictures.
+        Raises ConfigError when a text-only model is handed pictures, or the model cannot be loaded.
         """
+        with self._loading:
+            _ = self.processor, self.model  # both load here, once, whichever thread comes first
         answers: list[str | GenerationFailure] = [""] * len(requests)
         groups: dict[tuple[int, bool], list[int]] = {}
         for at, request in enumerate(requests):
@@ -100,6 +148,9 @@ class HuggingFaceGenerator:
             for at, answer in zip(group, self._fitting([requests[at] for at in group])):
                 answers[at] = answer
         return answers
+
+    def _unusable(self, error: Exception) -> ConfigError:
+        return ConfigError(f"model {self.name!r} in {self.folder} cannot be loaded: {error}")
 
     def _fitting(self, requests: list[Request]) -> list[str | GenerationFailure]:
         try:
@@ -111,10 +162,16 @@ class HuggingFaceGenerator:
         half = len(requests) // 2
         return self._fitting(requests[:half]) + self._fitting(requests[half:])
 
-    @torch.inference_mode()
     def _batch(self, requests: list[Request]) -> list[str]:
         if requests[0].pictures and not self.reads_pictures:
             raise ConfigError(f"model {self.name!r} reads text only but was given pictures; set pictures: false or name a vision model")
+        inputs = self.inputs(requests)
+        with self._in_model:
+            tokens = self.tokens(inputs, requests)
+        return self.texts(tokens, inputs)
+
+    def inputs(self, requests: list[Request]) -> dict[str, torch.Tensor]:
+        """What the model reads: chat template, text tokens and pixels of requests with equally many pictures."""
         chats = [[{"role": "user", "content": self._content(request)}] for request in requests]
         options: dict[str, Any] = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
         if self.reads_pictures:
@@ -123,24 +180,32 @@ class HuggingFaceGenerator:
             options["padding"] = True
         inputs = self.processor.apply_chat_template(chats, **options)
         inputs.pop("labels", None)  # PaliGemma's processor returns them even when nothing is trained
-        inputs = {
-            name: value.to(self.device, self.model.dtype if value.is_floating_point() else None)
-            for name, value in inputs.items()
-            if isinstance(value, torch.Tensor)
-        }
+        return {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+
+    @torch.inference_mode()
+    def tokens(self, inputs: dict[str, torch.Tensor], requests: list[Request]) -> torch.Tensor:
+        """Prompt and answer tokens (B, T), padded on both sides."""
+        device, dtype = self.model.device, self.model.dtype
         noise = LogitsProcessorList([SeededGumbel(requests)]) if requests[0].temperature > 0 else None
-        tokens = self.model.generate(
-            **inputs,
+        return self.model.generate(
+            **{name: value.to(device, dtype if value.is_floating_point() else None) for name, value in inputs.items()},
             max_new_tokens=self.max_new_tokens,
             do_sample=False,
             num_beams=1,
             temperature=None,
             top_p=None,
             top_k=None,
-            pad_token_id=self.tokenizer.pad_token_id,
+            pad_token_id=self._text_tokenizer.pad_token_id,
             logits_processor=noise,
         )
-        return self.tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+    def texts(self, tokens: torch.Tensor, inputs: dict[str, torch.Tensor]) -> list[str]:
+        """The answers alone."""
+        return self._text_tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+    @property
+    def _text_tokenizer(self) -> Any:
+        return getattr(self.processor, "tokenizer", self.processor)
 
     def _content(self, request: Request) -> Any:
         if not self.reads_pictures:
@@ -186,6 +251,31 @@ def _locate(name: str, revision: str | None) -> Path:
     if not any(folder.glob("*.safetensors")):
         raise ConfigError(f"model {name!r}: no safetensors in {folder}; pickled weights are refused")
     return folder
+
+
+def limit_picture_tokens(image_processor: Any, tokens: int, name: str) -> None:
+    """Make `image_processor` shrink pictures to at most `tokens` tokens: the largest single lever on what a caption costs.
+
+    Processors of the Qwen-VL kind spend one token on every (patch * merge) ** 2 pixels, up to `size["longest_edge"]` pixels in all.
+
+    Raises:
+        ConfigError: the processor resizes every picture to one size, so that there is nothing to choose.
+    """
+    patch, merge = getattr(image_processor, "patch_size", None), getattr(image_processor, "merge_size", None)
+    size = getattr(image_processor, "size", None)
+    if not isinstance(patch, int) or not isinstance(merge, int) or size is None or size["longest_edge"] is None:
+        raise ConfigError(f"picture_tokens: the processor of {name!r} gives every picture the same number of tokens; remove the key")
+    pixels = tokens * (patch * merge) ** 2
+    image_processor.size = {"shortest_edge": min(pixels, size["shortest_edge"]), "longest_edge": pixels}
+    for pixel_limit in ("min_pixels", "max_pixels"):  # older processors read these instead
+        if getattr(image_processor, pixel_limit, None) is not None:
+            setattr(image_processor, pixel_limit, min(pixels, getattr(image_processor, pixel_limit)))
+
+
+def _device(asked: str) -> torch.device:
+    if asked != "auto":
+        return torch.device(asked)
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def _short_name(name: str) -> str:

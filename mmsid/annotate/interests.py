@@ -1,6 +1,6 @@
 """Stage `interests` (DCIM): the deep interests that an item may serve, as descriptors with confidences and one summary.
 
-Two generators. `huggingface`: a language model reads title, description and caption (or our small model the picture).
+Generators `huggingface` and `openai`: a language model reads title, description and caption (or our small model the picture).
 `coengagement`: no model at all, see `coengagement`; its rows may be reconstructed but never encoded.
 """
 
@@ -18,30 +18,33 @@ from mmsid.annotate.job import annotate
 from mmsid.annotate.prompts import PLACEHOLDER, Prompt, evidence_json, load_prompt
 from mmsid.annotate.reading import read_captions
 from mmsid.annotate.records import Interests, parse_interests
-from mmsid.annotate.units import ModelJobConfig, Task, Unit
+from mmsid.annotate.units import Engine, ModelJobConfig, Task, Unit
 from mmsid.artifacts import sha256, writing
 from mmsid.catalog import Catalog, Item, co_engagement, read_catalog, split_histories
-from mmsid.progress import done
+from mmsid.progress import done, is_main_process
 
 
 class InterestsConfig(ModelJobConfig):
     """What to mine interests from, and how.
 
     Attributes:
+        generator: as in `ModelJobConfig`, or the miner.
         captions: a finished `caption` folder, used where the prompt (or the miner) reads text.
         pictures: show the first readable picture to the model; None = only when the prompt has no place for text.
         descriptors, window: of the `coengagement` miner: how many per item, and how many steps apart still counts.
     """
 
-    generator: Literal["huggingface", "coengagement"] = "huggingface"
+    generator: Literal["huggingface", "openai", "coengagement"] = "huggingface"
     captions: Path | None = None
     pictures: bool | None = None
     descriptors: int = Field(default=5, ge=1, le=8)
     window: int = Field(default=3, ge=1)
 
 
-def run(config: InterestsConfig, generator: Generator | None = None) -> Path:
+def run(config: InterestsConfig, generator: Generator | None = None, engine: Engine = "local") -> Path:
     """Mine the interests of every item into `config.out`, one row each; `generator` replaces the configured model.
+
+    `engine` says where, as in `caption.run`; `coengagement` needs no model and always works here.
 
     Raises:
         AnnotationError: reason `gate`, when too many items failed (the rows stay in the draft, see `job`).
@@ -55,21 +58,23 @@ def run(config: InterestsConfig, generator: Generator | None = None) -> Path:
         prompt = load_prompt(config.prompt or default_prompt("interests", config))
     reads_captions = config.captions is not None and prompt.wants_evidence
     inputs = input_paths(config) | ({"captions": config.captions} if reads_captions else {})
-    loader = picture_loader(config.catalog)
+    loader = picture_loader(config)
     source = {"source": "coengagement" if mining else "llm"}
     task = Task("interests", prompt, Interests, parse_interests, loader, any_picture=True, constants=source)
     with writing(config.out, stage="interests", config=config, inputs=inputs, resume=True) as draft:
         catalog = read_catalog(config.catalog)
         captions = read_captions(config.captions) if reads_captions else {}
+        total = len(catalog.items)
         if mining:
             units = _mined_units(config, catalog, captions)
-            annotate(units, task, generator or CoengagementGenerator(), config.model_copy(update={"cache": None}), draft)
+            annotate(units, total, task, generator or CoengagementGenerator(), config.model_copy(update={"cache": None}), draft)
         else:
             pictures = not prompt.wants_evidence if config.pictures is None else config.pictures
-            units = [_unit(item, captions, with_text=prompt.wants_evidence, with_pictures=pictures) for item in catalog.items]
-            annotate(units, task, generator or model_of(config), config, draft)
+            units = (_unit(item, captions, with_text=prompt.wants_evidence, with_pictures=pictures) for item in catalog.items)
+            annotate(units, total, task, generator or model_of(config, Interests), config, draft, engine)
         draft.extra.update(catalog_sha256=catalog.sha256, prompt=prompt.name, prompt_sha256=prompt.sha256, **source)
-    done(closing_line("interests", draft, config.out))
+    if is_main_process():
+        done(closing_line("interests", draft, config.out))
     return config.out
 
 

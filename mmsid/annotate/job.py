@@ -3,7 +3,10 @@
 The units are cut, in the catalogue's canonical order, into shards of fixed content. A shard is annotated in batches sorted by
 length and written in one atomic step, so a job killed at any moment resumes at the first missing shard and ends with the very
 rows of an undisturbed run; answers given inside the lost shard are still in the cache. Accounting is exact:
-in = ok + quarantined(reason).
+in = ok + quarantined(reason). Only one shard's rows are held at a time (on Ray: those that are under way).
+
+Where the work is done changes nothing about the rows: in this process, in every process of `accelerate launch` (each takes
+every n-th shard), or in the actors of a Ray cluster (each takes pieces of shards); a draft begun by one is finished by another.
 
 Error-rate gate: when too many attempted units are quarantined, nothing is published and the stage fails. The draft folder
 keeps every row; the next run of the same configuration tries the quarantined units again and nothing else.
@@ -12,129 +15,129 @@ keeps every row; the next run of the same configuration tries the quarantined un
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import repeat
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-from PIL import Image
-from pydantic import ValidationError
+import pyarrow.compute as pc
 
+from mmsid.annotate.answers import Annotator, Cache, batched, job_identity
 from mmsid.annotate.cache import AnnotationCache
-from mmsid.annotate.flags import REFUSAL, evidence_flags, output_flags
-from mmsid.annotate.generator import GenerationFailure, Generator, Request
-from mmsid.annotate.prompts import PLACEHOLDER
-from mmsid.annotate.records import SCHEMA_VERSION, Record
-from mmsid.annotate.units import EXCUSED, JobConfig, Task, Unit
+from mmsid.annotate.generator import PASSING, Generator
+from mmsid.annotate.ranks import Ranks
+from mmsid.annotate.records import Record
+from mmsid.annotate.tally import Tally
+from mmsid.annotate.units import EXCUSED, Engine, JobConfig, Task, Unit
 from mmsid.artifacts import Draft, read_table, sha256, write_json, write_table
-from mmsid.errors import AnnotationError, ArtifactError, PictureError
+from mmsid.errors import AnnotationError, ArtifactError
 from mmsid.progress import track
+
+if TYPE_CHECKING:
+    from mmsid.annotate.fleet import RayFleet
 
 GATE_FILE = "gate.json"
 
 
-@dataclass
-class _Outcome:
-    """What became of one input: a record, or a reason. `attempts` holds each attempt's verdict ("ok" or its reason)."""
-
-    key: str | None
-    record: dict[str, Any] | None = None
-    reason: str | None = None
-    flags: list[str] = field(default_factory=list)
-    attempts: list[str] = field(default_factory=list)
-    rejected: str | None = None
-
-
-def annotate(units: Sequence[Unit], task: Task, generator: Generator, config: JobConfig, draft: Draft) -> None:
+def annotate(
+    units: Iterable[Unit], total: int, task: Task, generator: Generator, config: JobConfig, draft: Draft, engine: Engine = "local"
+) -> None:
     """Annotate `units` into `draft.path/shards/part-NNNNN.parquet`; fill the draft's counts.
 
     Args:
-        units: in canonical order, (item_id, creative) unique.
+        units: in canonical order, (item_id, creative) unique; read once, never held.
+        total: how many they are, for the progress bar.
         draft: opened with `resume=True`; shards that a killed run finished there are kept when they hold the same units.
+        engine: where the rows are made (see the module's text); not part of what they are.
 
     Raises:
         AnnotationError: reason `gate`, when more than `max_quarantined` of the attempted units failed (see the module's text);
-            reason `cache_unreadable`.
+            reason `cache_unreadable`; reason `server_gone`, when a server stopped answering altogether.
+        ConfigError: the model cannot be used; Ray is asked for and not installed, or its cluster is too small.
     """
-    if len({(unit.item_id, unit.creative) for unit in units}) != len(units):
-        raise AnnotationError("duplicate_unit", f"{task.what}: an (item_id, creative) pair stands twice among the units; this is a bug")
-    with AnnotationCache(config.cache) as cache, ThreadPoolExecutor(max_workers=4) as pool:
-        job = _Job(task, generator, config, draft, cache, pool)
-        for _ in track(job.run(units), what=task.what, total=len(units), unit="rows"):
-            pass
-        job.close()
+    ranks = Ranks(draft.path)
+    if engine == "ray":
+        from mmsid.annotate.fleet import RayFleet  # Ray is an extra, and takes a second to import
+
+        with RayFleet(task, generator, config) as fleet:
+            job = _Job(task, generator, config, draft, fleet.cache, ranks)
+            _watch(job.run_on(fleet, units), task, total)
+            work = fleet.work
+    else:
+        with AnnotationCache(config.cache) as cache, Annotator(task, generator, config, cache) as annotator:
+            job = _Job(task, generator, config, draft, cache, ranks)
+            _watch(job.run(annotator, units), task, total)
+            work = annotator.work
+    job.tally.work.update(work)
+    job.close()
+
+
+def _watch(steps: Iterator[None], task: Task, total: int) -> None:
+    for _ in track(steps, what=task.what, total=total, unit="rows"):
+        pass
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """One file to be: its place, its units, and the hash of what it is made from."""
+
+    path: Path
+    units: list[Unit]
+    digest: str
 
 
 class _Job:
-    def __init__(
-        self, task: Task, generator: Generator, config: JobConfig, draft: Draft, cache: AnnotationCache, pool: ThreadPoolExecutor
-    ) -> None:
-        self.task, self.generator, self.config, self.draft, self.cache, self.pool = task, generator, config, draft, cache, pool
+    def __init__(self, task: Task, generator: Generator, config: JobConfig, draft: Draft, cache: Cache, ranks: Ranks) -> None:
+        self.task, self.config, self.draft, self.cache, self.ranks = task, config, draft, cache, ranks
         self.shards = draft.path / "shards"
-        self.identity = {
-            "schema_version": SCHEMA_VERSION,
-            "what": task.what,
-            "prompt_sha256": task.prompt.sha256,
-            "model_id": generator.model_id,
-            "parameters": dict(generator.parameters),
-            "decoding": {
-                "temperature": config.temperature,
-                "retries": config.retries,
-                "retry_temperature": config.retry_temperature,
-                "seed": config.seed,
-                "max_side": config.max_side,
-            },
-        }
-        self.instruction = task.prompt.text.replace(PLACEHOLDER, "")
-        self.reasons: Counter[str] = Counter()
-        self.flags: Counter[str] = Counter()
-        self.work: Counter[str] = Counter()
-        self.counts = Counter({"in": 0, "ok": 0, "quarantined": 0})
-        self.excused = 0
-        self.failed_before: dict[str, _Outcome] = {}
+        self.identity = job_identity(task, generator, config)
+        self.tally = Tally()
 
-    # The walk over the shards
-
-    def run(self, units: Sequence[Unit]) -> Iterator[None]:
+    def run(self, annotator: Annotator, units: Iterable[Unit]) -> Iterator[None]:
         """Yield once per finished unit."""
-        self.shards.mkdir(exist_ok=True)
-        for torn in self.shards.glob(".*.tmp"):  # left by a kill in the middle of a write
-            torn.unlink()
-        again = (self.draft.path / GATE_FILE).exists()
-        expected = set()
-        for index, chunk in enumerate(_batched(units, self.config.shard_rows)):
-            path = self.shards / f"part-{index:05d}.parquet"
-            expected.add(path)
-            digest = self._digest(chunk)
-            rows = self._finished(path, digest)
-            if rows is not None:
-                self._remember(rows)
-                if again and any(row["status"] != "ok" and row["reason"] not in EXCUSED for row in rows):
-                    rows = None
-            if rows is None:
-                outcomes = yield from self._annotate(chunk)
-                rows = [self._row(unit, outcome) for unit, outcome in zip(chunk, outcomes)]
-                write_table(path, pa.Table.from_pylist(rows, schema=self.task.schema), {"content_sha256": digest})
+        for shard in self._missing(units):
+            if isinstance(shard, int):
+                yield from repeat(None, shard)
             else:
-                yield from (None for _ in chunk)
-            self._count(rows)
-        for stale in set(self.shards.glob("*.parquet")) - expected:
-            stale.unlink()
+                self._write(shard, (yield from annotator.rows(shard.units)))
+
+    def run_on(self, fleet: RayFleet, units: Iterable[Unit]) -> Iterator[None]:
+        """The same over the actors of a `RayFleet`; shards are written as their last piece comes home."""
+        finished: list[int] = []
+
+        def to_do() -> Iterator[_Shard]:
+            for shard in self._missing(units):
+                if isinstance(shard, int):
+                    finished.append(shard)
+                else:
+                    yield shard
+
+        # what waits for its rows keeps its name only: the units of all shards at once would not be flat memory
+        for shard, rows, advanced in fleet.rows((replace(shard, units=[]), shard.units) for shard in to_do()):
+            while finished:
+                yield from repeat(None, finished.pop())
+            yield from repeat(None, advanced)
+            if rows is not None:
+                self._write(shard, rows)
+        while finished:
+            yield from repeat(None, finished.pop())
 
     def close(self) -> None:
-        """Hand the counts over and hold the gate."""
-        attempted = self.counts["in"] - self.excused
-        failed = self.counts["quarantined"] - self.excused
-        limit = self.config.max_quarantined
+        """Bring the ranks together, hand the counts over and hold the gate (rank 0 does)."""
+        if not self.ranks.gather(self.tally):
+            return
+        tally, limit = self.tally, self.config.max_quarantined
+        attempted = tally.counts["in"] - tally.excused
+        failed = tally.counts["quarantined"] - tally.excused
         passed = failed <= limit * attempted
-        self.draft.counts.update(self.counts)
+        self.draft.counts.update(tally.counts)
         self.draft.extra.update(
-            reasons=dict(self.reasons.most_common()),
-            flags=dict(self.flags.most_common()),
-            work=dict(self.work),
+            reasons=tally.most_common("reasons"),
+            flags=tally.most_common("flags"),
+            work=dict(tally.work),
+            processes=self.ranks.count,
             gate={"passed": passed, "attempted": attempted, "failed": failed, "max_quarantined": limit},
         )
         gate = self.draft.path / GATE_FILE
@@ -142,7 +145,7 @@ class _Job:
             gate.unlink(missing_ok=True)
             return
         write_json(gate, {"counts": self.draft.counts, **self.draft.extra})
-        top = ", ".join(f"{reason} {count:,}" for reason, count in self.reasons.most_common(5))
+        top = ", ".join(f"{reason} {count:,}" for reason, count in list(tally.most_common("reasons").items())[:5])
         raise AnnotationError(
             "gate",
             f"{self.task.what}: {failed:,} of {attempted:,} attempted rows were quarantined ({failed / attempted:.1%}, "
@@ -150,25 +153,63 @@ class _Job:
             "Mend the cause and run again: only the quarantined rows are tried again. Or raise max_quarantined.",
         )
 
-    def _finished(self, path: Path, digest: str) -> list[dict[str, Any]] | None:
-        """Rows of a shard that an earlier run completed over exactly these units, else None."""
-        if not path.is_file():
+    # The walk over the shards
+
+    def _missing(self, units: Iterable[Unit]) -> Iterator[_Shard | int]:
+        """This rank's shards in order: what must still be made, or how many rows an earlier run finished (they are counted here)."""
+        self.ranks.begin(self._tidy)
+        again = (self.draft.path / GATE_FILE).exists()
+        shards = 0
+        for index, chunk in enumerate(batched(units, self.config.shard_rows)):
+            shards += 1
+            if index % self.ranks.count != self.ranks.index:
+                continue
+            if len({(unit.item_id, unit.creative) for unit in chunk}) != len(chunk):
+                what = self.task.what
+                raise AnnotationError("duplicate_unit", f"{what}: an (item_id, creative) pair stands twice among the units; this is a bug")
+            shard = _Shard(self.shards / f"part-{index:05d}.parquet", chunk, self._digest(chunk))
+            table = self._finished(shard)
+            if table is not None and not self._worth_another_try(table, again):
+                self.tally.add(table)
+                yield len(chunk)
+            else:
+                yield shard
+        if self.ranks.index == 0:
+            for stale in set(self.shards.glob("*.parquet")) - {self.shards / f"part-{index:05d}.parquet" for index in range(shards)}:
+                stale.unlink()
+
+    def _tidy(self) -> None:
+        self.shards.mkdir(exist_ok=True)
+        for torn in self.shards.glob(".*.tmp"):  # left by a kill in the middle of a write
+            torn.unlink()
+
+    def _finished(self, shard: _Shard) -> pa.Table | None:
+        """A shard that an earlier run completed over exactly these units, else None. Its answers go where this run looks for them."""
+        if not shard.path.is_file():
             return None
         try:
-            table = read_table(path)
+            table = read_table(shard.path)
         except ArtifactError:
             return None
-        if (table.schema.metadata or {}).get(b"content_sha256") != digest.encode():
+        if (table.schema.metadata or {}).get(b"content_sha256") != shard.digest.encode():
             return None
-        return table.to_pylist()
+        self._remember(table)
+        return table
 
-    def _remember(self, rows: list[dict[str, Any]]) -> None:
-        """Put an earlier run's answers where this run looks for them, so that duplicates and redone shards cost nothing."""
+    def _worth_another_try(self, table: pa.Table, again: bool) -> bool:
+        """Whether a row was quarantined for a reason that may have passed, or for any at all after a gate that did not open."""
+        reasons = set(table["reason"].unique().to_pylist()) - {None}
+        return bool(reasons & PASSING) or (again and bool(reasons - EXCUSED))
+
+    def _remember(self, table: pa.Table) -> None:
+        """Duplicates and redone shards shall cost nothing. A cache that has the shard's first answer has had them all."""
+        good = table.filter(pc.equal(table["status"], "ok"))
+        if len(good) == 0 or self.cache.get([good["input_sha256"][0].as_py()]):
+            return
         outcomes = {}
-        for row in rows:
-            if row["status"] == "ok":
-                record = {name: _from_column(self.task.record, name, row[name]) for name in self.task.record.model_fields}
-                outcomes[row["input_sha256"]] = {"record": record, "flags": row["flags"], "attempts": row["attempts"]}
+        for row in good.to_pylist():
+            record = {name: _from_column(self.task.record, name, row[name]) for name in self.task.record.model_fields}
+            outcomes[row["input_sha256"]] = {"record": record, "flags": row["flags"], "attempts": row["attempts"]}
         self.cache.put(outcomes)
 
     def _digest(self, chunk: Sequence[Unit]) -> str:
@@ -176,202 +217,14 @@ class _Job:
         units = [[u.item_id, u.creative, u.evidence, u.reason, [[str(path), *_stamp(path)] for path in u.pictures]] for u in chunk]
         return sha256({"identity": self.identity, "units": units})
 
-    def _count(self, rows: list[dict[str, Any]]) -> None:
-        for row in rows:
-            self.counts["in"] += 1
-            self.counts[row["status"]] += 1
-            self.excused += row["reason"] in EXCUSED
-            self.flags.update(row["flags"])
-            if row["reason"]:
-                self.reasons[row["reason"]] += 1
-
-    # One shard
-
-    def _annotate(self, chunk: Sequence[Unit]) -> Iterator[None]:
-        """Outcome of every unit of a shard, in its order (the generator's return value)."""
-        outcomes: list[_Outcome | None] = [None] * len(chunk)
-        asked: dict[str, list[int]] = {}
-        failed: dict[str, tuple[Unit, _Outcome]] = {}
-        pending: dict[str, tuple[Unit, Request]] = {}
-
-        def settle(results: dict[str, _Outcome], last: bool) -> Iterator[None]:
-            for key, outcome in results.items():
-                if outcome.record is None and not last:
-                    failed[key] = (chunk[asked[key][0]], outcome)
-                    continue
-                if outcome.record is None:
-                    self.failed_before[key] = outcome
-                for position in asked.pop(key):
-                    outcomes[position] = outcome
-                    yield None
-
-        last_attempt = self.config.retries == 0
-        for window in _batched(self._by_length(chunk), self.config.batch_size):
-            prepared = list(self.pool.map(self._prepare, [chunk[position] for position in window]))
-            keys = [ready[0] for ready in prepared if not isinstance(ready, _Outcome)]
-            known = self._known(keys)
-            for position, ready in zip(window, prepared):
-                if isinstance(ready, _Outcome):
-                    outcomes[position] = ready
-                    yield None
-                    continue
-                key, request = ready
-                if key in known:
-                    outcomes[position] = known[key]
-                    self.work["cache_hits"] += 1
-                    yield None
-                elif key in asked:
-                    asked[key].append(position)
-                    self.work["duplicates"] += 1
-                else:
-                    asked[key] = [position]
-                    pending[key] = (chunk[position], request)
-            while len(pending) >= self.config.batch_size:
-                batch = {key: pending.pop(key) for key in list(pending)[: self.config.batch_size]}
-                yield from settle(self._generate(batch, {}), last_attempt)
-        if pending:
-            yield from settle(self._generate(pending, {}), last_attempt)
-        for attempt in range(1, self.config.retries + 1):
-            earlier, failed = failed, {}
-            for keys in _batched(earlier, self.config.batch_size):
-                batch, gone = self._again({key: earlier[key] for key in keys}, attempt)
-                yield from settle(gone, last=True)
-                if batch:
-                    history = {key: earlier[key][1].attempts for key in batch}
-                    yield from settle(self._generate(batch, history), last=attempt == self.config.retries)
-        if any(outcome is None for outcome in outcomes):
-            raise AnnotationError("rows_lost", f"{self.task.what}: a shard ended with rows unanswered; this is a bug, please report it")
-        return outcomes
-
-    def _by_length(self, chunk: Sequence[Unit]) -> list[int]:
-        """Longest first: batches of like length waste no padding, and a batch too large for the memory shows at once."""
-        return sorted(range(len(chunk)), key=lambda at: (-len(chunk[at].pictures), -len(chunk[at].evidence), at))
-
-    def _prepare(self, unit: Unit) -> _Outcome | tuple[str, Request]:
-        """Read the unit's pictures and name its input, or say why it cannot be asked."""
-        if unit.reason is not None:
-            return _Outcome(key=None, reason=unit.reason)
-        try:
-            pictures = self._pictures(unit)
-        except PictureError as error:
-            return _Outcome(key=None, reason=f"picture_{error.reason}")
-        seen = [sha256(f"{picture.size}".encode() + picture.tobytes()) for picture in pictures]
-        key = sha256({**self.identity, "pictures": seen, "evidence": unit.evidence})
-        return key, Request(self.task.prompt.render(unit.evidence), pictures, self.config.temperature, _seed(key, 0))
-
-    def _again(
-        self, failed: Mapping[str, tuple[Unit, _Outcome]], attempt: int
-    ) -> tuple[dict[str, tuple[Unit, Request]], dict[str, _Outcome]]:
-        """The same requests, drawn instead of greedy, each with a seed of its own; and those whose picture went away meanwhile."""
-        batch, gone = {}, {}
-        for key, (unit, before) in failed.items():
-            try:
-                pictures = self._pictures(unit)
-            except PictureError as error:
-                reason = f"picture_{error.reason}"
-                gone[key] = _Outcome(key, reason=reason, flags=before.flags, attempts=[*before.attempts, reason])
-                continue
-            temperature = max(self.config.temperature, self.config.retry_temperature)
-            batch[key] = (unit, Request(self.task.prompt.render(unit.evidence), pictures, temperature, _seed(key, attempt)))
-        return batch, gone
-
-    def _pictures(self, unit: Unit) -> tuple[Image.Image, ...]:
-        pictures, problem = [], None
-        for path in unit.pictures:
-            try:
-                pictures.append(self._shrunk(self.task.load_picture(path)))
-            except PictureError as error:
-                if not self.task.any_picture:
-                    raise
-                problem = problem or error
-            if self.task.any_picture and pictures:
-                break
-        if problem and not pictures:
-            raise problem
-        return tuple(pictures)
-
-    def _shrunk(self, picture: Image.Image) -> Image.Image:
-        if self.config.max_side is not None and max(picture.size) > self.config.max_side:
-            picture.thumbnail((self.config.max_side, self.config.max_side), Image.Resampling.LANCZOS)
-        return picture
-
-    def _known(self, keys: list[str]) -> dict[str, _Outcome]:
-        """Answers at hand. An entry that no longer fits the schema (another program's, say) is treated as absent."""
-        known = {key: self.failed_before[key] for key in keys if key in self.failed_before}
-        for key, kept in self.cache.get(keys).items():
-            try:
-                record = self.task.record.model_validate(kept["record"]).model_dump()
-                known[key] = _Outcome(key, record, flags=list(kept["flags"]), attempts=list(kept["attempts"]))
-            except (ValidationError, KeyError, TypeError):
-                continue
-        return known
-
-    def _generate(self, batch: Mapping[str, tuple[Unit, Request]], history: Mapping[str, list[str]]) -> dict[str, _Outcome]:
-        """Ask for one batch and judge every answer; good ones go to the cache at once."""
-        requests = [request for _, request in batch.values()]
-        answers = self.generator.generate(requests)
-        if len(answers) != len(requests):
-            raise AnnotationError("generator_broken", f"{self.generator.model_id}: {len(requests)} requests, {len(answers)} answers")
-        self.work["generated"] += len(requests)
-        results = {}
-        for (key, (unit, _)), answer in zip(batch.items(), answers):
-            results[key] = self._judge(key, unit, answer, history.get(key, []))
-        kept = {key: {"record": o.record, "flags": o.flags, "attempts": o.attempts} for key, o in results.items() if o.record is not None}
-        self.cache.put(kept)
-        return results
-
-    def _judge(self, key: str, unit: Unit, answer: str | GenerationFailure, history: list[str]) -> _Outcome:
-        flags = evidence_flags([_unescaped(unit.evidence)])
-        if isinstance(answer, GenerationFailure):
-            return _Outcome(key, reason=answer.reason, flags=flags, attempts=[*history, answer.reason], rejected=_excerpt(answer.detail))
-        try:
-            record = self.task.parse(answer)
-        except AnnotationError as error:
-            flags += [REFUSAL] if error.reason == REFUSAL else []
-            return _Outcome(key, reason=error.reason, flags=flags, attempts=[*history, error.reason], rejected=_excerpt(answer))
-        flags += output_flags(record.texts(), self.instruction)
-        return _Outcome(key, record.model_dump(), flags=flags, attempts=[*history, "ok"])
-
-    def _row(self, unit: Unit, outcome: _Outcome) -> dict[str, Any]:
-        record = outcome.record or {}
-        return {
-            "item_id": unit.item_id,
-            "creative": unit.creative,
-            **{name: _to_column(record.get(name)) for name in self.task.record.model_fields},
-            **self.task.constants,
-            "status": "ok" if outcome.record is not None else "quarantined",
-            "reason": outcome.reason,
-            "flags": outcome.flags,
-            "attempts": outcome.attempts,
-            "rejected": outcome.rejected,
-            "prompt_sha256": self.task.prompt.sha256,
-            "model_id": self.generator.model_id,
-            "input_sha256": outcome.key,
-        }
-
-
-def _to_column(value: Any) -> str | None:
-    return value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    def _write(self, shard: _Shard, rows: list[dict[str, Any]]) -> None:
+        table = pa.Table.from_pylist(rows, schema=self.task.schema)
+        write_table(shard.path, table, {"content_sha256": shard.digest})
+        self.tally.add(table)
 
 
 def _from_column(record: type[Record], name: str, text: str) -> Any:
     return text if record.model_fields[name].annotation is str else json.loads(text)
-
-
-def _batched(elements: Sequence[Any], size: int) -> Iterator[list[Any]]:
-    """Runs of `size` elements in order, the last one shorter (itertools.batched came with Python 3.12)."""
-    elements = list(elements)
-    for start in range(0, len(elements), size):
-        yield elements[start : start + size]
-
-
-def _unescaped(evidence: str) -> str:
-    """Evidence as its author wrote it (`evidence_json` escapes brackets), for the detectors."""
-    return json.dumps(json.loads(evidence), ensure_ascii=False) if evidence else ""
-
-
-def _seed(key: str, attempt: int) -> int:
-    return int(sha256(f"{key}/{attempt}")[:15], 16)
 
 
 def _stamp(path: Path) -> tuple[int, int]:
@@ -380,8 +233,3 @@ def _stamp(path: Path) -> tuple[int, int]:
     except OSError:
         return (-1, -1)
     return status.st_size, status.st_mtime_ns
-
-
-def _excerpt(text: str) -> str:
-    """The start of a refused answer, made safe to print, for whoever looks into a quarantine."""
-    return "".join(character if character.isprintable() else " " for character in text[:300])

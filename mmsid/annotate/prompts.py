@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mmsid.artifacts import sha256
+from mmsid.catalog.wording import visible
 from mmsid.errors import ConfigError
 
 PLACEHOLDER = "{{evidence}}"
+_ESCAPED = "<>`|＜＞｀｜\u2028\u2029"
 
 
 @dataclass(frozen=True)
@@ -63,14 +65,23 @@ def load_prompt(name: str | Path) -> Prompt:
     return Prompt(text=text, sha256=sha256(text), name=str(name))
 
 
-def evidence_json(*, title: str = "", description: str = "", caption: str = "", longest: int = 4_000) -> str:
-    """One item's text as a JSON object with sorted keys, each field cut at `longest` characters.
+def evidence_json(*, title: str = "", description: str = "", caption: str = "", descriptor: str | None = None, longest: int = 4_000) -> str:
+    """One item's text as a JSON object with sorted keys, each field cut at `longest` characters; the `descriptor` only where one is judged.
 
-    Angle brackets and backticks are written as escapes, so no text of an advertiser can close the marker lines around it,
-    open a chat role, or name a special token such as `<image>`.
+    Angle brackets, backticks and bars (full-width ones too) and every character that no reader sees are written as escapes, so no
+    text of an advertiser can close the marker lines around it, open a chat role, name a special token such as `<image>`, or
+    whisper to the model. Quotes and line ends are JSON's own escapes.
     """
     fields = {"title": title[:longest], "description": description[:longest], "caption": caption[:longest]}
+    if descriptor is not None:
+        fields["descriptor"] = descriptor[:longest]
     text = json.dumps(fields, sort_keys=True, ensure_ascii=False)
-    for character in "<>`|":
-        text = text.replace(character, f"\\u{ord(character):04x}")
+    for character in {*_ESCAPED, *(character for character in set(text) if visible(character) != character)}:
+        text = text.replace(character, "".join(f"\\u{unit:04x}" for unit in _utf16(character)))
     return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _utf16(character: str) -> tuple[int, ...]:
+    """Code units of a character: JSON escapes have four digits."""
+    data = character.encode("utf-16-be", "surrogatepass")
+    return tuple(int.from_bytes(data[at : at + 2], "big") for at in range(0, len(data), 2))

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mmsid.annotate.flags import SENSITIVE
 from mmsid.annotate.records import Interest
-from mmsid.artifacts import read_manifest, read_table
+from mmsid.artifacts import check_whole, read_manifest, read_table
 
 
 @dataclass(frozen=True)
@@ -26,9 +28,10 @@ def read_rows(folder: Path, stage: str) -> Iterator[dict[str, Any]]:
     """Every row of a finished annotation folder, quarantined ones included, in canonical order.
 
     Raises:
-        ArtifactError: the folder is unfinished or was written by another stage.
+        ArtifactError: the folder is unfinished, was written by another stage, or a file of it is missing or damaged.
     """
     read_manifest(folder, stage)
+    check_whole(folder)
     for shard in sorted((Path(folder) / "shards").glob("part-*.parquet")):
         yield from read_table(shard).to_pylist()
 
@@ -57,6 +60,25 @@ def read_interests(folder: Path, without_flags: Collection[str] = (SENSITIVE,)) 
         )
         for row in _good(folder, "interests", without_flags)
     }
+
+
+def read_judgements(folder: Path) -> dict[tuple[str, int], int]:
+    """(item id, place of the descriptor among the item's, from 0) -> label 0 or 1; quarantined ones are left out."""
+    return {(row["item_id"], row["creative"]): int(row["label"]) for row in _good(folder, "judge", ())}
+
+
+def read_text_quality(folder: Path, item_ids: Sequence[str]) -> np.ndarray:
+    """q per item of a finished `text_quality` folder, float64 (N,) in [0, 1], in the order of `item_ids`.
+
+    An item whose interests are missing gets the mean of the others, so that it is neither favoured nor punished; 1 where none has any.
+
+    Raises:
+        ArtifactError: the folder is unfinished, or was written by another stage.
+    """
+    read_manifest(folder, "text_quality")
+    known = {row["item_id"]: row["q"] for row in read_table(Path(folder) / "items.parquet").to_pylist() if row["q"] is not None}
+    mean = sum(known.values()) / len(known) if known else 1.0
+    return np.array([known.get(item_id, mean) for item_id in item_ids], dtype=np.float64)
 
 
 def _good(folder: Path, stage: str, without_flags: Collection[str]) -> Iterator[dict[str, Any]]:

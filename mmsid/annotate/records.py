@@ -1,4 +1,4 @@
-"""What a generator may say, strictly: captions and interests as typed records, parsed from JSON without any repair.
+"""What a generator may say, strictly: captions, interests and judgements as typed records, parsed from JSON without any repair.
 
 The rules follow DCIM (arXiv 2604.20861, section 2.2): duplicate keys, NaN and infinities, booleans as numbers, extra
 fields and descriptors that agree after NFKC + casefold + whitespace normalisation are rejected, never mended. One thing is
@@ -83,6 +83,15 @@ class Interests(Record):
         return [interest.descriptor for interest in self.descriptors] + [self.summary]
 
 
+class Judgement(Record):
+    """A judge's verdict on one descriptor: 1 = specific, usable and grounded in its evidence, 0 = not."""
+
+    label: Annotated[int, Field(ge=0, le=1)]
+
+    def texts(self) -> list[str]:
+        return []
+
+
 RecordT = TypeVar("RecordT", bound=Record)
 
 
@@ -94,6 +103,11 @@ def parse_caption(text: str) -> Caption:
 def parse_interests(text: str) -> Interests:
     """Read `{"descriptors": [{"descriptor", "confidence"}, ...], "summary": "..."}`. Raises AnnotationError(reason)."""
     return _parse(Interests, text)
+
+
+def parse_judgement(text: str) -> Judgement:
+    """Read `{"label": 0 or 1}`. Raises AnnotationError(reason)."""
+    return _parse(Judgement, text)
 
 
 def _parse(cls: type[RecordT], text: str) -> RecordT:

@@ -9,20 +9,26 @@ from typing import Literal
 
 import pyarrow as pa
 from PIL import Image
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mmsid.annotate.prompts import Prompt
 from mmsid.annotate.records import Record
+from mmsid.annotate.server import ServerConfig
 from mmsid.catalog import CatalogConfig
 from mmsid.config import StageConfig
+from mmsid.on_ray import RayConfig
 
+Engine = Literal["local", "ray"]
 DEMO = "demo"  # the model whose weights are shipped with mmsid
 # There was nothing to annotate: a fact about the item, not a failure of the job, so the gate looks past these rows.
-EXCUSED = frozenset({"no_picture", "no_evidence", "no_coengagement"})
+EXCUSED = frozenset({"no_picture", "no_evidence", "no_coengagement", "no_interests"})
 
 
 class JobConfig(StageConfig):
-    """What every annotation job has: batching, retries, the gate, shards and the cache."""
+    """What every annotation job has: batching, retries, the gate, shards and the cache.
+
+    `readers` and `ray` say how the work is done, not what comes out: they are in no manifest, and a draft outlives their change.
+    """
 
     batch_size: int = Field(default=16, ge=1)
     temperature: float = Field(default=0.0, ge=0.0)  # 0 = greedy
@@ -32,18 +38,42 @@ class JobConfig(StageConfig):
     shard_rows: int = Field(default=1_024, ge=1)
     cache: Path | None = None
     max_side: int | None = Field(default=1_024, ge=16)  # pictures are shrunk to this longer side before anything sees them
+    readers: int = Field(default=4, ge=1, exclude=True)  # threads that read and decode pictures ahead of the model
+    ray: RayConfig = Field(default=RayConfig(), exclude=True)
 
 
 class ModelJobConfig(JobConfig):
-    """An annotation job that a Hugging Face model does. `model`: `demo`, a folder, or a hub id."""
+    """An annotation job that a model does: a Hugging Face one in process, or whatever an OpenAI-compatible server serves.
+
+    Attributes:
+        generator: who answers. For `openai`, `model` is the name that the server knows and `revision` names its weights.
+        model: `demo`, a folder, or a hub id.
+        dtype, device: of the model in process; device `auto` = cuda when there is one.
+        mask_overlays: lines of small print are painted over before the model looks (see `overlays`).
+        picture_tokens: largest number of tokens that a picture may cost, for models that scale it with the size (Qwen-VL).
+        prompt: a shipped prompt's name or a file; None = the one that suits the model.
+        server: where the server is and how to treat it; needed by `openai`.
+    """
 
     catalog: CatalogConfig
+    generator: Literal["huggingface", "openai"] = "huggingface"
     model: str | Path = DEMO
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
-    device: str = "auto"  # cuda when there is one
+    device: str = "auto"
     max_new_tokens: int = Field(default=256, ge=1)
-    prompt: str | None = None  # a shipped prompt's name or a file; None = the one that suits the model
+    mask_overlays: bool = False
+    picture_tokens: int | None = Field(default=None, ge=1)
+    prompt: str | None = None
+    server: ServerConfig | None = None
+
+    @model_validator(mode="after")
+    def _server_goes_with_openai(self) -> ModelJobConfig:
+        if (self.generator == "openai") != (self.server is not None):
+            raise ValueError("generator: openai and a server: section go together; write both or neither")
+        if self.generator == "openai" and self.picture_tokens is not None:
+            raise ValueError("picture_tokens: with generator: openai the server's own processor decides; set it there, or lower max_side")
+        return self
 
 
 @dataclass(frozen=True)

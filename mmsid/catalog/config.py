@@ -56,12 +56,17 @@ class PictureLimits(Section):
         max_bytes: largest file, in bytes.
         max_pixels: largest width * height. Bounded by the size at which Pillow itself warns of a decompression bomb.
         animated: refuse a picture of several frames, or use its first frame.
+        isolate: decode pixels in a process of its own (`isolation`), which may use `max_seconds` of processor time and
+            `max_memory` bytes per picture. For pictures of people whom you do not know.
     """
 
     formats: tuple[PictureFormat, ...] = ("JPEG", "PNG", "WEBP")
     max_bytes: int = Field(default=20_000_000, gt=0)
     max_pixels: int = Field(default=25_000_000, gt=0, le=89_478_485)
     animated: Literal["refuse", "first_frame"] = "refuse"
+    isolate: bool = False
+    max_seconds: int = Field(default=10, gt=0)
+    max_memory: int = Field(default=1_000_000_000, ge=50_000_000)
 
 
 class SplitConfig(Section):
@@ -85,6 +90,8 @@ class CatalogConfig(Section):
 
     Attributes:
         image_root: pictures lie below it and nowhere else; default: the folder of `items`.
+        mend_text: take instructions to models, hidden characters and stuffing (`wording`) out of titles and descriptions. Such
+            texts are recorded among the item's problems in any case.
         max_items, max_users: keep only so many, chosen by content hash, so that row order and ids do not matter.
     """
 
@@ -93,6 +100,7 @@ class CatalogConfig(Section):
     sequences: Path | None = None
     fields: Fields = Fields()
     pictures: PictureLimits = PictureLimits()
+    mend_text: bool = False
     split: SplitConfig = SplitConfig()
     max_items: int | None = Field(default=None, gt=0)
     max_users: int | None = Field(default=None, gt=0)

@@ -16,6 +16,7 @@ from typing import Any
 from mmsid.catalog.config import CatalogConfig, Fields
 from mmsid.catalog.pictures import InspectedPicture, inspect_picture
 from mmsid.catalog.tables import Cells, Table, read_table_rows
+from mmsid.catalog.wording import mended, suspicions
 from mmsid.errors import CatalogError
 
 
@@ -31,7 +32,8 @@ class Item:
         attributes: name -> labels.
         content_sha256: hash of all of the above but `item_id` and paths (64 hex digits).
         problems: what is missing or was refused, as short codes: `no_title`, `no_description`, `no_categories`,
-            `no_picture` (where the table has such a column), and one `picture_<reason>` for each refused picture.
+            `no_picture` (where the table has such a column), one `picture_<reason>` for each refused picture, and
+            `title_<code>`, `description_<code>` for each of the suspicions of `wording`.
     """
 
     item_id: str
@@ -53,6 +55,7 @@ class _Content:
     categories: tuple[str, ...]
     attributes: dict[str, tuple[str, ...]]
     pictures: tuple[InspectedPicture, ...]
+    suspicions: tuple[str, ...]
 
     def sha256(self) -> str:
         fields = [self.title, self.description, self.categories, sorted(self.attributes.items()), [p.sha256 for p in self.pictures]]
@@ -133,12 +136,16 @@ class _Rows:
     def _content(self, index: int) -> _Content:
         cells = self._cells
         paths = [path for column in self._images for path in cells.texts(index, column)]
+        texts = {"title": cells.text(index, self._title), "description": cells.text(index, self._description)}
+        found = tuple(f"{name}_{code}" for name, text in texts.items() for code in suspicions(text))
+        if found and self._config.mend_text:
+            texts = {name: mended(text) for name, text in texts.items()}
         return _Content(
-            title=cells.text(index, self._title),
-            description=cells.text(index, self._description),
+            **texts,
             categories=self._path(index),
             attributes=self._attributes(index),
             pictures=tuple(self._picture(path) for path in paths),
+            suspicions=found,
         )
 
     def _path(self, index: int) -> tuple[str, ...]:
@@ -205,6 +212,7 @@ def _merged(rows: list[_Content]) -> _Content:
         categories=_first(row.categories for row in rows) or (),
         attributes=attributes,
         pictures=tuple(picture for row in rows for picture in row.pictures),
+        suspicions=tuple(dict.fromkeys(code for row in rows for code in row.suspicions)),
     )
 
 
@@ -213,7 +221,7 @@ def _first(values: Iterable[Any]) -> Any:
 
 
 def _item(item_id: str, content: _Content, fields: Fields, present: set[str]) -> Item:
-    problems = [f"picture_{picture.reason}" for picture in content.pictures if picture.reason]
+    problems = [*content.suspicions, *(f"picture_{picture.reason}" for picture in content.pictures if picture.reason)]
     images = tuple(picture.path for picture in content.pictures if picture.path is not None)
     facts = {
         "no_title": (fields.title, content.title),

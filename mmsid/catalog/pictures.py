@@ -32,6 +32,9 @@ REASONS = {
     "animated": "the file holds several frames; save one, or set pictures.animated to first_frame",
     "truncated": "the file ends early; copy it anew",
     "corrupt": "the file cannot be decoded; copy it anew",
+    "too_slow": "decoding took more than pictures.max_seconds of processor time; save it anew or raise the limit",
+    "too_much_memory": "decoding wanted more than pictures.max_memory; shrink it or raise the limit",
+    "crashed": "its decoder crashed, which an honest file does not cause; do not open it elsewhere",
 }
 _MODES_WITH_ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
 # once for the process: warnings.catch_warnings around each picture is neither thread-safe nor cheap
@@ -62,14 +65,31 @@ def load_picture(path: str | Path, limits: PictureLimits, root: Path | None = No
         PictureError: with `.reason`, one of `REASONS`.
     """
     data = _read(path, limits, root)
+    if not limits.isolate:
+        return decode(data, limits, path)
+    from mmsid.catalog.isolation import decode_isolated  # it imports this module, as its workers do
+
+    return decode_isolated(data, limits, path)
+
+
+def decode(data: bytes, limits: PictureLimits, path: str | Path) -> Image.Image:
+    """Decode the bytes of a picture file in this process; `path` is for messages only. Otherwise as `load_picture`.
+
+    Raises:
+        PictureError: the bytes are no usable picture.
+    """
     try:
         with _open(data, limits, path) as picture:
+            if _is_truncated(data):  # decoders mend some torn files; what the catalogue refuses is refused here
+                raise refusal("truncated", path)
             picture.load()
             return _rgb(_upright(picture))
     except PictureError:
         raise
+    except MemoryError:
+        raise refusal("too_much_memory", path) from None
     except Exception:  # whatever a decoder throws means one thing here, and its text stays inside
-        raise _refusal("truncated" if _is_truncated(data) else "corrupt", path) from None
+        raise refusal("corrupt", path) from None
 
 
 def picture_bytes_sha256(path: str | Path, limits: PictureLimits, root: Path | None = None) -> str:
@@ -98,7 +118,8 @@ def inspect_picture(path: str, limits: PictureLimits, root: Path) -> InspectedPi
     return InspectedPicture((Path(root) / path).absolute(), digest, None)
 
 
-def _refusal(reason: str, path: str | Path) -> PictureError:
+def refusal(reason: str, path: str | Path) -> PictureError:
+    """The error for a picture, worded for people; `reason` is a key of `REASONS`."""
     return PictureError(reason, f"picture {str(path)!r}: {REASONS[reason]}")
 
 
@@ -112,8 +133,8 @@ def _confined(path: str | Path, root: Path | None) -> str:
         if os.path.commonpath([real, real_root]) == real_root:
             return real
     except (ValueError, OSError):  # NUL bytes, names that no file system takes
-        raise _refusal("not_a_file", path) from None
-    raise _refusal("outside_root", path)
+        raise refusal("not_a_file", path) from None
+    raise refusal("outside_root", path)
 
 
 @functools.lru_cache(maxsize=8)
@@ -127,23 +148,23 @@ def _read(path: str | Path, limits: PictureLimits, root: Path | None) -> bytes:
         # O_NOFOLLOW: the path is real already, so a link here was swapped in since; O_NONBLOCK: a pipe must not hang us
         handle = os.open(real, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
     except FileNotFoundError:
-        raise _refusal("missing", path) from None
+        raise refusal("missing", path) from None
     except (OSError, ValueError):
-        raise _refusal("unreadable", path) from None
+        raise refusal("unreadable", path) from None
     try:
         facts = os.fstat(handle)
         if not stat.S_ISREG(facts.st_mode):
-            raise _refusal("not_a_file", path)
+            raise refusal("not_a_file", path)
         if facts.st_size > limits.max_bytes:
-            raise _refusal("too_many_bytes", path)
+            raise refusal("too_many_bytes", path)
         with open(handle, "rb", closefd=False) as file:
             data = file.read(limits.max_bytes + 1)
     except OSError:
-        raise _refusal("unreadable", path) from None
+        raise refusal("unreadable", path) from None
     finally:
         os.close(handle)
     if len(data) > limits.max_bytes:  # it grew while we looked
-        raise _refusal("too_many_bytes", path)
+        raise refusal("too_many_bytes", path)
     return data
 
 
@@ -152,16 +173,16 @@ def _open(data: bytes, limits: PictureLimits, path: str | Path) -> Image.Image:
     try:
         picture = Image.open(io.BytesIO(data), formats=limits.formats)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise _refusal("too_many_pixels", path) from None
+        raise refusal("too_many_pixels", path) from None
     except UnidentifiedImageError:
-        raise _refusal("format", path) from None
+        raise refusal("format", path) from None
     except Exception:  # see load_picture
-        raise _refusal("truncated" if _is_truncated(data) else "corrupt", path) from None
+        raise refusal("truncated" if _is_truncated(data) else "corrupt", path) from None
     if picture.width * picture.height > limits.max_pixels:
-        raise _refusal("too_many_pixels", path)
+        raise refusal("too_many_pixels", path)
     # MPO is how telephones store a JPEG with a preview beside it: its first frame is the picture
     if picture.format != "MPO" and limits.animated == "refuse" and _is_animated(picture, path):
-        raise _refusal("animated", path)
+        raise refusal("animated", path)
     return picture
 
 
@@ -169,7 +190,7 @@ def _is_animated(picture: Image.Image, path: str | Path) -> bool:
     try:
         return bool(getattr(picture, "is_animated", False))
     except Exception:  # GIF looks for a second frame here, and a torn one throws
-        raise _refusal("corrupt", path) from None
+        raise refusal("corrupt", path) from None
 
 
 def _is_truncated(data: bytes) -> bool:

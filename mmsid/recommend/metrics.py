@@ -23,6 +23,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from mmsid.errors import MmsidError
+
 HIT_CUTOFFS = (1, 5, 10, 20, 50)
 NDCG_CUTOFFS = (5, 10)
 MRR_CUTOFF = 50  # the usual beam: exact ranking and a beam search are then scored alike
@@ -47,10 +49,10 @@ def rank_targets(scores: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Ten
         (above, tied), int64 (B,) each; tied is 0 and above the number of candidates where the target is no candidate.
 
     Raises:
-        ValueError: a score is NaN.
+        MmsidError: a score is NaN.
     """
     if torch.isnan(scores).any():
-        raise ValueError("scores hold NaN; the recommender diverged, lower its learning rate")
+        raise MmsidError("scores hold NaN: the recommender diverged or its weights are damaged; lower its learning rate or restore them")
     own = scores.gather(1, targets[:, None])
     above = (scores > own).sum(1)
     tied = (scores == own).sum(1)

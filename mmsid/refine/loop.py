@@ -294,10 +294,11 @@ class Refinement:
         self.optimizer.zero_grad()
         self.accelerator.backward(loss)
         if self.accelerator.num_processes > 1:
-            for parameter in self.policy.parameters:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                parameter.grad.copy_(self.accelerator.reduce(parameter.grad, reduction="sum"))
+            parameters = self.policy.parameters
+            shares = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in parameters]
+            total = self.accelerator.reduce(torch.cat([share.flatten() for share in shares]), reduction="sum")
+            for weight, piece in zip(parameters, total.split([weight.numel() for weight in parameters]), strict=True):
+                weight.grad = piece.view_as(weight)
         norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters, self.config.grad_norm)
         if not bool(torch.isfinite(norm)):
             self.skipped += 1

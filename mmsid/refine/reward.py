@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor, nn
 
-from mmsid.artifacts import read_json, read_tensors, write_json, write_tensors
+from mmsid.artifacts import read_json, read_weights, write_json, write_tensors
 from mmsid.catalog.pairs import co_engagement
 from mmsid.config import Section
 from mmsid.errors import ArtifactError
@@ -134,12 +134,12 @@ class SidReward(nn.Module):
 
     @classmethod
     def load(cls, folder: Path) -> SidReward:
-        """Read what `save` wrote. Raises ArtifactError when a file is missing or does not fit the other."""
+        """Read what `save` wrote. Raises ArtifactError when a file is missing, holds NaN, or does not fit the other."""
         described = read_json(folder / "reward.json")
         described.pop("report", None)
         model = cls(**described)
         try:
-            model.load_state_dict(read_tensors(folder / "reward.safetensors"))
+            model.load_state_dict(read_weights(folder / "reward.safetensors"))
         except RuntimeError as error:
             raise ArtifactError(f"{folder}: reward.safetensors does not fit reward.json; run the refine stage again") from error
         return model.eval()

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mmsid.artifacts import write_json
+from mmsid.artifacts import check_file, write_json
 from mmsid.errors import ArtifactError
 from mmsid.sids.exports import write_index_json, write_tokens
 from mmsid.sids.table import SidTable
@@ -31,10 +31,11 @@ def read_sid_folder(path: Path) -> SidTable:
     """The table of a SID folder (or of a sids.parquet named directly).
 
     Raises:
-        ArtifactError: no table there, or what `SidTable.load` raises.
+        ArtifactError: no table there, one that is no longer what the stage wrote, or what `SidTable.load` raises.
     """
     path = Path(path)
     file = path if path.suffix == ".parquet" else path / TABLE
     if not file.is_file():
         raise ArtifactError(f"{path} holds no {TABLE}; run `mmsid assign` or `mmsid baselines`, or correct the path")
+    check_file(file)
     return SidTable.load(file)

@@ -141,10 +141,13 @@ class SidTable:
             raise ArtifactError(
                 f"{path}: metadata says num_levels {num_levels} but codebook_sizes has {len(sizes)} entries; write it again"
             )
+        table = _cast(table, path)
         suffix = None
         if metadata.get("has_suffix") == "1":
             suffix = np.asarray(table["suffix"].combine_chunks().fill_null(-1).to_numpy(zero_copy_only=False), dtype=np.int64)
         try:
+            if table["item_id"].null_count:
+                raise ArtifactError(f"item_id is null in {table['item_id'].null_count} rows; every row needs an id")
             return cls(
                 item_ids=table["item_id"].to_pylist(),
                 codes=_matrix(table["codes"], "codes", num_levels),
@@ -195,6 +198,27 @@ class SidTable:
 def _list_column(codes: np.ndarray) -> pa.Array:
     offsets = pa.array(np.arange(len(codes) + 1, dtype=np.int32) * codes.shape[1])
     return pa.ListArray.from_arrays(offsets, pa.array(codes.ravel().astype(np.int32)))
+
+
+_TYPES = {
+    "item_id": pa.string(), "codes": pa.list_(pa.int64()), "raw_codes": pa.list_(pa.int64()), "suffix": pa.int64(), "margin": pa.float32(),
+}  # fmt: skip
+
+
+def _cast(table: pa.Table, path: Path) -> pa.Table:
+    """The table's columns in the types that are read; text is no number and no list, whatever it holds."""
+    columns = {}
+    for name, wanted in _TYPES.items():
+        found = table[name].type
+        inner = found.value_type if pa.types.is_list(found) or pa.types.is_large_list(found) else found
+        is_text = pa.types.is_string(inner) or pa.types.is_large_string(inner)
+        try:
+            if is_text != (name == "item_id") and not pa.types.is_null(inner):
+                raise pa.ArrowInvalid
+            columns[name] = table[name].cast(wanted)
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            raise ArtifactError(f"{path}: column {name!r} holds {found}, expected {wanted}; run `mmsid assign` again") from error
+    return pa.table(columns)
 
 
 def _matrix(column: pa.ChunkedArray, name: str, num_levels: int) -> np.ndarray:

@@ -155,7 +155,11 @@ class Trie:
 
     @classmethod
     def load(cls, path: Path) -> Trie:
-        """Read what `save` wrote; another file is an ArtifactError."""
+        """Read what `save` wrote.
+
+        Raises:
+            ArtifactError: another file, or numbers that make no trie (names the first tensor that does not fit).
+        """
         tensors = read_tensors(path)
         try:
             depth = len(tensors["sizes"])
@@ -163,6 +167,45 @@ class Trie:
                 [tensors[f"{name}.{level}"] for level in range(depth + extra)]
                 for name, extra in (("child_offsets", 0), ("child_codes", 0), ("item_start", 1), ("item_end", 1))
             ]
-            return cls(tensors["sizes"], *groups, items=tensors["items"])
         except KeyError as error:
             raise ArtifactError(f"{path}: tensor {error} is missing; expected a SID trie, export it again") from error
+        wrong = _misfit(tensors["sizes"], *groups, items=tensors["items"])
+        if wrong is not None:
+            raise ArtifactError(f"{path}: tensor {wrong} does not fit the others, so the file is damaged; export it again")
+        return cls(tensors["sizes"], *groups, items=tensors["items"])
+
+
+def _misfit(
+    sizes: torch.Tensor,
+    child_offsets: list[torch.Tensor],
+    child_codes: list[torch.Tensor],
+    item_start: list[torch.Tensor],
+    item_end: list[torch.Tensor],
+    *,
+    items: torch.Tensor,
+) -> str | None:
+    """The first tensor that breaks what `Trie` says of its attributes, or None."""
+
+    def vector(tensor: torch.Tensor, length: int | None = None) -> bool:
+        return tensor.dtype == torch.int64 and tensor.ndim == 1 and (length is None or len(tensor) == length)
+
+    if not vector(sizes) or not len(sizes) or sizes.min() < 1:
+        return "sizes"
+    if not vector(items) or not len(items) or not torch.equal(items.sort().values, torch.arange(len(items))):
+        return "items"
+    for depth in range(len(sizes) + 1):
+        nodes = 1 if depth == 0 else len(child_codes[depth - 1])
+        if depth:
+            codes = child_codes[depth - 1]
+            if not vector(codes) or (codes < 0).any() or (codes >= sizes[depth - 1]).any():
+                return f"child_codes.{depth - 1}"
+        for name, bounds in (("item_start", item_start[depth]), ("item_end", item_end[depth])):
+            if not vector(bounds, nodes) or (bounds < 0).any() or (bounds > len(items)).any():
+                return f"{name}.{depth}"
+        if (item_start[depth] >= item_end[depth]).any():
+            return f"item_end.{depth}"
+        if depth < len(sizes):
+            offsets = child_offsets[depth]
+            if not vector(offsets, nodes + 1) or offsets[0] != 0 or (offsets.diff() < 0).any() or offsets[-1] != len(child_codes[depth]):
+                return f"child_offsets.{depth}"
+    return None

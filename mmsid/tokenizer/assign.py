@@ -13,17 +13,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import torch
 from pydantic import Field, model_validator
 
-from mmsid.artifacts import manifest_folder, write_json, writing
+from mmsid.artifacts import manifest_folder, write_json, write_table, writing
 from mmsid.catalog import CatalogConfig, load_picture, read_catalog, split_histories
 from mmsid.config import StageConfig
+from mmsid.disk import reserve
 from mmsid.progress import done, track
 from mmsid.sids import intrinsic_table
 from mmsid.sids.collisions import Policy
 from mmsid.sids.folder import INTRINSIC
 from mmsid.sids.retrieval import retrieval_table
+from mmsid.tokenizer.agreement import FREE_TEXT, evidence_fields, held_to_evidence
 from mmsid.tokenizer.inputs import ItemInput, load_inputs
 from mmsid.tokenizer.model import ItemTokenizer
 from mmsid.tokenizer.publish import HeadScores, head_decoder, publish, rebuild_figures
@@ -34,7 +37,11 @@ _REBUILT_ROWS = 50_000
 
 class AssignConfig(StageConfig):
     """`tokenizer`: a tokenizer folder. `captions` and `interests`: annotation folders of this catalogue, as far as it reads them.
-    `append`: an earlier SID folder of the same tokenizer, of which no code moves; items that left keep theirs in `retired.parquet`."""
+    `append`: an earlier SID folder of the same tokenizer, of which no code moves; items that left keep theirs in `retired.parquet`.
+
+    `free_text_nats`: an item whose title and description alone would move the beginning of its SID by more than this is assigned
+    without them (`agreement`), and named in `overruled.parquet`. For catalogues whose texts strangers write; costs a second reading.
+    """
 
     tokenizer: Path
     catalog: CatalogConfig
@@ -42,6 +49,7 @@ class AssignConfig(StageConfig):
     interests: Path | None = None
     collisions: Policy = "relocate"
     append: Path | None = None
+    free_text_nats: float | None = Field(None, ge=0)
     batch_size: int = Field(32, ge=1)
 
     @model_validator(mode="after")
@@ -73,12 +81,14 @@ def run(config: AssignConfig) -> Path:
     with writing(config.out, stage="assign", config=config, inputs=inputs) as draft:
         tokenizer = ItemTokenizer.from_pretrained(config.tokenizer, open_picture=lambda path: load_picture(path, limits, root))
         tokenizer.to("cuda" if torch.cuda.is_available() else "cpu")
-        items, _ = load_inputs(catalog, config.captions, config.interests, tokenizer.settings.use or None)
+        items, fields = load_inputs(catalog, config.captions, config.interests, tokenizer.settings.use or None)
+        guarded = config.free_text_nats is not None and any(name in FREE_TEXT for name in fields)
+        evidence = load_inputs(catalog, config.captions, config.interests, evidence_fields(fields))[0] if guarded else None
         readings = _Readings(tokenizer, len(items), draft.path / "scores.f32")
         if published is not None:
             published.check(tokenizer, config.collisions)
             readings.take_over(published, published.rows_in([item.item_id for item in catalog.items]))
-        readings.read(items, config.batch_size)
+        readings.read(items, config.batch_size, evidence, config.free_text_nats)
         scores = HeadScores(tokenizer.head, readings.scores_of)
         table, metrics = publish(
             draft.path,
@@ -102,6 +112,10 @@ def run(config: AssignConfig) -> Path:
         (draft.path / "intrinsic.md").write_text(
             intrinsic_table({"ours": metrics}) + "\n" + retrieval_table({"ours": metrics}), encoding="utf-8"
         )
+        if guarded:
+            ids = [catalog.items[row].item_id for row in np.flatnonzero(readings.overruled)]
+            write_table(draft.path / "overruled.parquet", pa.table({"item_id": pa.array(ids, pa.string())}))
+            draft.counts["overruled"] = len(ids)
         draft.counts.update({"items": len(items), "read": len(readings.fresh)})
         draft.extra["collisions"] = metrics["collisions"]
     new = "" if published is None else f" ({len(readings.fresh):,} new, no other moved)"
@@ -112,7 +126,8 @@ def run(config: AssignConfig) -> Path:
 class _Readings:
     """What the tokenizer says of each item, row by row of the catalogue: read now, or taken over from an earlier folder.
 
-    `fresh` (n,) are the rows read now; only of these the head's scores are kept, in a mapped file.
+    `fresh` (n,) are the rows read now; only of these the head's scores are kept, in a mapped file. `overruled` (N,) is true where an
+    item's free texts were left out.
     """
 
     def __init__(self, tokenizer: ItemTokenizer, count: int, path: Path) -> None:
@@ -123,6 +138,7 @@ class _Readings:
         self.margin = np.zeros(count, np.float32)
         self.embeddings = np.zeros((count, settings.embedding_dim), np.float32)
         self.fresh = np.arange(count)
+        self.overruled = np.zeros(count, bool)
 
     def take_over(self, published: Published, rows: np.ndarray) -> None:
         """Rows (N,) of the earlier table, -1 for those to be read."""
@@ -131,15 +147,21 @@ class _Readings:
         self.embeddings[kept] = published.embeddings[rows[kept]]
         self.fresh = np.flatnonzero(~kept)
 
-    def read(self, items: Sequence[ItemInput], batch_size: int) -> None:
-        """Encode the fresh rows."""
+    def read(
+        self, items: Sequence[ItemInput], batch_size: int, evidence: Sequence[ItemInput] | None = None, free_text_nats: float | None = None
+    ) -> None:
+        """Encode the fresh rows; with `evidence`, the items without their free texts, held to it (`agreement`)."""
         self._place = np.full(len(items), -1, np.int64)
         self._place[self.fresh] = np.arange(len(self.fresh))
         shape = (max(1, len(self.fresh)), self.tokenizer.num_levels, self.width)
-        self._scores = np.memmap(self.path, np.float32, "w+", shape=shape)
+        reserve(self.path, int(np.prod(shape)) * np.dtype(np.float32).itemsize)
+        self._scores = np.memmap(self.path, np.float32, "r+", shape=shape)
         stream = self.tokenizer.stream([items[row] for row in self.fresh], batch_size)
         for places, encoded in track(stream, what="assign", total=-(-len(self.fresh) // batch_size), unit="batches"):
             rows = self.fresh[places.numpy()]
+            if evidence is not None and free_text_nats is not None:
+                encoded, held = held_to_evidence(self.tokenizer, encoded, [evidence[row] for row in rows], free_text_nats)
+                self.overruled[rows] = held.numpy()
             self.codes[rows], self.margin[rows] = encoded.raw_codes.numpy(), encoded.margin.numpy()
             self.embeddings[rows], self._scores[places.numpy()] = encoded.embedding.numpy(), encoded.scores.numpy()
 

@@ -16,13 +16,13 @@ from huggingface_hub import ModelHubMixin, snapshot_download
 from pydantic import Field
 from torch import Tensor, nn
 
-from mmsid.artifacts import read_json, read_tensors, sha256, write_json, write_tensors
+from mmsid.artifacts import check_file, read_json, read_weights, sha256, write_json, write_tensors
 from mmsid.backbone.lora import LoraSettings, add_lora, load_lora, save_lora
 from mmsid.backbone.query_tokens import Batch, QueryBackbone, Readable
 from mmsid.backbone.text import TextBackbone
 from mmsid.backbone.vlm import INSTRUCTION, VlmBackbone, open_as_is
 from mmsid.config import Section
-from mmsid.errors import ArtifactError
+from mmsid.errors import ArtifactError, MmsidError
 from mmsid.tokenizer.heads import CodeHead, make_head
 from mmsid.tokenizer.inputs import FieldName
 from mmsid.tokenizer.memory import Memory
@@ -195,6 +195,11 @@ class ItemTokenizer(nn.Module, ModelHubMixin, library_name="mmsid", tags=["seman
             s = self.head.project(h.float())
             greedy = self.head.greedy(s)
             embedding = self.embed(e.float())
+        if not torch.isfinite(embedding).all() or not torch.isfinite(s).all():
+            raise MmsidError(
+                f"the tokenizer computes NaN or infinite states; its weights or those of {self.settings.backbone.path!r} are damaged: "
+                "restore them or train again"
+            )
         return tuple(x.cpu() for x in (greedy.codes, embedding, greedy.margin, s, greedy.relative))  # type: ignore[return-value]
 
     # --- disk
@@ -238,19 +243,22 @@ class ItemTokenizer(nn.Module, ModelHubMixin, library_name="mmsid", tags=["seman
         """Load a tokenizer folder, or a hub id (`revision`, `token`, ... go to the download).
 
         Raises:
-            ArtifactError: not a tokenizer folder, another format, or a body whose weights are not those it was trained on.
+            ArtifactError: not a tokenizer folder, another format, damaged or NaN weights, or a body whose weights are not
+            those it was trained on.
         """
         folder = Path(folder)
         if not folder.is_dir() and hub.pop("local_files_only", None) is not True and len(folder.parts) == 2 and not folder.is_absolute():
             folder = Path(snapshot_download(str(folder), **hub))
         if not (folder / "config.json").is_file():
             raise ArtifactError(f"{folder} holds no config.json, so it is no tokenizer folder; run `mmsid train_tokenizer` first")
+        for path in sorted(path for path in folder.rglob("*") if path.suffix in (".safetensors", ".json")):
+            check_file(path)
         config = read_json(folder / "config.json")
         if config.get("format") != FORMAT:
             raise ArtifactError(f"{folder}: tokenizer format {config.get('format')!r}, this mmsid reads {FORMAT}; train it again")
         settings = TokenizerSettings.model_validate(config["settings"])
         tokenizer = cls(settings, open_picture, saved=folder)
-        problems = tokenizer.load_state_dict(read_tensors(folder / "model.safetensors"), strict=False)
+        problems = tokenizer.load_state_dict(read_weights(folder / "model.safetensors"), strict=False)
         missing = [name for name in problems.missing_keys if not name.startswith("backbone.model.")]
         if missing or problems.unexpected_keys:
             raise ArtifactError(f"{folder}: weights do not fit (missing {missing}, unexpected {problems.unexpected_keys}); train it again")

@@ -117,6 +117,7 @@ def run(config: TrainTokenizerConfig, on_step: OnStep | None = None) -> Path:
 
     Raises:
         ConfigError, CatalogError, ArtifactError: what is wrong with settings, catalogue or earlier folders.
+        MmsidError: the gradient is NaN or infinite.
     """
     accelerator = make_accelerator(config.precision, unused_parameters=True)
     catalog = read_catalog(config.catalog)

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from mmsid.artifacts import Draft, read_tensors, write_json, write_tensors
 from mmsid.backbone.text import hidden_size_of
 from mmsid.catalog import Catalog, Split, load_picture
-from mmsid.errors import ConfigError
+from mmsid.errors import ConfigError, MmsidError
 from mmsid.progress import track
 from mmsid.sids import read_sid_folder
 from mmsid.tokenizer import targets
@@ -165,7 +165,12 @@ class Training:
                     accelerator.backward(total / config.accumulate)
                 for name, value in {"loss": total.detach(), **parts}.items():
                     sums[name] = sums.get(name, 0.0) + float(value) / config.accumulate
-            accelerator.clip_grad_norm_(self.objective.parameters(), config.clip)
+            norm = float(accelerator.clip_grad_norm_(self.objective.parameters(), config.clip))
+            if not math.isfinite(norm):  # of the reduced gradient, so every process stops, and before its weights are spoilt
+                parts = ", ".join(f"{name} {value:.4g}" for name, value in sums.items())
+                raise MmsidError(
+                    f"train_tokenizer: the gradient is {norm} at step {step} ({parts}); lower learning_rate, or check the texts"
+                )
             optimizer.step()
             optimizer.zero_grad()
             self.history.append(sums)
@@ -288,7 +293,7 @@ class Training:
     # --- the end
 
     def finish(self) -> None:
-        """Rank 0: measure a sample, write the tokenizer folder, drop the checkpoint."""
+        """Rank 0: measure a sample, write the tokenizer folder."""
         if not self.accelerator.is_main_process:
             return
         self.objective.eval()
@@ -321,8 +326,7 @@ class Training:
         write_json(folder / "training.json", {"figures": figures, "reconstruct": self.reconstruct, "history": self.history})
         (folder / "README.md").write_text(model_card(self.tokenizer, config, figures, len(self.inputs)), encoding="utf-8")
         self.tokenizer.save_pretrained(folder)
-        for name in ("checkpoint", "initial", "best", "targets"):
-            (folder / f"{name}.safetensors").unlink(missing_ok=True)
+        self.draft.scratch |= {f"{name}.safetensors" for name in ("checkpoint", "initial", "best", "targets")}
         self.draft.counts.update({"items": len(self.inputs), "steps": len(self.history), "processes": self.accelerator.num_processes})
         self.draft.extra.update({"figures": figures, "use": list(self.tokenizer.settings.use), "reconstruct": self.reconstruct})
 

@@ -1,0 +1,195 @@
+"""Does the annotation job keep the model busy, and are its three ways one? Drawn ads, the shipped demo model, one thread.
+
+    python benchmarks/annotation.py --out benchmarks/results/annotation.json
+
+overhead  wall time of the job over the time that its own model calls took (reading, decoding, hashing, preparing, judging and writing
+          should hide behind them), and over bare `model.generate` on the same batches, prepared beforehand.
+naive     the job's rate over that of a loop that reads, prepares and generates one picture after another.
+server    the same ads by a model in process and by a server on loopback: rows that differ in item, creative, text, status, reason, flags
+          or attempts. Needs the extra `serve`.
+ray       the same with two Ray actors, on a machine with two CPU slots or more. Needs the extra `ray`.
+faults    wall time against a server that spoils every fifth request in ten ways, over the time against a healthy one; each good answer
+          takes .25 s, sixteen are under way at once. Needs the extra `serve`.
+
+Ratios are of one run on one machine; seconds depend on it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from mmsid.annotate.caption import CaptionConfig, picture_loader, run
+from mmsid.annotate.generator import Request
+from mmsid.annotate.huggingface import HuggingFaceGenerator
+from mmsid.annotate.job import annotate
+from mmsid.annotate.prompts import load_prompt
+from mmsid.annotate.reading import read_rows
+from mmsid.annotate.records import Caption, parse_caption
+from mmsid.annotate.units import Task, Unit
+from mmsid.artifacts import read_json, sha256, write_json, writing
+from mmsid.catalog import CatalogConfig, read_catalog
+from mmsid.catalog.demo import write_demo_catalog
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from chat_server import FAULTS, Batching, ChatServer
+
+TOLD = ("item_id", "creative", "caption", "status", "reason", "flags", "attempts")
+BATCH, TOKENS = 16, 96
+PARTS = ("overhead", "naive", "server", "ray", "faults")
+
+
+class Watched(HuggingFaceGenerator):
+    """The demo model, which remembers what it was fed and how long its `generate` took."""
+
+    def __init__(self) -> None:
+        super().__init__("demo", max_new_tokens=TOKENS)
+        self.batches: list[tuple[dict[str, torch.Tensor], list[Request]]] = []
+        self.seconds = 0.0
+
+    def tokens(self, inputs: dict[str, torch.Tensor], requests: list[Request]) -> torch.Tensor:
+        started = time.perf_counter()
+        tokens = super().tokens(inputs, requests)
+        self.seconds += time.perf_counter() - started
+        self.batches.append((inputs, requests))
+        return tokens
+
+
+def main() -> None:
+    """The parts asked for, one JSON, one line each."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--ads", type=int, default=500)
+    parser.add_argument("--naive-ads", type=int, default=60, help="ads of the one-by-one loop")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/annotation.json"))
+    parsed = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(Path(folder), parsed.ads)
+        results: dict[str, Any] = {"ads": parsed.ads, "pictures": len(bench.units), "threads": 1}
+        if parsed.out.is_file() and (earlier := read_json(parsed.out))["ads"] == parsed.ads:
+            results = earlier  # parts may be run one at a time
+        if "overhead" in parsed.parts or "naive" in parsed.parts:
+            results["overhead"] = bench.overhead()
+        if "naive" in parsed.parts:
+            results["naive"] = bench.naive(parsed.naive_ads, results["overhead"]["job_seconds"] / len(bench.units))
+        if "server" in parsed.parts:
+            with ChatServer(Batching(HuggingFaceGenerator("demo", max_new_tokens=TOKENS), BATCH)) as server:
+                treat = {"base_url": server.url, "concurrency": 2 * BATCH}
+                results["server"] = bench.beside_local(generator="openai", server=treat)
+        if "ray" in parsed.parts:
+            results["ray"] = bench.beside_local(engine="ray", ray={"actors": 2, "cpus_per_actor": 0.5, "rows_per_task": 64})
+        if "faults" in parsed.parts:
+            results["faults"] = bench.faults()
+    parsed.out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(parsed.out, results)
+    print(json.dumps(results, indent=1))
+
+
+class Bench:
+    """Drawn ads, and what the parts share."""
+
+    def __init__(self, folder: Path, ads: int) -> None:
+        self.folder = folder
+        self.catalog = CatalogConfig(items=write_demo_catalog(folder / "ads", items=ads, users=0, seed=11) / "items.parquet")
+        self.items = read_catalog(self.catalog).items
+        self.units = [Unit(item.item_id, at, (path,)) for item in self.items for at, path in enumerate(item.images)]
+        self.prompt = load_prompt("caption_demo")
+        self.load = picture_loader(self.catalog)
+        self.runs = 0
+
+    def config(self, **options: Any) -> CaptionConfig:
+        """A caption job of its own, without a cache that would spare the work."""
+        self.runs += 1
+        out = self.folder / f"run{self.runs}" / "caption"
+        return CaptionConfig(**{"out": out, "catalog": self.catalog, "batch_size": BATCH, "max_new_tokens": TOKENS} | options)
+
+    def overhead(self) -> dict[str, float]:
+        model = Watched()
+        model.generate([Request(self.prompt.text, (self.load(self.units[0].pictures[0]),))])  # loaded and warm
+        model.batches.clear()
+        model.seconds = 0.0
+        config = self.config()
+        task = Task("caption", self.prompt, Caption, parse_caption, self.load)
+        with writing(config.out, stage="caption", config=config, resume=True) as draft:
+            job = timed(lambda: annotate(self.units, len(self.units), task, model, config, draft))
+        in_model, batches = model.seconds, list(model.batches)
+        bare = timed(lambda: [HuggingFaceGenerator.tokens(model, *batch) for batch in batches])
+        return {
+            "job_seconds": round(job, 3),
+            "own_model_calls_seconds": round(in_model, 3),
+            "bare_generate_seconds": round(bare, 3),
+            "job_over_own_model_calls": round(job / in_model, 4),
+            "job_over_bare_generate": round(job / bare, 4),
+        }
+
+    def naive(self, ads: int, job_seconds_each: float) -> dict[str, float]:
+        model = HuggingFaceGenerator("demo", max_new_tokens=TOKENS)
+        paths = [unit.pictures[0] for unit in self.units[:ads]]
+        model.generate([Request(self.prompt.text, (self.load(paths[0]),))])
+        each = timed(lambda: [model.generate([Request(self.prompt.text, (self.load(path),))]) for path in paths]) / len(paths)
+        return {
+            "seconds_each": round(each, 4),
+            "job_seconds_each": round(job_seconds_each, 4),
+            "speedup": round(each / job_seconds_each, 2),
+        }
+
+    @functools.cached_property
+    def local(self) -> tuple[list[dict], float]:
+        """Rows of the model in process, and the seconds they took."""
+        return self.captioned()
+
+    def captioned(self, engine: Literal["local", "ray"] = "local", **options: Any) -> tuple[list[dict], float]:
+        config = self.config(shard_rows=128, **options)
+        seconds = timed(lambda: run(config, engine=engine))
+        return [{name: row[name] for name in TOLD} for row in read_rows(config.out, "caption")], seconds
+
+    def beside_local(self, **options: Any) -> dict[str, Any]:
+        local, local_seconds = self.local
+        rows, seconds = self.captioned(**options)
+        ok = sum(row["status"] == "ok" for row in rows)
+        found = {"rows": len(rows), "ok": ok, "differ_from_local": differing(local, rows)}
+        return found | {"local_seconds": round(local_seconds, 1), "seconds": round(seconds, 1)}
+
+    def faults(self) -> dict[str, Any]:
+        answers = {sha256(self.load(unit.pictures[0]).tobytes()): json.dumps({"caption": f"ad {at}"}) for at, unit in enumerate(self.units)}
+
+        def answer(request: Request) -> str:
+            return answers[sha256(request.pictures[0].tobytes())]
+
+        found: dict[str, Any] = {}
+        rows = {}
+        for name, share in (("healthy", 0.0), ("faulty", 0.2)):
+            with ChatServer(answer, share=share, delay=0.25, slow=1.0) as server:
+                config = self.config(generator="openai", server={"base_url": server.url})
+                found[f"{name}_seconds"] = round(timed(lambda config=config: run(config)), 2)
+            rows[name] = list(read_rows(config.out, "caption"))
+            found[f"{name}_requests"] = len(server.seen)
+        ok = sum(row["status"] == "ok" for row in rows["faulty"])
+        slowdown = round(found["faulty_seconds"] / found["healthy_seconds"], 3)
+        return found | {"kinds": len(FAULTS), "ok": ok, "differs": differing(rows["healthy"], rows["faulty"]), "slowdown": slowdown}
+
+
+def timed(work: Callable[[], Any]) -> float:
+    """Seconds of wall time."""
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def differing(these: list[dict], those: list[dict]) -> int:
+    """Rows that differ, those that only one side has included."""
+    return sum(a != b for a, b in zip(these, those)) + abs(len(these) - len(those))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""Does an annotation job stay flat in memory and linear in time? Catalogues of many tiny pictures, a generator that always says the same.
+
+    python benchmarks/scale.py --rows 10000 100000 1000000 --out benchmarks/results/scale.json
+
+Each size runs in a process of its own, with one shard of 1,024 rows at a time, as by default. `read`: the catalogue (which mmsid
+holds whole, because its order follows from its content). `job`: every row annotated but those of the last shard, where the job is
+interrupted. `resume`: the rest, in a draft that holds all other shards. Seconds are CPU seconds of the process, all threads (another
+job on the machine does not count); wall seconds stand beside them. Memory is the anonymous resident memory at its peak above what
+the process held when the step began.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from assignment import PeakMemory
+from PIL import Image
+
+from mmsid.annotate.caption import CaptionConfig, picture_loader
+from mmsid.annotate.generator import Request
+from mmsid.annotate.job import annotate
+from mmsid.annotate.prompts import load_prompt
+from mmsid.annotate.records import Caption, parse_caption
+from mmsid.annotate.units import Task, Unit
+from mmsid.artifacts import write_json, writing
+from mmsid.catalog import CatalogConfig, read_catalog
+
+
+class Constant:
+    """Always the same caption; stops like a person at the keyboard when `limit` requests were answered."""
+
+    model_id, parameters = "constant@0", {}
+
+    def __init__(self, limit: int | None = None) -> None:
+        self.limit, self.asked = limit, 0
+
+    def generate(self, requests: list[Request]) -> list[str]:
+        if self.limit is not None and self.asked >= self.limit:
+            raise KeyboardInterrupt
+        self.asked += len(requests)
+        return ['{"caption": "a tiny picture of one colour"}'] * len(requests)
+
+
+def main() -> None:
+    """One record per size, one JSON, one table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, nargs="+", default=[10**4, 10**5, 10**6])
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/scale.json"))
+    parser.add_argument("--one", type=Path, help=argparse.SUPPRESS)  # it calls itself: the folder of a drawn catalogue
+    parsed = parser.parse_args()
+    if parsed.one is not None:
+        print(json.dumps(one_size(parsed.one)))
+        return
+    records = []
+    for rows in parsed.rows:
+        with tempfile.TemporaryDirectory() as folder:
+            draw(Path(folder), rows)
+            command = [sys.executable, __file__, "--one", folder]
+            finished = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        records.append(json.loads(finished.stdout.splitlines()[-1]))
+        parsed.out.parent.mkdir(parents=True, exist_ok=True)
+        write_json(parsed.out, {"sizes": records})
+        print(table(records))
+
+
+def draw(folder: Path, rows: int) -> None:
+    """`rows` items, each with a picture of its own colour: 4 x 4 pixels, about 80 bytes."""
+    for start in range(0, rows, 1_000):
+        (folder / f"images/{start // 1_000}").mkdir(parents=True)
+        for at in range(start, min(start + 1_000, rows)):
+            Image.new("RGB", (4, 4), (at >> 16 & 255, at >> 8 & 255, at & 255)).save(folder / name_of(at))
+    columns = {"item_id": [f"i{at}" for at in range(rows)], "title": [f"thing {at}" for at in range(rows)]}
+    pq.write_table(pa.table(columns | {"image": [name_of(at) for at in range(rows)]}), folder / "items.parquet")
+
+
+def name_of(at: int) -> str:
+    """Where a picture lies below the catalogue's folder."""
+    return f"images/{at // 1_000}/{at}.png"
+
+
+def one_size(folder: Path) -> dict[str, Any]:
+    """Read, annotate, resume."""
+    catalog = CatalogConfig(items=folder / "items.parquet")
+    config = CaptionConfig(out=folder / "run" / "caption", catalog=catalog, cache=folder / "answers.sqlite", batch_size=64)
+    task = Task("caption", load_prompt("caption_demo"), Caption, parse_caption, picture_loader(catalog))
+    record: dict[str, Any] = {}
+
+    def measured(step: str, work: Callable[[], Any]) -> Any:
+        with PeakMemory() as memory:
+            started, cpu = time.perf_counter(), time.process_time()
+            result = work()
+            record[f"{step}_seconds"] = round(time.process_time() - cpu, 3)
+            record[f"{step}_wall_seconds"] = round(time.perf_counter() - started, 3)
+        record[f"{step}_mb"] = round(memory.grown / 2**20, 1)
+        return result
+
+    def job(generator: Constant) -> int:
+        units = (Unit(item.item_id, 0, item.images) for item in items)
+        with writing(config.out, stage="caption", config=config, resume=True) as draft:
+            annotate(units, len(items), task, generator, config, draft)
+        return generator.asked
+
+    def interrupted() -> None:
+        try:
+            job(Constant(limit=len(items) - len(items) % config.shard_rows))
+        except KeyboardInterrupt:
+            return
+        raise SystemExit("the job was not interrupted: choose a number of rows that is no multiple of 1,024")
+
+    job_of_nothing(folder, task)  # libraries are loaded before anything is measured
+    items = measured("read", lambda: read_catalog(catalog).items)
+    record["rows"] = len(items)
+    measured("job", interrupted)
+    record["asked_on_resume"] = measured("resume", lambda: job(Constant()))
+    return record
+
+
+def job_of_nothing(folder: Path, task: Task) -> None:
+    """One row that needs no picture, so that the first measured row finds everything imported."""
+    config = CaptionConfig(out=folder / "warm" / "caption", catalog=CatalogConfig(items=folder / "items.parquet"))
+    with writing(config.out, stage="caption", config=config) as draft:
+        annotate([Unit("none", reason="no_picture")], 1, task, Constant(), config, draft)
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """The sizes in Markdown."""
+    lines = ["| rows | read, us per row | job, us per row | resume, s (wall) | read, MB | job, MB | resume, MB |", "|" + "---|" * 7]
+    for record in records:
+        each = [f"{1e6 * record[f'{step}_seconds'] / record['rows']:.0f}" for step in ("read", "job")]
+        resume = f"{record['resume_seconds']:.1f} ({record['resume_wall_seconds']:.1f})"
+        memory = [f"{record[f'{step}_mb']:.0f}" for step in ("read", "job", "resume")]
+        lines.append(f"| {record['rows']:,} | " + " | ".join([*each, resume, *memory]) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

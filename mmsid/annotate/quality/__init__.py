@@ -1,0 +1,1 @@
+"""`text_quality`: how specific, grounded and useful the mined interests of an item are, learned from a judge or from known truth."""

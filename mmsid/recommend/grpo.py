@@ -1,0 +1,132 @@
+"""TRL's `GRPOTrainer` on a causal model over SID tokens, its rollouts and its log-probabilities confined to the trie.
+
+Two hooks do that. `rollout_func`, which TRL offers (as experimental), samples with `generate` under `TrieLogitsProcessor`. Scoring has
+no such hook: TRL's fused head runs its softmax over the whole vocabulary, and legal codes would be pressed down together with illegal
+ones that were never drawn; so `TrieGRPOTrainer` overrides the one method that scores completions. Policy, old policy and
+reference then are distributions over existing SIDs, the very ones that the rollouts were drawn from and that trie search ranks by.
+
+Positions count from the first real token: the prompts are padded on the left, and GPT-2 was trained without pads.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import GPT2LMHeadModel, LogitsProcessorList, PreTrainedTokenizerFast
+from trl import GRPOConfig, GRPOTrainer
+
+from mmsid.recommend.constrain import TrieConstraint, TrieLogitsProcessor
+from mmsid.sids.exports import token
+from mmsid.sids.trie import Trie
+
+BEGIN = "<begin>"
+Reward = Callable[..., list[float]]
+
+
+def sid_text_tokenizer(sizes: Sequence[int]) -> PreTrainedTokenizerFast:
+    """One word per token of `tokens.TokenRecommender`, in its order: level by level, `<begin>` last. Pads are `<begin>` on the left."""
+    words = [token(level, code) for level, size in enumerate(sizes) for code in range(size)] + [BEGIN]
+    raw = Tokenizer(models.WordLevel({word: at for at, word in enumerate(words)}))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token=BEGIN, eos_token=BEGIN, pad_token=BEGIN, padding_side="left")
+
+
+def path_log_probs(
+    logits: torch.Tensor, codes: torch.Tensor, constraint: TrieConstraint, offsets: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probability of each code of a path given those before it, over the codes that the trie allows there.
+
+    Args:
+        logits: (B, D, V), at the places that predict the levels.
+        codes: int64 (B, D), whole paths of the trie.
+        offsets: token id of code 0 per level.
+
+    Returns:
+        log-probabilities (B, D) and entropies (B, D) in nats. Their sum over D is what trie search scores the path with.
+
+    Raises:
+        ValueError: a row is no path of the trie.
+    """
+    node = torch.zeros(len(codes), dtype=torch.long, device=codes.device)
+    log_probs, entropies = [], []
+    for level, rule in enumerate(constraint.levels):
+        scores = torch.log_softmax(rule.mask(logits[:, level, offsets[level] : offsets[level] + rule.size], node), -1)
+        child = rule.step(node, codes[:, level])
+        if bool((child < 0).any()):
+            row = int((child < 0).nonzero()[0, 0])
+            raise ValueError(f"row {row} holds {codes[row].tolist()}, which is no path of the trie from level {level} on")
+        log_probs.append(scores.gather(1, rule.candidate(node, child)[:, None])[:, 0])
+        entropies.append(-(scores.exp() * scores.masked_fill(torch.isneginf(scores), 0.0)).sum(-1))
+        node = child
+    return torch.stack(log_probs, 1), torch.stack(entropies, 1)
+
+
+class TrieGRPOTrainer(GRPOTrainer):
+    """GRPO over paths of a trie. Completions are whole paths, D tokens each.
+
+    Args:
+        policy: loaded by `from_pretrained`, so that TRL can load the frozen reference from the same folder.
+        rewards: TRL reward functions, summed with `args.reward_weights`; each is given the data set's columns and `completion_ids`.
+        data: a column `prompt`, histories in the words of `sid_text_tokenizer`, and whatever the rewards read.
+        trie: of the paths of all items, on the policy's device.
+    """
+
+    def __init__(self, policy: GPT2LMHeadModel, rewards: list[Reward], args: GRPOConfig, data: Dataset, trie: Trie) -> None:
+        sizes = trie.sizes.tolist()
+        self.offsets = [sum(sizes[:level]) for level in range(len(sizes))]
+        self.constraint = TrieConstraint.from_trie(trie)
+        ids = [range(start, start + size) for start, size in zip(self.offsets, sizes, strict=True)]
+        self.processor = TrieLogitsProcessor(trie, ids, prompt_length=0)
+        text_tokenizer = sid_text_tokenizer(sizes)
+        for config in (policy.config, policy.generation_config):
+            config.eos_token_id = text_tokenizer.eos_token_id
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*rollout_func.*")
+            super().__init__(policy, rewards, args, train_dataset=data, processing_class=text_tokenizer, rollout_func=_sample_paths)
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: torch.nn.Module,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        **unused: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, None]:
+        """TRL's scoring method, under the trie mask. -> log-probabilities (B, D), entropies (B, D) or None, no auxiliary loss."""
+        log_probs, entropies = [], []
+        for rows in torch.arange(len(input_ids), device=input_ids.device).split(batch_size or len(input_ids)):
+            ids, real = input_ids[rows], attention_mask[rows]
+            positions = (real.cumsum(1) - 1).clamp_min(0)
+            logits = model(ids, attention_mask=real, position_ids=positions, logits_to_keep=logits_to_keep + 1).logits[:, :-1]
+            codes = ids[:, -logits_to_keep:] - torch.tensor(self.offsets, device=ids.device)
+            found = path_log_probs(logits / self.temperature, codes, self.constraint, self.offsets)
+            log_probs.append(found[0])
+            entropies.append(found[1])
+        return torch.cat(log_probs), torch.cat(entropies) if compute_entropy else None, None
+
+
+def _sample_paths(prompts: list[str], trainer: TrieGRPOTrainer) -> dict[str, list[list[int]]]:
+    """TRL's rollout function: one path drawn for every prompt (TRL repeats each prompt as often as its group is large)."""
+    prompt_ids = trainer.processing_class(text=prompts)["input_ids"]
+    padded = trainer.processing_class.pad({"input_ids": prompt_ids}, return_tensors="pt").to(trainer.accelerator.device)
+    trainer.processor.prompt_length = padded["input_ids"].shape[1]
+    with torch.no_grad():
+        drawn = trainer.accelerator.unwrap_model(trainer.model).generate(
+            input_ids=padded["input_ids"],
+            attention_mask=padded["attention_mask"],
+            max_new_tokens=len(trainer.offsets),
+            do_sample=True,
+            temperature=trainer.temperature,
+            top_k=0,
+            logits_processor=LogitsProcessorList([trainer.processor]),
+        )
+    completions = drawn[:, trainer.processor.prompt_length :].tolist()
+    # log-probabilities of the sampler would only be read where another engine samples
+    return {"prompt_ids": prompt_ids, "completion_ids": completions, "logprobs": None}

@@ -1,0 +1,45 @@
+"""Stage `sid_reward` (started by `scripts/train_reward.py --part sid`): the reward model of refinement by itself, with its report.
+
+Fits what the stage `refine` would fit first, from the same settings, and stops there: to see what a reward is worth before anything
+is moved by it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mmsid.artifacts import writing
+from mmsid.catalog import read_catalog, split_histories
+from mmsid.precision import make_accelerator
+from mmsid.progress import done
+from mmsid.refine.refine import Job, RefineConfig
+from mmsid.refine.reward import train_reward
+
+
+class SidRewardConfig(RefineConfig):
+    """The keys of `refine`; those of the loop and the gate are not looked at."""
+
+
+def run(config: SidRewardConfig) -> Path:
+    """Fit into `config.out`: reward.safetensors and reward.json (shape, features, held-out report). -> the folder.
+
+    A reward that is no better than the distances alone is written all the same; the manifest says `usable: false`, and why.
+
+    Raises:
+        CatalogError, ArtifactError: inputs that cannot be read or do not belong together.
+    """
+    accelerator = make_accelerator()
+    catalog = read_catalog(config.catalog)
+    split = split_histories(catalog, config.catalog.split)
+    inputs = {name: getattr(config, name) for name in ("tokenizer", "sids", "captions", "interests")}
+    inputs |= {"items": config.catalog.items, "sequences": config.catalog.sequences}
+    with writing(config.out, stage="sid_reward", config=config, inputs=inputs) as draft:
+        accelerator.wait_for_everyone()
+        job = Job(config, accelerator, catalog, split, draft, None)
+        reward, report = train_reward(job.material, job.fit_histories, job.held_out, config.evidence, config.reward, config.seed)
+        if accelerator.is_main_process:
+            reward.save(draft.path, report)
+            draft.extra.update({"usable": report["usable"], "reason": report["reason"], "report": report})
+        accelerator.wait_for_everyone()
+    done(f"sid_reward: wrote {config.out} ({'usable' if report['usable'] else report['reason']})")
+    return config.out

@@ -1,0 +1,256 @@
+"""Hostile pictures, each met by every door: the catalogue, decoding here, decoding in a worker, and the caption job.
+
+What is usable comes out upright, in RGB; what is not has a fixed reason and keeps its row.
+"""
+
+import io
+import json
+import os
+import signal
+import struct
+import threading
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from annotate_stub import StubGenerator, caption_config, rows_of
+from PIL import Image
+
+from mmsid.annotate.caption import run as caption
+from mmsid.catalog import CatalogConfig, PictureLimits, isolation, load_picture, read_catalog
+from mmsid.catalog.pictures import REASONS, inspect_picture
+from mmsid.errors import PictureError
+
+NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 40, 3), dtype=np.uint8))
+RED = Image.new("RGB", (40, 30), (200, 0, 0))
+
+
+def encoded(picture: Image.Image, kind: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def exif(**tags) -> bytes:
+    found = Image.Exif()
+    for tag, value in tags.items():
+        found[int(tag[1:], 16)] = value
+    return found.tobytes()
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A PNG of under 200 bytes that declares so many one-bit pixels."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 64)) + chunk(b"IEND", b"")
+
+
+def text_bomb() -> bytes:
+    """A PNG whose compressed comment unpacks to 200 MB."""
+    data = encoded(RED, "PNG")
+    body = b"Comment\0\0" + zlib.compress(bytes(200_000_000), 9)
+    chunk = struct.pack(">I", len(body)) + b"zTXt" + body + struct.pack(">I", zlib.crc32(b"zTXt" + body))
+    return data[:33] + chunk + data[33:]
+
+
+def frames(kind: str) -> bytes:
+    return encoded(RED, kind, save_all=True, append_images=[NOISE, RED])
+
+
+REFUSED = {
+    "zero bytes": (b"", "format"),
+    "text under a picture's name": (b"hello, I am no picture", "format"),
+    "a page that is also a GIF": (b"GIF89a/*" + b"<script>" * 9, "format"),
+    "SVG": (b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>', "format"),
+    "PostScript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(/etc/passwd) (r) file\n", "format"),
+    "TIFF": (encoded(RED, "TIFF"), "format"),
+    "JPEG 2000 signature": (b"\0\0\0\x0cjP  \r\n\x87\n" + bytes(40), "format"),
+    "one-bit PNG of 60,000 x 60,000": (bomb(60_000, 60_000), "too_many_pixels"),
+    "PNG of 2^31 x 1": (bomb(2**31 - 1, 1), "too_many_pixels"),
+    "PNG of no width": (bomb(0, 5), ("format", "corrupt")),
+    "PNG with a comment of 200 MB": (text_bomb(), ("corrupt", "format")),
+    "animated GIF": (frames("GIF"), "format"),
+    "animated PNG": (frames("PNG"), "animated"),
+    "animated WebP": (frames("WEBP"), "animated"),
+    "JPEG header alone": (encoded(NOISE, "JPEG")[:20], ("truncated", "format")),
+    **{
+        f"{kind} cut at {at}/16": (
+            encoded(NOISE, kind, **options)[: len(encoded(NOISE, kind, **options)) * at // 16],
+            ("truncated", "corrupt", "format"),
+        )
+        for kind, options in (("JPEG", {}), ("PNG", {}), ("WEBP", {"lossless": True}))
+        for at in range(1, 16)
+    },
+    "progressive JPEG cut in its last scan": (encoded(NOISE, "JPEG", progressive=True)[:-9], "truncated"),
+}
+USABLE = {  # file, its name, size and middle pixel of what comes out
+    "PNG under a JPEG's name": (encoded(RED, "PNG"), "a.jpg", (40, 30), (200, 0, 0)),
+    "JPEG without any ending": (encoded(RED, "JPEG", quality=95), "picture", (40, 30), (200, 0, 0)),
+    "CMYK": (encoded(Image.new("CMYK", (40, 30), (0, 255, 255, 0)), "JPEG", quality=95), "a.jpg", (40, 30), (255, 0, 0)),
+    "16-bit grey": (encoded(Image.fromarray(np.full((30, 40), 128 * 257, np.uint16)), "PNG"), "a.png", (40, 30), (128, 128, 128)),
+    "transparent": (encoded(Image.new("RGBA", (40, 30), (9, 9, 9, 0)), "PNG"), "a.png", (40, 30), (255, 255, 255)),
+    "half transparent": (encoded(Image.new("LA", (40, 30), (0, 128)), "PNG"), "a.png", (40, 30), (127, 127, 127)),
+    "palette with one transparent colour": (encoded(RED.quantize(2), "PNG", transparency=0), "a.png", (40, 30), None),
+    "EXIF: turned": (encoded(RED, "JPEG", exif=exif(x0112=6)), "a.jpg", (30, 40), None),
+    "EXIF: an orientation that does not exist": (encoded(RED, "JPEG", exif=exif(x0112=99)), "a.jpg", (40, 30), None),
+    "EXIF: other width and height": (encoded(RED, "JPEG", exif=exif(x0100=60_000, x0101=60_000)), "a.jpg", (40, 30), None),
+    "EXIF: junk": (encoded(RED, "JPEG", exif=b"Exif\0\0MM\0*" + b"\xff" * 40), "a.jpg", (40, 30), None),
+    "EXIF: offset past the end": (encoded(RED, "JPEG", exif=b"Exif\0\0II*\0\xf0\xff\xff\x7f"), "a.jpg", (40, 30), None),
+    "ICC: junk": (encoded(RED, "JPEG", icc_profile=b"\xff" * 200), "a.jpg", (40, 30), None),
+    "ICC: junk in a PNG": (encoded(RED, "PNG", icc_profile=b"acsp" * 50), "a.png", (40, 30), (200, 0, 0)),
+    "bytes behind the end": (encoded(RED, "PNG") + b"<?php system('id'); ?>" * 9, "a.png", (40, 30), (200, 0, 0)),
+}
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow warns of junk in EXIF
+
+
+@pytest.fixture(params=[False, True], ids=["here", "in a worker"])
+def limits(request) -> PictureLimits:
+    return PictureLimits(isolate=request.param)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_no_usable_picture_has_a_fixed_reason_and_tells_nothing_else(tmp_path, name, limits):
+    data, reasons = REFUSED[name]
+    reasons = (reasons,) if isinstance(reasons, str) else reasons
+    (tmp_path / "a.png").write_bytes(data)
+    with pytest.raises(PictureError) as caught:
+        load_picture("a.png", limits, tmp_path)
+    assert caught.value.reason in reasons
+    assert str(caught.value) == f"picture 'a.png': {REASONS[caught.value.reason]}"
+    assert inspect_picture("a.png", limits, tmp_path).reason in reasons, "found before anything is decoded"
+
+
+@pytest.mark.parametrize("name", USABLE)
+def test_what_can_be_used_comes_out_upright_in_rgb(tmp_path, name, limits):
+    data, file, size, colour = USABLE[name]
+    (tmp_path / file).write_bytes(data)
+    picture = load_picture(file, limits, tmp_path)
+    assert (picture.mode, picture.size) == ("RGB", size)
+    if colour is not None:
+        assert np.abs(np.array(picture.getpixel((size[0] // 2, size[1] // 2))) - colour).max() <= 16  # JPEG and CMYK round
+    assert inspect_picture(file, limits, tmp_path).reason is None
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("../secret.png", "outside_root"),
+        ("inner/../../secret.png", "outside_root"),
+        ("link.png", "outside_root"),
+        ("folder_link/secret.png", "outside_root"),
+        ("..%2fsecret.png", "missing"),
+        ("..\\secret.png", "missing"),
+        ("file:///etc/passwd", "missing"),
+        ("http://169.254.169.254/a.png", "missing"),
+        ("/etc/passwd", "outside_root"),
+        ("/dev/zero", "outside_root"),
+        ("loop.png", ("unreadable", "not_a_file", "missing")),
+        ("dead_link.png", "missing"),
+        ("a\0.png", "not_a_file"),
+        (".", "not_a_file"),
+        ("pipe.png", "not_a_file"),
+        ("a" * 5_000, ("unreadable", "not_a_file")),
+    ],
+)
+def test_no_path_leads_out_of_the_root_or_hangs(tmp_path, path, reason, limits):
+    root = tmp_path / "root"
+    (root / "inner").mkdir(parents=True)
+    (tmp_path / "secret.png").write_bytes(encoded(RED, "PNG"))
+    for name, target in (("link.png", "../secret.png"), ("folder_link", ".."), ("loop.png", "loop.png"), ("dead_link.png", "nothing.png")):
+        os.symlink(target, root / name)
+    os.mkfifo(root / "pipe.png")
+    with pytest.raises(PictureError) as caught:
+        load_picture(path, limits, root)
+    assert caught.value.reason in ((reason,) if isinstance(reason, str) else reason)
+
+
+# The worker's own limits
+
+
+def slow_jpeg(scans: int) -> bytes:
+    """16 megapixels in 75 kB, refined again by every one of `scans` empty scans: each costs the decoder a walk over the whole picture."""
+    data = encoded(Image.new("L", (4_000, 4_000), 128), "JPEG", progressive=True)
+    return data[:-2] + data[data.rfind(b"\xff\xda") : -2] * scans + b"\xff\xd9"
+
+
+def reason_of(path: Path, limits: PictureLimits) -> str:
+    with pytest.raises(PictureError) as caught:
+        load_picture(path, limits)
+    return caught.value.reason
+
+
+def test_a_picture_that_takes_too_long_or_too_much_memory_is_given_up_and_the_next_is_decoded(tmp_path):
+    (tmp_path / "slow.jpg").write_bytes(slow_jpeg(1_000))
+    (tmp_path / "good.png").write_bytes(encoded(RED, "PNG"))
+    (tmp_path / "large.png").write_bytes(encoded(Image.new("RGB", (5_000, 5_000)), "PNG", compress_level=1))
+    tight = PictureLimits(isolate=True, max_seconds=1, max_memory=50_000_000)
+    assert reason_of(tmp_path / "slow.jpg", tight) == "too_slow"
+    assert load_picture(tmp_path / "good.png", tight).size == (40, 30)
+    assert reason_of(tmp_path / "large.png", tight) == "too_much_memory"
+    assert load_picture(tmp_path / "good.png", tight).size == (40, 30)
+    assert load_picture(tmp_path / "large.png", PictureLimits(isolate=True)).size == (5_000, 5_000)
+
+
+@pytest.mark.slow
+def test_a_decoder_that_crashes_costs_its_own_picture_and_a_worker_that_died_idle_costs_none(tmp_path):
+    limits = PictureLimits(isolate=True)
+    (tmp_path / "good.png").write_bytes(encoded(RED, "PNG"))
+    (tmp_path / "slow.jpg").write_bytes(slow_jpeg(1_000))
+    with isolation._worker() as worker:
+        process = worker.process
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert load_picture(tmp_path / "good.png", limits).size == (40, 30)
+    with isolation._worker() as worker:
+        process = worker.process
+
+    def crash() -> None:
+        while process.poll() is None and isolation._idle.qsize():  # until it is taken for the slow picture
+            time.sleep(0.001)
+        process.send_signal(signal.SIGSEGV)
+
+    crasher = threading.Thread(target=crash)
+    crasher.start()
+    assert reason_of(tmp_path / "slow.jpg", limits) == "crashed"
+    crasher.join()
+    assert load_picture(tmp_path / "good.png", limits).size == (40, 30)
+
+
+def test_a_forked_process_has_workers_of_its_own(tmp_path):
+    (tmp_path / "good.png").write_bytes(encoded(RED, "PNG"))
+    load_picture(tmp_path / "good.png", PictureLimits(isolate=True))
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(writer, bytes([isolation._idle.qsize()]))
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert os.read(reader, 1) == b"\0" and isolation._idle.qsize() > 0
+
+
+# Rows
+
+
+def test_every_hostile_picture_keeps_its_row_with_a_reason(tmp_path):
+    """A catalogue of nothing else: as many caption rows as creatives, none dropped, each refusal named."""
+    (tmp_path / "images").mkdir()
+    lines = []
+    for number, (name, data) in enumerate([(name, case[0]) for name, case in (REFUSED | USABLE).items()]):
+        (tmp_path / "images" / f"{number}.png").write_bytes(data)
+        lines.append({"item_id": name, "title": name, "image": [f"images/{number}.png"]})
+    lines.append({"item_id": "outside", "title": "x", "image": ["../../etc/passwd"]})
+    (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    config = caption_config(
+        CatalogConfig(items=tmp_path / "items.jsonl", pictures=PictureLimits(isolate=True)), tmp_path / "caption", max_quarantined=1.0
+    )
+    rows = {row["item_id"]: row for row in rows_of(caption(config, StubGenerator()))}
+    assert set(rows) == {*REFUSED, *USABLE, "outside"}
+    assert all(rows[name]["status"] == "ok" for name in USABLE)
+    assert all(rows[name]["reason"].removeprefix("picture_") in REASONS for name in [*REFUSED, "outside"])
+    assert sum(read_catalog(config.catalog).problems[f"picture_{reason}"] for reason in REASONS) == len(REFUSED) + 1
