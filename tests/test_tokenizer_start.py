@@ -103,9 +103,3 @@ def test_batches_are_a_pure_function_of_seed_step_and_rank() -> None:
             assert anchor != partner or not paired
     ranks = [one.batch(0, rank, 2).rows[:2].tolist() for rank in (0, 1)]
     assert ranks[0] + ranks[1] == [row for step in (0, 1) for row in one.batch(step).rows[:2].tolist()]
-
-
-def test_held_out_items_are_never_drawn() -> None:
-    pairs = sparse.csr_matrix(np.ones((10, 10)) - np.eye(10))
-    kept = plan(pairs, rows=np.arange(5))
-    assert max(kept.batch(step).rows.max() for step in range(20)) < 5

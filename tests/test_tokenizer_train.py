@@ -90,13 +90,6 @@ def test_other_losses_and_heads(world, tmp_path, changes: dict) -> None:
     assert ("codes" in history[0]) == (changes.get("loss") != "unisid")
 
 
-def test_early_stop_keeps_the_best(world, tmp_path) -> None:
-    wild = {"learning_rate": 0.5, "head_learning_rate": 0.5}
-    out = train.run(settings(world, tmp_path / "out", steps=12, held_out_items=0.2, evaluate_every=1, patience=1, **wild))
-    held = [row["held_out"] for row in read_json(out / "training.json")["history"] if "held_out" in row]
-    assert len(held) < 12 and held[-1] >= min(held)
-
-
 def test_without_sequences_annotations_or_text(world, tmp_path) -> None:
     """Only a caption, no titles: a catalogue of bare photos."""
     catalog = write_catalog(tmp_path, items=24, sequences=False)

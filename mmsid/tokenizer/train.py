@@ -73,9 +73,6 @@ class TrainTokenizerConfig(StageConfig):
     against: Path | None = None
     rebalance_every: int = Field(0, ge=0)
     checkpoint_every: int = Field(50, ge=1)
-    held_out_items: float = Field(0.0, ge=0, lt=0.5)
-    evaluate_every: int = Field(25, ge=1)
-    patience: int = Field(0, ge=0)
 
     @model_validator(mode="before")
     @classmethod

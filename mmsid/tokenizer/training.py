@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from safetensors import safe_open
 
 from mmsid.artifacts import Draft, read_tensors, write_json, write_tensors
@@ -78,18 +77,14 @@ class Training:
         self.objective = Objective(
             self.tokenizer, weights, decoder, tau=config.tau, finest=finest, reconstruct_from=config.reconstruct_from
         ).to(accelerator.device)
-        held = np.random.default_rng([config.seed, 7]).permutation(len(self.inputs))[: int(config.held_out_items * len(self.inputs))]
-        self.held_out = np.sort(held)
         self.plan = PairPlan(
             [len(item.text) for item in self.inputs],
             self.categories[:, -1].numpy(),
             behaviour.pairs if config.behavioural(config.partners) else None,
             batch_size=config.batch_size,
             seed=config.seed,
-            rows=np.setdiff1d(np.arange(len(self.inputs)), self.held_out),
         )
         self.history: list[dict[str, float]] = []
-        self.best, self.waited = math.inf, 0
 
     # --- the start, made by rank 0, read by all
 
@@ -175,15 +170,10 @@ class Training:
             optimizer.zero_grad()
             self.history.append(sums)
             note["loss"] = sums["loss"]
-            stop = self._evaluate(step + 1)
-            if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps or stop:
+            if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
                 self._checkpoint(step + 1)
             if on_step is not None:
                 on_step(step, sums)
-            if stop:
-                break
-        if self.best < math.inf and config.patience:
-            self._load(read_tensors(self.draft.path / "best.safetensors"))
 
     def _batch(self, micro: int) -> tuple[dict[str, torch.Tensor], Labels]:
         pairs = self.plan.batch(micro, self.accelerator.process_index, self.accelerator.num_processes)
@@ -207,33 +197,6 @@ class Training:
             mask,
         )
         return {key: value.to(device) for key, value in batch.items()}, labels.to(device)
-
-    @torch.no_grad()
-    def _evaluate(self, step: int) -> bool:
-        """Loss on the held-out items; True when it has not fallen for `patience` evaluations."""
-        config = self.config
-        if not len(self.held_out) or step % config.evaluate_every:
-            return False
-        self.objective.eval()
-        values = []
-        size = config.batch_size - config.batch_size % 2
-        for start in range(0, len(self.held_out) - 1, size):
-            rows = self.held_out[start : start + size]
-            rows = rows[: len(rows) - len(rows) % 2]
-            nobody = np.zeros(len(rows) // 2, bool)
-            parts = self.objective(*self._collate(rows, nobody, nobody))[1]
-            values.append((len(rows), float(parts.get("codes", parts.get("reconstruction", torch.tensor(math.nan))))))
-        value = sum(n * v for n, v in values) / max(1, sum(n for n, _ in values))
-        value = broadcast_object_list([value])[0] if self.accelerator.num_processes > 1 else value
-        self.history[-1]["held_out"] = value
-        if value < self.best:
-            self.best, self.waited = value, 0
-            if config.patience and self.accelerator.is_main_process:
-                write_tensors(self.draft.path / "best.safetensors", self._weights())
-        else:
-            self.waited += 1
-        self.accelerator.wait_for_everyone()
-        return bool(config.patience) and self.waited >= config.patience
 
     @torch.no_grad()
     def _rebalance(self) -> None:
@@ -264,7 +227,7 @@ class Training:
         tensors = self._weights()
         for index, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in state.items()}
-        tensors |= {"targets": self.codes, "progress": torch.tensor([float(step), self.best, float(self.waited)], dtype=torch.float64)}
+        tensors |= {"targets": self.codes, "step": torch.tensor(step)}
         names = sorted({name for losses in self.history for name in losses})
         rows = [[losses.get(name, math.nan) for name in names] for losses in self.history]
         tensors["history"] = torch.tensor(rows, dtype=torch.float64).reshape(len(rows), len(names))
@@ -283,12 +246,10 @@ class Training:
                 state.setdefault(int(index), {})[key] = value
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
         self.codes = tensors["targets"]
-        step, self.best, waited = tensors["progress"].tolist()
-        self.waited = int(waited)
         with safe_open(str(path), framework="pt") as handle:
             names = handle.metadata()["history"].split(",")
         self.history = [{n: v for n, v in zip(names, row) if not math.isnan(v)} for row in tensors["history"].tolist()]
-        return int(step)
+        return int(tensors["step"])
 
     # --- the end
 
@@ -326,7 +287,7 @@ class Training:
         write_json(folder / "training.json", {"figures": figures, "reconstruct": self.reconstruct, "history": self.history})
         (folder / "README.md").write_text(model_card(self.tokenizer, config, figures, len(self.inputs)), encoding="utf-8")
         self.tokenizer.save_pretrained(folder)
-        self.draft.scratch |= {f"{name}.safetensors" for name in ("checkpoint", "initial", "best", "targets")}
+        self.draft.scratch |= {f"{name}.safetensors" for name in ("checkpoint", "initial", "targets")}
         self.draft.counts.update({"items": len(self.inputs), "steps": len(self.history), "processes": self.accelerator.num_processes})
         self.draft.extra.update({"figures": figures, "use": list(self.tokenizer.settings.use), "reconstruct": self.reconstruct})
 
