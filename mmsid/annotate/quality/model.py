@@ -2,7 +2,8 @@
 
 Which model is a choice of the configuration. Any Hugging Face encoder or causal model (a folder or a hub id) becomes a sequence
 classifier with one output. Where none is at hand, `InteractionModel`: which words of a descriptor go with which words of the evidence,
-from MiniLM's word vectors, no layers of attention. It learns in a minute on one core what a small transformer from nothing does not.
+from MiniLM's word vectors, no layers of attention. It learns in a minute on one core; the one small transformer from nothing that was
+tried beside it (2 layers, d = 128) still guessed between right and contradicted after half a minute.
 """
 
 from __future__ import annotations
