@@ -283,9 +283,8 @@ def draw(picture: Image.Image, lines: list[str], band: bool) -> Image.Image:
 
 def pooled(attacks: dict[str, dict[str, dict[str, float]]]) -> dict[str, float]:
     """Mean targeted flip rate over all attacks of each arm, and their ratio."""
-    rates = {
-        arm: float(np.mean([found[arm]["targeted flips"] for name, found in attacks.items() if name != "none"])) for arm in attacks["none"]
-    }
+    attacked = [found for name, found in attacks.items() if name != "none"]
+    rates = {arm: float(np.mean([found[arm]["targeted flips"] for found in attacked])) for arm in ("as is", "defended")}
     return rates | {"ratio": rates["defended"] / rates["as is"] if rates["as is"] else float("nan")}
 
 
@@ -293,7 +292,8 @@ def table(results: dict[str, Any]) -> str:
     """Markdown: attacks, then thresholds."""
     columns = ("targeted flips", "any flip", "caption fields right", "rows flagged")
     head = " | ".join(f"{column}, as is | defended" for column in columns)
-    lines = [f"{results['attacked']} attacked ads, model {results['model']}, free_text_nats {results['nats']}", "", f"| attack | {head} |"]
+    lines = ["# What an advertiser gains by talking to the machine", ""]
+    lines += [f"{results['attacked']} attacked ads, model {results['model']}, free_text_nats {results['nats']}", "", f"| attack | {head} |"]
     lines.append("|---|" + "---|" * (2 * len(columns)))
     for name, found in results["attacks"].items():
         cells = " | ".join(f"{found['as is'][column]:.3f} | {found['defended'][column]:.3f}" for column in columns)

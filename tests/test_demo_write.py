@@ -75,7 +75,8 @@ def test_readme_states_the_optimum_and_what_is_only_in_the_picture(catalog):
 
 def test_no_users_means_no_sequences_and_small_is_fine(tmp_path):
     out = write_demo_catalog(tmp_path / "small", items=1, users=0, seed=0)
-    assert sorted(p.name for p in out.iterdir()) == ["README.md", "images", "items.parquet", "manifest.json", "truth.parquet"]
+    names = ["README.md", "SHA256SUMS", "images", "items.parquet", "manifest.json", "truth.parquet"]
+    assert sorted(p.name for p in out.iterdir()) == names
     assert "The users" not in (out / "README.md").read_text()
 
 

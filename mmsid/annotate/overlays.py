@@ -3,7 +3,9 @@
 An ad needs its headline and its price: few large letters. An instruction or a list of keywords needs many letters side by side, and
 many letters mean many strokes: a row of pixels through such a line turns from dark to light and back dozens of times, within a band
 that is low and ends sharply above and below. Textures turn as often, but over larger areas. Nothing is read here, so nothing in
-the picture can argue with it; what it costs is that honest small print goes, too. A masked picture is flagged, never dropped.
+the picture can argue with it; what it costs is that honest small print goes, too, and some of what lies behind. It is meant for models
+that read: the shipped captioner reads no words, so that orders do not reach it and masking spoils more than it saves
+(benchmarks/robustness.py). A masked picture is flagged, never dropped.
 """
 
 from __future__ import annotations

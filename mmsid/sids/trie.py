@@ -16,6 +16,8 @@ from mmsid.artifacts import read_tensors, write_tensors
 from mmsid.errors import ArtifactError
 from mmsid.sids.table import SidTable
 
+MOST_CODES = 2**24  # of a level that is read from disk: a mask over all of them has to fit into memory
+
 
 @dataclass
 class Trie:
@@ -189,7 +191,7 @@ def _misfit(
     def vector(tensor: torch.Tensor, length: int | None = None) -> bool:
         return tensor.dtype == torch.int64 and tensor.ndim == 1 and (length is None or len(tensor) == length)
 
-    if not vector(sizes) or not len(sizes) or sizes.min() < 1:
+    if not vector(sizes) or not len(sizes) or sizes.min() < 1 or sizes.max() > MOST_CODES:
         return "sizes"
     if not vector(items) or not len(items) or not torch.equal(items.sort().values, torch.arange(len(items))):
         return "items"

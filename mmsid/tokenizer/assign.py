@@ -41,6 +41,7 @@ class AssignConfig(StageConfig):
 
     `free_text_nats`: an item whose title and description alone would move the beginning of its SID by more than this is assigned
     without them (`agreement`), and named in `overruled.parquet`. For catalogues whose texts strangers write; costs a second reading.
+    4 takes the title from 1 % of honest drawn ads and, with the other defences, 94 % of the places that attackers won.
     """
 
     tokenizer: Path
