@@ -17,6 +17,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.S)
 COMMANDS = [line.split("  #")[0].strip() for block in BLOCKS for line in block.splitlines() if line.strip() and not line.startswith("#")]
 SMALL = {
+    "mmsid stability": ["stability.max_items=20"],
     "configs/demo.yaml": [
         "train_tokenizer.steps=2",
         "train_tokenizer.decoder_steps=2",
