@@ -51,6 +51,14 @@ def local_rows(catalog, tmp_path_factory):
     return rows_of(run(caption_config(catalog, tmp_path_factory.mktemp("local") / "caption"), StubGenerator()))
 
 
+@pytest.fixture
+def interruptible():
+    """SIGINT raises KeyboardInterrupt even where a shell started the tests in the background, with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def told(rows):
     return [{name: row[name] for name in SAME} for row in rows]
 
@@ -167,7 +175,7 @@ def test_a_wrong_key_or_model_stops_the_job_at_once_and_the_key_is_written_nowhe
     assert "sesame" not in said.out + said.err
 
 
-def test_an_interrupted_job_does_not_wait_for_the_server_and_goes_on_later(catalog, local_rows, tmp_path):
+def test_an_interrupted_job_does_not_wait_for_the_server_and_goes_on_later(catalog, local_rows, tmp_path, interruptible):
     with ChatServer(answer, delay=60.0) as server:
 
         def interrupt() -> None:

@@ -20,7 +20,7 @@ from mmsid.annotate.units import DEMO, ModelJobConfig, Task, Unit
 from mmsid.artifacts import is_complete, read_manifest, writing
 from mmsid.catalog import Item, read_catalog
 from mmsid.errors import ConfigError
-from mmsid.progress import done
+from mmsid.progress import done, is_main_process
 
 
 class JudgeConfig(ModelJobConfig):
@@ -68,9 +68,10 @@ def run(config: JudgeConfig, generator: Generator | None = None) -> Path:
         captions = read_captions(config.captions) if config.captions is not None else {}
         interests = read_interests(config.interests)
         units = [unit for item in catalog.items for unit in _units(item, interests, captions)]
-        annotate(units, task, generator or model_of(config), config, draft)
+        annotate(units, len(units), task, generator or model_of(config, Judgement), config, draft)
         draft.extra.update(catalog_sha256=catalog.sha256, prompt=prompt.name, prompt_sha256=prompt.sha256)
-    done(closing_line("judge", draft, config.out))
+    if is_main_process():
+        done(closing_line("judge", draft, config.out))
     return config.out
 
 
