@@ -51,7 +51,7 @@ def test_changed_pictures_are_read_again(pictured, tmp_path) -> None:
     assert 0 <= gentle < harsh <= 1, "half the picture away changes more than a careful compression"
     again = stability.run(config.model_copy(update={"out": tmp_path / "again"}))
     assert read_json(again / "stability.json") == report
-    assert {path.name for path in again.iterdir()} == {"stability.json", "stability.md", "manifest.json"}
+    assert {path.name for path in again.iterdir()} == {"stability.json", "stability.md", "manifest.json", "SHA256SUMS"}
 
 
 def test_captions_of_changed_pictures_come_from_the_function_handed_in(pictured, tmp_path) -> None:
