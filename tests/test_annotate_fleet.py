@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -147,23 +146,6 @@ def _yaml(folder: Path, ads: CatalogConfig, name: str) -> Path:
         "caption: {batch_size: 4, shard_rows: 16, max_new_tokens: 96, cache: null, ray: {cpus_per_actor: 0.5, rows_per_task: 8}}\n"
     )
     return path
-
-
-@pytest.mark.slow
-def test_a_job_killed_on_ray_is_finished_here(ads, local_rows, tmp_path):
-    command = [sys.executable, "-m", "mmsid.cli", "caption", "--config", str(_yaml(tmp_path, ads, "killed"))]
-    job = subprocess.Popen([*command, "--engine", "ray"], stderr=subprocess.PIPE, start_new_session=True)
-    shards, started = tmp_path / "killed" / ".caption.draft" / "shards", time.monotonic()
-    while not list(shards.glob("part-*")) and job.poll() is None and time.monotonic() - started < 300:
-        time.sleep(0.05)
-    os.killpg(job.pid, signal.SIGKILL)
-    _, said = job.communicate()
-    kept = list(shards.glob("part-*"))
-    assert kept, said.decode()
-    subprocess.run(command, check=True, capture_output=True)
-    assert rows_of(tmp_path / "killed" / "caption") == local_rows
-    work = read_manifest(tmp_path / "killed" / "caption")["extra"]["work"]
-    assert work["generated"] <= len(local_rows) - 16
 
 
 @pytest.mark.slow
