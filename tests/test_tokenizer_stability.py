@@ -112,7 +112,7 @@ def test_annotate_again_uses_the_same_models(tmp_path) -> None:
     assert annotate_again(None, None, catalog, tmp_path) == (None, None)
     world = tmp_path / "behaviour"
     world.mkdir()
-    _, from_behaviour = write_annotations(world, write_catalog(world, items=8), source="coengagement")
+    _, from_behaviour = write_annotations(world, write_catalog(world, items=32), source="coengagement")
     manifest = read_json(from_behaviour / "manifest.json")
     manifest["config"] = {"out": str(world), "generator": "coengagement", "catalog": {"items": str(world / "items.parquet")}}
     (from_behaviour / "manifest.json").write_text(json.dumps(manifest))
