@@ -102,13 +102,13 @@ def test_the_whole_suite_on_a_tiny_catalogue(tmp_path):
     catalog = _catalog(tmp_path, np.random.default_rng(0))
     dataset = DatasetConfig(name="tiny", catalog=catalog, num_levels=2, codebook_size=8)
     backbone = {"path": tiny_bert(tmp_path / "bert"), "max_length": 32}
-    arms = {name: arm.model_dump(exclude_none=True) for name, arm in load_suite("refinement").arms.items()}
+    arms = {name: arm.model_dump(exclude_unset=True) for name, arm in load_suite("refinement").arms.items()}
     arms["start"]["tokenizer"] = {"backbone": backbone, "steps": 0, "start": {"behaviour_dim": 0}, "reconstruct": "off"}
     for name, arm in arms.items():
         if name != "start":
             loop = {"rounds": 6, "lr": 1e-3, "batch": 16, "step_kl": 0.3, "most_kl": 99.0, "patience": 0}
             arm["refine"]["settings"] = {
-                "loop": loop | arm["refine"]["settings"].get("loop", {}), "reward": {"steps": 40, "least_gain": -1.0},
+                "loop": loop | arm["refine"].get("settings", {}).get("loop", {}), "reward": {"steps": 40, "least_gain": -1.0},
             }  # fmt: skip
     suite = SuiteConfig(
         arms=arms, seeds=[0], baselines=["start", "best_of_n"], budget_minutes=20, jobs=2,
