@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from pydantic import Field
 from torch import Tensor
 
-from mmsid.artifacts import Draft, write_json, writing
+from mmsid.artifacts import Draft, manifest_folder, write_json, writing
 from mmsid.catalog import Catalog, CatalogConfig, Split, co_engagement, load_picture, read_catalog, split_histories
 from mmsid.config import StageConfig
 from mmsid.errors import ArtifactError
@@ -98,8 +98,8 @@ def run(config: RefineConfig, quick_recommender: QuickRecommender | None = None)
     split = split_histories(catalog, config.catalog.split)
     inputs = {name: getattr(config, name) for name in ("tokenizer", "sids", "captions", "interests")}
     inputs |= {"items": config.catalog.items, "sequences": config.catalog.sequences}
-    inputs["tokenizer"] = _manifest_folder(config.tokenizer)
-    inputs["sids"] = _manifest_folder(config.sids)
+    inputs["tokenizer"] = manifest_folder(config.tokenizer)
+    inputs["sids"] = manifest_folder(config.sids)
     with writing(config.out, stage="refine", config=config, inputs=inputs, resume=True) as draft:
         accelerator.wait_for_everyone()
         verdict = Job(config, accelerator, catalog, split, draft, quick_recommender).run()
@@ -115,11 +115,6 @@ def run(config: RefineConfig, quick_recommender: QuickRecommender | None = None)
 def tokenizer_folder(path: Path) -> Path:
     """The tokenizer in a stage's folder: the folder itself, or its `tokenizer/`."""
     return path if (path / "config.json").is_file() else path / "tokenizer"
-
-
-def _manifest_folder(path: Path) -> Path:
-    """A stage's folder has the manifest; of `refine`, tokenizer and SIDs lie one below it."""
-    return path if (path / "manifest.json").is_file() or not (path.parent / "manifest.json").is_file() else path.parent
 
 
 class Job:
