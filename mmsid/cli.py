@@ -2,7 +2,7 @@
 
 mmsid run CONFIG [key=value ...] [--redo STAGE]      every stage of the configuration in order; continues where it stopped
 mmsid STAGE --config CONFIG [key=value ...] [--redo] one stage; also `accelerate launch scripts/STAGE.py --config CONFIG`
-                                                     caption and interests: `--engine ray` works on a Ray cluster
+                                                     caption, interests and assign: `--engine ray` works on a Ray cluster
 mmsid assign --config CONFIG --append SIDS           the same, but the Semantic IDs in the folder SIDS stay as they are
 mmsid report RUN [catalog.key=value ...]             write RUN/report.html; RUN is a run's folder, its YAML, or results of a benchmark
 mmsid catalog --config CONFIG                        read the catalogue and describe it
@@ -89,7 +89,7 @@ def _load_stage(name: str) -> Stage:
     return ReportConfig, run
 
 
-ON_RAY = ("caption", "interests")  # stages that can be handed to a Ray cluster
+ON_RAY = ("caption", "interests", "assign")  # stages that can be handed to a Ray cluster
 STAGES = (
     "train_captioner",
     "caption",
@@ -246,7 +246,7 @@ def _run(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="mmsid run", description="Run all stages in order; continues where it stopped.")
     parser.add_argument("config", type=Path)
     parser.add_argument("--redo", action="append", default=[], metavar="STAGE", help="write this stage and what follows again")
-    parser.add_argument("--engine", choices=("local", "ray"), default="local", help=f"where {' and '.join(ON_RAY)} work")
+    parser.add_argument("--engine", choices=("local", "ray"), default="local", help=f"where {', '.join(ON_RAY)} work")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parsed = parser.parse_args(arguments)
     run_stages(wire(load_yaml(parsed.config, parsed.overrides), source=str(parsed.config)), redo=parsed.redo, engine=parsed.engine)

@@ -10,7 +10,7 @@ import contextlib
 import os
 import pickle
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -18,6 +18,7 @@ from mmsid.config import Section
 from mmsid.errors import ConfigError, MmsidError
 
 Worker = Callable[[Any], Any]
+Engine = Literal["local", "ray"]
 
 
 class RayConfig(Section):

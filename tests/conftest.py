@@ -22,3 +22,14 @@ def data_root() -> Path:
     if not root.is_dir():
         pytest.skip(f"no public data at {root}: set MMSID_DATA to the folder that holds fashion9k, grocery, ml_posters")
     return root
+
+
+@pytest.fixture(scope="module")
+def ray():
+    """Slots for two half-slot actors and Ray's own tasks; a Ray of our own would take the machine's count."""
+    ray = pytest.importorskip("ray")
+    with pytest.MonkeyPatch.context() as patch:  # the actors import what the tests define
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
+        ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
+    yield ray
+    ray.shutdown()

@@ -93,17 +93,6 @@ def local_rows(ads, tmp_path_factory):
     return rows_of(run(ads_config(ads, tmp_path_factory.mktemp("local") / "caption")))
 
 
-@pytest.fixture(scope="module")
-def ray():
-    """Slots for two half-slot actors and Ray's own tasks; a Ray of our own would take the machine's count."""
-    ray = pytest.importorskip("ray")
-    with pytest.MonkeyPatch.context() as patch:  # the actors import what the tests define
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
-        ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
-    yield ray
-    ray.shutdown()
-
-
 @pytest.mark.slow
 def test_the_demo_model_behind_a_server_says_what_it_says_in_process(ads, local_rows, tmp_path):
     with ChatServer(Batching(HuggingFaceGenerator("demo", max_new_tokens=96), batch_size=4)) as server:

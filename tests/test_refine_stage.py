@@ -14,7 +14,7 @@ import torch
 import yaml
 from tiny_backbones import tiny_bert
 
-from mmsid.artifacts import is_complete, read_json, read_manifest, read_table, writing
+from mmsid.artifacts import is_complete, read_json, read_manifest, read_table, write_table, writing
 from mmsid.catalog import CatalogConfig, read_catalog
 from mmsid.errors import ArtifactError
 from mmsid.refine.flips import drop_words
@@ -92,6 +92,21 @@ def test_refine_writes_a_whole_folder_and_improves(start, tmp_path):
     assert (tokenizer.encode(inputs).raw_codes.numpy() == after.align([item.item_id for item in catalog.items]).raw_codes).all()
     assert after.tokenizer_sha256 == tokenizer.sha256() != before.tokenizer_sha256
     assert SidReward.load(out / "reward").names
+
+
+def test_interests_worth_nothing_move_no_item(start, tmp_path):
+    assert read_manifest(start["sids"])["counts"]["items"] == 48
+    items = [item.item_id for item in read_catalog(start["catalog"]).items]
+    with writing(tmp_path / "quality", stage="text_quality", config={}) as draft:
+        write_table(draft.path / "items.parquet", [{"item_id": item, "q": 0.0} for item in items])
+    loose = {"lift": 9.0, "raw_collisions": 1.0, "least_perplexity": 1.0, "rebuild": 99.0, "confidence": -1.0}
+    moved = {}
+    for name, told in (("judged", {"text_quality": tmp_path / "quality"}), ("unjudged", {})):
+        out = run(_config(start, tmp_path / name, rounds=3, gate=loose, **told))
+        moved[name] = read_manifest(out, "refine")["counts"]["proposed"]
+        told_of = read_manifest(out, "refine")["extra"]["text_quality"]
+        assert told_of == ({"mean": 0.0, "deviation": 0.0} if told else "1 for every item: no text_quality was given")
+    assert moved["judged"] == 0 < moved["unjudged"]
 
 
 def test_an_interrupted_run_continues_to_the_same_weights(start, tmp_path, monkeypatch):

@@ -25,6 +25,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from mmsid.annotate.generator import GenerationFailure, Request
+from mmsid.annotate.prefix import PromptPrefix
 from mmsid.annotate.units import DEMO
 from mmsid.artifacts import file_sha256, sha256
 from mmsid.backbone.text import no_loading_bar
@@ -79,6 +80,7 @@ class HuggingFaceGenerator:
         self.model_id = f"{_short_name(self.name)}@{_files_sha256(self.folder, ('*.safetensors',))[:12]}"
         self._settings_sha256 = _files_sha256(self.folder, _SETTINGS)
         self._loading, self._in_model = threading.Lock(), threading.Lock()
+        self.prefix = PromptPrefix()
 
     def __reduce__(self) -> tuple[Any, ...]:
         name = str(Path(self.name).absolute()) if Path(self.name).is_dir() else self.name
@@ -186,9 +188,12 @@ class HuggingFaceGenerator:
     def tokens(self, inputs: dict[str, torch.Tensor], requests: list[Request]) -> torch.Tensor:
         """Prompt and answer tokens (B, T), padded on both sides."""
         device, dtype = self.model.device, self.model.dtype
+        inputs = {name: value.to(device, dtype if value.is_floating_point() else None) for name, value in inputs.items()}
+        if not self.reads_pictures:  # of picture models some number their positions their own way
+            inputs = self.prefix.apply(self.model, inputs)
         noise = LogitsProcessorList([SeededGumbel(requests)]) if requests[0].temperature > 0 else None
         return self.model.generate(
-            **{name: value.to(device, dtype if value.is_floating_point() else None) for name, value in inputs.items()},
+            **inputs,
             max_new_tokens=self.max_new_tokens,
             do_sample=False,
             num_beams=1,

@@ -18,9 +18,10 @@ from mmsid.annotate.job import annotate
 from mmsid.annotate.prompts import PLACEHOLDER, Prompt, evidence_json, load_prompt
 from mmsid.annotate.reading import read_captions
 from mmsid.annotate.records import Interests, parse_interests
-from mmsid.annotate.units import Engine, ModelJobConfig, Task, Unit
+from mmsid.annotate.units import ModelJobConfig, Task, Unit
 from mmsid.artifacts import sha256, writing
 from mmsid.catalog import Catalog, Item, co_engagement, read_catalog, split_histories
+from mmsid.on_ray import Engine
 from mmsid.progress import done, is_main_process
 
 

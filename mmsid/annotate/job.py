@@ -30,9 +30,10 @@ from mmsid.annotate.generator import PASSING, Generator
 from mmsid.annotate.ranks import Ranks
 from mmsid.annotate.records import Record
 from mmsid.annotate.tally import Tally
-from mmsid.annotate.units import EXCUSED, Engine, JobConfig, Task, Unit
+from mmsid.annotate.units import EXCUSED, JobConfig, Task, Unit
 from mmsid.artifacts import Draft, read_table, sha256, write_json, write_table
 from mmsid.errors import AnnotationError, ArtifactError
+from mmsid.on_ray import Engine
 from mmsid.progress import track
 
 if TYPE_CHECKING:

@@ -18,7 +18,6 @@ from mmsid.catalog import CatalogConfig
 from mmsid.config import StageConfig
 from mmsid.on_ray import RayConfig
 
-Engine = Literal["local", "ray"]
 DEMO = "demo"  # the model whose weights are shipped with mmsid
 # There was nothing to annotate: a fact about the item, not a failure of the job, so the gate looks past these rows.
 EXCUSED = frozenset({"no_picture", "no_evidence", "no_coengagement", "no_interests"})

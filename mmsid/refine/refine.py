@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from pydantic import Field
 from torch import Tensor
 
+from mmsid.annotate.reading import read_text_quality
 from mmsid.artifacts import Draft, manifest_folder, write_json, writing
 from mmsid.catalog import Catalog, CatalogConfig, Split, co_engagement, load_picture, read_catalog, split_histories
 from mmsid.config import StageConfig
@@ -54,6 +55,8 @@ class RefineConfig(StageConfig):
     Attributes:
         tokenizer: folder of `train_tokenizer`, or of an earlier `refine`.
         sids: folder of `assign` for that tokenizer: the start that must be beaten.
+        text_quality: a finished `text_quality` folder: q of an item multiplies the advantage of its group, so that items whose mined
+            interests are worth little move less. None: q = 1 for every item, and the manifest says so.
         trainable: `heads` moves code vectors and projection, states cached once (minutes on a CPU); `all` also the adapter and the query
             tokens (needs a GPU for real sizes; lower `loop.batch`).
         top_m: codes per level in every item's tree of paths; top_m ** num_levels paths are enumerated.
@@ -68,6 +71,7 @@ class RefineConfig(StageConfig):
     sids: Path
     captions: Path | None = None
     interests: Path | None = None
+    text_quality: Path | None = None
     trainable: Literal["heads", "all"] = "heads"
     top_m: int = Field(8, ge=2)
     freeze_first_level: bool = False
@@ -96,7 +100,7 @@ def run(config: RefineConfig, quick_recommender: QuickRecommender | None = None)
     accelerator = make_accelerator()
     catalog = read_catalog(config.catalog)
     split = split_histories(catalog, config.catalog.split)
-    inputs = {name: getattr(config, name) for name in ("tokenizer", "sids", "captions", "interests")}
+    inputs = {name: getattr(config, name) for name in ("tokenizer", "sids", "captions", "interests", "text_quality")}
     inputs |= {"items": config.catalog.items, "sequences": config.catalog.sequences}
     inputs["tokenizer"] = manifest_folder(config.tokenizer)
     inputs["sids"] = manifest_folder(config.sids)
@@ -129,7 +133,9 @@ class Job:
         self.tokenizer = ItemTokenizer.from_pretrained(tokenizer_folder(config.tokenizer), open_picture=self.open_picture)
         self.tokenizer.to(accelerator.device).eval()
         self.inputs, _ = load_inputs(catalog, config.captions, config.interests, self.tokenizer.settings.use or None)
-        self.start = read_sid_folder(config.sids).align([item.item_id for item in catalog.items])
+        item_ids = [item.item_id for item in catalog.items]
+        self.start = read_sid_folder(config.sids).align(item_ids)
+        self.quality = None if config.text_quality is None else read_text_quality(config.text_quality, item_ids)
         self.start_sha256 = self.tokenizer.sha256()
         self.fit_histories, self.held_out = split.fit_histories(), split.held_out_histories()
         self.held_out_pairs = gate.HeldOutPairs.from_histories(self.held_out)
@@ -180,11 +186,16 @@ class Job:
                 "reasons": verdict.reasons,
                 "temperature": self.reference.temperature,
                 "raw_to_published": {"before": _gap(self.start), "after": _gap(proposed)},
-                "text_quality": "1 for every item: no judgements were given",
+                "text_quality": self._told_quality(),
             }
         )
         (folder / CHECKPOINT).unlink(missing_ok=True)
         return verdict
+
+    def _told_quality(self) -> dict[str, float] | str:
+        if self.quality is None:
+            return "1 for every item: no text_quality was given"
+        return {"mean": float(self.quality.mean()), "deviation": float(self.quality.std())}
 
     def _read_states(self, inputs: list[ItemInput]) -> tuple[Tensor, Tensor]:
         """SID states (N, L, H) and EMB states (N, H) of N items, each process reading its share."""
@@ -253,7 +264,7 @@ class Job:
         """The loop, not yet run."""
         config, size = self.config, self.tokenizer.codebook_size
         watch = next_item_watch(self.split, size, levels=2 if config.freeze_first_level else 1)
-        return Refinement(policy, self.reference, scorer, config.loop, self.accelerator, seed=config.seed, watch=watch)
+        return Refinement(policy, self.reference, scorer, config.loop, self.accelerator, config.seed, self.quality, watch)
 
     def _refine(self, reward: SidReward) -> None:
         loop = self.loop(self.policy(), self.scorer(reward))
