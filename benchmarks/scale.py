@@ -92,7 +92,7 @@ def one_size(folder: Path) -> dict[str, Any]:
     """Read, annotate, resume."""
     catalog = CatalogConfig(items=folder / "items.parquet")
     config = CaptionConfig(out=folder / "run" / "caption", catalog=catalog, cache=folder / "answers.sqlite", batch_size=64)
-    task = Task("caption", load_prompt("caption_demo"), Caption, parse_caption, picture_loader(catalog))
+    task = Task("caption", load_prompt("caption_demo"), Caption, parse_caption, picture_loader(config))
     record: dict[str, Any] = {}
 
     def measured(step: str, work: Callable[[], Any]) -> Any:

@@ -226,8 +226,10 @@ def plain(value: Any) -> Any:
 
 def sha256(value: bytes | str | Any) -> str:
     """Hex digest of bytes, of text (UTF-8), or of JSON-able data with sorted keys."""
+    if isinstance(value, BaseModel):
+        value = plain(value)
     if not isinstance(value, (bytes, str)):
-        value = json.dumps(plain(value), sort_keys=True, ensure_ascii=False)
+        value = json.dumps(value, default=str, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(value if isinstance(value, bytes) else value.encode("utf-8", "surrogatepass")).hexdigest()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 from rich.console import Console
@@ -30,13 +30,19 @@ class _Rate(ProgressColumn):
 
 
 def track(
-    iterable: Iterable[T], what: str, total: int | None = None, unit: str = "items", note: dict[str, object] | None = None
+    iterable: Iterable[T],
+    what: str,
+    total: int | None = None,
+    unit: str = "items",
+    note: dict[str, object] | None = None,
+    size: Callable[[T], int] = lambda element: 1,
 ) -> Iterator[T]:
     """Yield from `iterable` while showing a bar: done/total, rate in `unit` per second, time left.
 
     Args:
         what: the stage's name, at the left of the bar.
         total: length when `iterable` has no `len`.
+        size: how many units an element is.
         note: a dict that the caller fills as it goes (loss, reward); printed at the right of the bar.
     """
     if total is None and hasattr(iterable, "__len__"):
@@ -56,7 +62,7 @@ def track(
         for element in iterable:
             yield element
             text = " ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in (note or {}).items())
-            progress.update(task, advance=1, note=text)
+            progress.update(task, advance=size(element), note=text)
 
 
 def done(line: str) -> None:

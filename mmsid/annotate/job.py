@@ -17,7 +17,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,8 +74,8 @@ def annotate(
     job.close()
 
 
-def _watch(steps: Iterator[None], task: Task, total: int) -> None:
-    for _ in track(steps, what=task.what, total=total, unit="rows"):
+def _watch(steps: Iterator[int | None], task: Task, total: int) -> None:
+    for _ in track(steps, what=task.what, total=total, unit="rows", size=lambda rows: 1 if rows is None else rows):
         pass
 
 
@@ -96,16 +95,16 @@ class _Job:
         self.identity = job_identity(task, generator, config)
         self.tally = Tally()
 
-    def run(self, annotator: Annotator, units: Iterable[Unit]) -> Iterator[None]:
-        """Yield once per finished unit."""
+    def run(self, annotator: Annotator, units: Iterable[Unit]) -> Iterator[int | None]:
+        """Yield once per finished unit (None), and once per shard that was finished earlier (its rows)."""
         for shard in self._missing(units):
             if isinstance(shard, int):
-                yield from repeat(None, shard)
+                yield shard
             else:
                 self._write(shard, (yield from annotator.rows(shard.units)))
 
-    def run_on(self, fleet: RayFleet, units: Iterable[Unit]) -> Iterator[None]:
-        """The same over the actors of a `RayFleet`; shards are written as their last piece comes home."""
+    def run_on(self, fleet: RayFleet, units: Iterable[Unit]) -> Iterator[int]:
+        """The same over the actors of a `RayFleet`, yielding numbers of rows; shards are written as their last piece comes home."""
         finished: list[int] = []
 
         def to_do() -> Iterator[_Shard]:
@@ -117,13 +116,12 @@ class _Job:
 
         # what waits for its rows keeps its name only: the units of all shards at once would not be flat memory
         for shard, rows, advanced in fleet.rows((replace(shard, units=[]), shard.units) for shard in to_do()):
-            while finished:
-                yield from repeat(None, finished.pop())
-            yield from repeat(None, advanced)
+            yield from finished
+            finished.clear()
+            yield advanced
             if rows is not None:
                 self._write(shard, rows)
-        while finished:
-            yield from repeat(None, finished.pop())
+        yield from finished
 
     def close(self) -> None:
         """Bring the ranks together, hand the counts over and hold the gate (rank 0 does)."""

@@ -100,7 +100,7 @@ class Instrument(nn.Module):
         for level in range(len(self.sizes)):
             logits = self.level_logits(level, state, prefix)
             columns.append(-F.cross_entropy(logits, paths[:, level], reduction="none") * decided[:, level])
-            prefix = prefix + self.level_table(level)[paths[:, level]]
+            prefix = prefix + F.embedding(paths[:, level], self.level_table(level))  # indexing would add gradients up in any order
         return torch.stack(columns, 1)
 
     def forward(self, histories: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -63,7 +64,7 @@ def _level_logits(head: CodeHead, s: Tensor, prefixes: Tensor) -> Tensor:
     table = head.vectors[level]
     inner = (s[:, level] @ table.T)[:, None]
     for before in range(level):
-        inner = inner - (head.vectors[before] @ table.T)[prefixes[..., before]]
+        inner = inner - F.embedding(prefixes[..., before], head.vectors[before] @ table.T)  # not indexing, as in heads.py
     return (2 * inner - table.square().sum(-1)) / head.log_temperature[level].exp()
 
 

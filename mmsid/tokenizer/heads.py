@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmsid.tokenizer.memory import Memory
@@ -142,7 +143,8 @@ class ResidualHead(CodeHead):
 
     def prefix_vectors(self, codes: Tensor) -> Tensor:
         """Cumulative sums of the chosen code vectors: codes (..., l) -> (..., l, code_dim); entry j is the rebuild from j+1 levels."""
-        chosen = [self.vectors[level][codes[..., level]] for level in range(codes.shape[-1])]
+        # embedding, not indexing: with several threads that adds gradients up in any order, and no run is like another
+        chosen = [F.embedding(codes[..., level], self.vectors[level]) for level in range(codes.shape[-1])]
         return torch.stack(chosen, -2).cumsum(-2)
 
     def residual(self, s: Tensor, prefix: Tensor) -> Tensor:
@@ -150,7 +152,7 @@ class ResidualHead(CodeHead):
         level = prefix.shape[-1]
         r = s[:, level] if prefix.dim() == 2 else s[:, level, None].expand(-1, prefix.shape[1], -1)
         for before in range(level):
-            r = r - self.vectors[before][prefix[..., before]]
+            r = r - F.embedding(prefix[..., before], self.vectors[before])
         return r
 
     def level_logits(self, s: Tensor, prefix: Tensor) -> Tensor:
