@@ -20,7 +20,7 @@ from mmsid.catalog.wording import mended, suspicions
 from mmsid.errors import CatalogError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Item:
     """One ad or product.
 
@@ -46,7 +46,7 @@ class Item:
     problems: tuple[str, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Content:
     """One row, or one item made of several rows, before it has an id."""
 

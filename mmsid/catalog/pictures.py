@@ -41,7 +41,7 @@ _MODES_WITH_ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class InspectedPicture:
     """What reading the bytes and the header of one picture told, without decoding it.
 
