@@ -104,8 +104,8 @@ class Bench:
         self.items = read_catalog(self.catalog).items
         self.units = [Unit(item.item_id, at, (path,)) for item in self.items for at, path in enumerate(item.images)]
         self.prompt = load_prompt("caption_demo")
-        self.load = picture_loader(self.catalog)
         self.runs = 0
+        self.load = picture_loader(self.config())
 
     def config(self, **options: Any) -> CaptionConfig:
         """A caption job of its own, without a cache that would spare the work."""
