@@ -56,15 +56,11 @@ def test_info_nce_by_hand() -> None:
     assert losses.info_nce(anchors, partners, torch.zeros(2, dtype=torch.bool)).item() == 0.0
 
 
-def test_code_cross_entropy_regression_and_usage_by_hand() -> None:
+def test_code_cross_entropy_and_regression_by_hand() -> None:
     logits = torch.tensor([[[0.0, math.log(3.0)], [0.0, 0.0]]])
     assert losses.code_cross_entropy(logits, torch.tensor([[1, 0]])).item() == pytest.approx((-math.log(0.75) + math.log(2)) / 2, abs=1e-6)
     s = torch.tensor([[[1.0, 0.0], [0.0, 2.0]]])
     assert losses.space_regression(s, torch.tensor([[0.0, 0.0]])).item() == pytest.approx((1 + 4) / 2 / 2)
-    sure = torch.tensor([[[50.0, 0.0]], [[0.0, 50.0]]])
-    assert losses.usage_gap(sure).item() == pytest.approx(-math.log(2), abs=1e-5)
-    assert losses.usage_gap(torch.tensor([[[50.0, 0.0]], [[50.0, 0.0]]])).item() == pytest.approx(0.0, abs=1e-5)
-    assert losses.usage_gap(torch.zeros(2, 1, 2)).item() == pytest.approx(0.0, abs=1e-6)
 
 
 def test_sequence_nll_by_hand() -> None:

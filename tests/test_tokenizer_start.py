@@ -65,15 +65,6 @@ def test_refit_head_follows_the_states() -> None:
     assert head.log_prob(targets.with_price_places(s[..., :-2], 2), codes)[:, 0].mean() > -1.0
 
 
-def test_rebalanced_codes_are_balanced() -> None:
-    torch.manual_seed(0)
-    head = ResidualHead(4, 2, 8, 4)
-    s = head.project(torch.randn(400, 2, 4) + torch.tensor([3.0, 0.0, 0.0, 0.0]))
-    before = torch.bincount(head.greedy(s).codes[:, 0], minlength=8).max()
-    after = torch.bincount(targets.rebalanced_codes(head, s)[:, 0], minlength=8)
-    assert after.max() <= 75 < before, "mean 50 per code"
-
-
 def test_category_ids_of_ragged_paths() -> None:
     items = [item(categories=("a", "x", "deep")), item(categories=("a",)), item(categories=("b", "x")), item(), item(categories=("a", "x"))]
     ids = targets.category_ids(items, 3)

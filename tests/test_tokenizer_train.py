@@ -67,7 +67,7 @@ def test_killed_run_resumes_with_the_same_losses(world, trained: Path, tmp_path)
         if step == 3:
             raise Killed
 
-    config = settings(world, tmp_path / "tokenizer", rebalance_every=3)
+    config = settings(world, tmp_path / "tokenizer")
     undisturbed = train.run(config.model_copy(update={"out": tmp_path / "other"}))
     with pytest.raises(Killed):
         train.run(config, on_step=kill)

@@ -42,7 +42,7 @@ def test_the_named_configuration_is_the_published_loss() -> None:
     config = named()
     weights = config.resolved_weights()
     assert (weights.contrast, weights.embedding, weights.reconstruction) == (1.0, 1.0, 0.1), "L_sid + L_emb + 0.1 L_rec"
-    assert (weights.codes, weights.regression, weights.usage) == (0.0, 0.0, 0.0), "nothing of ours"
+    assert (weights.codes, weights.regression) == (0.0, 0.0), "nothing of ours"
     assert config.resolved_head() == "parallel" and config.resolved_start().mode == "random"
     assert not config.behavioural(config.finest) and not config.behavioural(config.partners), "categories alone"
     assert config.reconstruct_from == "states", "continuous, not the argmax codes"
@@ -54,8 +54,8 @@ def test_one_key_changes_one_thing_and_survives_being_written() -> None:
     assert without.resolved_weights() == whole.model_copy(update={"contrast": 0.0})
     assert train.TrainTokenizerConfig.model_validate_json(without.model_dump_json()) == without
     assert named("start.window=2").resolved_start().mode == "random"
-    ours = train.TrainTokenizerConfig(out="x", catalog={"items": "y"}, weights={"usage": 0.1}).resolved_weights()
-    assert (ours.codes, ours.contrast, ours.usage) == (1.0, 0.1, 0.1)
+    ours = train.TrainTokenizerConfig(out="x", catalog={"items": "y"}, weights={"contrast": 0.3}).resolved_weights()
+    assert (ours.codes, ours.contrast, ours.embedding) == (1.0, 0.3, 0.1)
 
 
 @pytest.mark.parametrize("ablation", [None, *ABLATIONS])

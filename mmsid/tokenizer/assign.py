@@ -88,7 +88,7 @@ def run(config: AssignConfig, engine: Engine = "local") -> Path:
             published.check(tokenizer, config.collisions)
             readings.take_over(published, published.rows_in([item.item_id for item in catalog.items]))
         if engine == "ray":
-            readings.read(items, evidence, partial(reader.on_ray, config=config.ray))
+            readings.read(items, evidence, partial(reader.on_ray, tokenizer, config=config.ray))
         else:
             readings.read(items, evidence, partial(reader.here, tokenizer))
         scores = HeadScores(tokenizer.head, readings.scores_of)

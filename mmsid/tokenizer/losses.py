@@ -73,17 +73,6 @@ def space_regression(s: Tensor, target: Tensor) -> Tensor:
     return (s - target[:, None]).square().sum(-1).mean() / 2
 
 
-def usage_gap(logits: Tensor) -> Tensor:
-    """What keeps codes in use: mean_l [ mean_i H(pi_il) - H(mean_i pi_il) ], in nats; least (most negative) when every item is
-    sure of its code and the batch as a whole uses all codes equally. logits (B, L, K). With B < K the batch entropy cannot
-    exceed log B, so that the term is meant for large batches."""
-    log_pi = logits.log_softmax(-1)
-    own = -(log_pi.exp() * log_pi).sum(-1).mean(0)
-    mean = log_pi.exp().mean(0)
-    together = -(mean * mean.clamp_min(1e-12).log()).sum(-1)
-    return (own - together).mean()
-
-
 def sequence_nll(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
     """Mean negative log-likelihood per token of each row, in nats: logits (B, T, V) for positions of ids (B, T), mask (B, T) -> (B,).
 

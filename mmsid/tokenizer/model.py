@@ -158,6 +158,12 @@ class ItemTokenizer(nn.Module, ModelHubMixin, library_name="mmsid", tags=["seman
             )
         return Encoded(*(torch.cat(column)[place] for column in zip(*(encoded for _, encoded in parts), strict=True)))
 
+    def windows(self, items: Sequence[Readable], batch_size: int) -> list[list[int]]:
+        """Rows of `items` by text length, cut where `stream` cuts them: no batch crosses a window."""
+        order = sorted(range(len(items)), key=lambda row: (len(items[row].text), len(items[row].pictures)))
+        window = batch_size * self.backbone.look_ahead
+        return [order[first : first + window] for first in range(0, len(order), window)]
+
     @torch.no_grad()
     def stream(self, items: Sequence[Readable], batch_size: int = 32) -> Iterator[tuple[Tensor, Encoded]]:
         """Encode batch by batch: yields (rows (b,), their `Encoded`), results on the CPU.
@@ -168,10 +174,7 @@ class ItemTokenizer(nn.Module, ModelHubMixin, library_name="mmsid", tags=["seman
         was_training = self.training
         self.eval()
         try:
-            order = sorted(range(len(items)), key=lambda row: (len(items[row].text), len(items[row].pictures)))
-            window = batch_size * self.backbone.look_ahead
-            for first in range(0, len(order), window):
-                ahead = order[first : first + window]
+            for ahead in self.windows(items, batch_size):
                 tokens = self.backbone.tokens_of([items[row] for row in ahead])
                 by_count = sorted(range(len(ahead)), key=lambda place: tokens[place]["input_ids"].shape[1])
                 for start in range(0, len(ahead), batch_size):

@@ -25,10 +25,9 @@ class LossWeights(Section):
     contrast: float = Field(0.1, ge=0)
     embedding: float = Field(0.1, ge=0)
     reconstruction: float = Field(0.1, ge=0)
-    usage: float = Field(0.0, ge=0)
 
 
-UNISID_WEIGHTS = LossWeights(codes=0.0, regression=0.0, contrast=1.0, embedding=1.0, reconstruction=0.1, usage=0.0)
+UNISID_WEIGHTS = LossWeights(codes=0.0, regression=0.0, contrast=1.0, embedding=1.0, reconstruction=0.1)
 
 
 class Labels(NamedTuple):
@@ -107,8 +106,6 @@ class Objective(nn.Module):
             parts["contrast"] = self._contrast(prefixes, labels)
         if weights.embedding:
             parts["embedding"] = self._embedding(self.tokenizer.embed(e), labels)
-        if weights.usage:
-            parts["usage"] = losses.usage_gap(logits)
         if weights.reconstruction and self.reconstruction is not None and self.decoder is not None:
             vectors = torch.cat([h, e[:, None]], 1) if self.reconstruct_from == "states" else prefixes if residual else s.softmax(-1)
             nll = self.decoder.nll(self.reconstruction(vectors), labels.text_ids, labels.text_mask)

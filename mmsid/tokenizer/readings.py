@@ -70,16 +70,26 @@ class Reader:
         yield from track(self.read(tokenizer, items, evidence), what="assign", total=-(-len(items) // self.batch_size), unit="batches")
 
     def on_ray(
-        self, items: Sequence[ItemInput], evidence: Sequence[ItemInput] | None, config: RayConfig
+        self, tokenizer: ItemTokenizer, items: Sequence[ItemInput], evidence: Sequence[ItemInput] | None, config: RayConfig
     ) -> Iterator[tuple[np.ndarray, Reading]]:
         """As `here`, in actors that each hold the tokenizer; its folder and the pictures must lie where every machine reads them.
+
+        A task is as many whole windows (`ItemTokenizer.windows`) as hold `rows_per_task` items, so that items meet in the batches in
+        which they meet here, padded as little. Codes are the same; the last digits of what the head scores with may differ (an actor
+        has other threads), and with them which of two items that fit a code equally well gets it.
 
         Raises:
             ConfigError: as `on_ray.ray_cluster` and `on_actors`; an error of an actor is raised as it was there.
         """
-        starts = range(0, len(items), config.rows_per_task)
-        parts = [np.arange(start, min(start + config.rows_per_task, len(items))) for start in starts]
-        pieces = ((part, [items[at] for at in part], None if evidence is None else [evidence[at] for at in part]) for part in parts)
+        parts: list[list[int]] = []
+        for window in tokenizer.windows(items, self.batch_size):
+            if parts and len(parts[-1]) < config.rows_per_task:
+                parts[-1].extend(window)
+            else:
+                parts.append(window)
+        pieces = (
+            (np.array(part), [items[at] for at in part], None if evidence is None else [evidence[at] for at in part]) for part in parts
+        )
         with ray_cluster(config) as ray:
             found = on_actors(ray, partial(_worker, self), pieces, config)
             yield from track(found, what="assign on Ray", total=len(parts), unit="pieces")

@@ -32,7 +32,7 @@ from torch import Tensor
 from mmsid.catalog import Catalog, Item, Split, co_engagement
 from mmsid.config import Section
 from mmsid.progress import track
-from mmsid.quantize import balanced_residual_kmeans, fuse, ppmi_svd, sinkhorn
+from mmsid.quantize import balanced_residual_kmeans, fuse, ppmi_svd
 from mmsid.quantize.sinkhorn import column_log_weights
 from mmsid.tokenizer.heads import CodeHead, ParallelHead, ResidualHead
 from mmsid.tokenizer.inputs import ItemInput, MinedInterests, attribute_text
@@ -241,20 +241,6 @@ def _likeliest_scale(logits: Tensor, codes: Tensor) -> float:
     values = [code_cross_entropy(logits[:, None] * float(scale.exp()), codes[:, None]).item() for scale in grid]
     least = max(min(values), SHARP)
     return float(grid[next(place for place, value in enumerate(values) if value <= least)])
-
-
-@torch.no_grad()
-def rebalanced_codes(head: CodeHead, s: Tensor, epsilon: float = 0.03) -> Tensor:
-    """New target codes (N, L) from the current policy: at each level the argmax of the Sinkhorn plan of its scores.
-
-    Scores are centred and scaled to unit deviation per level, so that epsilon means the same at every temperature.
-    """
-    codes = torch.zeros(len(s), 0, dtype=torch.int64)
-    for _ in range(head.num_levels):
-        scores = head.level_logits(s, codes)
-        scores = (scores - scores.mean(1, keepdim=True)) / scores.std().clamp_min(1e-6)
-        codes = torch.cat([codes, sinkhorn(scores, epsilon).argmax(1, keepdim=True)], 1)
-    return codes
 
 
 def category_ids(items: Sequence[Item], num_levels: int) -> Tensor:

@@ -71,7 +71,6 @@ class TrainTokenizerConfig(StageConfig):
     refit: bool = True
     memory: bool = True
     against: Path | None = None
-    rebalance_every: int = Field(0, ge=0)
     checkpoint_every: int = Field(50, ge=1)
 
     @model_validator(mode="before")

@@ -146,8 +146,6 @@ class Training:
         wrapped, optimizer = accelerator.prepare(self.objective, self.optimizer)
         note: dict[str, object] = {}
         for step in track(range(first, config.steps), what="train_tokenizer", unit="steps", note=note):
-            if config.rebalance_every and step and step % config.rebalance_every == 0:
-                self._rebalance()
             for group in self.optimizer.param_groups:
                 group["lr"] = group["base"] * schedule(step, config.steps, config.warmup)
             wrapped.train()
@@ -198,18 +196,6 @@ class Training:
         )
         return {key: value.to(device) for key, value in batch.items()}, labels.to(device)
 
-    @torch.no_grad()
-    def _rebalance(self) -> None:
-        """Re-estimate the target codes from the current policy, balanced (rank 0; the others read them)."""
-        path = self.draft.path / "targets.safetensors"
-        if self.accelerator.is_main_process:
-            scores = self.tokenizer.encode(self.inputs, self.config.batch_size).scores
-            head = self.tokenizer.head
-            codes = targets.rebalanced_codes(head, scores.to(self.accelerator.device)).cpu()
-            write_tensors(path, {"codes": codes})
-        self.accelerator.wait_for_everyone()
-        self.codes = read_tensors(path)["codes"]
-
     # --- checkpoints
 
     def _weights(self) -> dict[str, torch.Tensor]:
@@ -227,7 +213,7 @@ class Training:
         tensors = self._weights()
         for index, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in state.items()}
-        tensors |= {"targets": self.codes, "step": torch.tensor(step)}
+        tensors["step"] = torch.tensor(step)
         names = sorted({name for losses in self.history for name in losses})
         rows = [[losses.get(name, math.nan) for name in names] for losses in self.history]
         tensors["history"] = torch.tensor(rows, dtype=torch.float64).reshape(len(rows), len(names))
@@ -245,7 +231,6 @@ class Training:
                 _, index, key = name.split(".", 2)
                 state.setdefault(int(index), {})[key] = value
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
-        self.codes = tensors["targets"]
         with safe_open(str(path), framework="pt") as handle:
             names = handle.metadata()["history"].split(",")
         self.history = [{n: v for n, v in zip(names, row) if not math.isnan(v)} for row in tensors["history"].tolist()]
@@ -287,7 +272,7 @@ class Training:
         write_json(folder / "training.json", {"figures": figures, "reconstruct": self.reconstruct, "history": self.history})
         (folder / "README.md").write_text(model_card(self.tokenizer, config, figures, len(self.inputs)), encoding="utf-8")
         self.tokenizer.save_pretrained(folder)
-        self.draft.scratch |= {f"{name}.safetensors" for name in ("checkpoint", "initial", "targets")}
+        self.draft.scratch |= {f"{name}.safetensors" for name in ("checkpoint", "initial")}
         self.draft.counts.update({"items": len(self.inputs), "steps": len(self.history), "processes": self.accelerator.num_processes})
         self.draft.extra.update({"figures": figures, "use": list(self.tokenizer.settings.use), "reconstruct": self.reconstruct})
 
