@@ -33,8 +33,8 @@ class TrainTokenizerConfig(StageConfig):
     `without`: fields left out of `use` (they may still be reconstructed). `partners`: who an anchor is paired with in a batch, a
     co-engaged item where there is one, or one of its finest category.
 
-    `refit` clusters the trained states once more at the end, so that the raw codes are balanced (residual head, balanced start;
-    one more reading of the items). `memory` first adds what behaviour says of each known item beyond what content predicts.
+    At the end the trained states are clustered once more, so that the raw codes are balanced (residual head, balanced start; one
+    more reading of the items). `memory` first adds what behaviour says of each known item beyond what content predicts.
     `reconstruct` None takes summaries where there are interests, else attributes, else nothing.
     `against`: published SIDs of an earlier tokenizer of the same sizes; the codes are renamed at the end, by one permutation per
     level, to agree with them for most items.
@@ -68,7 +68,6 @@ class TrainTokenizerConfig(StageConfig):
     weight_decay: float = Field(0.0, ge=0)
     clip: float = Field(1.0, gt=0)
     precision: Precision = "auto"
-    refit: bool = True
     memory: bool = True
     against: Path | None = None
     checkpoint_every: int = Field(50, ge=1)

@@ -245,8 +245,8 @@ class Training:
         self.objective.eval()
         folder, config = self.draft.path, self.config
         head, balanced = self.tokenizer.head, config.resolved_start().mode == "balanced"
-        recall = config.memory and balanced and isinstance(head, ResidualHead) and bool(self.interactions.any())
-        refit = recall or (config.refit and balanced and isinstance(head, ResidualHead) and bool(self.history))
+        recall = config.memory and bool(self.interactions.any())
+        refit = balanced and isinstance(head, ResidualHead) and (recall or bool(self.history))
         order = np.random.default_rng([config.seed, 9]).permutation(len(self.inputs))
         sample = np.sort(order[: targets.RIDGE_ROWS if refit else MEASURED_ROWS])
         encoded = self.tokenizer.encode([self.inputs[row] for row in sample], config.batch_size)
