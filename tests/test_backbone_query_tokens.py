@@ -128,3 +128,10 @@ def test_unloadable_backbone_is_a_config_error(tmp_path) -> None:
         TextBackbone(str(tmp_path / "nowhere"))
     with pytest.raises(ConfigError, match="room for"):
         TextBackbone(tiny_bert(tmp_path / "bert"), max_length=500)
+
+
+@torch.no_grad()
+def test_the_shipped_vlm_is_a_backbone_by_name() -> None:
+    vlm = VlmBackbone("demo", max_length=8)
+    states = vlm(vlm.collate([Ad("", (picture(0),)), Ad("", (picture(1),)), Ad("", (picture(0),))]))
+    assert torch.allclose(states[0], states[2], atol=1e-5) and not torch.allclose(states[0], states[1], atol=1e-2)

@@ -22,9 +22,9 @@ from mmsid.annotate.captioner.stage import (
 )
 from mmsid.annotate.captioner.template import CaptionTemplate
 from mmsid.annotate.captioner.training import Augment, Phase, make_batch
-from mmsid.annotate.huggingface import demo_weights
 from mmsid.annotate.prompts import load_prompt
 from mmsid.artifacts import read_json, read_manifest, write_table
+from mmsid.backbone.shipped import demo_weights
 from mmsid.catalog.config import CatalogConfig
 from mmsid.catalog.demo import facts as demo
 from mmsid.errors import CatalogError, ConfigError

@@ -11,8 +11,9 @@ from test_tokenizer_train import settings
 from tiny_backbones import tiny_bert
 from tiny_catalog import write_annotations, write_catalog
 
-from mmsid.annotate.huggingface import HuggingFaceGenerator, demo_weights
+from mmsid.annotate.huggingface import HuggingFaceGenerator
 from mmsid.backbone.lora import LoraSettings
+from mmsid.backbone.shipped import demo_weights
 from mmsid.catalog import read_catalog, split_histories
 from mmsid.errors import ArtifactError, ConfigError, MmsidError
 from mmsid.recommend.fit import Schedule, fit, table_paths

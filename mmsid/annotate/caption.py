@@ -14,8 +14,9 @@ from mmsid.annotate.overlays import masked
 from mmsid.annotate.prompts import evidence_json, load_prompt
 from mmsid.annotate.records import Caption, Record, parse_caption
 from mmsid.annotate.server import OpenAIGenerator
-from mmsid.annotate.units import DEMO, ModelJobConfig, Task, Unit
+from mmsid.annotate.units import ModelJobConfig, Task, Unit
 from mmsid.artifacts import Draft, is_complete, read_manifest, writing
+from mmsid.backbone.shipped import DEMO
 from mmsid.catalog import Item, PictureLimits, load_picture, read_catalog
 from mmsid.on_ray import Engine
 from mmsid.progress import done, is_main_process

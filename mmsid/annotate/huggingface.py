@@ -26,21 +26,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from mmsid.annotate.generator import GenerationFailure, Request
 from mmsid.annotate.prefix import PromptPrefix
-from mmsid.annotate.units import DEMO
 from mmsid.artifacts import file_sha256, sha256
+from mmsid.backbone.shipped import DEMO, demo_weights
 from mmsid.backbone.text import no_loading_bar
 from mmsid.errors import ConfigError
 
-_DEMO_FOLDER = Path(__file__).parent / "weights" / "demo_captioner"
 _FETCHED = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
 _SETTINGS = ("*config.json", "*token*.json", "vocab*", "merges.txt", "chat_template*", "*.jinja", "*.model")  # what can change an answer
-
-
-def demo_weights() -> Path:
-    """Folder of the shipped weights. Raises ConfigError when this installation lacks them."""
-    if not (_DEMO_FOLDER / "config.json").is_file():
-        raise ConfigError(f"no demo captioner at {_DEMO_FOLDER}; train one (scripts/train_captioner.py) or name another model")
-    return _DEMO_FOLDER
 
 
 class HuggingFaceGenerator:

@@ -16,8 +16,9 @@ from mmsid.annotate.job import annotate
 from mmsid.annotate.prompts import evidence_json, load_prompt
 from mmsid.annotate.reading import ItemInterests, read_captions, read_interests
 from mmsid.annotate.records import Judgement, parse_judgement
-from mmsid.annotate.units import DEMO, ModelJobConfig, Task, Unit
+from mmsid.annotate.units import ModelJobConfig, Task, Unit
 from mmsid.artifacts import is_complete, read_manifest, writing
+from mmsid.backbone.shipped import DEMO
 from mmsid.catalog import Item, read_catalog
 from mmsid.errors import ConfigError
 from mmsid.progress import done, is_main_process

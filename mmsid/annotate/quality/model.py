@@ -29,7 +29,8 @@ from transformers import (
 from transformers.modeling_outputs import SequenceClassifierOutput
 from trl import RewardConfig, RewardTrainer
 
-from mmsid.backbone.text import minilm_path, no_loading_bar
+from mmsid.backbone.shipped import minilm_path
+from mmsid.backbone.text import no_loading_bar
 from mmsid.config import Section
 from mmsid.errors import ConfigError
 from mmsid.trainers import plain_arguments, train_quietly
