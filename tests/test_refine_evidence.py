@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from mmsid.refine.evidence import CodeTable, EvidenceConfig, prefix_keys, split_users
+from mmsid.refine.evidence import CodeTable, EvidenceConfig, neighbours_first_codes, prefix_keys, split_users
 
 CONFIG = EvidenceConfig()
 
@@ -54,6 +54,17 @@ def test_prior_shrinks_and_no_neighbours_score_zero():
     table = CodeTable(codes, 2, _neighbours(3, [(0, 1, 1.0)]), prior=1.0)
     excess, _ = table.agreement(np.array([0, 2]), np.array([[[0]], [[0]]]))
     assert excess[:, 0, 0].tolist() == [(1 - 1.0) / 2, 0.0]  # all the others' weight is under code 0: chance 1
+
+
+def test_an_item_is_proposed_where_its_neighbours_lie():
+    codes, neighbours, codebook = _clustered(np.random.default_rng(0))
+    lost = codes.copy()
+    lost[5, 0] = 7  # its neighbours stayed under 0
+    found = neighbours_first_codes(lost, codebook, neighbours, None, count=2)
+    assert found.shape == (len(codes), 2) and found[5, 0] == 0
+    assert (np.delete(found[:, 0], 5) == np.delete(codes[:, 0], 5)).all()
+    alone = neighbours_first_codes(codes, codebook, sparse.csr_matrix(neighbours.shape), None, count=1)
+    assert (alone == -1).all(), "nothing is known of an item without neighbours"
 
 
 def test_crowding_sees_others_never_itself_nor_its_duplicates():

@@ -242,3 +242,12 @@ def test_tree_scores_equal_the_head_s_own(kind, frozen):
     assert reference.error_growth(np.arange(7), reference.greedy[:, None]).max() == pytest.approx(0.0, abs=1e-6)
     flat = Reference(head, states, top_m=3, freeze_first_level=frozen, temperature=4.0)
     torch.testing.assert_close(path_log_prob(head, states, tree.codes, tree.branching, 4.0), flat.tree.log_prob)
+
+
+def test_a_proposed_code_is_in_the_tree_and_can_be_reached():
+    head, states = _toy()
+    far = Reference(head, states, top_m=2).head.level_logits(head.project(states), torch.zeros(len(states), 0, dtype=torch.int64)).argmin(1)
+    without, proposed = (Reference(head, states, top_m=2, propose=propose) for propose in (None, lambda greedy: far.numpy()[:, None]))
+    holds = lambda reference: (reference.tree.codes[..., 0] == far[:, None]).any(1)  # noqa: E731
+    assert not holds(without).any() and holds(proposed).all()
+    assert (proposed.tree.codes[:, 0].numpy() == proposed.greedy).all(), "the reference's own path stays, and first"

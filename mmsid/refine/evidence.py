@@ -179,6 +179,18 @@ class CodeTable:
         return total / np.maximum(size, 1)[..., None], size
 
 
+def neighbours_first_codes(codes: Codes, codebook_size: int, neighbours: sparse.spmatrix, content: NDArray | None, count: int) -> Codes:
+    """The first codes under which most of an item's neighbours lie beyond chance, best first: codes (N, L) -> (N, count), -1 for none."""
+    table = CodeTable(codes[:, :1], codebook_size, neighbours, content)
+    every = np.arange(codebook_size)[None, :, None]
+    found = []
+    for rows in np.array_split(np.arange(len(codes)), max(1, len(codes) // 1024)):
+        excess = table.agreement(rows, np.broadcast_to(every, (len(rows), codebook_size, 1)))[0][..., 0]
+        best = np.argsort(-excess, axis=1, kind="stable")[:, :count]
+        found.append(np.where(np.take_along_axis(excess, best, 1) > 0, best, -1))
+    return np.concatenate(found)
+
+
 def _look_up(sorted_keys: Codes, wanted: Codes) -> tuple[Codes, NDArray[np.bool_]]:
     """Position of each wanted key among the sorted ones, and whether it is there (position 0 where it is not)."""
     if len(sorted_keys) == 0:

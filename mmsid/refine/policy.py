@@ -99,6 +99,8 @@ class Reference:
         top_m: codes kept per level.
         freeze_first_level: keep only the paths under the item's best first code.
         temperature: see `path_log_prob`; None takes `exploring_temperature` for a mean of `entropy` nats.
+        propose: greedy codes of all items (N, L) -> first codes (N, n) that every item's tree holds too, -1 for none: where the start is
+            wrong about an item, its right code is seldom among the m likeliest.
     """
 
     def __init__(
@@ -109,24 +111,29 @@ class Reference:
         freeze_first_level: bool = False,
         temperature: float | None = 1.0,
         entropy: float = 2.0,
+        propose: Callable[[Codes], Codes] | None = None,
     ) -> None:
         self.head = copy.deepcopy(head).eval().requires_grad_(False)
         self.states = states
         with torch.no_grad():
-            parts = [self._enumerate(piece, top_m, freeze_first_level) for piece in states.split(BATCH)]
+            self.greedy = torch.cat([self.head.greedy(self.head.project(piece)).codes for piece in states.split(BATCH)]).cpu().numpy()
+            wanted = np.full((len(states), 1), -1) if propose is None or freeze_first_level else propose(self.greedy)
+            first = torch.as_tensor(wanted, device=states.device).split(BATCH)
+            parts = [
+                self._enumerate(piece, top_m, freeze_first_level, some) for piece, some in zip(states.split(BATCH), first, strict=True)
+            ]
             m = min(top_m, head.codebook_size)
             branching = (1 if freeze_first_level else m, *[m] * (head.num_levels - 1))
             log_prob = torch.cat([log_prob for _, log_prob in parts])
             self.temperature = exploring_temperature(log_prob, entropy) if temperature is None else temperature
             codes = torch.cat([codes for codes, _ in parts])
             self.tree = PathTree(codes, (log_prob / self.temperature).log_softmax(-1), branching)
-            self.greedy = torch.cat([self.head.greedy(self.head.project(piece)).codes for piece in states.split(BATCH)]).cpu().numpy()
         best = self._distortion(np.arange(len(states)), self.greedy[:, None])
         self._best = best[:, 0]
         self._scale = float(best.mean()) if isinstance(head, ResidualHead) else float(np.log(head.codebook_size))
 
-    def _enumerate(self, h: Tensor, top_m: int, freeze_first_level: bool) -> tuple[Tensor, Tensor]:
-        codes, log_prob = self.head.top_paths(self.head.project(h), top_m)
+    def _enumerate(self, h: Tensor, top_m: int, freeze_first_level: bool, first: Tensor) -> tuple[Tensor, Tensor]:
+        codes, log_prob = self.head.top_paths(self.head.project(h), top_m, first)
         if freeze_first_level:
             kept = codes.shape[1] // min(top_m, self.head.codebook_size)
             codes, log_prob = codes[:, :kept], log_prob[:, :kept]

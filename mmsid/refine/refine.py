@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from accelerate import Accelerator
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from mmsid.annotate.reading import read_text_quality
@@ -27,7 +27,7 @@ from mmsid.precision import make_accelerator
 from mmsid.progress import done, track
 from mmsid.refine import gate
 from mmsid.refine.checkpoint import load_state, save_state
-from mmsid.refine.evidence import Codes, CodeTable, EvidenceConfig, Floats
+from mmsid.refine.evidence import Codes, CodeTable, EvidenceConfig, Floats, neighbours_first_codes
 from mmsid.refine.flips import flipped, noisy_sample
 from mmsid.refine.gate import GateConfig
 from mmsid.refine.loop import LoopConfig, Policy, Refinement, Scorer
@@ -60,6 +60,8 @@ class RefineConfig(StageConfig):
         trainable: `heads` moves code vectors and projection, states cached once (minutes on a CPU); `all` also the adapter and the query
             tokens (needs a GPU for real sizes; lower `loop.batch`).
         top_m: codes per level in every item's tree of paths; top_m ** num_levels paths are enumerated.
+        proposals: of the `top_m` first codes, those under which most of an item's neighbours lie, however unlikely to the start (fewer
+            than top_m; none where the first level is frozen).
         temperature: flattens (> 1) the joint path distribution of policy and reference alike, in sampling and in scoring; None: as much
             as it takes for the start to have `start_entropy` nats over an item's tree on average (never below 1).
         collisions: how refined codes are published; must be what the start was published with.
@@ -74,6 +76,7 @@ class RefineConfig(StageConfig):
     text_quality: Path | None = None
     trainable: Literal["heads", "all"] = "heads"
     top_m: int = Field(8, ge=2)
+    proposals: int = Field(2, ge=0)
     freeze_first_level: bool = False
     temperature: float | None = Field(None, gt=0)
     start_entropy: float = Field(2.0, gt=0)
@@ -84,6 +87,12 @@ class RefineConfig(StageConfig):
     reward: RewardConfig = RewardConfig()
     loop: LoopConfig = LoopConfig()
     gate: GateConfig = GateConfig()
+
+    @model_validator(mode="after")
+    def _leaves_room(self) -> RefineConfig:
+        if self.proposals >= self.top_m:
+            raise ValueError(f"proposals is {self.proposals}, top_m {self.top_m}; an item's own best code needs a place: lower proposals")
+        return self
 
 
 def run(config: RefineConfig, quick_recommender: QuickRecommender | None = None) -> Path:
@@ -141,14 +150,14 @@ class Job:
         self.held_out_pairs = gate.HeldOutPairs.from_histories(self.held_out)
         _, self.content = np.unique([item.content_sha256 for item in catalog.items], return_inverse=True)
         states, item_states = self._read_states(self.inputs)
+        self.neighbours = co_engagement(self.fit_histories, len(catalog.items), config.evidence.window)
         self.reference = Reference(
-            self.tokenizer.head, states, config.top_m, config.freeze_first_level, config.temperature, config.start_entropy
+            self.tokenizer.head, states, config.top_m, config.freeze_first_level, config.temperature, config.start_entropy, self._propose
         )
         self._check_start()
         item_vectors = torch.nn.functional.normalize(item_states, dim=-1).cpu().numpy()
         self.embedding = self._embed(item_states)
         self.material = Material(self.reference, item_vectors, self.reference.greedy, self.content)
-        self.neighbours = co_engagement(self.fit_histories, len(catalog.items), config.evidence.window)
 
     def run(self) -> gate.GateResult:
         """Reward, loop, gate, folder; only rank 0 judges and writes."""
@@ -191,6 +200,9 @@ class Job:
         )
         (folder / CHECKPOINT).unlink(missing_ok=True)
         return verdict
+
+    def _propose(self, codes: Codes) -> Codes:
+        return neighbours_first_codes(codes, self.tokenizer.codebook_size, self.neighbours, self.content, self.config.proposals)
 
     def _told_quality(self) -> dict[str, float] | str:
         if self.quality is None:

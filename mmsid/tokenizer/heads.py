@@ -94,8 +94,10 @@ class CodeHead(nn.Module):
             codes = torch.cat([codes, chosen[:, None]], 1)
         return Greedy(codes, margin, relative)
 
-    def top_paths(self, s: Tensor, m: int) -> Paths:
+    def top_paths(self, s: Tensor, m: int, first: Tensor | None = None) -> Paths:
         """The tree of the m best codes of every level, given each kept prefix: m**L paths (m is capped at K).
+
+        `first` (B, n), n < m: codes that the first level holds whatever their score (-1: none), in the place of its least likely.
 
         Returns `Paths` with log-probabilities renormalised over the tree. To score the same paths under another policy:
         `other.log_prob(s_other, paths.codes).sum(-1).log_softmax(-1)`.
@@ -104,13 +106,24 @@ class CodeHead(nn.Module):
         batch = s.shape[0]
         codes = torch.zeros(batch, 1, 0, dtype=torch.int64, device=s.device)
         joint = torch.zeros(batch, 1, dtype=s.dtype, device=s.device)
-        for _ in range(self.num_levels):
+        for level in range(self.num_levels):
             scores = self.level_logits(s, codes).log_softmax(-1)
             # a stable sort keeps the lowest index first among equals; topk promises no order
             order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :m]
+            if level == 0 and first is not None:
+                order = _with_wanted(scores[:, 0], order[:, 0], first)[:, None]
             joint = (joint[..., None] + scores.gather(-1, order)).flatten(1)
             codes = torch.cat([codes[:, :, None].expand(-1, -1, m, -1), order[..., None]], -1).flatten(1, 2)
         return Paths(codes, joint.log_softmax(-1))
+
+
+def _with_wanted(scores: Tensor, kept: Tensor, wanted: Tensor) -> Tensor:
+    """(B, K) scores, (B, m) kept codes, best first, (B, n) wanted ones -> (B, m): the wanted ones and the best others, best first."""
+    rank = torch.full_like(scores, -math.inf).scatter(1, kept, scores.gather(1, kept))
+    spare = torch.cat([torch.zeros_like(scores), torch.zeros_like(scores[:, :1])], 1)  # its last column takes the -1
+    rank = rank.masked_fill(spare.scatter(1, wanted % spare.shape[1], 1.0)[:, :-1] > 0, math.inf)
+    chosen = rank.sort(dim=1, descending=True, stable=True).indices[:, : kept.shape[1]]
+    return chosen.gather(1, scores.gather(1, chosen).sort(dim=1, descending=True, stable=True).indices)
 
 
 class ResidualHead(CodeHead):
