@@ -1,5 +1,6 @@
 """The job runner behind every annotation: accounting, retries, cache, duplicates, the gate, and kills."""
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -206,10 +207,10 @@ def test_the_next_pictures_are_read_while_the_model_works(catalog, undisturbed, 
 def test_a_generator_of_several_calls_has_the_next_one_before_the_last_is_answered(catalog, undisturbed, tmp_path):
     class Two(StubGenerator):
         calls_at_once = 2
-        met = threading.Barrier(2, timeout=60)
+        met, begun = threading.Barrier(2, timeout=60), itertools.count()
 
         def generate(self, requests):
-            if len(self.calls) < 2:
+            if next(self.begun) < 2:
                 self.met.wait()  # passes only when both calls are under way
             return super().generate(requests)
 

@@ -83,7 +83,9 @@ def test_the_suite_switches_every_part_by_one_key() -> None:
     assert chosen["ours"] == {} and base["loss"] == "unisid"
     for name, keys in chosen.items():
         own = {key: value for key, value in keys.items() if key not in base} if name.startswith("unisid_") else keys
-        if name not in ("ours", "unisid", "suffix", "colliding"):
+        if name.startswith("pixels"):
+            assert own.keys() == {"use", "backbone"}, f"{name} changes {own}; who reads pixels needs a backbone that can"
+        elif name not in ("ours", "unisid", "suffix", "colliding"):
             assert len(own) == 1, f"{name} changes {own}"
             inner = next(iter(own.values()))
             assert not isinstance(inner, dict) or len(inner) == 1, f"{name} changes {inner}"
