@@ -4,9 +4,14 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from tiny_backbones import WORDS, tiny_bert
 
 from mmsid.recommend.instrument import Instrument, InstrumentShape
 from mmsid.tokenizer.heads import ResidualHead
+from mmsid.tokenizer.inputs import ItemInput
+from mmsid.tokenizer.model import BackboneSettings, ItemTokenizer, TokenizerSettings
+from mmsid.tokenizer.objective import Labels, LossWeights, Objective
+from mmsid.tokenizer.reconstruction import train_decoder
 
 TIMES = 8
 
@@ -45,3 +50,24 @@ def test_the_head_of_the_tokenizer() -> None:
     torch.nn.init.normal_(head.vectors, generator=generator)
     states, codes = torch.randn(2048, 3, 64, generator=generator), torch.randint(8, (2048, 3), generator=generator)
     assert_repeatable(head, lambda: -head.teacher_logits(head.project(states), codes).log_softmax(-1).square().mean())
+
+
+def test_all_losses_of_the_tokenizer_down_to_adapter_and_query_tokens(tmp_path) -> None:
+    backbone = BackboneSettings(path=tiny_bert(tmp_path / "bert", hidden=128), max_length=48)
+    tokenizer = ItemTokenizer(TokenizerSettings(backbone=backbone, codebook_size=16, code_dim=32))
+    items, half = 256, 128
+    texts = [" ".join(WORDS[(row + word) % len(WORDS)] for word in range(3 + row % 9)) for row in range(items)]
+    objective = Objective(tokenizer, LossWeights(), train_decoder(texts, prompt_length=4, steps=2, width=32))
+    generator = torch.Generator().manual_seed(0)
+    batch = tokenizer.backbone.collate([ItemInput(text) for text in texts])
+    labels = Labels(
+        torch.arange(items),
+        torch.randint(16, (items, 3), generator=generator),
+        torch.randn(items, 32, generator=generator),
+        torch.randint(4, (items, 3), generator=generator),
+        torch.ones(half, dtype=torch.bool),
+        torch.ones(half, dtype=torch.bool),
+        *objective.decoder.ids(texts),
+    )
+    assert_repeatable(objective, lambda: objective(batch, labels)[0])
+    assert objective.tokenizer.backbone.queries.grad is not None

@@ -157,7 +157,8 @@ class QueryBackbone(nn.Module):
             if output.shape[:2] != mask.shape:
                 return output
             which = (mask.cumsum(1) - 1).clamp_min(0)
-            return torch.where(mask[..., None], self.queries.to(output.dtype)[which], output)
+            # embedding, not indexing: with several threads that adds gradients up in any order, and no run is like another
+            return torch.where(mask[..., None], nn.functional.embedding(which, self.queries.to(output.dtype)), output)
 
         handle = self.model.get_input_embeddings().register_forward_hook(place_queries) if with_queries else None
         try:
