@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from mmsid.refine.evidence import CodeTable, EvidenceConfig, neighbours_first_codes, prefix_keys, split_users
+from mmsid.refine import evidence
+from mmsid.refine.evidence import CodeTable, EvidenceConfig, NeighboursCodes, prefix_keys, split_users
 
 CONFIG = EvidenceConfig()
 
@@ -60,11 +61,23 @@ def test_an_item_is_proposed_where_its_neighbours_lie():
     codes, neighbours, codebook = _clustered(np.random.default_rng(0))
     lost = codes.copy()
     lost[5, 0] = 7  # its neighbours stayed under 0
-    found = neighbours_first_codes(lost, codebook, neighbours, None, count=2)
+    rows, nothing = np.arange(len(codes)), np.zeros((len(codes), 1, 0), dtype=np.int64)
+    found = NeighboursCodes(lost, codebook, neighbours).after(rows, nothing, count=2)[:, 0]
     assert found.shape == (len(codes), 2) and found[5, 0] == 0
     assert (np.delete(found[:, 0], 5) == np.delete(codes[:, 0], 5)).all()
-    alone = neighbours_first_codes(codes, codebook, sparse.csr_matrix(neighbours.shape), None, count=1)
+    alone = NeighboursCodes(codes, codebook, sparse.csr_matrix(neighbours.shape)).after(rows, nothing, count=1)
     assert (alone == -1).all(), "nothing is known of an item without neighbours"
+
+
+def test_after_a_prefix_an_item_is_proposed_where_its_neighbours_lie_under_it(monkeypatch):
+    codes = np.array([[0, 0], [0, 1], [0, 1], [1, 0], [1, 1]])
+    near = NeighboursCodes(codes, 2, _neighbours(5, [(0, 1, 1.0), (0, 2, 1.0), (0, 3, 1.0), (3, 4, 1.0)]))
+    rows, prefixes = np.array([0, 4]), np.array([[[0], [1]], [[0], [1]]])
+    found = near.after(rows, prefixes, count=2)
+    # item 0 has a third of its weight under (1, 0), where 2/5 of the others' lies; item 4 all of it, where 2/7 does
+    assert found.tolist() == [[[1, -1], [-1, -1]], [[-1, -1], [0, -1]]]
+    monkeypatch.setattr(evidence, "LOOKED_UP", 1)
+    assert (near.after(rows, prefixes, count=2) == found).all(), "in pieces the same"
 
 
 def test_crowding_sees_others_never_itself_nor_its_duplicates():

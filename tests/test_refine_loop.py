@@ -247,7 +247,13 @@ def test_tree_scores_equal_the_head_s_own(kind, frozen):
 def test_a_proposed_code_is_in_the_tree_and_can_be_reached():
     head, states = _toy()
     far = Reference(head, states, top_m=2).head.level_logits(head.project(states), torch.zeros(len(states), 0, dtype=torch.int64)).argmin(1)
-    without, proposed = (Reference(head, states, top_m=2, propose=propose) for propose in (None, lambda greedy: far.numpy()[:, None]))
+    without, proposed = (
+        Reference(head, states, top_m=2, propose=propose)
+        for propose in (
+            None,
+            lambda greedy: lambda rows, kept: far.numpy()[rows][:, None, None][:, :, : 1 - kept.shape[-1]].repeat(kept.shape[1], 1),
+        )
+    )
     holds = lambda reference: (reference.tree.codes[..., 0] == far[:, None]).any(1)  # noqa: E731
     assert not holds(without).any() and holds(proposed).all()
     assert (proposed.tree.codes[:, 0].numpy() == proposed.greedy).all(), "the reference's own path stays, and first"

@@ -73,20 +73,24 @@ def test_truncated_tree_is_renormalised() -> None:
     assert head.top_paths(s, 99).codes.shape == (3, 64, 2)
 
 
-def test_wanted_first_codes_take_the_place_of_the_least_likely() -> None:
+def test_proposed_codes_take_the_place_of_the_least_likely() -> None:
     torch.manual_seed(0)
     head = ResidualHead(4, 2, 8, 5)
     s = head.project(torch.randn(3, 2, 4))
     likely = head.level_logits(s, torch.zeros(3, 0, dtype=torch.int64)).argsort(1, descending=True)
     wanted = torch.stack([likely[:, 7], torch.tensor([-1, int(likely[1, 0]), -1])], 1)
-    paths = head.top_paths(s, 3, wanted)
+    paths = head.top_paths(s, 3, lambda kept: (wanted if kept.shape[-1] == 0 else wanted[:, :0])[:, None].expand(-1, kept.shape[1], -1))
     firsts = paths.codes[:, ::3, 0]
     assert firsts[0].tolist() == likely[0, [0, 1, 7]].tolist(), "best first; -1 wants nothing"
     assert firsts[1].tolist() == likely[1, [0, 1, 7]].tolist(), "one that is there anyway takes no second place"
     slow = head.log_prob(s, paths.codes).sum(-1).log_softmax(-1)
     torch.testing.assert_close(paths.log_prob, slow)
-    none = torch.full((3, 1), -1)
-    assert torch.equal(head.top_paths(s, 3, none).codes, head.top_paths(s, 3).codes)
+    assert torch.equal(
+        head.top_paths(s, 3, lambda kept: torch.full_like(kept[..., :1], -1) if kept.shape[-1] else torch.full((3, 1, 1), -1)).codes,
+        head.top_paths(s, 3).codes,
+    )
+    everywhere = head.top_paths(s, 3, lambda kept: torch.full((3, kept.shape[1], 1), 7))
+    assert (everywhere.codes.view(3, 3, 3, 2)[..., 1] == 7).any(2).all(), "after every kept prefix"
 
 
 def test_soft_prefix_is_an_expectation_and_carries_gradient() -> None:

@@ -23,6 +23,7 @@ from mmsid.config import Section
 
 Codes = NDArray[np.int64]
 Floats = NDArray[np.float64]
+LOOKED_UP = 1_000_000  # paths at once; bounds memory, changes no figure
 
 
 class EvidenceConfig(Section):
@@ -179,16 +180,27 @@ class CodeTable:
         return total / np.maximum(size, 1)[..., None], size
 
 
-def neighbours_first_codes(codes: Codes, codebook_size: int, neighbours: sparse.spmatrix, content: NDArray | None, count: int) -> Codes:
-    """The first codes under which most of an item's neighbours lie beyond chance, best first: codes (N, L) -> (N, count), -1 for none."""
-    table = CodeTable(codes[:, :1], codebook_size, neighbours, content)
-    every = np.arange(codebook_size)[None, :, None]
-    found = []
-    for rows in np.array_split(np.arange(len(codes)), max(1, len(codes) // 1024)):
-        excess = table.agreement(rows, np.broadcast_to(every, (len(rows), codebook_size, 1)))[0][..., 0]
-        best = np.argsort(-excess, axis=1, kind="stable")[:, :count]
-        found.append(np.where(np.take_along_axis(excess, best, 1) > 0, best, -1))
-    return np.concatenate(found)
+class NeighboursCodes:
+    """Where an item's neighbours lie: the codes after a prefix that hold most of them beyond chance.
+
+    Args: as `CodeTable`.
+    """
+
+    def __init__(self, codes: Codes, codebook_size: int, neighbours: sparse.spmatrix, content: NDArray | None = None) -> None:
+        self.codebook_size = codebook_size
+        self.tables = [CodeTable(codes[:, : level + 1], codebook_size, neighbours, content) for level in range(codes.shape[1])]
+
+    def after(self, rows: NDArray, prefixes: Codes, count: int) -> Codes:
+        """(R,), prefixes (R, M, l) of each row -> codes (R, M, count), best first; -1 where fewer hold more than chance would put there."""
+        if len(rows) > 1 and prefixes.shape[0] * prefixes.shape[1] * self.codebook_size > LOOKED_UP:
+            halves = (slice(None, len(rows) // 2), slice(len(rows) // 2, None))
+            return np.concatenate([self.after(rows[half], prefixes[half], count) for half in halves])
+        level, every = prefixes.shape[-1], np.arange(self.codebook_size)
+        size = (*prefixes.shape[:2], self.codebook_size)
+        paths = np.concatenate([np.broadcast_to(prefixes[:, :, None], (*size, level)), np.broadcast_to(every[:, None], (*size, 1))], -1)
+        excess = self.tables[level].agreement(rows, paths.reshape(len(rows), -1, level + 1))[0][..., level].reshape(size)
+        best = np.argsort(-excess, axis=-1, kind="stable")[..., :count]
+        return np.where(np.take_along_axis(excess, best, -1) > 0, best, -1)
 
 
 def _look_up(sorted_keys: Codes, wanted: Codes) -> tuple[Codes, NDArray[np.bool_]]:

@@ -24,6 +24,7 @@ from mmsid.refine import ppo
 from mmsid.refine.evidence import Codes, Floats
 from mmsid.tokenizer.heads import CodeHead, ParallelHead, ResidualHead
 
+Propose = Callable[[NDArray, Codes], Codes]
 BATCH = 512  # items per piece where the whole catalogue is walked: bounds memory, changes no figure
 
 
@@ -34,6 +35,10 @@ class PathTree:
     codes: Tensor
     log_prob: Tensor
     branching: tuple[int, ...]
+
+
+def _pieces(items: int) -> list[NDArray]:
+    return np.split(np.arange(items), range(BATCH, items, BATCH))
 
 
 def path_log_prob(head: CodeHead, h: Tensor, paths: Tensor, branching: tuple[int, ...], temperature: float = 1.0) -> Tensor:
@@ -99,8 +104,9 @@ class Reference:
         top_m: codes kept per level.
         freeze_first_level: keep only the paths under the item's best first code.
         temperature: see `path_log_prob`; None takes `exploring_temperature` for a mean of `entropy` nats.
-        propose: greedy codes of all items (N, L) -> first codes (N, n) that every item's tree holds too, -1 for none: where the start is
-            wrong about an item, its right code is seldom among the m likeliest.
+        propose: given the greedy codes of all items (N, L), says which codes an item's tree holds besides: item rows (R,) and their kept
+            prefixes (R, M, l) -> (R, M, n), -1 for none. Where the start is wrong about an item, its right code is seldom among the m
+            likeliest.
     """
 
     def __init__(
@@ -111,17 +117,14 @@ class Reference:
         freeze_first_level: bool = False,
         temperature: float | None = 1.0,
         entropy: float = 2.0,
-        propose: Callable[[Codes], Codes] | None = None,
+        propose: Callable[[Codes], Propose] | None = None,
     ) -> None:
         self.head = copy.deepcopy(head).eval().requires_grad_(False)
         self.states = states
         with torch.no_grad():
             self.greedy = torch.cat([self.head.greedy(self.head.project(piece)).codes for piece in states.split(BATCH)]).cpu().numpy()
-            wanted = np.full((len(states), 1), -1) if propose is None or freeze_first_level else propose(self.greedy)
-            first = torch.as_tensor(wanted, device=states.device).split(BATCH)
-            parts = [
-                self._enumerate(piece, top_m, freeze_first_level, some) for piece, some in zip(states.split(BATCH), first, strict=True)
-            ]
+            proposed = None if propose is None else propose(self.greedy)
+            parts = [self._enumerate(rows, top_m, freeze_first_level, proposed) for rows in _pieces(len(states))]
             m = min(top_m, head.codebook_size)
             branching = (1 if freeze_first_level else m, *[m] * (head.num_levels - 1))
             log_prob = torch.cat([log_prob for _, log_prob in parts])
@@ -132,8 +135,13 @@ class Reference:
         self._best = best[:, 0]
         self._scale = float(best.mean()) if isinstance(head, ResidualHead) else float(np.log(head.codebook_size))
 
-    def _enumerate(self, h: Tensor, top_m: int, freeze_first_level: bool, first: Tensor) -> tuple[Tensor, Tensor]:
-        codes, log_prob = self.head.top_paths(self.head.project(h), top_m, first)
+    def _enumerate(self, rows: NDArray, top_m: int, freeze_first_level: bool, propose: Propose | None) -> tuple[Tensor, Tensor]:
+        def wanted(kept: Tensor) -> Tensor:
+            if propose is None or (freeze_first_level and kept.shape[-1] == 0):
+                return kept.new_zeros(*kept.shape[:2], 0)
+            return torch.as_tensor(propose(rows, kept.cpu().numpy()), device=kept.device)
+
+        codes, log_prob = self.head.top_paths(self.head.project(self.states[rows]), top_m, wanted)
         if freeze_first_level:
             kept = codes.shape[1] // min(top_m, self.head.codebook_size)
             codes, log_prob = codes[:, :kept], log_prob[:, :kept]

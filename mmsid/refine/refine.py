@@ -27,12 +27,12 @@ from mmsid.precision import make_accelerator
 from mmsid.progress import done, track
 from mmsid.refine import gate
 from mmsid.refine.checkpoint import load_state, save_state
-from mmsid.refine.evidence import Codes, CodeTable, EvidenceConfig, Floats, neighbours_first_codes
+from mmsid.refine.evidence import Codes, CodeTable, EvidenceConfig, Floats, NeighboursCodes
 from mmsid.refine.flips import flipped, noisy_sample
 from mmsid.refine.gate import GateConfig
 from mmsid.refine.loop import LoopConfig, Policy, Refinement, Scorer
 from mmsid.refine.outcome import write_moved, write_near_ties, write_sids, write_tokenizer
-from mmsid.refine.policy import HeadPolicy, Reference
+from mmsid.refine.policy import HeadPolicy, Propose, Reference
 from mmsid.refine.publish import make_table
 from mmsid.refine.reward import Material, RewardConfig, SidReward, read_features, train_reward
 from mmsid.refine.tracking import RunLog, TrackerName, check_tracker
@@ -60,8 +60,8 @@ class RefineConfig(StageConfig):
         trainable: `heads` moves code vectors and projection, states cached once (minutes on a CPU); `all` also the adapter and the query
             tokens (needs a GPU for real sizes; lower `loop.batch`).
         top_m: codes per level in every item's tree of paths; top_m ** num_levels paths are enumerated.
-        proposals: of the `top_m` first codes, those under which most of an item's neighbours lie, however unlikely to the start (fewer
-            than top_m; none where the first level is frozen).
+        proposals: of the `top_m` codes of every level but the last, those under which most of an item's neighbours lie, however unlikely
+            to the start (fewer than top_m; none at a frozen first level).
         temperature: flattens (> 1) the joint path distribution of policy and reference alike, in sampling and in scoring; None: as much
             as it takes for the start to have `start_entropy` nats over an item's tree on average (never below 1).
         collisions: how refined codes are published; must be what the start was published with.
@@ -201,8 +201,13 @@ class Job:
         (folder / CHECKPOINT).unlink(missing_ok=True)
         return verdict
 
-    def _propose(self, codes: Codes) -> Codes:
-        return neighbours_first_codes(codes, self.tokenizer.codebook_size, self.neighbours, self.content, self.config.proposals)
+    def _propose(self, codes: Codes) -> Propose:
+        near, last, count = (
+            NeighboursCodes(codes, self.tokenizer.codebook_size, self.neighbours, self.content),
+            codes.shape[1] - 1,
+            self.config.proposals,
+        )
+        return lambda rows, prefixes: near.after(rows, prefixes, count if prefixes.shape[-1] < last else 0)
 
     def _told_quality(self) -> dict[str, float] | str:
         if self.quality is None:

@@ -14,7 +14,7 @@ Ties always go to the lowest index. Nothing here samples; whoever samples does i
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -94,10 +94,11 @@ class CodeHead(nn.Module):
             codes = torch.cat([codes, chosen[:, None]], 1)
         return Greedy(codes, margin, relative)
 
-    def top_paths(self, s: Tensor, m: int, first: Tensor | None = None) -> Paths:
+    def top_paths(self, s: Tensor, m: int, propose: Callable[[Tensor], Tensor] | None = None) -> Paths:
         """The tree of the m best codes of every level, given each kept prefix: m**L paths (m is capped at K).
 
-        `first` (B, n), n < m: codes that the first level holds whatever their score (-1: none), in the place of its least likely.
+        `propose`: kept prefixes (B, M, l) -> codes (B, M, n), n < m, that are kept after them whatever their score (-1: none), in the
+        place of the least likely.
 
         Returns `Paths` with log-probabilities renormalised over the tree. To score the same paths under another policy:
         `other.log_prob(s_other, paths.codes).sum(-1).log_softmax(-1)`.
@@ -106,12 +107,12 @@ class CodeHead(nn.Module):
         batch = s.shape[0]
         codes = torch.zeros(batch, 1, 0, dtype=torch.int64, device=s.device)
         joint = torch.zeros(batch, 1, dtype=s.dtype, device=s.device)
-        for level in range(self.num_levels):
+        for _ in range(self.num_levels):
             scores = self.level_logits(s, codes).log_softmax(-1)
             # a stable sort keeps the lowest index first among equals; topk promises no order
             order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :m]
-            if level == 0 and first is not None:
-                order = _with_wanted(scores[:, 0], order[:, 0], first)[:, None]
+            if propose is not None:
+                order = _with_wanted(scores.flatten(0, 1), order.flatten(0, 1), propose(codes).flatten(0, 1)).view_as(order)
             joint = (joint[..., None] + scores.gather(-1, order)).flatten(1)
             codes = torch.cat([codes[:, :, None].expand(-1, -1, m, -1), order[..., None]], -1).flatten(1, 2)
         return Paths(codes, joint.log_softmax(-1))
