@@ -251,7 +251,7 @@ def test_a_proposed_code_is_in_the_tree_and_can_be_reached():
         Reference(head, states, top_m=2, propose=propose)
         for propose in (
             None,
-            lambda greedy: lambda rows, kept: far.numpy()[rows][:, None, None][:, :, : 1 - kept.shape[-1]].repeat(kept.shape[1], 1),
+            lambda greedy: lambda rows, kept: far.numpy()[rows][:, None, None],
         )
     )
     holds = lambda reference: (reference.tree.codes[..., 0] == far[:, None]).any(1)  # noqa: E731

@@ -104,9 +104,9 @@ class Reference:
         top_m: codes kept per level.
         freeze_first_level: keep only the paths under the item's best first code.
         temperature: see `path_log_prob`; None takes `exploring_temperature` for a mean of `entropy` nats.
-        propose: given the greedy codes of all items (N, L), says which codes an item's tree holds besides: item rows (R,) and their kept
-            prefixes (R, M, l) -> (R, M, n), -1 for none. Where the start is wrong about an item, its right code is seldom among the m
-            likeliest.
+        propose: given the greedy codes of all items (N, L), says which codes an item's tree holds besides, at every level but the last:
+            item rows (R,) and their kept prefixes (R, M, l) -> (R, M, n), -1 for none. Where the start is wrong about an item, its
+            right code is seldom among the m likeliest.
     """
 
     def __init__(
@@ -137,7 +137,8 @@ class Reference:
 
     def _enumerate(self, rows: NDArray, top_m: int, freeze_first_level: bool, propose: Propose | None) -> tuple[Tensor, Tensor]:
         def wanted(kept: Tensor) -> Tensor:
-            if propose is None or (freeze_first_level and kept.shape[-1] == 0):
+            level = kept.shape[-1]
+            if propose is None or level == self.head.num_levels - 1 or (freeze_first_level and level == 0):
                 return kept.new_zeros(*kept.shape[:2], 0)
             return torch.as_tensor(propose(rows, kept.cpu().numpy()), device=kept.device)
 

@@ -202,12 +202,8 @@ class Job:
         return verdict
 
     def _propose(self, codes: Codes) -> Propose:
-        near, last, count = (
-            NeighboursCodes(codes, self.tokenizer.codebook_size, self.neighbours, self.content),
-            codes.shape[1] - 1,
-            self.config.proposals,
-        )
-        return lambda rows, prefixes: near.after(rows, prefixes, count if prefixes.shape[-1] < last else 0)
+        near = NeighboursCodes(codes[:, :-1], self.tokenizer.codebook_size, self.neighbours, self.content)
+        return lambda rows, prefixes: near.after(rows, prefixes, self.config.proposals)
 
     def _told_quality(self) -> dict[str, float] | str:
         if self.quality is None:
