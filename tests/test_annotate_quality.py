@@ -135,7 +135,7 @@ def test_equal_questions_get_equal_scores_in_any_company():
     ids = [encode(text_tokenizer, one, "a red striped shoe " * length, 64) for one, length in (("bold", 1), ("calm days", 9), ("bold", 1))]
     together = score_ids(model, ids)
     assert together[0] == together[2] != together[1]
-    assert score_ids(model, ids[:1])[0] == pytest.approx(together[0], abs=1e-6)
+    assert score_ids(model, ids[:1])[0] == pytest.approx(together[0], abs=1e-5)
     assert all(len(row) <= 64 for row in ids)
     again, _ = build_text_model(TextModelConfig(width=16), seed=0)
     assert torch.equal(again.descriptor.weight, model.descriptor.weight)

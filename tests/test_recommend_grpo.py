@@ -69,7 +69,7 @@ def start(tmp_path_factory):
     folder = tmp_path_factory.mktemp("start")
     schedule = Schedule(epochs=10, batch_size=32, lr=0.01, patience=10)
     fitted = fit(circle_paths(), circle_split(), shape=SHAPE, schedule=schedule, seed=0)
-    fitted.model.language_model.save_pretrained(folder)
+    fitted.model.cpu().language_model.save_pretrained(folder)
     return fitted, folder
 
 
@@ -108,7 +108,8 @@ def test_completions_are_scored_as_trie_search_scores_them(start, tmp_path):
         for row in range(2):
             ids = torch.cat([batch["input_ids"][row].expand(ITEMS, -1), model.tokens], 1)
             mask = torch.cat([batch["attention_mask"][row].expand(ITEMS, -1), torch.ones_like(model.tokens)], 1)
-            found, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, 2, batch_size=7)
+            ids, mask = ids.to(trainer.args.device), mask.to(trainer.args.device)
+            found = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, 2, batch_size=7)[0].cpu()
             assert torch.allclose(found.sum(1), expected[row], atol=1e-5)
             assert found.sum(1).exp().sum().item() == pytest.approx(1, abs=1e-5)
 

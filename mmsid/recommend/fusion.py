@@ -40,7 +40,7 @@ def late_fusion(score: Score, hybrid: dict[str, float], items: list[Item], split
     for start in range(0, len(users), 256):
         some = users[start : start + 256]
         histories = [split.history(int(user), "valid") for user in some]
-        ours, theirs = mask_seen(score(histories), histories), floor(histories)
+        ours, theirs = mask_seen(score(histories), histories).cpu(), floor(histories)
         targets = torch.from_numpy(split.valid[some])
         for point, gains in found.items():
             above, tied = rank_targets(mask_seen(fuse_scores(ours, theirs, *point), histories), targets)
@@ -48,7 +48,7 @@ def late_fusion(score: Score, hybrid: dict[str, float], items: list[Item], split
     weight, power = max(found, key=lambda point: float(np.concatenate(found[point]).mean()))
 
     def fused(histories: list[np.ndarray]) -> torch.Tensor:
-        return fuse_scores(mask_seen(score(histories), histories), floor(histories), weight, power)
+        return fuse_scores(mask_seen(score(histories), histories).cpu(), floor(histories), weight, power)
 
     return Fusion(fused, {"fusion_weight": weight, "fusion_power": power} | hybrid)
 

@@ -73,11 +73,11 @@ class TrieGRPOTrainer(GRPOTrainer):
         policy: loaded by `from_pretrained`, so that TRL can load the frozen reference from the same folder.
         rewards: TRL reward functions, summed with `args.reward_weights`; each is given the data set's columns and `completion_ids`.
         data: a column `prompt`, histories in the words of `sid_text_tokenizer`, and whatever the rewards read.
-        trie: of the paths of all items, on the policy's device.
+        trie: of the paths of all items.
     """
 
     def __init__(self, policy: GPT2LMHeadModel, rewards: list[Reward], args: GRPOConfig, data: Dataset, trie: Trie) -> None:
-        sizes = trie.sizes.tolist()
+        trie, sizes = trie.to(args.device), trie.sizes.tolist()
         self.offsets = [sum(sizes[:level]) for level in range(len(sizes))]
         self.constraint = TrieConstraint.from_trie(trie)
         ids = [range(start, start + size) for start, size in zip(self.offsets, sizes, strict=True)]

@@ -166,7 +166,7 @@ def _gumbel(job: Job) -> Codes:
     optimizer = torch.optim.Adam(head.parameters(), lr=5e-4)
     for step in track(range(steps), what="gumbel", unit="steps"):
         chosen = torch.multinomial(chances, loop.batch // 2, replacement=True, generator=generator).numpy()
-        rows = torch.from_numpy(np.concatenate([pairs.row[chosen], pairs.col[chosen]]).astype(np.int64))
+        rows = torch.from_numpy(np.concatenate([pairs.row[chosen], pairs.col[chosen]]).astype(np.int64)).to(target.device)
         s = head.project(job.reference.states[rows])
         quantised = _quantise(head, s, 1.0 - step / steps, generator)
         loss = _distances(quantised, s[:, -1], target[rows]) + _contrast(quantised, loop.batch // 2)
@@ -178,10 +178,10 @@ def _gumbel(job: Job) -> Codes:
 
 def _quantise(head: ResidualHead, s: Tensor, noise: float, generator: torch.Generator) -> Tensor:
     """(B, L, D) -> (B, D): the sum of one sampled code vector per level, gradients those of the softmax (tau 2, as published)."""
-    codes, total = torch.zeros(len(s), 0, dtype=torch.int64), torch.zeros_like(s[:, 0])
+    codes, total = torch.zeros(len(s), 0, dtype=torch.int64, device=s.device), torch.zeros_like(s[:, 0])
     for level in range(head.num_levels):
         logits = head.level_logits(s, codes).log_softmax(-1)
-        uniform = torch.rand(logits.shape, generator=generator).clamp(1e-9, 1 - 1e-9)
+        uniform = torch.rand(logits.shape, generator=generator).clamp(1e-9, 1 - 1e-9).to(s.device)
         soft = ((logits - noise * (-uniform.log()).log()) / 2.0).softmax(-1)
         chosen = soft.argmax(-1)
         total = total + (nn.functional.one_hot(chosen, soft.shape[-1]) + soft - soft.detach()) @ head.vectors[level]
@@ -198,4 +198,4 @@ def _distances(quantised: Tensor, s: Tensor, target: Tensor) -> Tensor:
 def _contrast(quantised: Tensor, half: int, tau: float = 0.07) -> Tensor:
     """InfoNCE of the first `half` rows against their partners in the second."""
     unit = nn.functional.normalize(quantised, dim=-1)
-    return nn.functional.cross_entropy(unit[:half] @ unit[half:].T / tau, torch.arange(half))
+    return nn.functional.cross_entropy(unit[:half] @ unit[half:].T / tau, torch.arange(half, device=unit.device))

@@ -242,7 +242,7 @@ class Refinement:
                     stopped = True
                     break
                 clipped.append(beyond)
-                if loudest == 0.0 and kl < 1e-9 and config.entropy == 0.0:
+                if loudest == 0.0 and kl < 1e-6 and config.entropy == 0.0:
                     continue  # nothing to learn and nothing to undo: a step could only amplify rounding noise
                 self._step(loss)
                 steps += 1

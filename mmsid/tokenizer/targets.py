@@ -222,7 +222,8 @@ def start_head(head: CodeHead, vectors: Tensor, h: Tensor, target: Tensor, codes
         weight, bias = ridge((h - mean).flatten(0, 1), target[:, None].expand(-1, h.shape[1], -1).flatten(0, 1), seed)
         head.projection.weight.copy_(weight)
         head.bias.copy_(bias - mean.to(weight) @ weight.T)
-        logits = head.teacher_logits(head.project(h), codes)
+        device = head.bias.device  # what is solved above stays on the CPU, wherever the head is
+        logits = head.teacher_logits(head.project(h.to(device)), codes.to(device)).cpu()
         for level in range(head.num_levels):
             head.log_temperature[level] = -_likeliest_scale(logits[:, level], codes[:, level])
     if isinstance(head, ParallelHead):
