@@ -1,12 +1,14 @@
 """What the behaviour of users says about a candidate code sequence of one item, scored against everybody else's codes.
 
-All three components are *difference* terms: the item is taken out of the table before it is judged, so that two colliding items see
+All components are *difference* terms: the item is taken out of the table before it is judged, so that two colliding items see
 each other but never themselves. Interactions come from the histories that the caller passes: fit users only; the held-out tenth
 belongs to the gate.
 
 * neighbours: share of an item's co-engagement weight that lies under the candidate's prefix, minus the share that chance would put there
   (the prefix's part of all co-engagement weight), per level. Without the chance term fat clusters win (one code for all scores 1).
 * crowding: another item already holds the whole path, plus how full the last-level group is.
+* balance: how much fuller than its fair share of the items the first code already is, in nats: what moving the item there does to the
+  entropy of the codes' use. Neighbours of rarely seen items lie where most items do, so without it the first level drifts to a few codes.
 * rebuild: growth of the quantisation error against the item's own best path (handed in by the caller, who knows the code vectors).
 """
 
@@ -146,7 +148,7 @@ class CodeTable:
         return excess, chance
 
     def components(self, rows: NDArray, candidates: Codes, error_growth: Floats, config: EvidenceConfig) -> dict[str, Floats]:
-        """The three components, each (R, P), higher is better. `error_growth` (R, P): relative growth of the quantisation error."""
+        """The components, each (R, P), higher is better. `error_growth` (R, P): relative growth of the quantisation error."""
         levels = candidates.shape[-1]
         weights = np.array((*config.level_weights, *[0.0] * levels)[:levels])
         excess, _ = self.agreement(rows, candidates)
@@ -155,6 +157,7 @@ class CodeTable:
         return {
             "neighbours": excess @ weights,
             "crowding": -(np.minimum(others[..., -1], 1.0) + np.minimum(fullness, 1.0)),
+            "balance": -np.log((others[..., 0] + 1.0) * self.codebook_size / len(self.codes)),
             "rebuild": -error_growth,
         }
 

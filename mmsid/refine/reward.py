@@ -8,7 +8,9 @@ distance expert.
 r is a product of two experts, fitted apart and added: one reads behaviour and neighbours (agreement, chance, crowding, coherence), the
 other the distances. Why apart: the tokenizer was fitted on the co-engagement of the very users that label the pairs, so its distances
 know the labels; a model fitted on both at once leans on them. Drawn demo catalogue, share of held-out pairs ordered rightly, two seeds:
-behaviour .787 / .791, distances .791 / .801, fitted together .791 / .802, the two experts added .798 / .806.
+behaviour .787 / .791, distances .791 / .801, fitted together .791 / .802, the two experts added .798 / .806. Added with equal weight, the
+distances veto what behaviour proposes: a tokenizer trained on wrong targets repairs nothing, a good one gains nothing (LOG.md). So
+they count for less.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ class RewardConfig(Section):
     """Size and fit of the reward model, and what it must show before it is used."""
 
     hidden: int = 32
-    distance_weight: float = Field(1.0, ge=0)  # of the distance expert in r
+    distance_weight: float = Field(0.3, ge=0)  # of the distance expert in r: where a start is wrong, its distances are what is wrong
     candidates: int = 6  # per item: half drawn from the reference policy, half evenly over its tree
     tie: float = 0.02  # pairs whose evidence differs by less teach nothing
     steps: int = 300
