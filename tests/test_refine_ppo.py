@@ -65,6 +65,19 @@ def test_bounded_negative_by_hand():
     assert float(full) == pytest.approx(-2.0)
 
 
+def test_relative_regression_by_hand():
+    old, advantages = torch.log(torch.tensor([[0.9, 0.001]])), torch.tensor([[-1.0, 1.0]])
+    new = (old + torch.tensor([[0.0, 1.0]])).requires_grad_()
+    # log-ratios 0 and 1 lie -.5 and .5 from their mean, asked are -.5 and .5: nothing is missed; with eta 1 half a nat is, each
+    assert ppo.relative_regression(new, old, advantages, eta=0.5).tolist() == [[pytest.approx(0.0), pytest.approx(0.0)]]
+    assert ppo.relative_regression(new, old, advantages, eta=1.0).tolist() == [[pytest.approx(-0.125), pytest.approx(-0.125)]]
+    start = old.clone().requires_grad_()
+    ppo.relative_regression(start, old, advantages, eta=0.5).sum().backward()
+    assert start.grad.tolist() == [[pytest.approx(-1.0), pytest.approx(1.0)]], "the rare path is pulled as hard as the likely one"
+    with pytest.raises(ValueError, match="detached"):
+        ppo.relative_regression(new, new, advantages, 0.5)
+
+
 def test_gradient_through_old_or_advantage_is_refused():
     leaf = torch.zeros(1, requires_grad=True)
     with pytest.raises(ValueError, match="detached"):

@@ -62,6 +62,8 @@ class LoopConfig(Section):
     entropy: float = 0.0  # bonus; not 0 means the policy moves even under a constant reward
     advantage: Literal["leave_one_out", "group_normalised", "reward_weighted"] = "leave_one_out"  # the others are control arms
     negatives: Literal["bounded", "clipped"] = "bounded"
+    objective: Literal["clipped", "regression"] = "clipped"  # regression: also of rare paths, half of every group drawn evenly over the tree
+    eta: float = Field(0.5, gt=0)  # regression: log-ratio aimed at per unit of advantage
     gradient: Literal["sampled", "exact"] = "sampled"  # exact: expected gradient over the whole tree, the control arm
     moving: float = 0.5  # share of the items that moves per round
     grad_norm: float = 1.0
@@ -70,7 +72,7 @@ class LoopConfig(Section):
     most_kl: float = 1.5  # the run ends when the mean exact KL to the reference passes this
     patience: int = Field(8, ge=0)  # rounds without a better watched figure before the run ends at its best round; 0: never
     checkpoint_every: int = Field(5, ge=1)  # rounds
-    weights: dict[str, float] = Field(default={"sid_reward": 1.0, "crowding": 0.3, "rebuild": 0.2})
+    weights: dict[str, float] = Field(default={"sid_reward": 1.0, "balance": 1.0, "crowding": 0.3, "rebuild": 0.2})
 
 
 class Refinement:
@@ -153,6 +155,11 @@ class Refinement:
         self._restore(self.best_weights)
         return self.policy.greedy()
 
+    @property
+    def _own_samples(self) -> bool:
+        """Whether the groups are samples of the policy itself, so that its KL can be estimated from them; else the exact one is taken."""
+        return self.config.gradient == "sampled" and self.config.objective == "clipped"
+
     def _look(self, value: float) -> bool:
         """Take the watched figure down; True when it has not risen for `patience` rounds."""
         if value > self.best:
@@ -180,6 +187,8 @@ class Refinement:
         with torch.no_grad():
             old_all = torch.cat([self.policy.log_prob(piece) for piece in rows.split(BATCH)])
         picks = ppo.sample_groups(old_all.cpu(), config.group, self.draw)
+        if config.objective == "regression":
+            picks[:, : config.group // 2] = torch.randint(old_all.shape[1], (len(moving), config.group // 2), generator=self.draw)
         if config.gradient == "exact":
             picks = torch.arange(old_all.shape[1]).expand(len(moving), -1)
         candidates = self.reference.tree.codes[rows].cpu().gather(1, picks[..., None].expand(-1, -1, table.shape[1])).numpy()
@@ -261,7 +270,7 @@ class Refinement:
             "log_ratio_mean": float(log_ratios.mean()),
             "log_ratio_max": float(log_ratios.abs().max()),
             # the same distance twice, KL(old || new) of the round: from the samples, and over all paths
-            "approximate_kl": round_kl if config.gradient == "exact" else ppo.approximate_kl(now.gather(1, picks), old),
+            "approximate_kl": ppo.approximate_kl(now.gather(1, picks), old) if self._own_samples else round_kl,
             "round_kl": round_kl,
             "kl": float(ppo.exact_kl(now, self.reference.tree.log_prob[rows]).mean()),
             "skipped_steps": self.skipped,
@@ -279,6 +288,8 @@ class Refinement:
         new = new_all.gather(1, picks)
         if config.gradient == "exact":
             gain = ppo.expected_reward(new_all, signal)
+        elif config.objective == "regression":
+            gain = ppo.relative_regression(new, old, signal, config.eta).mean(dim=1)
         else:
             gain = ppo.surrogate(new, old, signal, config.clip_low, config.clip_high, config.negatives).mean(dim=1)
         kl = ppo.exact_kl(new_all, self.reference.tree.log_prob[rows])
@@ -286,8 +297,7 @@ class Refinement:
         with torch.no_grad():
             ratios = ppo.log_ratio(new, old)
             moved = ((ratios.exp() < 1 - config.clip_low) | (ratios.exp() > 1 + config.clip_high)).float().mean(1).sum()
-            # the exact arm has no samples: its distance from the old policy is exact too
-            distance = ppo.exact_kl(old_all, new_all).sum() if config.gradient == "exact" else ppo.kl_estimates(old, new).k3.mean(1).sum()
+            distance = ppo.kl_estimates(old, new).k3.mean(1).sum() if self._own_samples else ppo.exact_kl(old_all, new_all).sum()
             return loss, torch.stack([distance, kl.sum(), moved, signal.abs().sum()])
 
     def _step(self, loss: Tensor) -> None:

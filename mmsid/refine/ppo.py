@@ -9,7 +9,7 @@ Conventions, kept everywhere in this room:
 * KL is KL(policy || reference), exact, in the loss. The sampled estimators are for the log only.
 
 Sources: PPO (Schulman 2017), clip-higher (DAPO, 2503.14476), GBPO (OneRec-V2, 2508.20900), Dr.GRPO (no division by the
-deviation), GDPO (scale each component before summing, 2601.05242).
+deviation), GDPO (scale each component before summing, 2601.05242), REBEL (regression to relative rewards, 2404.16767).
 """
 
 from __future__ import annotations
@@ -59,6 +59,19 @@ def surrogate(
     if negatives == "bounded":
         return bounded_surrogate(new, old, advantages, clip_low, clip_high)
     return clipped_surrogate(log_ratio(new, old), advantages, clip_low, clip_high)
+
+
+def relative_regression(new: Tensor, old: Tensor, advantages: Tensor, eta: float) -> Tensor:
+    """Least squares of the log-ratios, relative to their group's mean, on eta times the advantages; to be maximised, per sample.
+
+    -(x - mean(x) - eta (A - mean(A)))^2 / (2 eta), x = log pi / pi_old: the mirror-descent step pi ~ pi_old exp(eta A), asked of the
+    sampled paths only (REBEL, 2404.16767, eq. 4). At x = 0 the gradient of log pi is A whatever the probability of the path, so a rare
+    path is learnt from like a likely one, and the samples may come from any distribution. (N, G) each -> (N, G).
+    """
+    if old.requires_grad or advantages.requires_grad:
+        raise ValueError("old log-probabilities and advantages must be detached")
+    moved, wanted = log_ratio(new, old), eta * advantages
+    return -((moved - moved.mean(1, keepdim=True)) - (wanted - wanted.mean(1, keepdim=True))).square() / (2 * eta)
 
 
 def _checked_groups(rewards: Tensor) -> Tensor:
