@@ -20,6 +20,8 @@ MUTANTS = {
     "positives bounded": ("torch.where(advantages < 0", "torch.where(advantages > 0"),
     "old need not be detached": ("if old.requires_grad or advantages.requires_grad", "if advantages.requires_grad"),
     "advantages need not be detached": ("if old.requires_grad or advantages.requires_grad", "if old.requires_grad"),
+    "log-ratios not centred": ("(moved - moved.mean(1, keepdim=True))", "moved"),
+    "regression not scaled": ("/ (2 * eta)", "/ 2"),
     "groups of one": ("rewards.shape[1] < 2", "rewards.shape[1] < 1"),
     "rewards not checked": ("torch.isfinite(rewards)", "torch.isfinite(torch.zeros(1))"),
     "own reward in the baseline": ("(group / max(group - 1, 1))", "1.0"),

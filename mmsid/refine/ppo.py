@@ -50,12 +50,16 @@ def bounded_surrogate(new: Tensor, old: Tensor, advantages: Tensor, clip_low: fl
     return torch.where(advantages < 0, bounded, clipped_surrogate(ratios, advantages, clip_low, clip_high))
 
 
+def _check_detached(old: Tensor, advantages: Tensor) -> None:
+    if old.requires_grad or advantages.requires_grad:
+        raise ValueError("old log-probabilities and advantages must be detached")
+
+
 def surrogate(
     new: Tensor, old: Tensor, advantages: Tensor, clip_low: float, clip_high: float, negatives: Literal["clipped", "bounded"]
 ) -> Tensor:
     """Term to be maximised, per sample; `old` and `advantages` must be detached (checked: a gradient through them is a silent bug)."""
-    if old.requires_grad or advantages.requires_grad:
-        raise ValueError("old log-probabilities and advantages must be detached")
+    _check_detached(old, advantages)
     if negatives == "bounded":
         return bounded_surrogate(new, old, advantages, clip_low, clip_high)
     return clipped_surrogate(log_ratio(new, old), advantages, clip_low, clip_high)
@@ -68,8 +72,7 @@ def relative_regression(new: Tensor, old: Tensor, advantages: Tensor, eta: float
     sampled paths only (REBEL, 2404.16767, eq. 4). At x = 0 the gradient of log pi is A whatever the probability of the path, so a rare
     path is learnt from like a likely one, and the samples may come from any distribution. (N, G) each -> (N, G).
     """
-    if old.requires_grad or advantages.requires_grad:
-        raise ValueError("old log-probabilities and advantages must be detached")
+    _check_detached(old, advantages)
     moved, wanted = log_ratio(new, old), eta * advantages
     return -((moved - moved.mean(1, keepdim=True)) - (wanted - wanted.mean(1, keepdim=True))).square() / (2 * eta)
 
