@@ -62,7 +62,7 @@ class LoopConfig(Section):
     entropy: float = 0.0  # bonus; not 0 means the policy moves even under a constant reward
     advantage: Literal["leave_one_out", "group_normalised", "reward_weighted"] = "leave_one_out"  # the others are control arms
     negatives: Literal["bounded", "clipped"] = "bounded"
-    objective: Literal["clipped", "regression"] = "clipped"  # regression: also of rare paths, half of every group drawn evenly over the tree
+    objective: Literal["clipped", "regression"] = "clipped"  # regression: rare paths too, half of a group drawn evenly
     eta: float = Field(0.5, gt=0)  # regression: log-ratio aimed at per unit of advantage
     gradient: Literal["sampled", "exact"] = "sampled"  # exact: expected gradient over the whole tree, the control arm
     moving: float = 0.5  # share of the items that moves per round
