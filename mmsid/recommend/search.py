@@ -41,16 +41,16 @@ def beam_search(decoder: LevelDecoder, trie: PathTrie, seen: torch.Tensor, beam:
         beam: beams kept per user and level.
     """
     logits = decoder.start()
-    user, item = _distinct(seen)
+    items = _distinct(seen)
     node = torch.zeros(len(logits), 1, dtype=torch.long, device=logits.device)
     log_prob = logits.new_zeros(len(logits), 1)
     for number, level in enumerate(trie.levels):
         rule = trie.constraint.levels[number]
         # a beam that holds nothing (-inf) stands on some real node, so its softmax is finite and its sum stays -inf
         scores = torch.log_softmax(rule.mask(logits, node), -1).add_(log_prob[..., None])
-        for_user, child = _used_up(trie, number, user, item)
-        which, place = (node[for_user] == level.parent[child][:, None]).nonzero(as_tuple=True)
-        scores[for_user[which], place, rule.candidate(level.parent[child], child)[which]] = -torch.inf
+        parent, candidate, used_up = _used_up(trie, number, items)
+        taken = torch.where(used_up[:, None] & (node[..., None] == parent[:, None]), -torch.inf, torch.inf).to(scores)
+        scores.scatter_reduce_(2, candidate[:, None].expand_as(taken), taken, "amin")
         candidates = scores.shape[-1]
         log_prob, best = scores.flatten(1).topk(min(beam, scores[0].numel()), dim=1)
         owner = best // candidates
@@ -60,20 +60,22 @@ def beam_search(decoder: LevelDecoder, trie: PathTrie, seen: torch.Tensor, beam:
     return Beams(node.masked_fill(torch.isneginf(log_prob), -1), log_prob)
 
 
-def _distinct(seen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(user, item) pairs (P,) of (B, H) seen items, pads and repetitions left out."""
-    ordered = seen.sort(1).values
-    fresh = ordered >= 0
-    fresh[:, 1:] &= ordered[:, 1:] != ordered[:, :-1]
-    return fresh.nonzero(as_tuple=True)[0], ordered[fresh]
+def _distinct(seen: torch.Tensor) -> torch.Tensor:
+    """(B, H) seen items, in order; -1 in the place of pads and repetitions."""
+    items = seen.sort(1).values
+    items[:, 1:] = items[:, 1:].masked_fill(items[:, 1:] == items[:, :-1], -1)
+    return items
 
 
-def _used_up(trie: PathTrie, number: int, user: torch.Tensor, item: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(user, node) pairs of one level whose every item is among the user's seen ones."""
-    width = len(trie.levels[number].token)
-    keys, counts = torch.unique(user * width + trie.node_of[number][item], return_counts=True)
-    keys = keys[counts >= trie.levels[number].items[keys % width]]
-    return keys // width, keys % width
+def _used_up(trie: PathTrie, number: int, items: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of the nodes above each user's distinct seen items (B, H, -1 for none) on one level: parent and candidate, and whether every item
+    below the node was seen. No shape depends on the data, so that a GPU is never waited for."""
+    level, rule = trie.levels[number], trie.constraint.levels[number]
+    node = trie.node_of[number][items.clamp_min(0)].masked_fill_(items < 0, -1).sort(1).values
+    count = torch.searchsorted(node, node, right=True) - torch.searchsorted(node, node)
+    real = node.clamp_min(0)
+    parent = level.parent[real]
+    return parent, rule.candidate(parent, real), (node >= 0) & (count >= level.items[real])
 
 
 def beam_item_scores(beams: Beams, trie: PathTrie) -> torch.Tensor:
