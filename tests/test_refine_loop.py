@@ -75,6 +75,22 @@ def test_t9_finds_the_planted_swap(changes):
     assert log[-1]["reward_planted"] > log[0]["reward_planted"] and log[-1]["kl"] > 0
 
 
+@pytest.mark.parametrize(("objective", "found"), [("clipped", False), ("regression", True)])
+def test_a_path_that_the_start_hardly_knows_is_learnt_by_regression_alone(objective, found):
+    head, states = _toy(kind="parallel")
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter *= 8.0
+    reference = Reference(head, states, CODES)
+    unlikely = reference.tree.codes[torch.arange(ITEMS), reference.tree.log_prob.argmin(1)].numpy()
+    assert reference.tree.log_prob.amin(1).exp().median() < 1e-4
+    config = LoopConfig(**QUICK | {"objective": objective, "kl": 0.0, "rounds": 60, "lr": 0.1})
+    policy = HeadPolicy(head, lambda rows: states[rows], list(head.parameters()), reference)
+    codes = Refinement(policy, reference, _planted(unlikely), config, Accelerator(cpu=True)).run(lambda record: None)
+    reached = (codes == unlikely).all(1).mean()
+    assert reached > 0.5 if found else reached < 0.1
+
+
 @pytest.mark.parametrize("gradient", ["sampled", "exact"])
 def test_t9_does_not_move_when_the_reward_is_constant(gradient):
     head, _ = _toy()
