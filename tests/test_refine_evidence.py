@@ -91,10 +91,12 @@ def test_crowding_sees_others_never_itself_nor_its_duplicates():
 
 
 def test_balance_by_hand():
-    table = CodeTable(np.array([[0, 0], [0, 1], [0, 2], [1, 0]]), 4, _neighbours(4, []))
-    parts = table.components(np.array([0, 3]), np.array([[[0, 0], [1, 1], [2, 0]]] * 2), np.zeros((2, 3)), CONFIG)
-    # a fair share is 1 item of 4 per code: item 0 would be the third of three, the second of two, or alone
-    expected = [[-np.log(3), -np.log(2), 0.0], [-np.log(4), 0.0, 0.0]]
+    codes = np.array([[0, 0, 0], [0, 1, 0], [0, 0, 1], [1, 0, 0]])
+    table = CodeTable(codes, 4, _neighbours(4, []))
+    parts = table.components(np.array([0, 3]), np.array([[[0, 0, 3], [1, 1, 3], [2, 0, 3]]] * 2), np.zeros((2, 3)), CONFIG)
+    # a fair share is 1 item of 4 per code: of the first level item 0 would be the third of three, the second of two, or alone; of the
+    # second one of three, two, three; the last level does not count
+    expected = -np.log([[3 * 3, 2 * 2, 1 * 3], [4 * 3, 1 * 2, 1 * 3]])
     np.testing.assert_allclose(parts["balance"], expected, atol=1e-12)
 
 

@@ -7,8 +7,8 @@ belongs to the gate.
 * neighbours: share of an item's co-engagement weight that lies under the candidate's prefix, minus the share that chance would put there
   (the prefix's part of all co-engagement weight), per level. Without the chance term fat clusters win (one code for all scores 1).
 * crowding: another item already holds the whole path, plus how full the last-level group is.
-* balance: how much fuller than its fair share of the items the first code already is, in nats: what moving the item there does to the
-  entropy of the codes' use. Neighbours of rarely seen items lie where most items do, so without it the first level drifts to a few codes.
+* balance: how much fuller than a fair share of the items each code but the last already is, in nats: what moving the item there does to
+  the entropy of the codes' use. Shares of neighbours grow with the groups, so without it the first level drifts to a few codes.
 * rebuild: growth of the quantisation error against the item's own best path (handed in by the caller, who knows the code vectors).
 """
 
@@ -157,9 +157,19 @@ class CodeTable:
         return {
             "neighbours": excess @ weights,
             "crowding": -(np.minimum(others[..., -1], 1.0) + np.minimum(fullness, 1.0)),
-            "balance": -np.log((others[..., 0] + 1.0) * self.codebook_size / len(self.codes)),
+            "balance": self._balance(rows, candidates),
             "rebuild": -error_growth,
         }
+
+    def _balance(self, rows: NDArray, candidates: Codes) -> Floats:
+        """(R,), (R, P, L) -> (R, P): minus the log of (other items with the code, and this one, over a fair share), added over all levels
+        but the last (the first where there is one level)."""
+        total = np.zeros(candidates.shape[:-1])
+        for level in range(max(1, candidates.shape[-1] - 1)):
+            used = np.bincount(self.codes[:, level], minlength=self.codebook_size)
+            own = candidates[..., level] == self.codes[rows, level][:, None]
+            total -= np.log((used[candidates[..., level]] - own + 1.0) * self.codebook_size / len(self.codes))
+        return total
 
     def evidence(self, rows: NDArray, candidates: Codes, error_growth: Floats, config: EvidenceConfig) -> Floats:
         """The composite evidence (R, P): neighbours + weighted crowding + weighted rebuild."""
