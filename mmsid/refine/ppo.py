@@ -69,7 +69,7 @@ def relative_regression(new: Tensor, old: Tensor, advantages: Tensor, eta: float
     """Least squares of the log-ratios, relative to their group's mean, on eta times the advantages; to be maximised, per sample.
 
     -(x - mean(x) - eta (A - mean(A)))^2 / (2 eta), x = log pi / pi_old: the mirror-descent step pi ~ pi_old exp(eta A), asked of the
-    sampled paths only (REBEL, 2404.16767, eq. 4). At x = 0 the gradient of log pi is A whatever the probability of the path, so a rare
+    sampled paths only (after REBEL, 2404.16767). At x = 0 the gradient of log pi is A whatever the probability of the path, so a rare
     path is learnt from like a likely one, and the samples may come from any distribution. (N, G) each -> (N, G).
     """
     _check_detached(old, advantages)
