@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Iterable
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -35,6 +36,35 @@ def make_accelerator(precision: Precision = "fp32", *, unused_parameters: bool =
     AcceleratorState._reset_state()  # the state of the processes (ranks, device) stays
     handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)] if unused_parameters else []
     return Accelerator(cpu=not on_gpu, mixed_precision=mixed, kwargs_handlers=handlers)
+
+
+class OneProcess:
+    """What a training loop asks of an accelerator, answered for a model that this process trains by itself, in fp32.
+
+    For work that the processes of a run share out instead of doing it together: an Accelerator always speaks for all of them, so a model
+    prepared by one rank alone waits for the others for ever.
+    """
+
+    process_index, num_processes, is_main_process = 0, 1, True
+
+    def __init__(self) -> None:
+        self.device = make_accelerator().device
+
+    def prepare(self, model: torch.nn.Module) -> torch.nn.Module:
+        """The module on this process's device."""
+        return model.to(self.device)
+
+    def unwrap_model(self, model: torch.nn.Module) -> torch.nn.Module:
+        """The module as it is."""
+        return model
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Gradients, of this process alone."""
+        loss.backward()
+
+    def clip_grad_norm_(self, parameters: Iterable[torch.nn.Parameter], max_norm: float) -> Any:
+        """As torch's."""
+        return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
 
 
 def cpu_has_bf16() -> bool:

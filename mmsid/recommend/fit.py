@@ -17,7 +17,7 @@ from pydantic import Field
 from mmsid.catalog.splits import Split
 from mmsid.config import Section
 from mmsid.errors import MmsidError
-from mmsid.precision import make_accelerator
+from mmsid.precision import OneProcess, make_accelerator
 from mmsid.progress import track
 from mmsid.recommend.evaluate import Decoding, Evaluation, Part, Recommender, Score, evaluate, recommender_scores
 from mmsid.recommend.flat import FlatRecommender, FlatShape
@@ -92,7 +92,7 @@ def fit(
     shape: Shape | None = None,
     schedule: Schedule | None = None,
     seed: int = 0,
-    accelerator: Accelerator | None = None,
+    accelerator: Accelerator | OneProcess | None = None,
     what: str = "recommender",
 ) -> Fitted:
     """Train a recommender.
@@ -100,7 +100,8 @@ def fit(
     Args:
         paths: of all N items, in catalogue order.
         shape: its sizes, and by their type the architecture; default: the instrument.
-        accelerator: for several processes; each takes its share of every batch, rank 0 evaluates and decides to stop.
+        accelerator: for several processes; each takes its share of every batch, rank 0 evaluates and decides to stop. `OneProcess`:
+            this process trains alone, whatever the others do.
 
     Raises:
         MmsidError: no user has a train history, or the loss became NaN.
@@ -126,7 +127,7 @@ def train(
     *,
     num_items: int,
     seed: int,
-    accelerator: Accelerator,
+    accelerator: Accelerator | OneProcess,
     what: str,
 ) -> tuple[int, float]:
     """The one training loop of all recommenders; leaves the weights of the best epoch. -> (epochs run, best valid NDCG@10).
@@ -159,7 +160,7 @@ def train(
             found = evaluate(scores(), split, "valid", num_items, schedule.stop_users).summary()["NDCG@10"]
             verdict = [(found, math.isfinite(loss))]
         # one process judges for all: figures that differ in the last bit must not let the processes part ways
-        found, finite = broadcast_object_list(verdict)[0]
+        found, finite = (verdict if accelerator.num_processes == 1 else broadcast_object_list(verdict))[0]
         if not finite:
             raise MmsidError(f"{what}: the loss is {loss} after epoch {epoch}; lower lr (now {lr})")
         note |= {"loss": loss, "valid NDCG@10": found}
@@ -180,7 +181,7 @@ def _epoch(
     batch_size: int,
     optimizer: torch.optim.Optimizer,
     rate: torch.optim.lr_scheduler.LRScheduler,
-    accelerator: Accelerator,
+    accelerator: Accelerator | OneProcess,
 ) -> float:
     """One pass; the mean negative log-likelihood per item (of this process's share), in nats."""
     wrapped.train()

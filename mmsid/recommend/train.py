@@ -21,7 +21,7 @@ from mmsid.artifacts import read_json, write_json, writing
 from mmsid.catalog import Catalog, CatalogConfig, Split, read_catalog, split_histories
 from mmsid.config import Section, StageConfig
 from mmsid.errors import ConfigError
-from mmsid.precision import make_accelerator
+from mmsid.precision import OneProcess, make_accelerator
 from mmsid.progress import done
 from mmsid.recommend.evaluate import Decoding, Evaluation, Part, evaluate
 from mmsid.recommend.fit import Schedule, Shape, fit, table_paths
@@ -140,9 +140,9 @@ def quick_recommender(catalog: CatalogConfig, epochs: int = 8, users: int | None
 
 
 def quick_valid_figures(table: SidTable, split: Split, *, seed: int = 0, epochs: int = 8, users: int | None = 4096) -> dict[str, float]:
-    """Valid figures of an instrument trained for a few epochs on a table whose rows are the catalogue's rows."""
+    """Valid figures of an instrument that this process trains alone, for a few epochs, on a table whose rows are the catalogue's rows."""
     schedule = Schedule(epochs=epochs, patience=epochs, stop_users=512)
-    fitted = fit(table_paths(table), split, schedule=schedule, seed=seed, what="quick recommender")
+    fitted = fit(table_paths(table), split, schedule=schedule, seed=seed, accelerator=OneProcess(), what="quick recommender")
     return fitted.evaluate(split, "valid", limit=users).summary()
 
 

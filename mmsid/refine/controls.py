@@ -34,6 +34,7 @@ from mmsid.refine.tracking import RunLog
 from mmsid.tokenizer.heads import ResidualHead
 
 Control = Literal["ppo", "per_item", "best_of_n", "shuffled", "random", "gumbel"]
+ROW_LR = 100.0  # learning rate of per_item over the head's; `step_kl` bounds its steps as everybody's
 SAMPLES = 24  # of best_of_n, per item and round
 
 
@@ -80,7 +81,10 @@ def _rewarded(job: Job, control: Control) -> Codes:
         return best_of_n(reference, scorer, config.loop, config.seed)
     if control == "shuffled":
         scorer = shuffled(scorer, config.seed)
-    policy = TablePolicy(reference) if control == "per_item" else job.policy()
+    policy = job.policy()
+    if control == "per_item":  # its rows are log-probabilities themselves, and each is moved only where its item is drawn
+        policy = TablePolicy(reference)
+        job.config = config.model_copy(update={"loop": config.loop.model_copy(update={"lr": config.loop.lr * ROW_LR})})
     log = RunLog(job.accelerator, job.draft.path, None, {})
     codes = job.loop(policy, scorer).run(log)
     return displaced_at_random(reference, codes, config.seed) if control == "random" else codes

@@ -8,13 +8,14 @@ that the gate may be handed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
 from pydantic import Field, model_validator
 from torch import Tensor
 
@@ -160,7 +161,7 @@ class Job:
         self.material = Material(self.reference, item_vectors, self.reference.greedy, self.content)
 
     def run(self) -> gate.GateResult:
-        """Reward, loop, gate, folder; only rank 0 judges and writes."""
+        """Reward, loop, gate, folder; only rank 0 writes."""
         config, folder = self.config, self.draft.path
         reward, report = self.learn_reward()
         refined = None
@@ -172,9 +173,9 @@ class Job:
         else:
             RunLog(self.accelerator, folder, None, {})({"stopped": report["reason"]})
         flips = None if refined is None else self._flips(refined)
-        if not self.accelerator.is_main_process:
-            return gate.refused("only rank 0 judges")
         verdict = gate.refused(report["reason"]) if refined is None else self._judge(refined, flips)
+        if not self.accelerator.is_main_process:
+            return verdict
         reward.save(folder / "reward", report)
         write_json(folder / "gate.json", verdict.to_json() | {"margins": config.gate.model_dump(), "reward": report})
         proposed = self.start if refined is None else refined
@@ -339,7 +340,7 @@ class Job:
         )
 
     def _judge(self, refined: SidTable, flips: tuple[np.ndarray, np.ndarray] | None) -> gate.GateResult:
-        """The gate; the quick recommender (several training runs) is asked only when everything cheaper has passed."""
+        """The gate, on every process; the quick recommender (several training runs) is asked only when everything cheaper has passed."""
         config, tables = self.config.gate, (self.start, refined)
         size = self.tokenizer.codebook_size
         figures = [
@@ -356,13 +357,21 @@ class Job:
         ]
         share, noise = gate.bootstrap(self.start.codes, refined.codes, size, self.held_out_pairs, config, self.config.seed)
         more = [] if flips is None else [gate.flip_figures(*flips)]
-        if gate.decide(*figures, share, config, noise).accepted and self.quick is not None:
-            seeds = range(self.config.seed, self.config.seed + config.quick_seeds)
-            more.append(gate.ranking_figures(self.quick, tables, seeds))
+        passed = broadcast_object_list([gate.decide(*figures, share, config, noise).accepted])[0]  # rank 0's word: all or none train
+        if passed and self.quick is not None:
+            more.append(self._ranked(self.quick, tables))
         for found, error in more:
             figures = [figure | one for figure, one in zip(figures, found, strict=True)]
             noise |= error
         return gate.decide(*figures, share, config, noise)
+
+    def _ranked(self, quick: QuickRecommender, tables: Sequence[SidTable]) -> tuple[list[dict[str, float]], dict[str, float]]:
+        """`gate.ranking_figures` of the tables; the training runs are shared out, each made by one process alone."""
+        seeds = range(self.config.seed, self.config.seed + self.config.gate.quick_seeds)
+        runs = [(place, seed) for place in range(len(tables)) for seed in seeds]
+        mine = runs[self.accelerator.process_index :: self.accelerator.num_processes]
+        found = dict(gather_object([((place, seed), dict(quick(tables[place], seed))) for place, seed in mine]))
+        return gate.ranking_figures(lambda place, seed: found[place, seed], range(len(tables)), seeds)
 
     def _write_outcome(self, table: SidTable, accepted: bool) -> None:
         """The tokenizer and its SIDs: the refined ones, or the start's as they were."""
