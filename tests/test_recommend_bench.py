@@ -26,7 +26,7 @@ from mmsid.recommend.bench.plan import Plan
 from mmsid.recommend.bench.pool import BUDGET_SPENT, Outcome, Pool
 from mmsid.recommend.bench.results import collect
 from mmsid.recommend.bench.run import BenchOptions, run
-from mmsid.recommend.bench.worker import Bench, ranks_path
+from mmsid.recommend.bench.worker import Bench, finest_v_measures, ranks_path
 from mmsid.recommend.floors import FLOOR_NAMES
 from mmsid.recommend.metrics import Ranks
 from mmsid.recommend.rows import difference_rows, read_ranks
@@ -315,3 +315,13 @@ def test_the_command_resumes_after_a_kill_reports_a_failing_arm_and_then_does_no
     assert stamps(work) == after
     again = json.loads(path.read_text())
     assert again["arms"] == written["arms"] and again["differences"] == written["differences"]
+
+
+def test_the_finest_category_is_one_that_most_items_have():
+    """The last depth of a ragged tree belongs to two items, which any codes tell apart: it says nothing."""
+    records = [
+        {"depth": depth, "items": items, "v_measure": value}
+        for depth, items, values in ((1, 100, (0.2, 0.3)), (2, 60, (0.5, 0.6)), (3, 50, (0.9, 0.9)), (4, 2, (1.0, 1.0)))
+        for value in values
+    ]
+    assert finest_v_measures(records) == [0.5, 0.6] and finest_v_measures([]) is None

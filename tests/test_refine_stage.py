@@ -202,7 +202,11 @@ def test_two_processes_end_with_the_codes_of_one(start, tmp_path):
     judged = [read_json(tmp_path / f"refine{processes}" / "gate.json") for processes in (1, 2)]
     # two processes share out the training runs of the quick recommender, each made by one alone: the same figures
     ranked = [{row["metric"]: row["after"] for row in verdict["rows"]} for verdict in judged]
-    assert judged[0]["accepted"] == judged[1]["accepted"] and "hit_rate" in ranked[0] and ranked[0]["hit_rate"] == pytest.approx(ranked[1]["hit_rate"], abs=0.05)
+    assert (
+        judged[0]["accepted"] == judged[1]["accepted"]
+        and "hit_rate" in ranked[0]
+        and ranked[0]["hit_rate"] == pytest.approx(ranked[1]["hit_rate"], abs=0.05)
+    )
     tables = [read_table(tmp_path / f"refine{processes}" / "moved.parquet").to_pylist() for processes in (1, 2)]
     ties = set(read_json(tmp_path / "refine1" / "near_ties.json")["items"])
     one, two = ({row["item_id"]: row["codes_after"] for row in table} for table in tables)

@@ -179,9 +179,13 @@ class Bench:
 
 
 def finest_v_measures(records: list[dict[str, Any]]) -> list[float] | None:
-    """V-measure of every prefix length against the finest category, as UniSID reports it; None without categories."""
-    deepest = max((record["depth"] for record in records), default=0)
-    return [record["v_measure"] for record in records if record["depth"] == deepest] or None
+    """V-measure of every prefix length against the finest category that most items have, as UniSID reports it; None without categories.
+
+    The deepest paths of a ragged tree belong to a handful of items, which any codes tell apart.
+    """
+    most = max((record["items"] for record in records), default=0)
+    finest = max((record["depth"] for record in records if 2 * record["items"] > most), default=0)
+    return [record["v_measure"] for record in records if record["depth"] == finest] or None
 
 
 def _tokenizer_beside(sids: Path) -> Path:
