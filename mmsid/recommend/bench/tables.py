@@ -30,7 +30,7 @@ def bench_table(written: dict[str, Any]) -> str:
         lines += [
             "## The Semantic IDs",
             "",
-            "| arm | perplexity per level | codes per level | level-1 co-engagement lift | V-measure, category most items have | seconds | trial |",
+            "| arm | perplexity per level | codes per level | level-1 co-engagement lift | V-measure, finest category | seconds | trial |",
             "|---|---|---|---|---|---|---|",
             *[_intrinsic(row) for row in intrinsic],
             "",
