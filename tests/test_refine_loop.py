@@ -75,8 +75,8 @@ def test_t9_finds_the_planted_swap(changes):
     assert log[-1]["reward_planted"] > log[0]["reward_planted"] and log[-1]["kl"] > 0
 
 
-@pytest.mark.parametrize(("objective", "found"), [("clipped", False), ("regression", True)])
-def test_a_path_that_the_start_hardly_knows_is_learnt_by_regression_alone(objective, found):
+@pytest.mark.parametrize(("objective", "found"), [("clipped", False), ("likelihood", True)])
+def test_a_path_that_the_start_hardly_knows_is_learnt_by_likelihood_alone(objective, found):
     head, states = _toy(kind="parallel")
     with torch.no_grad():
         for parameter in head.parameters():

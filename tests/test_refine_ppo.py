@@ -65,17 +65,32 @@ def test_bounded_negative_by_hand():
     assert float(full) == pytest.approx(-2.0)
 
 
-def test_relative_regression_by_hand():
-    old, advantages = torch.log(torch.tensor([[0.9, 0.001]])), torch.tensor([[-1.0, 1.0]])
-    new = (old + torch.tensor([[0.0, 1.0]])).requires_grad_()
-    # log-ratios 0 and 1 lie -.5 and .5 from their mean, asked are -.5 and .5: nothing is missed; with eta 1 half a nat is, each
-    assert ppo.relative_regression(new, old, advantages, eta=0.5).tolist() == [[pytest.approx(0.0), pytest.approx(0.0)]]
-    assert ppo.relative_regression(new, old, advantages, eta=1.0).tolist() == [[pytest.approx(-0.125), pytest.approx(-0.125)]]
+def test_tilted_likelihood_by_hand():
+    # pi_old = (.8, .2); exp(A / eta) = (1, 4): q ~ (.8, .8), so (.5, .5); with twice the eta exp(A / eta) = (1, 2), q ~ (.8, .4)
+    old, advantages = torch.log(torch.tensor([[0.8, 0.2]], dtype=torch.float64)), torch.tensor([[0.0, math.log(4)]], dtype=torch.float64)
     start = old.clone().requires_grad_()
-    ppo.relative_regression(start, old, advantages, eta=0.5).sum().backward()
-    assert start.grad.tolist() == [[pytest.approx(-1.0), pytest.approx(1.0)]], "the rare path is pulled as hard as the likely one"
+    (gain,) = ppo.tilted_likelihood(start, old, advantages, eta=1.0)
+    assert float(gain) == pytest.approx(0.5 * math.log(0.8) + 0.5 * math.log(0.2))
+    gain.backward()
+    assert start.grad.tolist() == [[pytest.approx(0.5 - 0.8), pytest.approx(0.5 - 0.2)]], "q - pi: the rare path pulls with all its weight"
+    (weaker,) = ppo.tilted_likelihood(old, old, advantages, eta=2.0)
+    assert float(weaker) == pytest.approx(2 / 3 * math.log(0.8) + 1 / 3 * math.log(0.2))
+    # a part of a tree is enough: what the probabilities add up to is of no account
+    (part,) = ppo.tilted_likelihood(old - 3.0, old - 5.0, advantages, eta=1.0)
+    assert float(part) == pytest.approx(float(gain.detach()))
     with pytest.raises(ValueError, match="detached"):
-        ppo.relative_regression(new, new, advantages, 0.5)
+        ppo.tilted_likelihood(start, start, advantages, 1.0)
+    with pytest.raises(FloatingPointError, match="diverged"):
+        ppo.tilted_likelihood(old * torch.nan, old, advantages, 1.0)
+
+
+def test_even_groups_hold_the_likeliest_path_and_others_once():
+    log_p = torch.tensor([[0.01, 0.9, 0.05, 0.04]] * 4000).log()
+    groups = ppo.even_groups(log_p, 2, torch.Generator().manual_seed(0))
+    assert groups.shape == (4000, 2) and (groups == 1).any(1).all()
+    others = torch.bincount(groups[groups != 1], minlength=4)
+    assert others[1] == 0 and (others[[0, 2, 3]] / 4000 - 1 / 3).abs().max() < 0.03, "however unlikely"
+    assert ppo.even_groups(log_p, 9, torch.Generator())[0].sort().values.tolist() == [0, 1, 2, 3]
 
 
 def test_gradient_through_old_or_advantage_is_refused():

@@ -62,8 +62,8 @@ class LoopConfig(Section):
     entropy: float = 0.0  # bonus; not 0 means the policy moves even under a constant reward
     advantage: Literal["leave_one_out", "group_normalised", "reward_weighted"] = "leave_one_out"  # the others are control arms
     negatives: Literal["bounded", "clipped"] = "bounded"
-    objective: Literal["clipped", "regression"] = "clipped"  # regression: rare paths too, half of a group drawn evenly
-    eta: float = Field(0.5, gt=0)  # regression: log-ratio aimed at per unit of advantage
+    objective: Literal["clipped", "likelihood"] = "clipped"  # likelihood: of the improved policy, on paths drawn evenly: rare ones too
+    eta: float = Field(0.25, gt=0)  # likelihood: units of advantage that are worth a nat
     gradient: Literal["sampled", "exact"] = "sampled"  # exact: expected gradient over the whole tree, the control arm
     moving: float = 0.5  # share of the items that moves per round
     grad_norm: float = 1.0
@@ -187,8 +187,8 @@ class Refinement:
         with torch.no_grad():
             old_all = torch.cat([self.policy.log_prob(piece) for piece in rows.split(BATCH)])
         picks = ppo.sample_groups(old_all.cpu(), config.group, self.draw)
-        if config.objective == "regression":
-            picks[:, : config.group // 2] = torch.randint(old_all.shape[1], (len(moving), config.group // 2), generator=self.draw)
+        if config.objective == "likelihood":
+            picks = ppo.even_groups(old_all.cpu(), config.group, self.draw)
         if config.gradient == "exact":
             picks = torch.arange(old_all.shape[1]).expand(len(moving), -1)
         candidates = self.reference.tree.codes[rows].cpu().gather(1, picks[..., None].expand(-1, -1, table.shape[1])).numpy()
@@ -286,10 +286,10 @@ class Refinement:
         if first and not torch.allclose(new_all.detach(), old_all, rtol=1e-4, atol=1e-3):
             raise MmsidError("the policy scores its own samples differently in the first step: dropout or a mask differs; this is a bug")
         new = new_all.gather(1, picks)
-        if config.gradient == "exact":
+        if config.objective == "likelihood":
+            gain = ppo.tilted_likelihood(new, old, signal, config.eta)
+        elif config.gradient == "exact":
             gain = ppo.expected_reward(new_all, signal)
-        elif config.objective == "regression":
-            gain = ppo.relative_regression(new, old, signal, config.eta).mean(dim=1)
         else:
             gain = ppo.surrogate(new, old, signal, config.clip_low, config.clip_high, config.negatives).mean(dim=1)
         kl = ppo.exact_kl(new_all, self.reference.tree.log_prob[rows])

@@ -9,7 +9,8 @@ Conventions, kept everywhere in this room:
 * KL is KL(policy || reference), exact, in the loss. The sampled estimators are for the log only.
 
 Sources: PPO (Schulman 2017), clip-higher (DAPO, 2503.14476), GBPO (OneRec-V2, 2508.20900), Dr.GRPO (no division by the
-deviation), GDPO (scale each component before summing, 2601.05242), REBEL (regression to relative rewards, 2404.16767).
+deviation), GDPO (scale each component before summing, 2601.05242), MPO
+(likelihood of an improved policy, 1806.06920).
 """
 
 from __future__ import annotations
@@ -65,16 +66,19 @@ def surrogate(
     return clipped_surrogate(log_ratio(new, old), advantages, clip_low, clip_high)
 
 
-def relative_regression(new: Tensor, old: Tensor, advantages: Tensor, eta: float) -> Tensor:
-    """Least squares of the log-ratios, relative to their group's mean, on eta times the advantages; to be maximised, per sample.
+def tilted_likelihood(new: Tensor, old: Tensor, advantages: Tensor, eta: float) -> Tensor:
+    """Log-likelihood of the policy improved in closed form, to be maximised, per item: sum_g q_g log pi_g, q ~ pi_old exp(A / eta).
 
-    -(x - mean(x) - eta (A - mean(A)))^2 / (2 eta), x = log pi / pi_old: the mirror-descent step pi ~ pi_old exp(eta A), asked of the
-    sampled paths only (after REBEL, 2404.16767). At x = 0 the gradient of log pi is A whatever the probability of the path, so a rare
-    path is learnt from like a likely one, and the samples may come from any distribution. (N, G) each -> (N, G).
+    q is the maximiser of E_q[A] - eta KL(q || pi_old); fitting the policy to it by likelihood is MPO's M-step (1806.06920). All of it
+    among the G paths handed in (q and pi are normalised over them): the item's whole tree, or a part of it drawn in any way. At
+    pi = pi_old the gradient is q - pi: a path as rare as e^-7 that is worth 7 eta more than the likely ones pulls with all its weight,
+    where a sampled policy gradient hardly ever sees it and the exact one multiplies it by its probability. (N, G) each -> (N,).
     """
     _check_detached(old, advantages)
-    moved, wanted = log_ratio(new, old), eta * advantages
-    return -((moved - moved.mean(1, keepdim=True)) - (wanted - wanted.mean(1, keepdim=True))).square() / (2 * eta)
+    if not bool(torch.isfinite(new).all()):
+        raise FloatingPointError("log-probabilities are not finite: the policy has diverged (lower the learning rate)")
+    improved = (old + advantages / eta).softmax(dim=1)
+    return (improved * new.log_softmax(dim=1)).sum(dim=1)
 
 
 def _checked_groups(rewards: Tensor) -> Tensor:
@@ -207,6 +211,16 @@ def clip_fraction(log_ratios: Tensor, clip_low: float, clip_high: float) -> floa
     """Share of the samples whose ratio lies outside [1-low, 1+high]."""
     ratio = log_ratios.detach().exp()
     return float(((ratio < 1.0 - clip_low) | (ratio > 1.0 + clip_high)).float().mean())
+
+
+def even_groups(log_p: Tensor, group: int, generator: torch.Generator) -> Tensor:
+    """The likeliest path of every item and `group` - 1 others, all different, whatever their probability: (N, P) -> int64 (N, group).
+
+    All P where there are no more.
+    """
+    lot = torch.rand(log_p.shape, generator=generator)
+    lot.scatter_(1, log_p.argmax(dim=1, keepdim=True), 2.0)
+    return lot.topk(min(group, log_p.shape[1]), dim=1).indices
 
 
 def sample_groups(log_p: Tensor, group: int, generator: torch.Generator) -> Tensor:
