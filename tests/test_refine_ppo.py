@@ -70,14 +70,14 @@ def test_tilted_likelihood_by_hand():
     old, advantages = torch.log(torch.tensor([[0.8, 0.2]], dtype=torch.float64)), torch.tensor([[0.0, math.log(4)]], dtype=torch.float64)
     start = old.clone().requires_grad_()
     (gain,) = ppo.tilted_likelihood(start, old, advantages, eta=1.0)
-    assert float(gain) == pytest.approx(0.5 * math.log(0.8) + 0.5 * math.log(0.2))
+    assert gain.item() == pytest.approx(0.5 * math.log(0.8) + 0.5 * math.log(0.2))
     gain.backward()
     assert start.grad.tolist() == [[pytest.approx(0.5 - 0.8), pytest.approx(0.5 - 0.2)]], "q - pi: the rare path pulls with all its weight"
     (weaker,) = ppo.tilted_likelihood(old, old, advantages, eta=2.0)
     assert float(weaker) == pytest.approx(2 / 3 * math.log(0.8) + 1 / 3 * math.log(0.2))
     # a part of a tree is enough: what the probabilities add up to is of no account
     (part,) = ppo.tilted_likelihood(old - 3.0, old - 5.0, advantages, eta=1.0)
-    assert float(part) == pytest.approx(float(gain.detach()))
+    assert float(part) == pytest.approx(gain.item())
     with pytest.raises(ValueError, match="detached"):
         ppo.tilted_likelihood(start, start, advantages, 1.0)
     with pytest.raises(FloatingPointError, match="diverged"):
