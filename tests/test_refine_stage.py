@@ -195,7 +195,7 @@ def test_two_processes_end_with_the_codes_of_one(start, tmp_path):
         (tmp_path / "run.yaml").write_text(yaml.safe_dump({"name": "tiny", "catalog": catalog, "refine": section}))
         script = str(Path(__file__).parents[1] / "scripts" / "train_rl.py")
         done = subprocess.run(
-            [*command, script, "--config", str(tmp_path / "run.yaml")], env=environment, capture_output=True, text=True, timeout=240
+            [*command, script, "--config", str(tmp_path / "run.yaml")], env=environment, capture_output=True, text=True, timeout=600
         )
         assert done.returncode == 0, done.stderr[-3000:]
         assert read_manifest(config.out, "refine")["counts"]["processes"] == processes
