@@ -9,8 +9,8 @@ Conventions, kept everywhere in this room:
 * KL is KL(policy || reference), exact, in the loss. The sampled estimators are for the log only.
 
 Sources: PPO (Schulman 2017), clip-higher (DAPO, 2503.14476), GBPO (OneRec-V2, 2508.20900), Dr.GRPO (no division by the
-deviation), GDPO (scale each component before summing, 2601.05242), MPO
-(likelihood of an improved policy, 1806.06920).
+deviation), GDPO (scale each component before summing, 2601.05242), MPO (likelihood of an improved
+policy, 1806.06920).
 """
 
 from __future__ import annotations
