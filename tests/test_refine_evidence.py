@@ -62,22 +62,44 @@ def test_an_item_is_proposed_where_its_neighbours_lie():
     lost = codes.copy()
     lost[5, 0] = 7  # its neighbours stayed under 0
     rows, nothing = np.arange(len(codes)), np.zeros((len(codes), 1, 0), dtype=np.int64)
-    found = NeighboursCodes(lost, codebook, neighbours).after(rows, nothing, count=2)[:, 0]
+    found = NeighboursCodes(lost, codebook, neighbours, None, EvidenceConfig()).after(rows, nothing, count=2)[:, 0]
     assert found.shape == (len(codes), 2) and found[5, 0] == 0
     assert (np.delete(found[:, 0], 5) == np.delete(codes[:, 0], 5)).all()
-    alone = NeighboursCodes(codes, codebook, sparse.csr_matrix(neighbours.shape)).after(rows, nothing, count=1)
+    alone = NeighboursCodes(codes, codebook, sparse.csr_matrix(neighbours.shape), None, EvidenceConfig()).after(rows, nothing, count=1)
     assert (alone == -1).all(), "nothing is known of an item without neighbours"
 
 
 def test_after_a_prefix_an_item_is_proposed_where_its_neighbours_lie_under_it(monkeypatch):
     codes = np.array([[0, 0], [0, 1], [0, 1], [1, 0], [1, 1]])
-    near = NeighboursCodes(codes, 2, _neighbours(5, [(0, 1, 1.0), (0, 2, 1.0), (0, 3, 1.0), (3, 4, 1.0)]))
+    weighed = EvidenceConfig(level_weights=(0.6, 0.4), code_weights=(0.0,))
+    near = NeighboursCodes(codes, 2, _neighbours(5, [(0, 1, 1.0), (0, 2, 1.0), (0, 3, 1.0), (3, 4, 1.0)]), None, weighed)
     rows, prefixes = np.array([0, 4]), np.array([[[0], [1]], [[0], [1]]])
     found = near.after(rows, prefixes, count=2)
     # item 0 has a third of its weight under (1, 0), where 2/5 of the others' lies; item 4 all of it, where 2/7 does
     assert found.tolist() == [[[1, -1], [-1, -1]], [[-1, -1], [0, -1]]]
     monkeypatch.setattr(evidence, "LOOKED_UP", 1)
     assert (near.after(rows, prefixes, count=2) == found).all(), "in pieces the same"
+
+
+def test_codes_by_themselves_by_hand():
+    codes = np.array([[0, 0, 0], [0, 1, 1], [1, 1, 1], [1, 0, 0], [2, 1, 2]])
+    table = CodeTable(codes, 3, _neighbours(5, [(0, 1, 1.0), (0, 2, 2.0), (3, 4, 1.0)]), prior=1.0)
+    found = table.code_agreement(np.array([0]), np.array([[[0, 1, 1], [2, 0, 0]]]))
+    # item 0 has weight 3, the others 5: items 1, 2 and 4 of second code 1 hold 1 + 2 + 1 of it, item 3 of code 0 the rest; the neighbour
+    # under (0, 1) is not counted, nor is its chance of 1/5. All shrunk by 3 + 1.
+    second = ((3 - 1) - 3 * (4 / 5 - 1 / 5)) / 4
+    third = ((3 - 1) - 3 * (3 / 5 - 1 / 5)) / 4  # items 1 and 2 hold third code 1, item 1 under the same prefix
+    none = (0 - 3 * 1 / 5) / 4
+    np.testing.assert_allclose(found[0], [[second, third], [none, none]], atol=1e-12)
+    parts = table.components(np.array([0]), np.array([[[0, 1, 1], [2, 0, 0]]]), np.zeros((1, 2)), EvidenceConfig(code_weights=(0.5, 0.25)))
+    np.testing.assert_allclose(parts["codes"], [[0.5 * second + 0.25 * third, 0.75 * none]], atol=1e-12)
+
+
+def test_a_code_is_proposed_that_neighbours_hold_under_other_prefixes():
+    codes = np.array([[0, 0, 0], [1, 1, 2], [1, 1, 2], [2, 0, 1], [2, 0, 1]])
+    near = NeighboursCodes(codes, 3, _neighbours(5, [(0, 1, 1.0), (0, 2, 1.0), (3, 4, 1.0)]), None, EvidenceConfig())
+    assert near.after(np.array([0]), np.array([[[0], [2]]]), count=1).tolist() == [[[1], [1]]]
+    assert near.after(np.array([0]), np.array([[[0, 0], [2, 1]]]), count=1).tolist() == [[[2], [2]]]
 
 
 def test_crowding_sees_others_never_itself_nor_its_duplicates():
@@ -95,7 +117,7 @@ def test_balance_by_hand():
     table = CodeTable(codes, 4, _neighbours(4, []))
     parts = table.components(np.array([0, 3]), np.array([[[0, 0, 3], [1, 1, 3], [2, 0, 3]]] * 2), np.zeros((2, 3)), CONFIG)
     # a fair share is 1 item of 4 per code: of the first level item 0 would be the third of three, the second of two, or alone; of the
-    # second one of three, two, three; the last level does not count
+    # second one of three, two, three; of the third, whose code 3 nobody holds, alone
     expected = -np.log([[3 * 3, 2 * 2, 1 * 3], [4 * 3, 1 * 2, 1 * 3]])
     np.testing.assert_allclose(parts["balance"], expected, atol=1e-12)
 

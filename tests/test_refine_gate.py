@@ -24,9 +24,10 @@ def _world(seed: int = 0, clusters: int = 8, per: int = 12, users: int = 60):
 
 def _judge(before, after, held_out, raw=None, **figures):
     content, config = np.arange(len(before)), GateConfig()
+    vectors = figures.get("vectors", np.eye(96)[after[:, 0]])
     rows = []
     for codes, raw_codes in ((before, before), (after, after if raw is None else raw)):
-        rows.append(gate.measure(codes, raw_codes, 96, content, held_out, figures.get("rebuild"), config.level_weights))
+        rows.append(gate.measure(codes, raw_codes, 96, content, held_out, vectors, config.level_weights))
     if "quick" in figures:
         ranked, _ = gate.ranking_figures(lambda codes, seed: figures["quick"](codes), (before, after), [0])
         rows = [row | more for row, more in zip(rows, ranked, strict=True)]
@@ -38,7 +39,9 @@ def test_a_real_gain_is_accepted():
     good, blurred, held_out, _ = _world()
     verdict = _judge(blurred, good, held_out)
     assert verdict.accepted and not verdict.reasons and verdict.gain_share == 1.0
-    assert {row.metric for row in verdict.rows} == {"target", "raw_collisions", "published_collisions", "least_perplexity", "lift"}
+    assert {row.metric for row in verdict.rows} == {
+        *("target", "raw_collisions", "published_collisions", "least_perplexity", "lift", "rebuild")
+    }
 
 
 def test_no_change_and_scrambling_are_refused():
@@ -71,8 +74,11 @@ def test_every_guard_can_refuse_a_better_target():
     crowded = good.copy()
     crowded[:30] = crowded[0]
     assert [reason.split()[0] for reason in _judge(blurred, good, held_out, raw=crowded).reasons] == ["raw_collisions"]
-    worse = _judge(blurred, good, held_out, rebuild=lambda codes: np.full(3, 2.0 if codes is good else 1.0))
-    assert [reason.split()[0] for reason in worse.reasons] == ["rebuild"]
+    tight, start = np.minimum(good, 11), np.minimum(blurred, 11)  # no last code names an item
+    refused = [
+        {reason.split()[0] for reason in _judge(start, tight, held_out, vectors=np.eye(96)[told[:, 0]]).reasons} for told in (start, tight)
+    ]
+    assert refused[0] - refused[1] == {"rebuild"}, "refused where the start's codes told the items' content"
     thin = _judge(blurred, good, held_out, quick=lambda codes: {"HR@50": 0.5 if codes is good else 0.6, "coverage@10": 0.9})
     assert [reason.split()[0] for reason in thin.reasons] == ["hit_rate"]
     narrow = _judge(blurred, good, held_out, quick=lambda codes: {"HR@50": 0.6, "coverage@10": 0.5 if codes is good else 0.9})
@@ -91,6 +97,27 @@ def test_figures_by_hand():
     assert gate.least_perplexity(codes, 2) == pytest.approx(np.exp(-(0.75 * np.log(0.75) + 0.25 * np.log(0.25))))
     draws = np.array([[1, 0, 0], [0, 0, 1]])
     assert gate.agreement(codes, 2, held_out, (1.0,), draws).tolist() == pytest.approx([1 / 2 - (9 + 1) / 16, 1 - 1])
+
+
+def test_what_codes_leave_unsaid_by_hand():
+    codes = np.array([[0, 0], [0, 1], [1, 0], [1, 1]])
+    additive = np.array([[1.0], [3.0], [5.0], [7.0]])  # 4 x first + 2 x second + 1
+    assert gate.unsaid_share(codes, additive) == pytest.approx(0.0)
+    # with +-1 of the two codes' product on top no sum of code vectors can tell that part: variance 1 beside 4 + 1
+    assert gate.unsaid_share(codes, additive + np.array([[1.0], [-1.0], [-1.0], [1.0]])) == pytest.approx(1 / 6)
+    assert gate.unsaid_share(np.zeros((4, 2), dtype=int), additive) == pytest.approx(1.0), "a collapsed table tells nothing"
+
+
+def test_repairing_a_start_that_is_wrong_about_items_is_no_error():
+    good, blurred, held_out, rng = _world()
+    vectors = np.eye(8)[good[:, 0]] + 0.1 * rng.normal(size=(len(good), 8))
+    told = {name: gate.unsaid_share(codes[:, :2], vectors) for name, codes in (("good", good), ("blurred", blurred))}
+    assert told["good"] < 0.2 < 0.5 < told["blurred"]
+    again = good.copy()
+    again[:, 2] = np.arange(len(good)) % 4  # so that the last code does not tell the items apart
+    start = blurred.copy()
+    start[:, 2] = again[:, 2]
+    assert {row.metric: row.passed for row in _judge(start, again, held_out, vectors=vectors).rows}["rebuild"]
 
 
 def test_margins_grow_with_noise_and_say_where_they_come_from():

@@ -174,6 +174,14 @@ def test_the_rate_rises_where_steps_are_tiny():
     assert log[-1]["lr"] == pytest.approx(1e-5 * 1.5**6)
 
 
+def test_annealed_rates_fall_to_the_last_round():
+    target, _ = _swapped(Reference(*_toy(), top_m=CODES))
+    *_, log = _refine(_planted(target), rounds=4, lr=0.02, anneal=True)
+    assert [record["lr"] for record in log] == pytest.approx([0.02, 0.015, 0.01, 0.005])
+    *_, log = _refine(_planted(target), rounds=4, lr=1e-5, step_kl=0.02, adapt=True, anneal=True)  # it rises as it did, and falls
+    assert [record["lr"] for record in log] == pytest.approx([1e-5 * 1.5 ** (n + 1) * (1 - n / 4) for n in range(4)])
+
+
 def test_the_run_ends_at_the_best_round_of_the_watched_figure():
     target, _ = _swapped(Reference(*_toy(), top_m=CODES))
     start = Reference(*_toy(), top_m=CODES).greedy
@@ -191,7 +199,7 @@ def test_the_run_ends_at_the_best_round_of_the_watched_figure():
 @pytest.mark.parametrize("interrupted", [1, 4])
 def test_t12_a_resumed_run_equals_the_uninterrupted_one(interrupted, tmp_path):
     target, _ = _swapped(Reference(*_toy(), top_m=CODES))
-    settings = {"rounds": 6, "adapt": True, "moving": 0.5, "batch": 7, "patience": 4, "checkpoint_every": 2}
+    settings = {"rounds": 6, "adapt": True, "anneal": True, "moving": 0.5, "batch": 7, "patience": 4, "checkpoint_every": 2}
     wavers = lambda codes: -abs(float((codes != target).sum()) - 20)  # noqa: E731
     whole, log = _loop(_planted(target), watch=wavers, **settings), []
     codes = whole.run(log.append)

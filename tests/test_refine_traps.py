@@ -71,6 +71,7 @@ def test_t10_a_reward_that_can_be_bribed_is_refused_by_the_gate(scorer, failed):
     cluster = np.arange(ITEMS) // PER
     histories = [rng.permutation(np.flatnonzero(cluster == rng.integers(CLUSTERS)))[:5] for _ in range(80)]
     held_out, config = HeldOutPairs.from_histories(histories), GateConfig()
-    figures = [gate.measure(table, table, CODES, np.arange(ITEMS), held_out, None, config.level_weights) for table in (start, codes)]
+    vectors = np.eye(CLUSTERS)[cluster]
+    figures = [gate.measure(table, table, CODES, np.arange(ITEMS), held_out, vectors, config.level_weights) for table in (start, codes)]
     verdict = gate.decide(*figures, gate.bootstrap(start, codes, CODES, held_out, config, seed=0).gain_share, config)
     assert not verdict.accepted and {row.metric for row in verdict.rows if not row.passed} >= failed

@@ -6,9 +6,11 @@ belongs to the gate.
 
 * neighbours: share of an item's co-engagement weight that lies under the candidate's prefix, minus the share that chance would put there
   (the prefix's part of all co-engagement weight), per level. Without the chance term fat clusters win (one code for all scores 1).
+* codes: the same for the codes below the first by themselves, under other prefixes than the item's. A recommender reads every level with
+  one vocabulary: an item whose second code is that of the items engaged with beside it is easier to predict under any first code.
 * crowding: another item already holds the whole path, plus how full the last-level group is.
-* balance: how much fuller than a fair share of the items each code but the last already is, in nats: what moving the item there does to
-  the entropy of the codes' use. Shares of neighbours grow with the groups, so without it the first level drifts to a few codes.
+* balance: how much fuller than a fair share of the items each code already is, in nats: what moving the item there does to the entropy of
+  the codes' use. Shares of neighbours grow with the groups, so without it the levels drift to a few codes.
 * rebuild: growth of the quantisation error against the item's own best path (handed in by the caller, who knows the code vectors).
 """
 
@@ -35,7 +37,8 @@ class EvidenceConfig(Section):
     for them. With heavier weights the labels become so easy that the model neglects the behaviour it is there to learn.
     """
 
-    level_weights: tuple[float, ...] = (0.6, 0.4)  # deeper levels weigh nothing
+    level_weights: tuple[float, ...] = (0.6, 0.4)  # of prefixes, by length; deeper levels weigh nothing
+    code_weights: tuple[float, ...] = (0.5, 0.5)  # of the codes of the second, third, ... level by themselves
     rebuild: float = 0.05
     crowding: float = 0.05
     prior: float = 1.0  # co-engagement weight that an item must have before its share counts half
@@ -104,6 +107,7 @@ class CodeTable:
             _, which, sizes = np.unique(content, return_inverse=True, return_counts=True)
             share = 1.0 / sizes[which]
         self.levels = [self._level(self.keys[:, level], share, edges) for level in range(self.codes.shape[1])]
+        self.single = [self._level(self.codes[:, level], share, edges) for level in range(1, self.codes.shape[1])]
 
     def _level(self, keys: Codes, share: Floats, edges: sparse.coo_matrix) -> _Level:
         unique, inverse = np.unique(keys, return_inverse=True)
@@ -133,13 +137,30 @@ class CodeTable:
 
         The share is shrunk towards chance by `prior`; a row without neighbours scores 0 everywhere.
         """
-        keys = prefix_keys(candidates, self.codebook_size)
+        return self._agreement(self.levels, self.keys, rows, prefix_keys(candidates, self.codebook_size))
+
+    def code_agreement(self, rows: NDArray, candidates: Codes, prefixes: Floats | None = None) -> Floats:
+        """As `agreement`, of the codes of the second level and below by themselves: share of the neighbour weight that holds the code under
+        *another* prefix, minus chance; (R, P, L - 1). Neighbours under the same prefix are `agreement`'s (handed in as `prefixes`
+        by who has asked already), and those with the same whole path must not be paid for."""
+        if prefixes is None:
+            prefixes, _ = self.agreement(rows, candidates)
+        single = [self.holding(rows, candidates[..., level], level) for level in range(1, candidates.shape[-1])]
+        return np.stack(single, axis=-1) - prefixes[..., 1:] if single else prefixes[..., 1:]
+
+    def holding(self, rows: NDArray, codes: Codes, level: int) -> Floats:
+        """(R,), codes (R, P) of one level (0-based, not the first) -> (R, P): share of the neighbour weight that holds the code, whatever
+        stands before it, minus chance."""
+        return self._agreement([self.single[level - 1]], self.codes[:, [level]], rows, codes[..., None])[0][..., 0]
+
+    def _agreement(self, levels: Sequence[_Level], current: Codes, rows: NDArray, keys: Codes) -> tuple[Floats, Floats]:
+        """For groups named by `keys` (R, P, M), of which every item holds `current` (N, M)."""
         excess, chance = np.zeros(keys.shape), np.zeros(keys.shape)
         degree = self.degree[rows][:, None]
         rest = np.maximum(self.degree.sum() - degree, 1e-12)
-        for level, table in enumerate(self.levels):
+        for level, table in enumerate(levels):
             number, found = _look_up(table.keys, keys[..., level])
-            own = keys[..., level] == self.keys[rows, level][:, None]
+            own = keys[..., level] == current[rows, level][:, None]
             weight = np.where(found, table.weight[number], 0.0) - np.where(own, degree, 0.0)
             pair, paired = _look_up(table.pair_keys, rows[:, None].astype(np.int64) * len(table.keys) + number)
             under = np.where(found & paired, table.pair_weight[pair] if len(table.pair_weight) else 0.0, 0.0)
@@ -156,16 +177,16 @@ class CodeTable:
         fullness = others[..., -2] / self.codebook_size if levels > 1 else 0.0
         return {
             "neighbours": excess @ weights,
+            "codes": self.code_agreement(rows, candidates, excess) @ np.array((*config.code_weights, *[0.0] * levels)[: levels - 1]),
             "crowding": -(np.minimum(others[..., -1], 1.0) + np.minimum(fullness, 1.0)),
             "balance": self._balance(rows, candidates),
             "rebuild": -error_growth,
         }
 
     def _balance(self, rows: NDArray, candidates: Codes) -> Floats:
-        """(R,), (R, P, L) -> (R, P): minus the log of (other items with the code, and this one, over a fair share), added over all levels
-        but the last (the first where there is one level)."""
+        """(R,), (R, P, L) -> (R, P): minus the log of (other items with the code, and this one, over a fair share), added over the levels."""
         total = np.zeros(candidates.shape[:-1])
-        for level in range(max(1, candidates.shape[-1] - 1)):
+        for level in range(candidates.shape[-1]):
             used = np.bincount(self.codes[:, level], minlength=self.codebook_size)
             own = candidates[..., level] == self.codes[rows, level][:, None]
             total -= np.log((used[candidates[..., level]] - own + 1.0) * self.codebook_size / len(self.codes))
@@ -194,14 +215,19 @@ class CodeTable:
 
 
 class NeighboursCodes:
-    """Where an item's neighbours lie: the codes after a prefix that hold most of them beyond chance.
+    """Where an item's neighbours lie: the codes after a prefix that hold most of them beyond chance, prefixes and single codes weighed as
+    in the evidence.
 
-    Args: as `CodeTable`.
+    Args: as `CodeTable`; `config` for the weights.
     """
 
-    def __init__(self, codes: Codes, codebook_size: int, neighbours: sparse.spmatrix, content: NDArray | None = None) -> None:
-        self.codebook_size = codebook_size
-        self.tables = [CodeTable(codes[:, : level + 1], codebook_size, neighbours, content) for level in range(codes.shape[1])]
+    def __init__(
+        self, codes: Codes, codebook_size: int, neighbours: sparse.spmatrix, content: NDArray | None, config: EvidenceConfig
+    ) -> None:
+        self.codebook_size, levels = codebook_size, codes.shape[1]
+        self.tables = [CodeTable(codes[:, : level + 1], codebook_size, neighbours, content) for level in range(levels)]
+        self.prefix_weight = (*config.level_weights, *[0.0] * levels)[:levels]
+        self.code_weight = (0.0, *config.code_weights, *[0.0] * levels)[:levels]
 
     def after(self, rows: NDArray, prefixes: Codes, count: int) -> Codes:
         """(R,), prefixes (R, M, l) of each row -> codes (R, M, count), best first; -1 where fewer hold more than chance would put there."""
@@ -209,11 +235,17 @@ class NeighboursCodes:
             halves = (slice(None, len(rows) // 2), slice(len(rows) // 2, None))
             return np.concatenate([self.after(rows[half], prefixes[half], count) for half in halves])
         level, every = prefixes.shape[-1], np.arange(self.codebook_size)
-        size = (*prefixes.shape[:2], self.codebook_size)
-        paths = np.concatenate([np.broadcast_to(prefixes[:, :, None], (*size, level)), np.broadcast_to(every[:, None], (*size, 1))], -1)
-        excess = self.tables[level].agreement(rows, paths.reshape(len(rows), -1, level + 1))[0][..., level].reshape(size)
-        best = np.argsort(-excess, axis=-1, kind="stable")[..., :count]
-        return np.where(np.take_along_axis(excess, best, -1) > 0, best, -1)
+        size, table = (*prefixes.shape[:2], self.codebook_size), self.tables[level]
+        score = np.zeros(size)
+        if self.prefix_weight[level]:
+            paths = np.concatenate([np.broadcast_to(prefixes[:, :, None], (*size, level)), np.broadcast_to(every[:, None], (*size, 1))], -1)
+            excess = table.agreement(rows, paths.reshape(len(rows), -1, level + 1))[0][..., level].reshape(size)
+            score += self.prefix_weight[level] * excess
+        if self.code_weight[level]:
+            held = table.holding(rows, np.broadcast_to(every, (len(rows), len(every))), level)
+            score += self.code_weight[level] * held[:, None]
+        best = np.argsort(-score, axis=-1, kind="stable")[..., :count]
+        return np.where(np.take_along_axis(score, best, -1) > 0, best, -1)
 
 
 def _look_up(sorted_keys: Codes, wanted: Codes) -> tuple[Codes, NDArray[np.bool_]]:

@@ -69,10 +69,11 @@ class LoopConfig(Section):
     grad_norm: float = 1.0
     step_kl: float = 0.05  # KL(old || new) aimed at per round: passes end at 1.5 times this, a round beyond 4 times is undone
     adapt: bool = True  # learning rate up by half where a round moved less than half of step_kl, down by half where more than twice
+    anneal: bool = False  # step_kl and learning rate fall linearly over the rounds, so that the last ones no longer shake the codes
     most_kl: float = 1.5  # the run ends when the mean exact KL to the reference passes this
     patience: int = Field(8, ge=0)  # rounds without a better watched figure before the run ends at its best round; 0: never
     checkpoint_every: int = Field(5, ge=1)  # rounds
-    weights: dict[str, float] = Field(default={"sid_reward": 1.0, "balance": 1.0, "crowding": 0.3, "rebuild": 0.2})
+    weights: dict[str, float] = Field(default={"sid_reward": 1.0, "codes": 1.0, "balance": 1.0, "crowding": 0.3, "rebuild": 0.2})
 
 
 class Refinement:
@@ -109,7 +110,7 @@ class Refinement:
         self.scale = ppo.RunningScale()
         self.draw = torch.Generator().manual_seed(seed)
         self.order = np.random.default_rng(seed)
-        self.skipped = 0
+        self.skipped, self.step_kl = 0, config.step_kl
         self.next_round, self.ended = 0, False
         self.best, self.waited = -math.inf, 0
         self.best_weights: list[Tensor] | None = None
@@ -128,7 +129,7 @@ class Refinement:
             self._look(self.watch(table))
         rounds = range(self.next_round, 0 if self.ended else self.config.rounds)
         for number in track(rounds, what="refine", unit="rounds", note=note):
-            record = {"round": number, **self.round(table)}
+            record = {"round": number, **self.round(table, number)}
             before, table = table, self.policy.greedy()
             record |= table_figures(table, self.reference.head.codebook_size, before, self.reference.greedy)
             record["outside_tree"] = self._outside_tree(table)
@@ -155,6 +156,10 @@ class Refinement:
         self._restore(self.best_weights)
         return self.policy.greedy()
 
+    def _left(self, number: int) -> float:
+        """What annealing has left of step and rate in a round."""
+        return 1 - number / self.config.rounds if self.config.anneal else 1.0
+
     @property
     def _own_samples(self) -> bool:
         """Whether the groups are samples of the policy itself, so that its KL can be estimated from them; else the exact one is taken."""
@@ -179,9 +184,13 @@ class Refinement:
         inside = (self.reference.tree.codes.cpu().numpy() == codes[:, None]).all(-1).any(-1)
         return float(1 - inside.mean())
 
-    def round(self, table: Codes) -> dict[str, Any]:
-        """Sample, score, optimise once; -> the round's figures."""
+    def round(self, table: Codes, number: int = 0) -> dict[str, Any]:
+        """Sample, score, optimise once; -> the round's figures. `number`: of the round, which says how far annealing has come."""
         config, device = self.config, self.accelerator.device
+        self.step_kl = config.step_kl * self._left(number)
+        if number:
+            for group in self.optimizer.param_groups:
+                group["lr"] *= self._left(number) / self._left(number - 1)
         moving = np.sort(self.order.permutation(self.items)[: max(1, round(config.moving * self.items))])
         rows = torch.as_tensor(moving, device=device)
         with torch.no_grad():
@@ -226,12 +235,12 @@ class Refinement:
         orders of magnitude; a fixed learning rate that suits one collapses the next in a single step.
         """
         config = self.config
-        undone = not moved <= 4 * config.step_kl  # NaN is undone too
+        undone = not moved <= 4 * self.step_kl  # NaN is undone too
         if undone:
             self._restore(before)
             self.optimizer.state.clear()
         if config.adapt or undone:
-            factor = 0.25 if undone else 0.5 if moved > 2 * config.step_kl else 1.5 if 0 < moved < 0.5 * config.step_kl else 1.0
+            factor = 0.25 if undone else 0.5 if moved > 2 * self.step_kl else 1.5 if 0 < moved < 0.5 * self.step_kl else 1.0
             for group in self.optimizer.param_groups:
                 group["lr"] = min(max(group["lr"] * factor, config.lr * 1e-4), config.lr * 30)
         return {"undone": undone, "lr": self.optimizer.param_groups[0]["lr"]}
@@ -247,7 +256,7 @@ class Refinement:
                 loss, sums = self._loss(rows[mine], old_all[mine], picks[mine], old[mine], signal[mine], len(batch), first=steps == 0)
                 sums = self.accelerator.reduce(sums, reduction="sum")
                 approximate, kl, beyond, loudest = (float(value) / len(batch) for value in sums)
-                if steps and approximate > 1.5 * config.step_kl:
+                if steps and approximate > 1.5 * self.step_kl:
                     stopped = True
                     break
                 clipped.append(beyond)

@@ -104,7 +104,7 @@ class Reference:
         top_m: codes kept per level.
         freeze_first_level: keep only the paths under the item's best first code.
         temperature: see `path_log_prob`; None takes `exploring_temperature` for a mean of `entropy` nats.
-        propose: given the greedy codes of all items (N, L), says which codes an item's tree holds besides, at every level but the last:
+        propose: given the greedy codes of all items (N, L), says which codes an item's tree holds besides, at every level:
             item rows (R,) and their kept prefixes (R, M, l) -> (R, M, n), -1 for none. Where the start is wrong about an item, its
             right code is seldom among the m likeliest.
     """
@@ -138,7 +138,7 @@ class Reference:
     def _enumerate(self, rows: NDArray, top_m: int, freeze_first_level: bool, propose: Propose | None) -> tuple[Tensor, Tensor]:
         def wanted(kept: Tensor) -> Tensor:
             level = kept.shape[-1]
-            if propose is None or level == self.head.num_levels - 1 or (freeze_first_level and level == 0):
+            if propose is None or (freeze_first_level and level == 0):
                 return kept.new_zeros(*kept.shape[:2], 0)
             return torch.as_tensor(propose(rows, kept.cpu().numpy()), device=kept.device)
 
@@ -168,10 +168,6 @@ class Reference:
         vectors; there it is the loss of log-probability in units of log K.
         """
         return (self._distortion(rows, candidates) - self._best[rows][:, None]) / max(self._scale, 1e-12)
-
-    def rebuild_error(self, codes: Codes) -> Floats:
-        """(N, L) codes of all items -> (N,) error in the frozen space, in units of the mean error of the raw start."""
-        return self._distortion(np.arange(len(codes)), codes[:, None])[:, 0] / max(self._scale, 1e-12)
 
     def code_vectors(self, codes: Tensor) -> Tensor:
         """One vector per code sequence, (..., L) -> (..., D): the summed code vectors, or the summed classifier rows of a parallel head."""

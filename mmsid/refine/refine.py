@@ -61,7 +61,7 @@ class RefineConfig(StageConfig):
         trainable: `heads` moves code vectors and projection, states cached once (minutes on a CPU); `all` also the adapter and the query
             tokens (needs a GPU for real sizes; lower `loop.batch`).
         top_m: codes per level in every item's tree of paths; top_m ** num_levels paths are enumerated.
-        proposals: of the `top_m` codes of every level but the last, those under which most of an item's neighbours lie, however unlikely
+        proposals: of the `top_m` codes of every level, those that most of an item's neighbours hold, however unlikely
             to the start (fewer than top_m; none at a frozen first level).
         temperature: flattens (> 1) the joint path distribution of policy and reference alike, in sampling and in scoring; None: as much
             as it takes for the start to have `start_entropy` nats over an item's tree on average (never below 1).
@@ -203,7 +203,7 @@ class Job:
         return verdict
 
     def _propose(self, codes: Codes) -> Propose:
-        near = NeighboursCodes(codes[:, :-1], self.tokenizer.codebook_size, self.neighbours, self.content)
+        near = NeighboursCodes(codes, self.tokenizer.codebook_size, self.neighbours, self.content, self.config.evidence)
         return lambda rows, prefixes: near.after(rows, prefixes, self.config.proposals)
 
     def _told_quality(self) -> dict[str, float] | str:
@@ -350,7 +350,7 @@ class Job:
                 size,
                 self.content,
                 self.held_out_pairs,
-                self.reference.rebuild_error,
+                self.material.item_vectors,
                 config.level_weights,
             )
             for table in tables
