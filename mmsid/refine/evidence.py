@@ -184,7 +184,7 @@ class CodeTable:
         }
 
     def _balance(self, rows: NDArray, candidates: Codes) -> Floats:
-        """(R,), (R, P, L) -> (R, P): minus the log of (other items with the code, and this one, over a fair share), added over the levels."""
+        """(R,), (R, P, L) -> (R, P): minus the log of (others with the code, and this item, over a fair share), summed over levels."""
         total = np.zeros(candidates.shape[:-1])
         for level in range(candidates.shape[-1]):
             used = np.bincount(self.codes[:, level], minlength=self.codebook_size)

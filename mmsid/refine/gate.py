@@ -167,7 +167,8 @@ def unsaid_share(codes: Codes, vectors: NDArray, sweeps: int = 3) -> float:
     left = vectors.astype(np.float64) - vectors.mean(axis=0, dtype=np.float64)
     total = max(float(np.square(left).sum()), 1e-12)
     groups = [np.unique(codes[:, level], return_inverse=True)[1].reshape(-1) for level in range(codes.shape[1])]
-    members = [sparse.csr_matrix((np.ones(len(of)), (of, np.arange(len(of)))), shape=(int(of.max(initial=-1)) + 1, len(of))) for of in groups]
+    everyone = np.arange(len(codes))
+    members = [sparse.csr_matrix((np.ones(len(of)), (of, everyone)), (int(of.max(initial=-1)) + 1, len(of))) for of in groups]
     told = [np.zeros((one.shape[0], vectors.shape[1])) for one in members]
     for _ in range(sweeps):
         for level, (of, one) in enumerate(zip(groups, members, strict=True)):
