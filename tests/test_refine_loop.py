@@ -174,6 +174,24 @@ def test_the_rate_rises_where_steps_are_tiny():
     assert log[-1]["lr"] == pytest.approx(1e-5 * 1.5**6)
 
 
+def test_what_is_also_learnt_from_noisy_readings_does_not_flip():
+    """Noise mixes an item's state with another's, which asks for other codes."""
+    target = np.random.default_rng(0).integers(0, CODES, (ITEMS, LEVELS))
+    steady = {}
+    for noisy in (0.0, 0.5):
+        head, states = _toy(kind="parallel")
+        heard = 0.45 * states + 0.55 * states.roll(1, dims=0)
+        reference = Reference(head, states, CODES)
+        policy = HeadPolicy(head, lambda rows, of=states: of[rows], list(head.parameters()), reference, lambda rows, of=heard: of[rows])
+        config = LoopConfig(**QUICK | {"objective": "likelihood", "kl": 0.0, "rounds": 60, "group": CODES**LEVELS, "eta": 0.2, "noisy": noisy})
+        codes = Refinement(policy, reference, _planted(target), config, Accelerator(cpu=True)).run(lambda record: None)
+        assert (codes == target).all()
+        steady[noisy] = (head.greedy(head.project(heard)).codes.numpy() == target).all(1).mean()
+    assert steady[0.5] > 0.9 > 0.5 > steady[0.0], steady
+    with pytest.raises(ValueError, match="noisy reading"):
+        _refine(_planted(target), objective="likelihood", noisy=0.5)
+
+
 def test_annealed_rates_fall_to_the_last_round():
     target, _ = _swapped(Reference(*_toy(), top_m=CODES))
     *_, log = _refine(_planted(target), rounds=4, lr=0.02, anneal=True)

@@ -31,11 +31,16 @@ def noisy_sample(inputs: Sequence[ItemInput], hashes: Sequence[str]) -> tuple[li
     return rows, [ItemInput(drop_words(inputs[row].text, MISSING), inputs[row].pictures) for row in rows]
 
 
-def drop_words(text: str, share: float) -> str:
-    """`text` without about `share` of its words, the same ones every time."""
+def noisy_inputs(inputs: Sequence[ItemInput]) -> list[ItemInput]:
+    """All items as the policy may be trained on them: other words are missing than in `noisy_sample`, which judges."""
+    return [ItemInput(drop_words(item.text, MISSING, "train "), item.pictures) for item in inputs]
+
+
+def drop_words(text: str, share: float, lottery_name: str = "") -> str:
+    """`text` without about `share` of its words, the same ones every time under the same name."""
     kept = []
     for place, word in enumerate(text.split()):
-        lottery = int.from_bytes(hashlib.sha256(f"{place} {text}".encode()).digest()[:8])
+        lottery = int.from_bytes(hashlib.sha256(f"{lottery_name}{place} {text}".encode()).digest()[:8])
         if lottery >= share * 2**64:
             kept.append(word)
     return " ".join(kept)

@@ -194,15 +194,32 @@ class HeadPolicy:
         states: item rows (B,) -> their SID states (B, L, H): cached, or read by the live backbone, then with gradient.
         parameters: weights that the optimiser moves.
         reference: whose trees and temperature the policy is scored with.
+        noisy: as `states`, of the items read with noise; None: nobody asks.
     """
 
-    def __init__(self, head: CodeHead, states: Callable[[Tensor], Tensor], parameters: Sequence[Tensor], reference: Reference) -> None:
-        self.head, self.states, self.parameters, self.reference = head, states, list(parameters), reference
+    def __init__(
+        self,
+        head: CodeHead,
+        states: Callable[[Tensor], Tensor],
+        parameters: Sequence[Tensor],
+        reference: Reference,
+        noisy: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self.head, self.states, self.parameters, self.reference, self.noisy = head, states, list(parameters), reference, noisy
 
     def log_prob(self, rows: Tensor) -> Tensor:
         """(B,) item rows -> (B, P) log-probabilities over each item's tree, with gradient."""
+        return self._log_prob(self.states, rows)
+
+    def noisy_log_prob(self, rows: Tensor) -> Tensor:
+        """`log_prob` of the items read with noise. Raises ValueError where no such reading was handed in."""
+        if self.noisy is None:
+            raise ValueError("the policy was given no noisy reading of the items; hand one in, or set refine.loop.noisy to 0")
+        return self._log_prob(self.noisy, rows)
+
+    def _log_prob(self, states: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
         tree = self.reference.tree
-        return path_log_prob(self.head, self.states(rows), tree.codes[rows], tree.branching, self.reference.temperature)
+        return path_log_prob(self.head, states(rows), tree.codes[rows], tree.branching, self.reference.temperature)
 
     @torch.no_grad()
     def greedy(self) -> Codes:

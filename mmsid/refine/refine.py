@@ -29,7 +29,7 @@ from mmsid.progress import done, track
 from mmsid.refine import gate
 from mmsid.refine.checkpoint import load_state, save_state
 from mmsid.refine.evidence import Codes, CodeTable, EvidenceConfig, Floats, NeighboursCodes
-from mmsid.refine.flips import flipped, noisy_sample
+from mmsid.refine.flips import flipped, noisy_inputs, noisy_sample
 from mmsid.refine.gate import GateConfig
 from mmsid.refine.loop import LoopConfig, Policy, Refinement, Scorer
 from mmsid.refine.outcome import write_moved, write_near_ties, write_sids, write_tokenizer
@@ -268,11 +268,17 @@ class Job:
     def policy(self) -> HeadPolicy:
         """The tokenizer as the policy that the loop moves, with the weights that `trainable` names."""
         tokenizer, everything = self.tokenizer, self.config.trainable == "all"
-        cached, inputs = self.reference.states, self.inputs
-        read = lambda rows: tokenizer.hidden(self._collate([inputs[row] for row in rows.tolist()]))[0].float()  # noqa: E731
         tokenizer.emb_head.requires_grad_(False)  # no reward reaches it
-        trained = [weight for weight in tokenizer.parameters() if weight.requires_grad] if everything else list(tokenizer.head.parameters())
-        return HeadPolicy(tokenizer.head, read if everything else lambda rows: cached[rows], trained, self.reference)
+        noise = noisy_inputs(self.inputs) if self.config.loop.noisy else None
+        if everything:
+            live = lambda inputs: lambda rows: tokenizer.hidden(self._collate([inputs[row] for row in rows.tolist()]))[0].float()  # noqa: E731
+            trained = [weight for weight in tokenizer.parameters() if weight.requires_grad]
+            return HeadPolicy(tokenizer.head, live(self.inputs), trained, self.reference, live(noise) if noise else None)
+        clean, noisy = self.reference.states, self._read_states(noise)[0] if noise else None
+        trained = list(tokenizer.head.parameters())
+        return HeadPolicy(
+            tokenizer.head, lambda rows: clean[rows], trained, self.reference, None if noisy is None else lambda rows: noisy[rows]
+        )
 
     def loop(self, policy: Policy, scorer: Scorer) -> Refinement:
         """The loop, not yet run."""
