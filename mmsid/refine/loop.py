@@ -133,7 +133,7 @@ class Refinement:
             self._look(self.watch(table))
         rounds = range(self.next_round, 0 if self.ended else self.config.rounds)
         for number in track(rounds, what="refine", unit="rounds", note=note):
-            record = {"round": number, **self.round(table, number)}
+            record = {"round": number, **self.round(table)}
             before, table = table, self.policy.greedy()
             record |= table_figures(table, self.reference.head.codebook_size, before, self.reference.greedy)
             record["outside_tree"] = self._outside_tree(table)
@@ -188,13 +188,13 @@ class Refinement:
         inside = (self.reference.tree.codes.cpu().numpy() == codes[:, None]).all(-1).any(-1)
         return float(1 - inside.mean())
 
-    def round(self, table: Codes, number: int = 0) -> dict[str, Any]:
-        """Sample, score, optimise once; -> the round's figures. `number`: of the round, which says how far annealing has come."""
+    def round(self, table: Codes) -> dict[str, Any]:
+        """Sample, score, optimise once; -> the round's figures."""
         config, device = self.config, self.accelerator.device
-        self.step_kl = config.step_kl * self._left(number)
-        if number:
+        self.step_kl = config.step_kl * self._left(self.next_round)
+        if self.next_round:
             for group in self.optimizer.param_groups:
-                group["lr"] *= self._left(number) / self._left(number - 1)
+                group["lr"] *= self._left(self.next_round) / self._left(self.next_round - 1)
         moving = np.sort(self.order.permutation(self.items)[: max(1, round(config.moving * self.items))])
         rows = torch.as_tensor(moving, device=device)
         with torch.no_grad():
