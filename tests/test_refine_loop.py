@@ -191,6 +191,8 @@ def test_what_is_also_learnt_from_noisy_readings_does_not_flip():
     assert steady[0.5] > 0.9 > 0.5 > steady[0.0], steady
     with pytest.raises(ValueError, match="noisy reading"):
         _refine(_planted(target), objective="likelihood", noisy=0.5)
+    with pytest.raises(ValueError, match="objective=likelihood"):
+        LoopConfig(noisy=0.5)
 
 
 def test_annealed_rates_fall_to_the_last_round():

@@ -105,6 +105,8 @@ class TablePolicy:
         """(B,) item rows -> (B, P), with gradient."""
         return (self.reference.tree.log_prob[rows] + self.logits[rows]).log_softmax(-1)
 
+    noisy_log_prob = log_prob  # a table reads nothing, so it cannot misread
+
     @torch.no_grad()
     def greedy(self) -> Codes:
         """Each item's best path of its tree, (N, L)."""

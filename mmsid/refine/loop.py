@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from mmsid.config import Section
@@ -78,6 +78,14 @@ class LoopConfig(Section):
     patience: int = Field(8, ge=0)  # rounds without a better watched figure before the run ends at its best round; 0: never
     checkpoint_every: int = Field(5, ge=1)  # rounds
     weights: dict[str, float] = Field(default={"sid_reward": 1.0, "codes": 1.0, "balance": 1.0, "crowding": 0.3, "rebuild": 0.2})
+
+    @model_validator(mode="after")
+    def _noise_needs_likelihood(self) -> LoopConfig:
+        if self.noisy and self.objective != "likelihood":
+            raise ValueError(
+                f"noisy is {self.noisy:g}, but only the objective likelihood reads noisy items; set objective=likelihood, or noisy=0"
+            )
+        return self
 
 
 class Refinement:
