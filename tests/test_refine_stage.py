@@ -19,6 +19,7 @@ from mmsid.catalog import CatalogConfig, read_catalog
 from mmsid.errors import ArtifactError
 from mmsid.refine.flips import drop_words
 from mmsid.refine.loop import LoopConfig, Refinement
+from mmsid.refine.policy import HeadPolicy
 from mmsid.refine.refine import RefineConfig, run
 from mmsid.refine.reward import RewardConfig, SidReward
 from mmsid.sids.folder import read_sid_folder
@@ -127,6 +128,20 @@ def test_an_interrupted_run_continues_to_the_same_weights(start, tmp_path, monke
     assert done == [5, 6, 7], "from the checkpoint after five rounds"
     for name in ("log.jsonl", "moved.parquet", "tokenizer/model.safetensors", "sids/sids.parquet"):
         assert (whole / name).read_bytes() == (again / name).read_bytes(), name
+
+
+def test_the_policy_may_be_asked_of_noisy_readings(start, tmp_path, monkeypatch):
+    asked = HeadPolicy.noisy_log_prob
+    differ = []
+
+    def listens(policy, rows):
+        differ.append(float((asked(policy, rows) - policy.log_prob(rows)).detach().abs().max()))
+        return asked(policy, rows)
+
+    monkeypatch.setattr(HeadPolicy, "noisy_log_prob", listens)
+    config = _config(start, tmp_path / "refine", rounds=1)
+    run(config.model_copy(update={"loop": config.loop.model_copy(update={"objective": "likelihood", "noisy": 0.5})}))
+    assert differ and max(differ) > 0, "words are missing"
 
 
 def test_a_refused_run_keeps_the_start(start, tmp_path):
