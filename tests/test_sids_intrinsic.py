@@ -62,6 +62,8 @@ def test_chance_and_lift_by_hand():
     assert pair_agreement(CODES, pairs) == pytest.approx([2 / 3, 1 / 3])
     metrics = intrinsic_metrics(SidTable.from_codes(list("abcd"), CODES, (4, 4)), held_out_pairs=pairs)["coengagement"]
     assert metrics["lift"] == pytest.approx([4 / 3, 2]) and metrics["pairs"] == 3
+    # level 2 by itself: two groups of 2 -> chance 1/3; 0-1 and 2-3 agree
+    assert metrics["code_lift"] == pytest.approx([4 / 3, 2])
     assert metrics["lcp"] == pytest.approx(1) and metrics["lcp_chance"] == pytest.approx(2 / 3)
     assert metrics["lcp_ratio"] == pytest.approx(1.5) and metrics["lcp_difference"] == pytest.approx(1 / 3)
 

@@ -47,7 +47,7 @@ def intrinsic_metrics(
     Returns:
         published, raw (bucket figures; `with_suffix` too where there is one), levels, joint_entropy (nats),
         effective_capacity, min_perplexity, max_gini, changed (raw to published, per level and any), margin_median; where
-        the inputs are given: coengagement (pairs, agreement, chance, lift per prefix length, lift null where chance is 0,
+        the inputs are given: coengagement (pairs, agreement, chance, lift per prefix length, code_lift per level, null where chance is 0,
         lcp, lcp_chance, lcp_ratio, lcp_difference), categories, fidelity, retrieval (by the embedding), retrieval_prefix (by the
         codes), retrieval_decoded, neighbour_lcp. Definitions: the functions of `mmsid.sids.distribution`, `mmsid.sids.semantics` and
         `mmsid.sids.retrieval`.
@@ -106,15 +106,19 @@ def coengagement_metrics(codes: np.ndarray, pairs: np.ndarray) -> dict[str, Any]
     """Prefix agreement of co-engaged pairs against its exact chance level: (N, L), (P, 2) rows, no self pairs.
 
     lcp = mean longest common prefix = the agreements summed over levels, lcp_chance likewise. A raw agreement rewards fat
-    clusters (one code at level 1 scores 1.0); the lift of such a set is 1.
+    clusters (one code at level 1 scores 1.0); the lift of such a set is 1. `code_lift`: of each level's code by itself, whatever stands
+    before it, which is how a recommender with one vocabulary per level reads it.
     """
     agreement, chance = pair_agreement(codes, pairs), chance_agreement(codes)
+    alone = [codes[:, [level]] for level in range(codes.shape[1])]
+    of_codes = [(pair_agreement(code, pairs)[0], chance_agreement(code)[0]) for code in alone]
     lcp, lcp_chance = float(agreement.sum()), float(chance.sum())
     return {
         "pairs": len(pairs),
         "agreement": agreement.tolist(),
         "chance": chance.tolist(),
         "lift": [float(a / c) if c > 0 else None for a, c in zip(agreement, chance)],
+        "code_lift": [float(a / c) if c > 0 else None for a, c in of_codes],
         "lcp": lcp,
         "lcp_chance": lcp_chance,
         "lcp_ratio": lcp / lcp_chance if lcp_chance > 0 else None,

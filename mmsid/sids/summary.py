@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 
@@ -27,7 +27,8 @@ def intrinsic_columns(metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, lis
         ("max bucket", lambda m: f"{m['published']['max_bucket']:,}"),
         ("perplexity", lambda m: "/".join(f"{level['perplexity']:.0f}" for level in m["levels"])),
         ("max Gini", lambda m: f"{m['max_gini']:.2f}"),
-        ("lift", lambda m: "/".join("-" if lift is None else f"{lift:.1f}" for lift in m["coengagement"]["lift"])),
+        ("lift", lambda m: _lifts(m["coengagement"]["lift"])),
+        ("code lift", lambda m: _lifts(m["coengagement"]["code_lift"])),
         ("LCP co-engaged (chance)", lambda m: f"{m['coengagement']['lcp']:.3f} ({m['coengagement']['lcp_chance']:.3f})"),
         ("V-measure by depth", lambda m: _v_measures(m["categories"])),
         ("R2", lambda m: "/".join(f"{level['r2']:.2f}" for level in m["fidelity"])),
@@ -43,6 +44,10 @@ def _cell(render: Callable[[Mapping[str, Any]], str], metrics: Mapping[str, Any]
         return render(metrics) or "-"
     except KeyError:
         return "-"
+
+
+def _lifts(lifts: Sequence[float | None]) -> str:
+    return "/".join("-" if lift is None else f"{lift:.1f}" for lift in lifts)
 
 
 def _v_measures(records: list[Mapping[str, Any]]) -> str:
