@@ -31,7 +31,9 @@ def _clustered(rng: np.random.Generator, clusters: int = 8, per: int = 16, codeb
 def _mean_evidence(codes, neighbours, codebook, content=None):
     table = CodeTable(codes, codebook, neighbours, content)
     rows = np.arange(len(codes))
-    return float(table.evidence(rows, codes[:, None], np.zeros((len(codes), 1)), CONFIG).mean())
+    parts = table.components(rows, codes[:, None], np.zeros((len(codes), 1)), CONFIG)
+    assert (parts["neighbours"] == table.neighbours(rows, codes[:, None], CONFIG)).all()
+    return float((parts["neighbours"] + 0.05 * parts["crowding"]).mean())
 
 
 def test_prefix_keys():

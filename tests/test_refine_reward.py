@@ -50,16 +50,37 @@ def test_pairs_accuracy_and_calibration_by_hand():
     assert reward.pair_accuracy(scores, pairs) == 0.5
     assert reward.pair_accuracy(np.zeros((1, 3)), pairs) == 0.5
     # one right and one wrong, both with confidence sigmoid(1) = .731: error .731 - .5
-    assert reward.calibration_error(scores, pairs) == pytest.approx(1 / (1 + math.exp(-1)) - 0.5)
+    curve = reward.calibration_curve(scores, pairs)
+    sure = 1 / (1 + math.exp(-1))
+    assert curve == [{"confidence": pytest.approx(sure), "right": 0.5, "pairs": 2}]
+    assert reward.calibration_error(curve) == pytest.approx(sure - 0.5)
     empty = Pairs(*(np.empty(0, dtype=np.int64) for _ in range(3)))
-    assert math.isnan(reward.pair_accuracy(scores, empty)) and math.isnan(reward.calibration_error(scores, empty))
+    assert math.isnan(reward.pair_accuracy(scores, empty))
+    assert reward.calibration_curve(scores, empty) == [] and math.isnan(reward.calibration_error([]))
+
+
+def test_calibration_by_bins_by_hand():
+    scores = np.array([[0.0, 1.0, 5.0]])
+    pairs = Pairs(np.zeros(3, dtype=np.int64), np.array([1, 2, 1]), np.array([0, 0, 2]))  # right by 1, right by 5, wrong by 4
+    sure = [1 / (1 + math.exp(-gap)) for gap in (1, 4, 5)]
+    low, high = reward.calibration_curve(scores, pairs, bins=2)
+    assert low == {"confidence": pytest.approx(sure[0]), "right": 1.0, "pairs": 1}
+    assert high == {"confidence": pytest.approx((sure[1] + sure[2]) / 2), "right": 0.5, "pairs": 2}
+    expected = (1 - sure[0] + 2 * abs((sure[1] + sure[2]) / 2 - 0.5)) / 3
+    assert reward.calibration_error([low, high]) == pytest.approx(expected)
 
 
 def test_reward_beats_distances_where_behaviour_says_more(tmp_path):
     material, histories, held_out = _world()
     model, report = reward.train_reward(material, histories, held_out, EvidenceConfig(), SMALL, seed=0)
     assert report["usable"] and report["gain"] > 0.03
-    assert report["reward"]["accuracy_neighbours"] > 0.7 and 0 <= report["reward"]["calibration_error"] < 0.25
+    accuracy = report["accuracy"]
+    assert accuracy["reward"] > 0.7 and 0 <= report["calibration_error"] < 0.25
+    assert report["gain"] == pytest.approx(accuracy["reward"] - accuracy["distance_only"])
+    assert report["gain_over_unfitted"] == pytest.approx(accuracy["reward"] - accuracy["distance_unfitted"])
+    assert sum(part["pairs"] for part in report["calibration"]) == report["test_pairs"]
+    # histories stay inside the clusters that content tells only half
+    assert report["carried"]["neighbours"] > 0.05 and report["carried"]["neighbours"] == max(report["carried"].values())
     model.save(tmp_path / "reward", report)
     again = SidReward.load(tmp_path / "reward")
     rows = np.arange(10)
@@ -83,7 +104,7 @@ def test_reward_on_random_behaviour_is_not_usable_and_says_why():
 def test_no_co_engagement_is_a_reason_not_a_crash():
     material, *_ = _world()
     histories = held_out = [np.array([row]) for row in range(50)]
-    _, report = reward.train_reward(material, histories, held_out, EvidenceConfig(rebuild=0.0, crowding=0.0), SMALL, seed=0)
+    _, report = reward.train_reward(material, histories, held_out, EvidenceConfig(), SMALL, seed=0)
     assert not report["usable"] and "nothing to learn" in report["reason"]
 
 

@@ -31,16 +31,10 @@ LOOKED_UP = 1_000_000  # paths at once; bounds memory, changes no figure
 
 
 class EvidenceConfig(Section):
-    """How the parts are weighted into the one figure that labels candidate pairs for the reward model.
-
-    Rebuild and crowding only break ties here: both can be computed without asking users, and the loop has components of their own
-    for them. With heavier weights the labels become so easy that the model neglects the behaviour it is there to learn.
-    """
+    """How the levels are weighed, and how little evidence counts for nothing."""
 
     level_weights: tuple[float, ...] = (0.6, 0.4)  # of prefixes, by length; deeper levels weigh nothing
     code_weights: tuple[float, ...] = (0.5, 0.5)  # of the codes of the second, third, ... level by themselves
-    rebuild: float = 0.05
-    crowding: float = 0.05
     prior: float = 1.0  # co-engagement weight that an item must have before its share counts half
     window: int = 3
 
@@ -171,17 +165,20 @@ class CodeTable:
     def components(self, rows: NDArray, candidates: Codes, error_growth: Floats, config: EvidenceConfig) -> dict[str, Floats]:
         """The components, each (R, P), higher is better. `error_growth` (R, P): relative growth of the quantisation error."""
         levels = candidates.shape[-1]
-        weights = np.array((*config.level_weights, *[0.0] * levels)[:levels])
         excess, _ = self.agreement(rows, candidates)
         others = self.others(rows, candidates)
         fullness = others[..., -2] / self.codebook_size if levels > 1 else 0.0
         return {
-            "neighbours": excess @ weights,
-            "codes": self.code_agreement(rows, candidates, excess) @ np.array((*config.code_weights, *[0.0] * levels)[: levels - 1]),
+            "neighbours": _weighed(excess, config.level_weights),
+            "codes": _weighed(self.code_agreement(rows, candidates, excess), config.code_weights),
             "crowding": -(np.minimum(others[..., -1], 1.0) + np.minimum(fullness, 1.0)),
             "balance": self._balance(rows, candidates),
             "rebuild": -error_growth,
         }
+
+    def neighbours(self, rows: NDArray, candidates: Codes, config: EvidenceConfig) -> Floats:
+        """The component `neighbours` alone, (R, P): what labels the pairs that `sid_reward` is fitted on."""
+        return _weighed(self.agreement(rows, candidates)[0], config.level_weights)
 
     def _balance(self, rows: NDArray, candidates: Codes) -> Floats:
         """(R,), (R, P, L) -> (R, P): minus the log of (others with the code, and this item, over a fair share), summed over levels."""
@@ -191,11 +188,6 @@ class CodeTable:
             own = candidates[..., level] == self.codes[rows, level][:, None]
             total -= np.log((used[candidates[..., level]] - own + 1.0) * self.codebook_size / len(self.codes))
         return total
-
-    def evidence(self, rows: NDArray, candidates: Codes, error_growth: Floats, config: EvidenceConfig) -> Floats:
-        """The composite evidence (R, P): neighbours + weighted crowding + weighted rebuild."""
-        parts = self.components(rows, candidates, error_growth, config)
-        return parts["neighbours"] + config.crowding * parts["crowding"] + config.rebuild * parts["rebuild"]
 
     def mean_under(self, vectors: NDArray, rows: NDArray, candidates: Codes, level: int) -> tuple[NDArray, NDArray]:
         """Mean vector of the *other* items under each candidate's prefix of `level` (0-based), (R, P, D), and their number (R, P).
@@ -246,6 +238,12 @@ class NeighboursCodes:
             score += self.code_weight[level] * held[:, None]
         best = np.argsort(-score, axis=-1, kind="stable")[..., :count]
         return np.where(np.take_along_axis(score, best, -1) > 0, best, -1)
+
+
+def _weighed(excess: Floats, weights: Sequence[float]) -> Floats:
+    """(..., M) excesses -> (...): their sum by weight, levels without one weighing nothing."""
+    levels = excess.shape[-1]
+    return excess @ np.array((*weights, *[0.0] * levels)[:levels])
 
 
 def _look_up(sorted_keys: Codes, wanted: Codes) -> tuple[Codes, NDArray[np.bool_]]:

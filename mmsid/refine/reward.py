@@ -48,7 +48,16 @@ class RewardConfig(Section):
     folds: int = Field(3, ge=2)
     test_candidates: int = 12
     test_tie: float = 0.05
-    least_gain: float = 0.0  # pair accuracy above the distance-only scorer, on neighbour evidence of the held-out users
+    least_gain: float = 0.0  # pair accuracy above the distance expert, labels of the held-out users
+
+
+# which features say what, by the beginnings of their names; the report says how much of the accuracy hangs on each group
+FEATURE_GROUPS = {
+    "distances": ("distance",),
+    "neighbours": ("agreement", "chance"),
+    "crowding": ("crowd", "collision"),
+    "coherence": ("coherence",),
+}
 
 
 def feature_names(num_levels: int) -> list[str]:
@@ -181,17 +190,24 @@ def pair_accuracy(scores: NDArray, pairs: Pairs) -> float:
     return float((gap > 0).mean() + 0.5 * (gap == 0).mean())
 
 
-def calibration_error(scores: NDArray, pairs: Pairs, bins: int = 10) -> float:
-    """Expected calibration error of sigmoid(r_a - r_b): confidence of the favoured side against how often it wins; NaN without pairs."""
-    if len(pairs.row) == 0:
-        return float("nan")
+def calibration_curve(scores: NDArray, pairs: Pairs, bins: int = 10) -> list[dict[str, float]]:
+    """How sure sigmoid(r_a - r_b) is of the side it favours, against how often that side wins: one record per bin that holds pairs,
+    `confidence` and `right` being means over its `pairs`. Bins cut .5 to 1 evenly; a tie is half right."""
     gap = scores[pairs.row, pairs.better] - scores[pairs.row, pairs.worse]
     confidence = 1.0 / (1.0 + np.exp(-np.abs(gap)))
     right = (gap > 0) + 0.5 * (gap == 0)
     which = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
-    size = np.bincount(which, minlength=bins)
-    error = np.abs(np.bincount(which, weights=confidence, minlength=bins) - np.bincount(which, weights=right, minlength=bins))
-    return float(error.sum() / max(size.sum(), 1))
+    bins_with_pairs = [which == number for number in np.unique(which)]
+    return [
+        {"confidence": float(confidence[part].mean()), "right": float(right[part].mean()), "pairs": int(part.sum())}
+        for part in bins_with_pairs
+    ]
+
+
+def calibration_error(curve: Sequence[dict[str, float]]) -> float:
+    """Expected calibration error of a `calibration_curve`: mean over pairs of |confidence - right|; NaN without pairs."""
+    size = sum(part["pairs"] for part in curve)
+    return sum(part["pairs"] * abs(part["confidence"] - part["right"]) for part in curve) / size if size else float("nan")
 
 
 def fit(model: SidReward, features: Tensor, pairs: Pairs, config: RewardConfig, seed: int) -> None:
@@ -248,8 +264,14 @@ def train_reward(
 
     The fit users are split in halves: features of one half predict the labels of the other, both ways round. The report comes from
     `folds` further fits, each judged on the items it did not see, with features from all fit users and labels from
-    the `held_out` ones. `report["usable"]` says whether the model beats its rival by more than `least_gain` on neighbour evidence
-    (`gain_error`: standard error of that gain over items), `report["reason"]` why not.
+    the `held_out` ones. It holds:
+
+    * accuracy: share of the held-out pairs ordered rightly by the reward, by each of its experts alone (`distance_only` is the rival:
+      it too was fitted to the labels), and by the distance to the item's codes as it is (`distance_unfitted`);
+    * usable, reason: whether the model beats its rival by more than `least_gain`, and why not; gain, gain_error: by how much, and the
+      standard error of that over items; gain_over_unfitted;
+    * carried: per group of features, the accuracy lost when the candidates of an item exchange them;
+    * calibration, calibration_error: see `calibration_curve`.
     """
     rows = np.arange(len(material.codes))
     first, second = split_users(histories, (0.5, 0.5), seed)
@@ -257,8 +279,7 @@ def train_reward(
     labelled: list[Pairs] = []
     for turn, (seen, judge) in enumerate(((first, second), (second, first))):
         candidates = draw_candidates(material.reference, rows, config.candidates, seed + turn)
-        growth = material.reference.error_growth(rows, candidates)
-        pairs = make_pairs(material.table(judge, evidence).evidence(rows, candidates, growth, evidence), config.tie)
+        pairs = make_pairs(material.table(judge, evidence).neighbours(rows, candidates, evidence), config.tie)
         labelled.append(pairs._replace(row=pairs.row + turn * len(rows)))
         table = material.table(seen, evidence)
         fitted.append(read_features(material.reference, material.item_vectors, table, rows, candidates))
@@ -266,16 +287,12 @@ def train_reward(
     pairs = Pairs(*(np.concatenate(parts) for parts in zip(*labelled, strict=True)))
 
     candidates = draw_candidates(material.reference, rows, config.test_candidates, seed + 2)
-    judge_table, table = material.table(held_out, evidence), material.table(histories, evidence)
-    growth = material.reference.error_growth(rows, candidates)
+    table = material.table(histories, evidence)
     test_features = read_features(material.reference, material.item_vectors, table, rows, candidates)
-    tests = {
-        "evidence": make_pairs(judge_table.evidence(rows, candidates, growth, evidence), config.test_tie),
-        "neighbours": make_pairs(judge_table.components(rows, candidates, growth, evidence)["neighbours"], config.test_tie),
-    }
-    report: dict[str, Any] = {"pairs": len(pairs.row), "test_pairs": {name: len(part.row) for name, part in tests.items()}}
+    test = make_pairs(material.table(held_out, evidence).neighbours(rows, candidates, evidence), config.test_tie)
+    report: dict[str, Any] = {"pairs": len(pairs.row), "test_pairs": len(test.row)}
     names = feature_names(material.codes.shape[1])
-    if min(len(pairs.row), *(len(part.row) for part in tests.values())) == 0:
+    if min(len(pairs.row), len(test.row)) == 0:
         report |= {
             "usable": False,
             "reason": "co-engagement of the fit users tells no candidate codes apart: nothing to learn a reward from",
@@ -284,7 +301,8 @@ def train_reward(
 
     _, kind = np.unique(material.content, return_inverse=True)  # exact duplicates stay in one fold
     fold = (np.random.default_rng(seed).permutation(int(kind.max()) + 1) % config.folds)[kind]
-    scores = {name: np.zeros(candidates.shape[:2]) for name in ("reward", "distance_only", "behaviour_only")}
+    hidden = {f"without_{group}": _hidden(test_features, names, group, seed) for group in FEATURE_GROUPS}
+    scores = {name: np.zeros(candidates.shape[:2]) for name in ("reward", "distance_only", "behaviour_only", *hidden)}
     for left_out in range(config.folds):
         model = _seeded(names, config, seed)
         fit(model, features, Pairs(*(part[fold[pairs.row % len(rows)] != left_out] for part in pairs)), config, seed)
@@ -292,14 +310,18 @@ def train_reward(
         with torch.no_grad():
             behaviour, distance = model.experts(test_features[judged])
             said = {"reward": model(test_features[judged]), "distance_only": distance, "behaviour_only": behaviour}
+            said |= {name: model(part[judged]) for name, part in hidden.items()}
         for name, value in said.items():
             scores[name][judged.numpy()] = value.double().numpy()
-    for name, value in scores.items():
-        report[name] = {f"accuracy_{label}": pair_accuracy(value, part) for label, part in tests.items()}
-        report[name]["calibration_error"] = calibration_error(value, tests["evidence"])
-    ours, rival = report["reward"]["accuracy_neighbours"], report["distance_only"]["accuracy_neighbours"]
-    report |= {"gain": ours - rival, "gain_error": _gain_error(scores["reward"], scores["distance_only"], tests["neighbours"], len(rows))}
-    report |= {"usable": bool(ours - rival > config.least_gain), "reason": ""}
+    scores["distance_unfitted"] = -material.reference.error_growth(rows, candidates)
+    accuracy = {name: pair_accuracy(value, test) for name, value in scores.items()}
+    report["accuracy"] = {name: value for name, value in accuracy.items() if name not in hidden}
+    report["carried"] = {group: accuracy["reward"] - accuracy[f"without_{group}"] for group in FEATURE_GROUPS}
+    report["calibration"] = calibration_curve(scores["reward"], test)
+    report["calibration_error"] = calibration_error(report["calibration"])
+    ours, rival = accuracy["reward"], accuracy["distance_only"]
+    report |= {"gain": ours - rival, "gain_error": _gain_error(scores["reward"], scores["distance_only"], test, len(rows))}
+    report |= {"gain_over_unfitted": ours - accuracy["distance_unfitted"], "usable": bool(ours - rival > config.least_gain), "reason": ""}
     if not report["usable"]:
         report["reason"] = (
             f"sid_reward orders {ours:.3f} of the held-out pairs rightly, a scorer that knows only the distances {rival:.3f}; "
@@ -308,6 +330,15 @@ def train_reward(
     final = _seeded(names, config, seed)
     fit(final, features, pairs, config, seed)
     return final.eval(), report
+
+
+def _hidden(features: Tensor, names: Sequence[str], group: str, seed: int) -> Tensor:
+    """(R, C, F) with the features of a group exchanged between the candidates of each item: still plausible, and telling nothing."""
+    columns = torch.tensor([name.startswith(FEATURE_GROUPS[group]) for name in names])
+    order = torch.rand(features.shape[:2], generator=torch.Generator().manual_seed(seed)).argsort(1)
+    exchanged = features.clone()
+    exchanged[..., columns] = features.gather(1, order[..., None].expand_as(features))[..., columns]
+    return exchanged
 
 
 def _gain_error(scores: NDArray, rival: NDArray, pairs: Pairs, items: int) -> float:
