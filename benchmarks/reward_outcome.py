@@ -105,7 +105,7 @@ def moved(job: Job, reward: SidReward, block: int, share: float) -> SidTable:
     for piece in np.split(rows, range(ROWS, len(rows), ROWS)):
         paths = tree.codes[torch.from_numpy(piece)].cpu().numpy()
         with torch.no_grad():
-            experts = reward.experts(read_features(job.reference, job.material.item_vectors, table, piece, paths))
+            experts = reward.experts(read_features(job.material, table, piece, paths))
         log_prob = tree.log_prob[torch.from_numpy(piece)].cpu()
         for weight, scores in zip(tilt, experts, strict=True):
             log_prob = log_prob + weight * (scores - scores.mean(1, keepdim=True)) / scores.std(1, keepdim=True).clamp_min(1e-6)
@@ -123,7 +123,7 @@ def said(job: Job, reward: SidReward, table: SidTable) -> dict[str, float]:
     totals: dict[str, list[np.ndarray]] = {}
     for piece in np.split(rows, range(ROWS, len(rows), ROWS)):
         paths = codes[piece][:, None]
-        features = read_features(job.reference, job.material.item_vectors, known, piece, paths)
+        features = read_features(job.material, known, piece, paths)
         with torch.no_grad():
             behaviour, distance = reward.experts(features)
             parts = {"sid_reward": reward(features), "behaviour expert": behaviour, "distance expert": distance}

@@ -124,6 +124,12 @@ def test_balance_by_hand():
     np.testing.assert_allclose(parts["balance"], expected, atol=1e-12)
 
 
+def test_share_under_by_hand():
+    table = CodeTable(np.array([[0, 0], [0, 1], [1, 0], [1, 1]]), 2, _neighbours(4, []))
+    found = table.share_under(np.array([[1, 2, 3]]), np.array([[0.5, 0.3, 0.2]]), np.array([[[0, 0], [0, 1], [1, 1]]]))
+    np.testing.assert_allclose(found, [[[0.5, 0.0], [0.5, 0.5], [0.5, 0.2]]])
+
+
 def test_mean_under_leaves_the_item_out():
     vectors = np.array([[1.0, 0], [0, 1], [4, 4]])
     table = CodeTable(np.array([[0, 0], [0, 1], [1, 0]]), 2, _neighbours(3, []))

@@ -84,9 +84,7 @@ def test_reward_beats_distances_where_behaviour_says_more(tmp_path):
     model.save(tmp_path / "reward", report)
     again = SidReward.load(tmp_path / "reward")
     rows = np.arange(10)
-    features = reward.read_features(
-        material.reference, material.item_vectors, material.table(histories, EvidenceConfig()), rows, material.codes[rows, None]
-    )
+    features = reward.read_features(material, material.table(histories, EvidenceConfig()), rows, material.codes[rows, None])
     assert features.shape == (10, 1, len(reward.feature_names(2)))
     with torch.no_grad():
         torch.testing.assert_close(again(features), model.eval()(features))
@@ -108,13 +106,19 @@ def test_no_co_engagement_is_a_reason_not_a_crash():
     assert not report["usable"] and "nothing to learn" in report["reason"]
 
 
+def test_most_alike_by_hand():
+    vectors = np.array([[1.0, 0], [0.8, 0.6], [0, 1], [-1.8, -1.6]])  # their mean is 0; unit: the last (-.747, -.664)
+    near, weight = reward.most_alike(vectors, count=2, sharpness=1.0)
+    assert near.tolist() == [[1, 2], [0, 2], [1, 0], [2, 0]]  # cosines: 0-1 .8, 1-2 .6, 0-2 0, 3-2 -.66, 3-0 -.75
+    assert weight[0] == pytest.approx([1 / (1 + math.exp(-0.8)), 1 / (1 + math.exp(0.8))])
+    assert weight.sum(1) == pytest.approx(np.ones(4)) and reward.most_alike(vectors, count=9)[0].shape == (4, 3)
+
+
 def test_experts_read_their_own_features_only():
     material, histories, _ = _world()
     names = reward.feature_names(2)
     rows = np.arange(5)
-    features = reward.read_features(
-        material.reference, material.item_vectors, material.table(histories, EvidenceConfig()), rows, material.codes[rows, None]
-    )
+    features = reward.read_features(material, material.table(histories, EvidenceConfig()), rows, material.codes[rows, None])
     model = SidReward(names, 8, distance_weight=0.5)
     other = features.clone()
     other[..., [number for number, name in enumerate(names) if not name.startswith("distance")]] += 3

@@ -189,6 +189,12 @@ class CodeTable:
             total -= np.log((used[candidates[..., level]] - own + 1.0) * self.codebook_size / len(self.codes))
         return total
 
+    def share_under(self, items: NDArray, weights: Floats, candidates: Codes) -> Floats:
+        """Items (R, k) of each row with their weights (R, k), candidates (R, P, L) -> (R, P, L): share of the weight under each prefix."""
+        keys, held = prefix_keys(candidates, self.codebook_size), self.keys[items]
+        shares = [((held[:, None, :, level] == keys[:, :, None, level]) * weights[:, None]).sum(-1) for level in range(keys.shape[-1])]
+        return np.stack(shares, axis=-1)
+
     def mean_under(self, vectors: NDArray, rows: NDArray, candidates: Codes, level: int) -> tuple[NDArray, NDArray]:
         """Mean vector of the *other* items under each candidate's prefix of `level` (0-based), (R, P, D), and their number (R, P).
 

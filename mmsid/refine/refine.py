@@ -310,13 +310,7 @@ class Job:
         pieces = []
         step = max(1, SCORED_ROWS * 8 // candidates.shape[1])
         for start in range(0, len(rows), step):
-            features = read_features(
-                self.reference,
-                self.material.item_vectors,
-                table,
-                rows[start : start + step],
-                candidates[start : start + step],
-            )
+            features = read_features(self.material, table, rows[start : start + step], candidates[start : start + step])
             with torch.no_grad():
                 pieces.append(reward.eval()(features).double().numpy())
         return np.concatenate(pieces)

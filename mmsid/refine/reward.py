@@ -5,18 +5,19 @@ users, the label says which candidate another group's behaviour bears out. The f
 from the inner held-out users, whom neither the fit nor the tokenizer saw, and from items left out of the fit. Its rival is its own
 distance expert.
 
-r is a product of two experts, fitted apart and added: one reads behaviour and neighbours (agreement, chance, crowding, coherence), the
-other the distances. Why apart: the tokenizer was fitted on the co-engagement of the very users that label the pairs, so its distances
-know the labels; a model fitted on both at once leans on them. Drawn demo catalogue, share of held-out pairs ordered rightly, two seeds:
-behaviour .787 / .791, distances .791 / .801, fitted together .791 / .802, the two experts added .798 / .806. Added with equal weight, the
-distances veto what behaviour proposes: a tokenizer trained on wrong targets repairs nothing, a good one gains nothing (LOG.md). So
-they count for less.
+r is a product of two experts, fitted apart and added: one reads behaviour and neighbours (agreement, chance, crowding, coherence, where
+the items most alike lie), the other the distances. Why apart: the tokenizer was fitted on the co-engagement of the very users that label
+the pairs, so its distances know the labels; a model fitted on both at once leans on them. Drawn demo catalogue, share of held-out pairs
+ordered rightly, two seeds: behaviour .787 / .791, distances .791 / .801, fitted together .791 / .802, the two experts added .798 / .806.
+Added with equal weight, the distances veto what behaviour proposes: a tokenizer trained on wrong targets repairs nothing, a good one
+gains nothing (LOG.md). So they count for less.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +32,10 @@ from mmsid.catalog.pairs import co_engagement
 from mmsid.config import Section
 from mmsid.errors import ArtifactError
 from mmsid.refine.evidence import Codes, CodeTable, EvidenceConfig, Floats, split_users
-from mmsid.refine.policy import Reference
+from mmsid.refine.policy import BATCH, Reference
+
+ALIKE = 20  # items most like one, whose codes are asked
+SHARPNESS = 10.0  # of their weights: e-fold per tenth of a cosine
 
 
 class RewardConfig(Section):
@@ -56,7 +60,7 @@ FEATURE_GROUPS = {
     "distances": ("distance",),
     "neighbours": ("agreement", "chance"),
     "crowding": ("crowd", "collision"),
-    "coherence": ("coherence",),
+    "coherence": ("coherence", "alike"),
 }
 
 
@@ -71,24 +75,28 @@ def feature_names(num_levels: int) -> list[str]:
         *[f"crowd_{level}" for level in levels],
         "collision",
         *[f"coherence_{level}" for level in range(1, num_levels)],
+        *[f"alike_{level}" for level in levels],
         "log_degree",
     ]
 
 
-def read_features(reference: Reference, item_vectors: NDArray, table: CodeTable, rows: NDArray, candidates: Codes) -> Tensor:
+def read_features(material: Material, table: CodeTable, rows: NDArray, candidates: Codes) -> Tensor:
     """(R, C, F) features of candidates (R, C, L) of `rows` (R,), measured against everybody else in `table`.
 
-    `item_vectors` (N, H): unit rows, states of the items; the coherence features compare them with the mean state under each prefix.
+    Of content: `coherence` compares the item's state with the mean state under each prefix, `alike` is the share of the items most like it
+    that lie there.
     """
+    reference, vectors = material.reference, material.item_vectors
     excess, chance = table.agreement(rows, candidates)
     others = table.others(rows, candidates)
     coherence = []
     for level in range(candidates.shape[-1] - 1):
-        mean, _ = table.mean_under(item_vectors, rows, candidates, level)
+        mean, _ = table.mean_under(vectors, rows, candidates, level)
         length = np.maximum(np.linalg.norm(mean, axis=-1), 1e-9)
-        coherence.append(np.einsum("rh,rch->rc", item_vectors[rows], mean) / length)
+        coherence.append(np.einsum("rh,rch->rc", vectors[rows], mean) / length)
     growth = reference.error_growth(rows, candidates)
     degree = np.broadcast_to(np.log1p(table.degree[rows])[:, None], growth.shape)
+    near, weight = material.alike
     columns = [
         *np.moveaxis(reference.level_log_prob(rows, candidates), -1, 0),
         growth,
@@ -97,9 +105,27 @@ def read_features(reference: Reference, item_vectors: NDArray, table: CodeTable,
         *np.moveaxis(np.log1p(others), -1, 0),
         np.minimum(others[..., -1], 1.0),
         *coherence,
+        *np.moveaxis(table.share_under(near[rows], weight[rows], candidates), -1, 0),
         degree,
     ]
     return torch.from_numpy(np.stack(columns, axis=-1).astype(np.float32))
+
+
+def most_alike(vectors: NDArray, count: int = ALIKE, sharpness: float = SHARPNESS) -> tuple[NDArray[np.int64], Floats]:
+    """The `count` items nearest to each by the cosine of their centred vectors (N, H), itself left out, and their weights: proportional to
+    exp(sharpness * cosine), adding up to 1. Both (N, count), or (N, N - 1) of a small catalogue."""
+    centred = vectors - vectors.mean(axis=0, keepdims=True)
+    unit = (centred / np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-9)).astype(np.float32)
+    count = min(count, len(unit) - 1)
+    near, cosine = np.empty((len(unit), count), dtype=np.int64), np.empty((len(unit), count))
+    for start in range(0, len(unit), BATCH):
+        close = unit[start : start + BATCH] @ unit.T
+        close[np.arange(len(close)), np.arange(start, start + len(close))] = -np.inf
+        best = np.argpartition(-close, count - 1, axis=1)[:, :count]
+        best = np.take_along_axis(best, np.take_along_axis(-close, best, axis=1).argsort(axis=1, kind="stable"), axis=1)
+        near[start : start + BATCH], cosine[start : start + BATCH] = best, np.take_along_axis(close, best, axis=1)
+    weight = np.exp(sharpness * (cosine - 1.0))
+    return near, weight / np.maximum(weight.sum(axis=1, keepdims=True), 1e-12)
 
 
 class SidReward(nn.Module):
@@ -237,6 +263,11 @@ class Material:
     codes: Codes
     content: NDArray
 
+    @cached_property
+    def alike(self) -> tuple[NDArray[np.int64], Floats]:
+        """`most_alike` of the item vectors: they are frozen, so it is looked up once."""
+        return most_alike(self.item_vectors)
+
     def table(self, histories: Sequence[NDArray], config: EvidenceConfig) -> CodeTable:
         neighbours = co_engagement(list(histories), len(self.codes), config.window)
         return CodeTable(self.codes, self.reference.head.codebook_size, neighbours, self.content, config.prior)
@@ -282,13 +313,13 @@ def train_reward(
         pairs = make_pairs(material.table(judge, evidence).neighbours(rows, candidates, evidence), config.tie)
         labelled.append(pairs._replace(row=pairs.row + turn * len(rows)))
         table = material.table(seen, evidence)
-        fitted.append(read_features(material.reference, material.item_vectors, table, rows, candidates))
+        fitted.append(read_features(material, table, rows, candidates))
     features = torch.cat(fitted)
     pairs = Pairs(*(np.concatenate(parts) for parts in zip(*labelled, strict=True)))
 
     candidates = draw_candidates(material.reference, rows, config.test_candidates, seed + 2)
     table = material.table(histories, evidence)
-    test_features = read_features(material.reference, material.item_vectors, table, rows, candidates)
+    test_features = read_features(material, table, rows, candidates)
     test = make_pairs(material.table(held_out, evidence).neighbours(rows, candidates, evidence), config.test_tie)
     report: dict[str, Any] = {"pairs": len(pairs.row), "test_pairs": len(test.row)}
     names = feature_names(material.codes.shape[1])
