@@ -38,9 +38,10 @@ from mmsid.recommend.fit import Schedule, fit, table_paths
 from mmsid.recommend.history import pad_histories
 from mmsid.refine import gate
 from mmsid.refine.evidence import Codes
+from mmsid.refine.features import read_features
 from mmsid.refine.publish import make_table
 from mmsid.refine.refine import Job
-from mmsid.refine.reward import SidReward, read_features
+from mmsid.refine.reward import SidReward
 from mmsid.sids.table import SidTable
 
 RESULTS = Path(__file__).parent / "results"

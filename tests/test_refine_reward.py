@@ -9,8 +9,10 @@ import torch
 from mmsid.errors import ArtifactError
 from mmsid.refine import reward
 from mmsid.refine.evidence import EvidenceConfig
+from mmsid.refine.features import Material, feature_names, most_alike, read_features
+from mmsid.refine.pairs import Pairs, calibration_curve, calibration_error, make_pairs, pair_accuracy
 from mmsid.refine.policy import Reference
-from mmsid.refine.reward import Material, Pairs, RewardConfig, SidReward
+from mmsid.refine.reward import RewardConfig, SidReward
 from mmsid.tokenizer.heads import ResidualHead
 
 SMALL = RewardConfig(steps=120, batch=512)
@@ -44,30 +46,30 @@ def test_bradley_terry_by_hand():
 
 
 def test_pairs_accuracy_and_calibration_by_hand():
-    pairs = reward.make_pairs(np.array([[0.5, 0.1, 0.505]]), tie=0.01)
+    pairs = make_pairs(np.array([[0.5, 0.1, 0.505]]), tie=0.01)
     assert list(zip(*(part.tolist() for part in pairs), strict=True)) == [(0, 0, 1), (0, 2, 1)]  # 0 against 2 is a tie
     scores = np.array([[0.0, 1.0, 2.0]])
-    assert reward.pair_accuracy(scores, pairs) == 0.5
-    assert reward.pair_accuracy(np.zeros((1, 3)), pairs) == 0.5
+    assert pair_accuracy(scores, pairs) == 0.5
+    assert pair_accuracy(np.zeros((1, 3)), pairs) == 0.5
     # one right and one wrong, both with confidence sigmoid(1) = .731: error .731 - .5
-    curve = reward.calibration_curve(scores, pairs)
+    curve = calibration_curve(scores, pairs)
     sure = 1 / (1 + math.exp(-1))
     assert curve == [{"confidence": pytest.approx(sure), "right": 0.5, "pairs": 2}]
-    assert reward.calibration_error(curve) == pytest.approx(sure - 0.5)
+    assert calibration_error(curve) == pytest.approx(sure - 0.5)
     empty = Pairs(*(np.empty(0, dtype=np.int64) for _ in range(3)))
-    assert math.isnan(reward.pair_accuracy(scores, empty))
-    assert reward.calibration_curve(scores, empty) == [] and math.isnan(reward.calibration_error([]))
+    assert math.isnan(pair_accuracy(scores, empty))
+    assert calibration_curve(scores, empty) == [] and math.isnan(calibration_error([]))
 
 
 def test_calibration_by_bins_by_hand():
     scores = np.array([[0.0, 1.0, 5.0]])
     pairs = Pairs(np.zeros(3, dtype=np.int64), np.array([1, 2, 1]), np.array([0, 0, 2]))  # right by 1, right by 5, wrong by 4
     sure = [1 / (1 + math.exp(-gap)) for gap in (1, 4, 5)]
-    low, high = reward.calibration_curve(scores, pairs, bins=2)
+    low, high = calibration_curve(scores, pairs, bins=2)
     assert low == {"confidence": pytest.approx(sure[0]), "right": 1.0, "pairs": 1}
     assert high == {"confidence": pytest.approx((sure[1] + sure[2]) / 2), "right": 0.5, "pairs": 2}
     expected = (1 - sure[0] + 2 * abs((sure[1] + sure[2]) / 2 - 0.5)) / 3
-    assert reward.calibration_error([low, high]) == pytest.approx(expected)
+    assert calibration_error([low, high]) == pytest.approx(expected)
 
 
 def test_reward_beats_distances_where_behaviour_says_more(tmp_path):
@@ -84,10 +86,10 @@ def test_reward_beats_distances_where_behaviour_says_more(tmp_path):
     model.save(tmp_path / "reward", report)
     again = SidReward.load(tmp_path / "reward")
     rows = np.arange(10)
-    features = reward.read_features(material, material.table(histories, EvidenceConfig()), rows, material.codes[rows, None])
-    assert features.shape == (10, 1, len(reward.feature_names(2)))
+    read = read_features(material, material.table(histories, EvidenceConfig()), rows, material.codes[rows, None])
+    assert read.shape == (10, 1, len(feature_names(2)))
     with torch.no_grad():
-        torch.testing.assert_close(again(features), model.eval()(features))
+        torch.testing.assert_close(again(read), model.eval()(read))
     (tmp_path / "reward" / "reward.safetensors").write_bytes(b"torn")
     with pytest.raises(ArtifactError):
         SidReward.load(tmp_path / "reward")
@@ -108,24 +110,24 @@ def test_no_co_engagement_is_a_reason_not_a_crash():
 
 def test_most_alike_by_hand():
     vectors = np.array([[1.0, 0], [0.8, 0.6], [0, 1], [-1.8, -1.6]])  # their mean is 0; unit: the last (-.747, -.664)
-    near, weight = reward.most_alike(vectors, count=2, sharpness=1.0)
+    near, weight = most_alike(vectors, count=2, sharpness=1.0)
     assert near.tolist() == [[1, 2], [0, 2], [1, 0], [2, 0]]  # cosines: 0-1 .8, 1-2 .6, 0-2 0, 3-2 -.66, 3-0 -.75
     assert weight[0] == pytest.approx([1 / (1 + math.exp(-0.8)), 1 / (1 + math.exp(0.8))])
-    assert weight.sum(1) == pytest.approx(np.ones(4)) and reward.most_alike(vectors, count=9)[0].shape == (4, 3)
+    assert weight.sum(1) == pytest.approx(np.ones(4)) and most_alike(vectors, count=9)[0].shape == (4, 3)
 
 
 def test_experts_read_their_own_features_only():
     material, histories, _ = _world()
-    names = reward.feature_names(2)
+    names = feature_names(2)
     rows = np.arange(5)
-    features = reward.read_features(material, material.table(histories, EvidenceConfig()), rows, material.codes[rows, None])
+    read = read_features(material, material.table(histories, EvidenceConfig()), rows, material.codes[rows, None])
     model = SidReward(names, 8, distance_weight=0.5)
-    other = features.clone()
+    other = read.clone()
     other[..., [number for number, name in enumerate(names) if not name.startswith("distance")]] += 3
     with torch.no_grad():
-        (behaviour, distance), (changed, same) = model.experts(features), model.experts(other)
+        (behaviour, distance), (changed, same) = model.experts(read), model.experts(other)
         assert torch.equal(distance, same) and not torch.equal(behaviour, changed)
-        torch.testing.assert_close(model(features), behaviour + 0.5 * distance)
+        torch.testing.assert_close(model(read), behaviour + 0.5 * distance)
 
 
 def test_same_seed_same_reward():

@@ -29,13 +29,14 @@ from mmsid.progress import done, track
 from mmsid.refine import gate
 from mmsid.refine.checkpoint import load_state, save_state
 from mmsid.refine.evidence import Codes, CodeTable, EvidenceConfig, Floats, NeighboursCodes
+from mmsid.refine.features import Material, read_features
 from mmsid.refine.flips import flipped, noisy_inputs, noisy_sample
 from mmsid.refine.gate import GateConfig
 from mmsid.refine.loop import LoopConfig, Policy, Refinement, Scorer
 from mmsid.refine.outcome import write_moved, write_near_ties, write_sids, write_tokenizer
 from mmsid.refine.policy import HeadPolicy, Propose, Reference
 from mmsid.refine.publish import make_table
-from mmsid.refine.reward import Material, RewardConfig, SidReward, read_features, train_reward
+from mmsid.refine.reward import RewardConfig, SidReward, train_reward
 from mmsid.refine.tracking import RunLog, TrackerName, check_tracker
 from mmsid.refine.watch import next_item_watch
 from mmsid.sids.collisions import Policy as Collisions

@@ -16,10 +16,8 @@ gains nothing (LOG.md). So they count for less.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,14 +26,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mmsid.artifacts import read_json, read_weights, write_json, write_tensors
-from mmsid.catalog.pairs import co_engagement
 from mmsid.config import Section
 from mmsid.errors import ArtifactError
-from mmsid.refine.evidence import Codes, CodeTable, EvidenceConfig, Floats, split_users
-from mmsid.refine.policy import BATCH, Reference
-
-ALIKE = 20  # items most like one, whose codes are asked
-SHARPNESS = 10.0  # of their weights: e-fold per tenth of a cosine
+from mmsid.refine.evidence import Codes, EvidenceConfig, split_users
+from mmsid.refine.features import FEATURE_GROUPS, Material, exchanged, feature_names, read_features
+from mmsid.refine.pairs import Pairs, calibration_curve, calibration_error, gain_error, make_pairs, pair_accuracy
+from mmsid.refine.policy import Reference
 
 
 class RewardConfig(Section):
@@ -53,79 +49,6 @@ class RewardConfig(Section):
     test_candidates: int = 12
     test_tie: float = 0.05
     least_gain: float = 0.0  # pair accuracy above the distance expert, labels of the held-out users
-
-
-# which features say what, by the beginnings of their names; the report says how much of the accuracy hangs on each group
-FEATURE_GROUPS = {
-    "distances": ("distance",),
-    "neighbours": ("agreement", "chance"),
-    "crowding": ("crowd", "collision"),
-    "coherence": ("coherence", "alike"),
-}
-
-
-def feature_names(num_levels: int) -> list[str]:
-    """Names of the scalars, in order; those that start with `distance` belong to the distance expert, the others not."""
-    levels = range(1, num_levels + 1)
-    return [
-        *[f"distance_log_prob_{level}" for level in levels],
-        "distance_error_growth",
-        *[f"agreement_{level}" for level in levels],
-        *[f"chance_{level}" for level in levels],
-        *[f"crowd_{level}" for level in levels],
-        "collision",
-        *[f"coherence_{level}" for level in range(1, num_levels)],
-        *[f"alike_{level}" for level in levels],
-        "log_degree",
-    ]
-
-
-def read_features(material: Material, table: CodeTable, rows: NDArray, candidates: Codes) -> Tensor:
-    """(R, C, F) features of candidates (R, C, L) of `rows` (R,), measured against everybody else in `table`.
-
-    Of content: `coherence` compares the item's state with the mean state under each prefix, `alike` is the share of the items most like it
-    that lie there.
-    """
-    reference, vectors = material.reference, material.item_vectors
-    excess, chance = table.agreement(rows, candidates)
-    others = table.others(rows, candidates)
-    coherence = []
-    for level in range(candidates.shape[-1] - 1):
-        mean, _ = table.mean_under(vectors, rows, candidates, level)
-        length = np.maximum(np.linalg.norm(mean, axis=-1), 1e-9)
-        coherence.append(np.einsum("rh,rch->rc", vectors[rows], mean) / length)
-    growth = reference.error_growth(rows, candidates)
-    degree = np.broadcast_to(np.log1p(table.degree[rows])[:, None], growth.shape)
-    near, weight = material.alike
-    columns = [
-        *np.moveaxis(reference.level_log_prob(rows, candidates), -1, 0),
-        growth,
-        *np.moveaxis(excess, -1, 0),
-        *np.moveaxis(chance, -1, 0),
-        *np.moveaxis(np.log1p(others), -1, 0),
-        np.minimum(others[..., -1], 1.0),
-        *coherence,
-        *np.moveaxis(table.share_under(near[rows], weight[rows], candidates), -1, 0),
-        degree,
-    ]
-    return torch.from_numpy(np.stack(columns, axis=-1).astype(np.float32))
-
-
-def most_alike(vectors: NDArray, count: int = ALIKE, sharpness: float = SHARPNESS) -> tuple[NDArray[np.int64], Floats]:
-    """The `count` items nearest to each by the cosine of their centred vectors (N, H), itself left out, and their weights: proportional to
-    exp(sharpness * cosine), adding up to 1. Both (N, count), or (N, N - 1) of a small catalogue."""
-    centred = vectors - vectors.mean(axis=0, keepdims=True)
-    unit = (centred / np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-9)).astype(np.float32)
-    count = min(count, len(unit) - 1)
-    near, cosine = np.empty((len(unit), count), dtype=np.int64), np.empty((len(unit), count))
-    for start in range(0, len(unit), BATCH):
-        close = unit[start : start + BATCH] @ unit.T
-        close[np.arange(len(close)), np.arange(start, start + len(close))] = -np.inf
-        best = np.argpartition(-close, count - 1, axis=1)[:, :count]
-        best = np.take_along_axis(best, np.take_along_axis(-close, best, axis=1).argsort(axis=1, kind="stable"), axis=1)
-        near[start : start + BATCH], cosine[start : start + BATCH] = best, np.take_along_axis(close, best, axis=1)
-    weight = np.exp(sharpness * (cosine - 1.0))
-    return near, weight / np.maximum(weight.sum(axis=1, keepdims=True), 1e-12)
 
 
 class SidReward(nn.Module):
@@ -191,51 +114,6 @@ def bradley_terry_loss(preferred: Tensor, other: Tensor) -> Tensor:
     return -nn.functional.logsigmoid(preferred - other).mean()
 
 
-class Pairs(NamedTuple):
-    """Comparisons: item `row` number in the features, candidate that won, candidate that lost; each (P,) int64."""
-
-    row: NDArray[np.int64]
-    better: NDArray[np.int64]
-    worse: NDArray[np.int64]
-
-
-def make_pairs(evidence: Floats, tie: float) -> Pairs:
-    """All pairs of candidates of one item whose evidence (R, C) differs by more than `tie`; the higher one is preferred."""
-    left, right = np.triu_indices(evidence.shape[1], k=1)
-    gap = evidence[:, left] - evidence[:, right]
-    row, pair = np.nonzero(np.abs(gap) > tie)
-    first = gap[row, pair] > 0
-    return Pairs(row, np.where(first, left[pair], right[pair]), np.where(first, right[pair], left[pair]))
-
-
-def pair_accuracy(scores: NDArray, pairs: Pairs) -> float:
-    """Share of pairs (R, C scores) ordered rightly, a tie counting half; NaN without pairs."""
-    if len(pairs.row) == 0:
-        return float("nan")
-    gap = scores[pairs.row, pairs.better] - scores[pairs.row, pairs.worse]
-    return float((gap > 0).mean() + 0.5 * (gap == 0).mean())
-
-
-def calibration_curve(scores: NDArray, pairs: Pairs, bins: int = 10) -> list[dict[str, float]]:
-    """How sure sigmoid(r_a - r_b) is of the side it favours, against how often that side wins: one record per bin that holds pairs,
-    `confidence` and `right` being means over its `pairs`. Bins cut .5 to 1 evenly; a tie is half right."""
-    gap = scores[pairs.row, pairs.better] - scores[pairs.row, pairs.worse]
-    confidence = 1.0 / (1.0 + np.exp(-np.abs(gap)))
-    right = (gap > 0) + 0.5 * (gap == 0)
-    which = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
-    bins_with_pairs = [which == number for number in np.unique(which)]
-    return [
-        {"confidence": float(confidence[part].mean()), "right": float(right[part].mean()), "pairs": int(part.sum())}
-        for part in bins_with_pairs
-    ]
-
-
-def calibration_error(curve: Sequence[dict[str, float]]) -> float:
-    """Expected calibration error of a `calibration_curve`: mean over pairs of |confidence - right|; NaN without pairs."""
-    size = sum(part["pairs"] for part in curve)
-    return sum(part["pairs"] * abs(part["confidence"] - part["right"]) for part in curve) / size if size else float("nan")
-
-
 def fit(model: SidReward, features: Tensor, pairs: Pairs, config: RewardConfig, seed: int) -> None:
     """Minimise the Bradley-Terry loss of each expert by itself, in place: AdamW, cosine rate, `steps` batches drawn with replacement."""
     generator = torch.Generator().manual_seed(seed)
@@ -252,25 +130,6 @@ def fit(model: SidReward, features: Tensor, pairs: Pairs, config: RewardConfig, 
         loss.backward()
         optimizer.step()
         schedule.step()
-
-
-@dataclass(frozen=True)
-class Material:
-    """What the fit reads besides users: the reference, unit item vectors (N, H), current codes (N, L), duplicates' numbers (N,)."""
-
-    reference: Reference
-    item_vectors: NDArray
-    codes: Codes
-    content: NDArray
-
-    @cached_property
-    def alike(self) -> tuple[NDArray[np.int64], Floats]:
-        """`most_alike` of the item vectors: they are frozen, so it is looked up once."""
-        return most_alike(self.item_vectors)
-
-    def table(self, histories: Sequence[NDArray], config: EvidenceConfig) -> CodeTable:
-        neighbours = co_engagement(list(histories), len(self.codes), config.window)
-        return CodeTable(self.codes, self.reference.head.codebook_size, neighbours, self.content, config.prior)
 
 
 def draw_candidates(reference: Reference, rows: NDArray, count: int, seed: int) -> Codes:
@@ -332,7 +191,7 @@ def train_reward(
 
     _, kind = np.unique(material.content, return_inverse=True)  # exact duplicates stay in one fold
     fold = (np.random.default_rng(seed).permutation(int(kind.max()) + 1) % config.folds)[kind]
-    hidden = {f"without_{group}": _hidden(test_features, names, group, seed) for group in FEATURE_GROUPS}
+    hidden = {f"without_{group}": exchanged(test_features, names, group, seed) for group in FEATURE_GROUPS}
     scores = {name: np.zeros(candidates.shape[:2]) for name in ("reward", "distance_only", "behaviour_only", *hidden)}
     for left_out in range(config.folds):
         model = _seeded(names, config, seed)
@@ -351,7 +210,7 @@ def train_reward(
     report["calibration"] = calibration_curve(scores["reward"], test)
     report["calibration_error"] = calibration_error(report["calibration"])
     ours, rival = accuracy["reward"], accuracy["distance_only"]
-    report |= {"gain": ours - rival, "gain_error": _gain_error(scores["reward"], scores["distance_only"], test, len(rows))}
+    report |= {"gain": ours - rival, "gain_error": gain_error(scores["reward"], scores["distance_only"], test, len(rows))}
     report |= {"gain_over_unfitted": ours - accuracy["distance_unfitted"], "usable": bool(ours - rival > config.least_gain), "reason": ""}
     if not report["usable"]:
         report["reason"] = (
@@ -361,23 +220,6 @@ def train_reward(
     final = _seeded(names, config, seed)
     fit(final, features, pairs, config, seed)
     return final.eval(), report
-
-
-def _hidden(features: Tensor, names: Sequence[str], group: str, seed: int) -> Tensor:
-    """(R, C, F) with the features of a group exchanged between the candidates of each item: still plausible, and telling nothing."""
-    columns = torch.tensor([name.startswith(FEATURE_GROUPS[group]) for name in names])
-    order = torch.rand(features.shape[:2], generator=torch.Generator().manual_seed(seed)).argsort(1)
-    exchanged = features.clone()
-    exchanged[..., columns] = features.gather(1, order[..., None].expand_as(features))[..., columns]
-    return exchanged
-
-
-def _gain_error(scores: NDArray, rival: NDArray, pairs: Pairs, items: int) -> float:
-    """Standard error of the difference in pair accuracy, pairs of one item taken as one observation (clustered)."""
-    right = [np.sign(part[pairs.row, pairs.better] - part[pairs.row, pairs.worse]) / 2 for part in (scores, rival)]
-    gain = right[0] - right[1]
-    per_item = np.bincount(pairs.row, weights=gain - gain.mean(), minlength=items)
-    return float(np.sqrt(np.square(per_item).sum()) / len(gain))
 
 
 def _seeded(names: list[str], config: RewardConfig, seed: int) -> SidReward:

@@ -1,0 +1,119 @@
+"""What `sid_reward` reads of an item and a candidate code sequence: scalars, measured against everybody else's codes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mmsid.catalog.pairs import co_engagement
+from mmsid.refine.evidence import Codes, CodeTable, EvidenceConfig, Floats
+from mmsid.refine.policy import BATCH, Reference
+
+ALIKE = 20  # items most like one, whose codes are asked
+SHARPNESS = 10.0  # of their weights: e-fold per tenth of a cosine
+
+# which features say what, by the beginnings of their names; the report says how much of the accuracy hangs on each group
+FEATURE_GROUPS = {
+    "distances": ("distance",),
+    "neighbours": ("agreement", "chance"),
+    "crowding": ("crowd", "collision"),
+    "coherence": ("coherence", "alike"),
+}
+
+
+@dataclass(frozen=True)
+class Material:
+    """What the fit reads besides users: the reference, unit item vectors (N, H), current codes (N, L), duplicates' numbers (N,)."""
+
+    reference: Reference
+    item_vectors: NDArray
+    codes: Codes
+    content: NDArray
+
+    @cached_property
+    def alike(self) -> tuple[NDArray[np.int64], Floats]:
+        """`most_alike` of the item vectors: they are frozen, so it is looked up once."""
+        return most_alike(self.item_vectors)
+
+    def table(self, histories: Sequence[NDArray], config: EvidenceConfig) -> CodeTable:
+        neighbours = co_engagement(list(histories), len(self.codes), config.window)
+        return CodeTable(self.codes, self.reference.head.codebook_size, neighbours, self.content, config.prior)
+
+
+def feature_names(num_levels: int) -> list[str]:
+    """Names of the scalars, in order; those that start with `distance` belong to the distance expert, the others not."""
+    levels = range(1, num_levels + 1)
+    return [
+        *[f"distance_log_prob_{level}" for level in levels],
+        "distance_error_growth",
+        *[f"agreement_{level}" for level in levels],
+        *[f"chance_{level}" for level in levels],
+        *[f"crowd_{level}" for level in levels],
+        "collision",
+        *[f"coherence_{level}" for level in range(1, num_levels)],
+        *[f"alike_{level}" for level in levels],
+        "log_degree",
+    ]
+
+
+def read_features(material: Material, table: CodeTable, rows: NDArray, candidates: Codes) -> Tensor:
+    """(R, C, F) features of candidates (R, C, L) of `rows` (R,), measured against everybody else in `table`.
+
+    Of content: `coherence` compares the item's state with the mean state under each prefix, `alike` is the share of the items most like it
+    that lie there.
+    """
+    reference, vectors = material.reference, material.item_vectors
+    excess, chance = table.agreement(rows, candidates)
+    others = table.others(rows, candidates)
+    coherence = []
+    for level in range(candidates.shape[-1] - 1):
+        mean, _ = table.mean_under(vectors, rows, candidates, level)
+        length = np.maximum(np.linalg.norm(mean, axis=-1), 1e-9)
+        coherence.append(np.einsum("rh,rch->rc", vectors[rows], mean) / length)
+    growth = reference.error_growth(rows, candidates)
+    degree = np.broadcast_to(np.log1p(table.degree[rows])[:, None], growth.shape)
+    near, weight = material.alike
+    columns = [
+        *np.moveaxis(reference.level_log_prob(rows, candidates), -1, 0),
+        growth,
+        *np.moveaxis(excess, -1, 0),
+        *np.moveaxis(chance, -1, 0),
+        *np.moveaxis(np.log1p(others), -1, 0),
+        np.minimum(others[..., -1], 1.0),
+        *coherence,
+        *np.moveaxis(table.share_under(near[rows], weight[rows], candidates), -1, 0),
+        degree,
+    ]
+    return torch.from_numpy(np.stack(columns, axis=-1).astype(np.float32))
+
+
+def most_alike(vectors: NDArray, count: int = ALIKE, sharpness: float = SHARPNESS) -> tuple[NDArray[np.int64], Floats]:
+    """The `count` items nearest to each by the cosine of their centred vectors (N, H), itself left out, and their weights: proportional to
+    exp(sharpness * cosine), adding up to 1. Both (N, count), or (N, N - 1) of a small catalogue."""
+    centred = vectors - vectors.mean(axis=0, keepdims=True)
+    unit = (centred / np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-9)).astype(np.float32)
+    count = min(count, len(unit) - 1)
+    near, cosine = np.empty((len(unit), count), dtype=np.int64), np.empty((len(unit), count))
+    for start in range(0, len(unit), BATCH):
+        close = unit[start : start + BATCH] @ unit.T
+        close[np.arange(len(close)), np.arange(start, start + len(close))] = -np.inf
+        best = np.argpartition(-close, count - 1, axis=1)[:, :count]
+        best = np.take_along_axis(best, np.take_along_axis(-close, best, axis=1).argsort(axis=1, kind="stable"), axis=1)
+        near[start : start + BATCH], cosine[start : start + BATCH] = best, np.take_along_axis(close, best, axis=1)
+    weight = np.exp(sharpness * (cosine - 1.0))
+    return near, weight / np.maximum(weight.sum(axis=1, keepdims=True), 1e-12)
+
+
+def exchanged(features: Tensor, names: Sequence[str], group: str, seed: int) -> Tensor:
+    """(R, C, F) with the features of a group exchanged between the candidates of each item: still plausible, and telling nothing."""
+    columns = torch.tensor([name.startswith(FEATURE_GROUPS[group]) for name in names])
+    order = torch.rand(features.shape[:2], generator=torch.Generator().manual_seed(seed)).argsort(1)
+    mixed = features.clone()
+    mixed[..., columns] = features.gather(1, order[..., None].expand_as(features))[..., columns]
+    return mixed
