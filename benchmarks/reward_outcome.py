@@ -8,7 +8,8 @@ A block is a share of the items, each moved to another path of its tree: drawn f
 experts of `sid_reward` say of the path, by as much as is drawn for the block (-2 to 2 standard deviations a nat, the two apart), so that
 blocks differ in what they do to the one and to the other. The moved table is relocated like any other.
 
-What the reward says of a block is its mean over *all* items in the moved table less that in the start's; what comes of it is the change
+What is said of a block is the mean over *all* items in the moved table less that in the start's, of each component of the reward and of
+the `whole reward` as the loop weighs and scales it; what comes of it is the change
 of the mean log-likelihood of the valid users' next item (nats, all levels), and of valid NDCG@10, under an instrument trained on each
 table from scratch. Correlations are over blocks; the interval is a bootstrap over them. `shares` are the standardised coefficients of both
 experts together. Valid is only measured here; nothing is chosen by it, and test is not opened.
@@ -36,12 +37,12 @@ from mmsid.config import load_yaml
 from mmsid.precision import make_accelerator
 from mmsid.recommend.fit import Schedule, fit, table_paths
 from mmsid.recommend.history import pad_histories
-from mmsid.refine import gate
+from mmsid.refine import gate, ppo
 from mmsid.refine.evidence import Codes
 from mmsid.refine.features import read_features
 from mmsid.refine.publish import make_table
 from mmsid.refine.refine import Job
-from mmsid.refine.reward import SidReward
+from mmsid.refine.reward import SidReward, draw_candidates
 from mmsid.sids.table import SidTable
 
 RESULTS = Path(__file__).parent / "results"
@@ -68,9 +69,10 @@ def main() -> None:
     job = Job(config, make_accelerator(), catalog, split_histories(catalog, config.catalog.split), None, None)  # it writes nothing here
     reward, report = job.learn_reward()
     start = make_table(job.tokenizer, job.reference.states, job.inputs, catalog, config.collisions)
-    was = said(job, reward, start)
+    scales = spread(job, reward)
+    was = said(job, reward, start, scales)
     tables = [start] * START_SEEDS + [moved(job, reward, block, parsed.share) for block in range(parsed.blocks)]
-    predictions = [{name: value - was[name] for name, value in said(job, reward, table).items()} for table in tables]
+    predictions = [{name: value - was[name] for name, value in said(job, reward, table, scales).items()} for table in tables]
 
     kept = out.with_suffix(".partial")
     found = json.loads(kept.read_text()) if kept.exists() else {}
@@ -116,7 +118,17 @@ def moved(job: Job, reward: SidReward, block: int, share: float) -> SidTable:
     return make_table(job.tokenizer, job.reference.states, job.inputs, job.catalog, job.config.collisions, codes)
 
 
-def said(job: Job, reward: SidReward, table: SidTable) -> dict[str, float]:
+def spread(job: Job, reward: SidReward, sample: int = 512) -> dict[str, float]:
+    """What the loop divides each component by: its root mean square deviation within groups of paths that the start would draw."""
+    rows = np.sort(np.random.default_rng(job.config.seed).permutation(len(job.reference.greedy))[:sample])
+    parts = job.scorer(reward)(rows, draw_candidates(job.reference, rows, job.config.loop.group, job.config.seed), job.reference.greedy)
+    scale = ppo.RunningScale()
+    for name, part in parts.items():
+        scale(name, torch.as_tensor(part))
+    return scale.scales
+
+
+def said(job: Job, reward: SidReward, table: SidTable, scales: dict[str, float]) -> dict[str, float]:
     """Means over all items of the reward, of its experts and of the evidence, each item against the others of the same table."""
     codes: Codes = table.codes
     others, rows = replace(job.material, codes=codes), np.arange(len(codes))
@@ -133,6 +145,8 @@ def said(job: Job, reward: SidReward, table: SidTable) -> dict[str, float]:
         for name, value in parts.items():
             totals.setdefault(name, []).append(np.asarray(value).ravel())
     figures = {name: float(np.concatenate(values).mean()) for name, values in totals.items()}
+    whole = sum(weight * figures[name] / scales.get(name, 1.0) for name, weight in job.config.loop.weights.items())
+    figures = {"whole reward": whole} | figures
     return figures | {"gate's target": gate.agreement(codes, max(table.codebook_sizes), job.held_out_pairs, job.config.gate.level_weights)}
 
 

@@ -99,7 +99,7 @@ def test_reward_beats_distances_where_behaviour_says_more(tmp_path):
     assert report["gain_over_unfitted"] == pytest.approx(accuracy["reward"] - accuracy["distance_unfitted"])
     assert sum(part["pairs"] for part in report["calibration"]) == report["test_pairs"]
     # histories stay inside the clusters that content tells only half
-    assert report["carried"]["neighbours"] > 0.05 and report["carried"]["neighbours"] == max(report["carried"].values())
+    assert report["carried"]["neighbours"] > 0.05 > abs(report["carried"]["crowding"])
     model.save(tmp_path / "reward", report)
     again = SidReward.load(tmp_path / "reward")
     rows = np.arange(10)

@@ -40,8 +40,8 @@ def test_blocks_of_items_are_moved_and_a_recommender_is_asked_about_each(start, 
     found = json.loads(out.read_text())
     assert len(found["blocks"]) == 4 and not out.with_suffix(".partial").exists()
     assert found["start"]["log_likelihood"] < 0 < found["noise"]["log_likelihood"]
-    for outcome in ("log_likelihood", "NDCG@10"):
-        assert {"sid_reward", "distance expert", "unfitted distance", "gate's target"} <= found["correlations"][outcome].keys()
+    named = {"whole reward", "sid_reward", "distance expert", "unfitted distance", "gate's target"}
+    assert all(named <= found["correlations"][outcome].keys() for outcome in ("log_likelihood", "NDCG@10"))
     came, low, high = found["correlations"]["log_likelihood"]["sid_reward"]
     assert -1 <= low <= came <= high <= 1
     assert any(block["said"]["sid_reward"] != 0 for block in found["blocks"]), "blocks were moved"
