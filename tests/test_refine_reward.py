@@ -41,30 +41,13 @@ def _world(seed: int = 0, behavioural: bool = True):
 
 
 def test_bradley_terry_by_hand():
-    preferred, other = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 0.0])
-    even = reward.bradley_terry_loss(preferred, other, torch.ones(2))
-    assert float(even) == pytest.approx((math.log(1 + math.exp(-1)) + math.log(2)) / 2)
-    weighed = reward.bradley_terry_loss(preferred, other, torch.tensor([0.1, 0.3]))
-    assert float(weighed) == pytest.approx((math.log(1 + math.exp(-1)) + 3 * math.log(2)) / 4)
-
-
-def test_a_small_group_that_gains_more_beats_a_full_one_that_wins_more_often():
-    # candidate 0 wins two of three comparisons by .05, candidate 1 the third by .3: expected evidence prefers candidate 1
-    features = torch.zeros(1, 2, len(feature_names(2)))
-    features[0, 1] = 1.0
-    zero = np.zeros(3, dtype=np.int64)
-    pairs = Pairs(zero, np.array([0, 0, 1]), np.array([1, 1, 0]), np.array([0.05, 0.05, 0.3]))
-    for weighed, preferred in ((pairs, 1), (pairs._replace(gap=np.ones(3)), 0)):
-        model = SidReward(feature_names(2), 8)
-        reward.fit(model, features, weighed, RewardConfig(steps=150), seed=0)
-        with torch.no_grad():
-            assert int(model(features)[0].argmax()) == preferred
+    loss = reward.bradley_terry_loss(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 0.0]))
+    assert float(loss) == pytest.approx((math.log(1 + math.exp(-1)) + math.log(2)) / 2)
 
 
 def test_pairs_accuracy_and_calibration_by_hand():
     pairs = make_pairs(np.array([[0.5, 0.1, 0.505]]), tie=0.01)
-    assert list(zip(*(part.tolist() for part in pairs[:3]), strict=True)) == [(0, 0, 1), (0, 2, 1)]  # 0 against 2 is a tie
-    assert pairs.gap == pytest.approx([0.4, 0.405])
+    assert list(zip(*(part.tolist() for part in pairs), strict=True)) == [(0, 0, 1), (0, 2, 1)]  # 0 against 2 is a tie
     scores = np.array([[0.0, 1.0, 2.0]])
     assert pair_accuracy(scores, pairs) == 0.5
     assert pair_accuracy(np.zeros((1, 3)), pairs) == 0.5
@@ -73,14 +56,14 @@ def test_pairs_accuracy_and_calibration_by_hand():
     sure = 1 / (1 + math.exp(-1))
     assert curve == [{"confidence": pytest.approx(sure), "right": 0.5, "pairs": 2}]
     assert calibration_error(curve) == pytest.approx(sure - 0.5)
-    empty = Pairs(*(np.empty(0, dtype=np.int64) for _ in range(3)), np.empty(0))
+    empty = Pairs(*(np.empty(0, dtype=np.int64) for _ in range(3)))
     assert math.isnan(pair_accuracy(scores, empty))
     assert calibration_curve(scores, empty) == [] and math.isnan(calibration_error([]))
 
 
 def test_calibration_by_bins_by_hand():
     scores = np.array([[0.0, 1.0, 5.0]])
-    pairs = Pairs(np.zeros(3, dtype=np.int64), np.array([1, 2, 1]), np.array([0, 0, 2]), np.ones(3))  # right by 1, right by 5, wrong by 4
+    pairs = Pairs(np.zeros(3, dtype=np.int64), np.array([1, 2, 1]), np.array([0, 0, 2]))  # right by 1, right by 5, wrong by 4
     sure = [1 / (1 + math.exp(-gap)) for gap in (1, 4, 5)]
     low, high = calibration_curve(scores, pairs, bins=2)
     assert low == {"confidence": pytest.approx(sure[0]), "right": 1.0, "pairs": 1}

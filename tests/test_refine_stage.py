@@ -69,7 +69,7 @@ def test_refine_writes_a_whole_folder_and_improves(start, tmp_path):
     asked = []
     quick = lambda table, seed: asked.append(table) or {"HR@50": 0.5, "coverage@10": 0.5}  # noqa: E731
     loose = {"raw_collisions": 1.0, "least_perplexity": 1.0, "rebuild": 10.0, "confidence": 0.5}
-    out = run(_config(start, tmp_path / "refine", gate=loose, reward=RewardConfig(least_gain=-1.0)), quick_recommender=quick)
+    out = run(_config(start, tmp_path / "refine", gate=loose), quick_recommender=quick)
     verdict = read_json(out / "gate.json")
     assert verdict["accepted"], verdict
     assert {"target", "lift", "rebuild", "flip_rate", "hit_rate", "coverage"} <= {row["metric"] for row in verdict["rows"]}

@@ -12,12 +12,11 @@ from mmsid.refine.evidence import Floats
 
 
 class Pairs(NamedTuple):
-    """Comparisons: item `row` number in the features, candidate that won, candidate that lost, each (P,) int64, and by how much, (P,)."""
+    """Comparisons: item `row` number in the features, candidate that won, candidate that lost; each (P,) int64."""
 
     row: NDArray[np.int64]
     better: NDArray[np.int64]
     worse: NDArray[np.int64]
-    gap: Floats
 
 
 def make_pairs(evidence: Floats, tie: float) -> Pairs:
@@ -26,7 +25,7 @@ def make_pairs(evidence: Floats, tie: float) -> Pairs:
     gap = evidence[:, left] - evidence[:, right]
     row, pair = np.nonzero(np.abs(gap) > tie)
     first = gap[row, pair] > 0
-    return Pairs(row, np.where(first, left[pair], right[pair]), np.where(first, right[pair], left[pair]), np.abs(gap[row, pair]))
+    return Pairs(row, np.where(first, left[pair], right[pair]), np.where(first, right[pair], left[pair]))
 
 
 def pair_accuracy(scores: NDArray, pairs: Pairs) -> float:

@@ -109,13 +109,9 @@ def _expert(inputs: int, hidden: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(inputs, hidden), nn.GELU(), nn.Linear(hidden, 1))
 
 
-def bradley_terry_loss(preferred: Tensor, other: Tensor, weight: Tensor) -> Tensor:
-    """-mean weight * log sigmoid(r_preferred - r_other), over the mean weight; any shape -> scalar.
-
-    Weighed by how much the evidence differs, the loss is least where the reward orders candidates by *expected* evidence. Unweighted it
-    orders them by who wins more often, and that is the fuller group: it holds somebody's neighbour more often, and gains less each time.
-    """
-    return -(weight * nn.functional.logsigmoid(preferred - other)).mean() / weight.mean()
+def bradley_terry_loss(preferred: Tensor, other: Tensor) -> Tensor:
+    """-mean log sigmoid(r_preferred - r_other); any shape -> scalar."""
+    return -nn.functional.logsigmoid(preferred - other).mean()
 
 
 def fit(model: SidReward, features: Tensor, pairs: Pairs, config: RewardConfig, seed: int) -> None:
@@ -124,13 +120,12 @@ def fit(model: SidReward, features: Tensor, pairs: Pairs, config: RewardConfig, 
     model.standardise(features)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps)
-    row, better, worse = (torch.from_numpy(part) for part in pairs[:3])
-    gap = torch.from_numpy(pairs.gap).float()
+    row, better, worse = (torch.from_numpy(part) for part in pairs)
     for _ in range(config.steps):
         chosen = torch.randint(len(row), (min(config.batch, len(row)),), generator=generator)
         sides = torch.stack([better[chosen], worse[chosen]], dim=1)
         said = model.experts(features[row[chosen][:, None], sides])
-        loss = sum(bradley_terry_loss(scores[:, 0], scores[:, 1], gap[chosen]) for scores in said)
+        loss = sum(bradley_terry_loss(scores[:, 0], scores[:, 1]) for scores in said)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
