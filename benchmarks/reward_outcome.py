@@ -4,9 +4,9 @@
     OMP_NUM_THREADS=1 python benchmarks/reward_outcome.py --config configs/demo.yaml
     OMP_NUM_THREADS=1 python benchmarks/reward_outcome.py --config mine.yaml refine.tokenizer=… refine.sids=…
 
-A block is a share of the items, each moved to another path of its tree: drawn from the start's own policy, tilted by what the two
-experts of `sid_reward` say of the path, by as much as is drawn for the block (-2 to 2 standard deviations a nat, the two apart), so that
-blocks differ in what they do to the one and to the other. The moved table is relocated like any other.
+A block is a share of the items, each moved to one of 32 paths drawn from the start's own policy, chosen by what the two experts of
+`sid_reward` say of them, liked or disliked by as much as is drawn for the block (-2 to 2 nats a standard deviation, the two apart), so
+that blocks differ in what they do to the one and to the other. The moved table is relocated like any other.
 
 What is said of a block is the mean over *all* items in the moved table less that in the start's, of each component of the reward and of
 the `whole reward` as the loop weighs and scales it; what comes of it is the change
@@ -48,7 +48,8 @@ from mmsid.sids.table import SidTable
 RESULTS = Path(__file__).parent / "results"
 OUTCOMES = ("log_likelihood", "NDCG@10")
 START_SEEDS = 3
-ROWS = 64  # items scored at once: bounds memory, changes no figure
+ROWS = 512  # items scored at once: bounds memory
+DRAWN = 32  # paths of an item that its new one is chosen from
 
 
 def main() -> None:
@@ -106,13 +107,17 @@ def moved(job: Job, reward: SidReward, block: int, share: float) -> SidTable:
     tilt = rng.uniform(-2, 2, size=2)
     table = job.material.table(job.fit_histories, job.config.evidence)
     for piece in np.split(rows, range(ROWS, len(rows), ROWS)):
-        paths = tree.codes[torch.from_numpy(piece)].cpu().numpy()
+        log_prob = tree.log_prob[torch.from_numpy(piece)].cpu()
+        drawn = torch.multinomial(
+            log_prob.exp(), DRAWN, replacement=True, generator=torch.Generator().manual_seed(int(rng.integers(2**31)))
+        )
+        paths = tree.codes[torch.from_numpy(piece)].cpu().numpy()[np.arange(len(piece))[:, None], drawn.numpy()]
         with torch.no_grad():
             experts = reward.experts(read_features(job.material, table, piece, paths))
-        log_prob = tree.log_prob[torch.from_numpy(piece)].cpu()
+        liked = torch.zeros(paths.shape[:2])
         for weight, scores in zip(tilt, experts, strict=True):
-            log_prob = log_prob + weight * (scores - scores.mean(1, keepdim=True)) / scores.std(1, keepdim=True).clamp_min(1e-6)
-        chance = log_prob.double().softmax(1).cumsum(1).numpy()
+            liked += weight * (scores - scores.mean(1, keepdim=True)) / scores.std(1, keepdim=True).clamp_min(1e-6)
+        chance = liked.double().softmax(1).cumsum(1).numpy()
         picked = (chance > rng.random((len(piece), 1)) * chance[:, -1:]).argmax(1)
         codes[piece] = paths[np.arange(len(piece)), picked]
     return make_table(job.tokenizer, job.reference.states, job.inputs, job.catalog, job.config.collisions, codes)
