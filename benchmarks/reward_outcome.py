@@ -20,7 +20,6 @@ Writes benchmarks/results/reward_outcome_<name>.json, Markdown to the screen. Fi
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -30,7 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mmsid.artifacts import write_json
+from mmsid.artifacts import read_json, sha256, write_json
 from mmsid.catalog import CatalogConfig, Split, read_catalog, split_histories
 from mmsid.cli import wire
 from mmsid.config import load_yaml
@@ -72,24 +71,24 @@ def main() -> None:
     start = make_table(job.tokenizer, job.reference.states, job.inputs, catalog, config.collisions)
     scales = spread(job, reward)
     was = said(job, reward, start, scales)
-    tables = [start] * START_SEEDS + [moved(job, reward, block, parsed.share) for block in range(parsed.blocks)]
-    predictions = [{name: value - was[name] for name, value in said(job, reward, table, scales).items()} for table in tables]
+    blocks = [moved(job, reward, block, parsed.share) for block in range(parsed.blocks)]
+    predictions = [{name: value - was[name] for name, value in said(job, reward, table, scales).items()} for table in blocks]
 
+    wanted = [(start, seed) for seed in range(START_SEEDS)] + [(table, 0) for table in blocks]
+    keys = [sha256([table.codes.tolist(), seed, parsed.epochs]) for table, seed in wanted]  # what was kept may be of another call
     kept = out.with_suffix(".partial")
-    found = json.loads(kept.read_text()) if kept.exists() else {}
+    found = read_json(kept) if kept.exists() else {}
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(parsed.jobs, context, initializer=prepare, initargs=(config.catalog, parsed.epochs)) as pool:
-        left = [number for number in range(len(tables)) if str(number) not in found]
-        seeds = [number if number < START_SEEDS else 0 for number in left]
-        for number, outcome in zip(left, pool.map(outcomes, [tables[number] for number in left], seeds), strict=True):
-            found[str(number)] = outcome
+        left = {key: one for key, one in zip(keys, wanted, strict=True) if key not in found}
+        for key, outcome in zip(left, pool.map(outcomes, *zip(*left.values(), strict=True)) if left else (), strict=True):
+            found[key] = outcome
             write_json(kept, found)
-    starts = [found[str(number)] for number in range(START_SEEDS)]
+    starts, moves = [found[key] for key in keys[:START_SEEDS]], [found[key] for key in keys[START_SEEDS:]]
     level = {name: float(np.mean([one[name] for one in starts])) for name in OUTCOMES}
     rows = [
-        {"said": prediction, "came": {name: found[str(number)][name] - level[name] for name in OUTCOMES}}
-        for number, prediction in enumerate(predictions)
-        if number >= START_SEEDS
+        {"said": prediction, "came": {name: outcome[name] - level[name] for name in OUTCOMES}}
+        for prediction, outcome in zip(predictions, moves, strict=True)
     ]
     noise = {name: float(np.std([one[name] for one in starts], ddof=1)) for name in OUTCOMES}
     result = {"config": data["name"], "share": parsed.share, "items": len(catalog.items), "start": level, "noise": noise, "reward": report}
@@ -186,14 +185,14 @@ def correlations(rows: list[dict[str, Any]], draws: int = 2000) -> dict[str, dic
         for name in rows[0]["said"]:
             values = np.array([row["said"][name] for row in rows])
             again = [pearson(values[one], came[one]) for one in drawn]
-            found.setdefault(outcome, {})[name] = [pearson(values, came), *np.nanquantile(again, (0.025, 0.975)).tolist()]
+            found.setdefault(outcome, {})[name] = [pearson(values, came), *np.quantile(again, (0.025, 0.975)).tolist()]
     return found
 
 
 def pearson(left: np.ndarray, right: np.ndarray) -> float:
-    """Correlation; NaN where either side does not vary."""
+    """Correlation; 0 where either side does not vary."""
     spread = left.std() * right.std()
-    return float(((left - left.mean()) * (right - right.mean())).mean() / spread) if spread > 1e-15 else float("nan")
+    return float(((left - left.mean()) * (right - right.mean())).mean() / spread) if spread > 1e-15 else 0.0
 
 
 def shares(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
