@@ -182,7 +182,7 @@ def test_what_is_also_learnt_from_noisy_readings_does_not_flip():
         head, states = _toy(kind="parallel")
         heard = 0.45 * states + 0.55 * states.roll(1, dims=0)
         reference = Reference(head, states, CODES)
-        policy = HeadPolicy(head, lambda rows, of=states: of[rows], list(head.parameters()), reference, lambda rows, of=heard: of[rows])
+        policy = HeadPolicy(head, lambda rows, of=states: of[rows], list(head.parameters()), reference, [lambda rows, of=heard: of[rows]])
         changes = {"objective": "likelihood", "kl": 0.0, "rounds": 60, "group": CODES**LEVELS, "eta": 0.2, "noisy": noisy}
         config = LoopConfig(**QUICK | changes)
         codes = Refinement(policy, reference, _planted(target), config, Accelerator(cpu=True)).run(lambda record: None)

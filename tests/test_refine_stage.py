@@ -132,16 +132,18 @@ def test_an_interrupted_run_continues_to_the_same_weights(start, tmp_path, monke
 
 def test_the_policy_may_be_asked_of_noisy_readings(start, tmp_path, monkeypatch):
     asked = HeadPolicy.noisy_log_prob
-    differ = []
+    heard = {}
 
-    def listens(policy, rows):
-        differ.append(float((asked(policy, rows) - policy.log_prob(rows)).detach().abs().max()))
-        return asked(policy, rows)
+    def listens(policy, rows, turn):
+        heard[turn] = asked(policy, torch.arange(8), turn).detach()
+        assert not torch.equal(heard[turn], policy.log_prob(torch.arange(8))), "words are missing"
+        return asked(policy, rows, turn)
 
     monkeypatch.setattr(HeadPolicy, "noisy_log_prob", listens)
-    config = _config(start, tmp_path / "refine", rounds=1)
-    run(config.model_copy(update={"loop": config.loop.model_copy(update={"objective": "likelihood", "noisy": 0.5})}))
-    assert differ and max(differ) > 0, "words are missing"
+    config = _config(start, tmp_path / "refine", rounds=3)
+    changes = {"objective": "likelihood", "noisy": 0.5, "noisy_readings": 2, "lr": 0.0, "adapt": False}
+    run(config.model_copy(update={"loop": config.loop.model_copy(update=changes)}))
+    assert not torch.equal(heard[0], heard[1]) and torch.equal(heard[0], heard[2]), "other words every turn, two turns"
 
 
 def test_a_refused_run_keeps_the_start(start, tmp_path):

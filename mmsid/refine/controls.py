@@ -105,7 +105,9 @@ class TablePolicy:
         """(B,) item rows -> (B, P), with gradient."""
         return (self.reference.tree.log_prob[rows] + self.logits[rows]).log_softmax(-1)
 
-    noisy_log_prob = log_prob  # a table reads nothing, so it cannot misread
+    def noisy_log_prob(self, rows: Tensor, turn: int) -> Tensor:
+        """The same: a table reads nothing, so it cannot misread."""
+        return self.log_prob(rows)
 
     @torch.no_grad()
     def greedy(self) -> Codes:

@@ -31,9 +31,9 @@ def noisy_sample(inputs: Sequence[ItemInput], hashes: Sequence[str]) -> tuple[li
     return rows, [ItemInput(drop_words(inputs[row].text, MISSING), inputs[row].pictures) for row in rows]
 
 
-def noisy_inputs(inputs: Sequence[ItemInput]) -> list[ItemInput]:
-    """All items as the policy may be trained on them: other words are missing than in `noisy_sample`, which judges."""
-    return [ItemInput(drop_words(item.text, MISSING, "train "), item.pictures) for item in inputs]
+def noisy_inputs(inputs: Sequence[ItemInput], turn: int) -> list[ItemInput]:
+    """All items as the policy may be trained on them, other words missing every turn, and others than in `noisy_sample`, which judges."""
+    return [ItemInput(drop_words(item.text, MISSING, f"train {turn} "), item.pictures) for item in inputs]
 
 
 def drop_words(text: str, share: float, lottery_name: str = "") -> str:

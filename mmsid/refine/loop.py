@@ -44,8 +44,8 @@ class Policy(Protocol):
     def log_prob(self, rows: Tensor) -> Tensor:
         """(B,) item rows -> (B, P) log-probabilities over each item's tree, with gradient."""
 
-    def noisy_log_prob(self, rows: Tensor) -> Tensor:
-        """The same of the items read with noise; asked only where `noisy` is set."""
+    def noisy_log_prob(self, rows: Tensor, turn: int) -> Tensor:
+        """The same of the items read with the noise of a turn; asked only where `noisy` is set."""
 
     def greedy(self) -> Codes:
         """Argmax codes of all items, (N, L)."""
@@ -68,6 +68,7 @@ class LoopConfig(Section):
     objective: Literal["clipped", "likelihood"] = "clipped"  # likelihood: of the improved policy, on paths drawn evenly: rare ones too
     eta: float = Field(0.25, gt=0)  # likelihood: units of advantage that are worth a nat
     noisy: float = Field(0.0, ge=0, le=1)  # likelihood: share of it asked of items read with words missing, so that codes do not flip
+    noisy_readings: int = Field(4, ge=1)  # so many of every item, one a round in turn: from one alone the policy learns that one by heart
     gradient: Literal["sampled", "exact"] = "sampled"  # exact: expected gradient over the whole tree, the control arm
     moving: float = 0.5  # share of the items that moves per round
     grad_norm: float = 1.0
@@ -310,7 +311,7 @@ class Refinement:
         if config.objective == "likelihood":
             gain = ppo.tilted_likelihood(new, old, signal, config.eta)
             if config.noisy:
-                heard = self.policy.noisy_log_prob(rows).gather(1, picks)
+                heard = self.policy.noisy_log_prob(rows, self.next_round).gather(1, picks)
                 gain = (1 - config.noisy) * gain + config.noisy * ppo.tilted_likelihood(heard, old, signal, config.eta)
         elif config.gradient == "exact":
             gain = ppo.expected_reward(new_all, signal)

@@ -194,7 +194,7 @@ class HeadPolicy:
         states: item rows (B,) -> their SID states (B, L, H): cached, or read by the live backbone, then with gradient.
         parameters: weights that the optimiser moves.
         reference: whose trees and temperature the policy is scored with.
-        noisy: as `states`, of the items read with noise; None: nobody asks.
+        noisy: as `states`, of the items read with noise, once per turn; empty: nobody asks.
     """
 
     def __init__(
@@ -203,7 +203,7 @@ class HeadPolicy:
         states: Callable[[Tensor], Tensor],
         parameters: Sequence[Tensor],
         reference: Reference,
-        noisy: Callable[[Tensor], Tensor] | None = None,
+        noisy: Sequence[Callable[[Tensor], Tensor]] = (),
     ) -> None:
         self.head, self.states, self.parameters, self.reference, self.noisy = head, states, list(parameters), reference, noisy
 
@@ -211,11 +211,12 @@ class HeadPolicy:
         """(B,) item rows -> (B, P) log-probabilities over each item's tree, with gradient."""
         return self._log_prob(self.states, rows)
 
-    def noisy_log_prob(self, rows: Tensor) -> Tensor:
-        """`log_prob` of the items read with noise. Raises ValueError where no such reading was handed in."""
-        if self.noisy is None:
+    def noisy_log_prob(self, rows: Tensor, turn: int) -> Tensor:
+        """`log_prob` of the items read with the noise of a turn, from the first again after the last. Raises ValueError where no noisy
+        reading was handed in."""
+        if not self.noisy:
             raise ValueError("the policy was given no noisy reading of the items; hand one in, or set refine.loop.noisy to 0")
-        return self._log_prob(self.noisy, rows)
+        return self._log_prob(self.noisy[turn % len(self.noisy)], rows)
 
     def _log_prob(self, states: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
         tree = self.reference.tree

@@ -270,16 +270,16 @@ class Job:
         """The tokenizer as the policy that the loop moves, with the weights that `trainable` names."""
         tokenizer, everything = self.tokenizer, self.config.trainable == "all"
         tokenizer.emb_head.requires_grad_(False)  # no reward reaches it
-        noise = noisy_inputs(self.inputs) if self.config.loop.noisy else None
+        turns = range(self.config.loop.noisy_readings if self.config.loop.noisy else 0)
+        noise = [noisy_inputs(self.inputs, turn) for turn in turns]
         if everything:
             live = lambda inputs: lambda rows: tokenizer.hidden(self._collate([inputs[row] for row in rows.tolist()]))[0].float()  # noqa: E731
             trained = [weight for weight in tokenizer.parameters() if weight.requires_grad]
-            return HeadPolicy(tokenizer.head, live(self.inputs), trained, self.reference, live(noise) if noise else None)
-        clean, noisy = self.reference.states, self._read_states(noise)[0] if noise else None
+            return HeadPolicy(tokenizer.head, live(self.inputs), trained, self.reference, [live(inputs) for inputs in noise])
+        cached = lambda states: lambda rows: states[rows]  # noqa: E731
         trained = list(tokenizer.head.parameters())
-        return HeadPolicy(
-            tokenizer.head, lambda rows: clean[rows], trained, self.reference, None if noisy is None else lambda rows: noisy[rows]
-        )
+        noisy = [cached(self._read_states(inputs)[0]) for inputs in noise]
+        return HeadPolicy(tokenizer.head, cached(self.reference.states), trained, self.reference, noisy)
 
     def loop(self, policy: Policy, scorer: Scorer) -> Refinement:
         """The loop, not yet run."""
