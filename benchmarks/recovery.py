@@ -47,7 +47,7 @@ REPAIR = (
     "refine.loop.patience=0",  # next items know nothing yet of codes that nobody holds
     "refine.loop.most_kl=9",
     "refine.loop.anneal=true",
-    "refine.loop.noisy=0.7",
+    "refine.loop.noisy=1.0",  # all of the likelihood, else the codes flip more pass by pass
     "refine.loop.weights={sid_reward: 1.0, codes: 1.0, balance: 1.5, crowding: 1.5, rebuild: 0.2}",
 )
 LATER = ("train_tokenizer", "assign", "refine")
@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=Path(__file__).parents[1] / "configs" / "demo.yaml")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--recommender-seeds", type=int, default=2)
-    parser.add_argument("--passes", type=int, default=3, help="refine again what the gate let through, until it refuses")
+    parser.add_argument("--passes", type=int, default=4, help="refine again what the gate let through, until it refuses")
     parser.add_argument("--share", type=float, default=Damaged.share)
     parser.add_argument("--part", choices=("valid", "test"), default="test")
     parser.add_argument("--out", type=Path, default=Path("runs/recovery"))
