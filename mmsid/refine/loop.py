@@ -68,7 +68,7 @@ class LoopConfig(Section):
     objective: Literal["clipped", "likelihood"] = "clipped"  # likelihood: of the improved policy, on paths drawn evenly: rare ones too
     eta: float = Field(0.25, gt=0)  # likelihood: units of advantage that are worth a nat
     noisy: float = Field(0.0, ge=0, le=1)  # likelihood: share of it asked of items read with words missing, so that codes do not flip
-    noisy_readings: int = Field(4, ge=1)  # so many of every item, one a round in turn: from one alone the policy learns that one by heart
+    noisy_readings: int = Field(4, ge=1)  # so many of every item, their states kept, one a round in turn: one alone left more flips
     gradient: Literal["sampled", "exact"] = "sampled"  # exact: expected gradient over the whole tree, the control arm
     moving: float = 0.5  # share of the items that moves per round
     grad_norm: float = 1.0
