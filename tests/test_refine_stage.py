@@ -95,6 +95,23 @@ def test_refine_writes_a_whole_folder_and_improves(start, tmp_path):
     assert SidReward.load(out / "reward").names
 
 
+@pytest.mark.parametrize("more, accepted, runs", [(0, False, 4), (4, True, 12)])
+def test_a_quick_recommender_that_refuses_is_asked_again(start, tmp_path, more, accepted, runs):
+    """Two unlucky runs of six: .40, .40, then .52 four times, against .50 before; the mean of six falls by less than the margin."""
+    before, asked = read_sid_folder(start["sids"]), []
+
+    def quick(table, seed):
+        asked.append(seed)
+        refined = table.codes.tolist() != before.align(table.item_ids).codes.tolist()
+        return {"HR@50": 0.5, "coverage@10": (0.40 if len(set(asked)) <= 2 else 0.52) if refined else 0.5}
+
+    gate = {"raw_collisions": 1.0, "least_perplexity": 1.0, "rebuild": 10.0, "confidence": 0.5, "flip_rate": 1.0, "more_seeds": more}
+    out = run(_config(start, tmp_path / "refine", gate=gate), quick_recommender=quick)
+    verdict = read_json(out / "gate.json")
+    assert verdict["accepted"] is accepted and len(asked) == runs, verdict["reasons"]
+    assert {row["metric"]: row["after"] for row in verdict["rows"]}["coverage"] == pytest.approx(0.48 if more else 0.40)
+
+
 def test_interests_worth_nothing_move_no_item(start, tmp_path):
     assert read_manifest(start["sids"])["counts"]["items"] == 48
     items = [item.item_id for item in read_catalog(start["catalog"]).items]

@@ -43,6 +43,7 @@ class GateConfig(Section):
     coverage: float = 0.05  # relative fall of the recommender's coverage
     standard_errors: float = 2.0  # of the difference, where its noise is known
     quick_seeds: int = Field(2, ge=1)  # runs of the quick recommender for each table; from 2 on their noise is known
+    more_seeds: int = Field(4, ge=0)  # further runs where those refuse what all other guards let pass: two know little of their own noise
 
 
 @dataclass

@@ -357,22 +357,29 @@ class Job:
             for table in tables
         ]
         share, noise = gate.bootstrap(self.start.codes, refined.codes, size, self.held_out_pairs, config, self.config.seed)
-        more = [] if flips is None else [gate.flip_figures(*flips)]
-        passed = broadcast_object_list([gate.decide(*figures, share, config, noise).accepted])[0]  # rank 0's word: all or none train
-        if passed and self.quick is not None:
-            more.append(self._ranked(self.quick, tables))
-        for found, error in more:
-            figures = [figure | one for figure, one in zip(figures, found, strict=True)]
-            noise |= error
-        return gate.decide(*figures, share, config, noise)
+        if flips is not None:
+            figures, noise = _joined(figures, noise, *gate.flip_figures(*flips))
+        verdict = gate.decide(*figures, share, config, noise)
+        ranked: dict[tuple[int, int], Mapping[str, float]] = {}
+        for runs in (config.quick_seeds, config.quick_seeds + config.more_seeds):
+            # first where all else has passed, then again where it was the quick recommender that refused
+            wanted = self.quick is not None and verdict.accepted != bool(ranked) and runs * len(tables) > len(ranked)
+            if not broadcast_object_list([wanted])[0]:  # rank 0's word: all or none train
+                break
+            more, error = _joined(figures, noise, *self._ranked(self.quick, tables, runs, ranked))
+            verdict = gate.decide(*more, share, config, error)
+        return verdict
 
-    def _ranked(self, quick: QuickRecommender, tables: Sequence[SidTable]) -> tuple[list[dict[str, float]], dict[str, float]]:
-        """`gate.ranking_figures` of the tables; the training runs are shared out, each made by one process alone."""
-        seeds = range(self.config.seed, self.config.seed + self.config.gate.quick_seeds)
-        runs = [(place, seed) for place in range(len(tables)) for seed in seeds]
+    def _ranked(
+        self, quick: QuickRecommender, tables: Sequence[SidTable], seeds: int, known: dict[tuple[int, int], Mapping[str, float]]
+    ) -> tuple[list[dict[str, float]], dict[str, float]]:
+        """`gate.ranking_figures` of the tables over so many seeds; training runs that are not `known` yet are shared out, each made by one
+        process alone, and taken down there."""
+        chosen = range(self.config.seed, self.config.seed + seeds)
+        runs = [run for seed in chosen for place in range(len(tables)) if (run := (place, seed)) not in known]
         mine = runs[self.accelerator.process_index :: self.accelerator.num_processes]
-        found = dict(gather_object([((place, seed), dict(quick(tables[place], seed))) for place, seed in mine]))
-        return gate.ranking_figures(lambda place, seed: found[place, seed], range(len(tables)), seeds)
+        known.update(gather_object([((place, seed), dict(quick(tables[place], seed))) for place, seed in mine]))
+        return gate.ranking_figures(lambda place, seed: known[place, seed], range(len(tables)), chosen)
 
     def _write_outcome(self, table: SidTable, accepted: bool) -> None:
         """The tokenizer and its SIDs: the refined ones, or the start's as they were."""
@@ -384,6 +391,13 @@ class Job:
         )
         embedding = self.refined_embedding if accepted else self.embedding
         write_sids(self.draft.path / "sids", table, embedding, self.catalog, self.held_out, self.config.seed)
+
+
+def _joined(
+    figures: Sequence[dict[str, float]], noise: dict[str, float], more: Sequence[dict[str, float]], error: dict[str, float]
+) -> tuple[list[dict[str, float]], dict[str, float]]:
+    """Figures of every table, and their noise, with more of them beside."""
+    return [one | other for one, other in zip(figures, more, strict=True)], noise | error
 
 
 def _gap(table: SidTable) -> float:
