@@ -79,10 +79,14 @@ def test_every_guard_can_refuse_a_better_target():
         {reason.split()[0] for reason in _judge(start, tight, held_out, vectors=np.eye(96)[told[:, 0]]).reasons} for told in (start, tight)
     ]
     assert refused[0] - refused[1] == {"rebuild"}, "refused where the start's codes told the items' content"
-    thin = _judge(blurred, good, held_out, quick=lambda codes: {"HR@50": 0.5 if codes is good else 0.6, "coverage@10": 0.9})
+    thin = _judge(blurred, good, held_out, quick=lambda codes: {"NDCG@10": 0.3, "HR@50": 0.5 if codes is good else 0.6, "coverage@10": 0.9})
     assert [reason.split()[0] for reason in thin.reasons] == ["hit_rate"]
-    narrow = _judge(blurred, good, held_out, quick=lambda codes: {"HR@50": 0.6, "coverage@10": 0.5 if codes is good else 0.9})
+    narrow = _judge(
+        blurred, good, held_out, quick=lambda codes: {"NDCG@10": 0.3, "HR@50": 0.6, "coverage@10": 0.5 if codes is good else 0.9}
+    )
     assert [reason.split()[0] for reason in narrow.reasons] == ["coverage"]
+    low = _judge(blurred, good, held_out, quick=lambda codes: {"NDCG@10": 0.2 if codes is good else 0.3, "HR@50": 0.6, "coverage@10": 0.9})
+    assert [reason.split()[0] for reason in low.reasons] == ["ndcg"], "hits as many, and ranks them lower"
 
 
 def test_figures_by_hand():
@@ -137,10 +141,14 @@ def test_margins_grow_with_noise_and_say_where_they_come_from():
 
 def test_noise_of_seeds_users_and_items_by_hand():
     scores = {("a", 0): 0.4, ("a", 1): 0.6, ("b", 0): 0.5, ("b", 1): 0.5}
-    figures, noise = gate.ranking_figures(lambda table, seed: {"HR@50": scores[table, seed], "coverage@10": 1.0}, "ab", [0, 1])
+    figures, noise = gate.ranking_figures(
+        lambda table, seed: {"NDCG@10": 1.0, "HR@50": scores[table, seed], "coverage@10": 1.0}, "ab", [0, 1]
+    )
     assert [one["hit_rate"] for one in figures] == pytest.approx([0.5, 0.5])
-    assert noise == pytest.approx({"hit_rate": np.sqrt((0.02 + 0) / 2 * 2 / 2), "coverage": 0.0})  # variances .02 and 0, pooled
-    assert gate.ranking_figures(lambda table, seed: {"HR@50": 1, "coverage@10": 1}, "ab", [0])[1] == {}
+    assert noise == pytest.approx(
+        {"ndcg": 0.0, "hit_rate": np.sqrt((0.02 + 0) / 2 * 2 / 2), "coverage": 0.0}
+    )  # variances .02 and 0, pooled
+    assert gate.ranking_figures(lambda table, seed: {"NDCG@10": 1, "HR@50": 1, "coverage@10": 1}, "ab", [0])[1] == {}
     before, after = np.array([True, False, False, False]), np.array([True, True, False, False])
     figures, noise = gate.flip_figures(before, after)
     assert figures == [{"flip_rate": 0.25}, {"flip_rate": 0.5}]

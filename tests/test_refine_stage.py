@@ -67,12 +67,12 @@ def _config(start, out, **changes):
 
 def test_refine_writes_a_whole_folder_and_improves(start, tmp_path):
     asked = []
-    quick = lambda table, seed: asked.append(table) or {"HR@50": 0.5, "coverage@10": 0.5}  # noqa: E731
+    quick = lambda table, seed: asked.append(table) or {"NDCG@10": 0.3, "HR@50": 0.5, "coverage@10": 0.5}  # noqa: E731
     loose = {"raw_collisions": 1.0, "least_perplexity": 1.0, "rebuild": 10.0, "confidence": 0.5}
     out = run(_config(start, tmp_path / "refine", gate=loose), quick_recommender=quick)
     verdict = read_json(out / "gate.json")
     assert verdict["accepted"], verdict
-    assert {"target", "lift", "rebuild", "flip_rate", "hit_rate", "coverage"} <= {row["metric"] for row in verdict["rows"]}
+    assert {"target", "lift", "rebuild", "flip_rate", "ndcg", "hit_rate", "coverage"} <= {row["metric"] for row in verdict["rows"]}
     assert all(row["source"] for row in verdict["rows"]) and len(asked) == 4, "two seeds for each of two tables"
     before, after = read_sid_folder(start["sids"]), read_sid_folder(out / "sids")
     moved = read_table(out / "moved.parquet").to_pylist()
@@ -103,7 +103,7 @@ def test_a_quick_recommender_that_refuses_is_asked_again(start, tmp_path, more, 
     def quick(table, seed):
         asked.append(seed)
         refined = table.codes.tolist() != before.align(table.item_ids).codes.tolist()
-        return {"HR@50": 0.5, "coverage@10": (0.40 if len(set(asked)) <= 2 else 0.52) if refined else 0.5}
+        return {"NDCG@10": 0.3, "HR@50": 0.5, "coverage@10": (0.40 if len(set(asked)) <= 2 else 0.52) if refined else 0.5}
 
     gate = {"raw_collisions": 1.0, "least_perplexity": 1.0, "rebuild": 10.0, "confidence": 0.5, "flip_rate": 1.0, "more_seeds": more}
     out = run(_config(start, tmp_path / "refine", gate=gate), quick_recommender=quick)
@@ -221,6 +221,7 @@ def test_two_processes_end_with_the_codes_of_one(start, tmp_path):
         "confidence": 0.0,
         "coverage": 9.0,
         "hit_rate": 9.0,
+        "ndcg": 9.0,
     }
     for processes, command in ((1, [sys.executable]), (2, launch)):
         config = _config(start, tmp_path / f"refine{processes}", rounds=6, gate=loose, reward=RewardConfig(least_gain=-1.0))

@@ -24,7 +24,7 @@ from scipy import sparse
 from mmsid.config import Section
 from mmsid.refine.evidence import Codes, prefix_keys
 
-_RANKED = {"hit_rate": "HR@50", "coverage": "coverage@10"}  # of a quick recommender
+_RANKED = {"ndcg": "NDCG@10", "hit_rate": "HR@50", "coverage": "coverage@10"}  # of a quick recommender
 
 
 class GateConfig(Section):
@@ -39,8 +39,9 @@ class GateConfig(Section):
     lift: float = 0.03  # relative fall of level-1 lift over chance
     rebuild: float = 0.05  # relative growth of what codes leave unsaid of the items' vectors
     flip_rate: float = 0.02  # absolute growth of the share of items whose raw codes change under noise
-    hit_rate: float = 0.03  # relative fall of HR@50
-    coverage: float = 0.05  # relative fall of the recommender's coverage
+    ndcg: float = 0.03  # relative fall of NDCG@10 of the quick recommender
+    hit_rate: float = 0.03  # and of its HR@50
+    coverage: float = 0.05  # and of its coverage
     standard_errors: float = 2.0  # of the difference, where its noise is known
     quick_seeds: int = Field(2, ge=1)  # runs of the quick recommender for each table; from 2 on their noise is known
     more_seeds: int = Field(4, ge=0)  # further runs where those refuse what all other guards let pass: two know little of their own noise
@@ -202,7 +203,7 @@ def measure(
 def ranking_figures(
     judge: Callable[[Any, int], Mapping[str, float]], tables: Sequence[Any], seeds: Sequence[int]
 ) -> tuple[list[dict[str, float]], dict[str, float]]:
-    """HR@50 and coverage of a quick recommender: means over `seeds` per table, and the standard errors of their difference.
+    """NDCG@10, HR@50 and coverage of a quick recommender: means over `seeds` per table, and the standard errors of their difference.
 
     The deviation over seeds is pooled over the tables; with one seed nothing is known of the noise.
     """
@@ -259,6 +260,7 @@ def decide(
         ("lift", config.lift, True, "higher"),
         ("rebuild", config.rebuild, True, "lower"),
         ("flip_rate", config.flip_rate, False, "lower"),
+        ("ndcg", config.ndcg, True, "higher"),
         ("hit_rate", config.hit_rate, True, "higher"),
         ("coverage", config.coverage, True, "higher"),
     ):

@@ -45,7 +45,7 @@ from mmsid.sids.table import SidTable
 from mmsid.tokenizer.inputs import ItemInput, load_inputs
 from mmsid.tokenizer.model import ItemTokenizer
 
-# a table and a seed -> figures of a short training run, HR@50 and coverage@10 among them
+# a table and a seed -> figures of a short training run, NDCG@10, HR@50 and coverage@10 among them
 QuickRecommender = Callable[[SidTable, int], Mapping[str, float]]
 CHECKPOINT = "checkpoint.safetensors"
 SCORED_ROWS = 256  # items whose candidates' features are built at once
