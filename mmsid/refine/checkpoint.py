@@ -30,7 +30,7 @@ def save_state(loop: Refinement, path: Path) -> None:
         "waited": loop.waited,
         "skipped": loop.skipped,
         "scales": loop.scale.scales,
-        "lr": loop.optimizer.param_groups[0]["lr"],
+        "lr": loop.lr,
         "order": loop.order.bit_generator.state,
     }
     write_tensors(path, tensors, metadata={"progress": json.dumps(progress)})
@@ -58,8 +58,8 @@ def load_state(loop: Refinement, path: Path) -> None:
         if name.startswith("optimizer."):
             _, place, key = name.split(".", 2)
             state.setdefault(int(place), {})[key] = value
-    groups = loop.optimizer.state_dict()["param_groups"]
-    loop.optimizer.load_state_dict({"state": state, "param_groups": [group | {"lr": progress["lr"]} for group in groups]})
+    loop.optimizer.load_state_dict(loop.optimizer.state_dict() | {"state": state})
+    loop.lr = progress["lr"]
     best = [tensors[f"best.{place}"].to(weight.device) for place, weight in enumerate(loop.policy.parameters) if f"best.{place}" in tensors]
     loop.best_weights = best or None
     loop.draw.set_state(tensors["draw"])

@@ -82,9 +82,8 @@ def _rewarded(job: Job, control: Control) -> Codes:
     if control == "shuffled":
         scorer = shuffled(scorer, config.seed)
     policy = job.policy()
-    if control == "per_item":  # its rows are log-probabilities themselves, and each is moved only where its item is drawn
+    if control == "per_item":
         policy = TablePolicy(reference)
-        job.config = config.model_copy(update={"loop": config.loop.model_copy(update={"lr": config.loop.lr * ROW_LR})})
     log = RunLog(job.accelerator, job.draft.path, None, {})
     codes = job.loop(policy, scorer).run(log)
     return displaced_at_random(reference, codes, config.seed) if control == "random" else codes
@@ -97,6 +96,7 @@ class TablePolicy:
         self.reference = reference
         self.logits = nn.Parameter(torch.zeros_like(reference.tree.log_prob))
         self.parameters = [self.logits]
+        self.rates = [ROW_LR]  # the rows are log-probabilities themselves, and each is moved only where its item is drawn
         # the greedy path is the best level by level, not always the best as a whole: without this lead items would move before any step
         self.lead = torch.zeros_like(reference.tree.log_prob)
         self.lead[:, 0] = reference.tree.log_prob.amax(1) - reference.tree.log_prob[:, 0]

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 from scipy import sparse
 
 from mmsid.config import Section
@@ -37,6 +38,7 @@ class EvidenceConfig(Section):
     code_weights: tuple[float, ...] = (0.5, 0.5)  # of the codes of the second, third, ... level by themselves
     prior: float = 1.0  # co-engagement weight that an item must have before its share counts half
     window: int = 3
+    behaviour_dim: int = Field(64, ge=1)  # of the factorised co-engagement that `consensus` reads beside the content
 
 
 def split_users(histories: Sequence[NDArray], shares: Sequence[float], seed: int) -> list[list[NDArray]]:

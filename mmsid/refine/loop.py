@@ -40,6 +40,7 @@ class Policy(Protocol):
     """What the loop moves."""
 
     parameters: Sequence[Tensor]
+    rates: Sequence[float]  # learning rate of each over `LoopConfig.lr`
 
     def log_prob(self, rows: Tensor) -> Tensor:
         """(B,) item rows -> (B, P) log-probabilities over each item's tree, with gradient."""
@@ -59,6 +60,8 @@ class LoopConfig(Section):
     epochs: int = 3
     batch: int = 256  # items per minibatch, over all processes; a group is never cut
     lr: float = 1e-4
+    memory_rate: float = Field(0.0, ge=0)  # learning rate of the memory's values over lr; 0: they stay. Only for a reward that is sure of
+    # single items (consensus): what every item has for itself learns the noise of the others
     clip_low: float = 0.2
     clip_high: float = 0.28
     kl: float = 0.05  # coefficient of the exact KL to the reference
@@ -119,11 +122,11 @@ class Refinement:
         self.items = len(reference.greedy)
         self.quality = torch.ones(self.items, 1) if quality is None else torch.as_tensor(quality, dtype=torch.float32)[:, None]
         # a large epsilon keeps Adam from blowing rounding noise up to full steps where there is nothing to learn
-        self.optimizer = torch.optim.Adam(policy.parameters, lr=config.lr, eps=1e-6)
+        self.optimizer = torch.optim.Adam([{"params": [weight]} for weight in policy.parameters], lr=config.lr, eps=1e-6)
         self.scale = ppo.RunningScale()
         self.draw = torch.Generator().manual_seed(seed)
         self.order = np.random.default_rng(seed)
-        self.skipped, self.step_kl = 0, config.step_kl
+        self.skipped, self.step_kl, self.lr = 0, config.step_kl, config.lr
         self.next_round, self.ended = 0, False
         self.best, self.waited = -math.inf, 0
         self.best_weights: list[Tensor] | None = None
@@ -202,8 +205,7 @@ class Refinement:
         config, device = self.config, self.accelerator.device
         self.step_kl = config.step_kl * self._left(self.next_round)
         if self.next_round:
-            for group in self.optimizer.param_groups:
-                group["lr"] *= self._left(self.next_round) / self._left(self.next_round - 1)
+            self.lr *= self._left(self.next_round) / self._left(self.next_round - 1)
         moving = np.sort(self.order.permutation(self.items)[: max(1, round(config.moving * self.items))])
         rows = torch.as_tensor(moving, device=device)
         with torch.no_grad():
@@ -254,9 +256,8 @@ class Refinement:
             self.optimizer.state.clear()
         if config.adapt or undone:
             factor = 0.25 if undone else 0.5 if moved > 2 * self.step_kl else 1.5 if 0 < moved < 0.5 * self.step_kl else 1.0
-            for group in self.optimizer.param_groups:
-                group["lr"] = min(max(group["lr"] * factor, config.lr * 1e-4), config.lr * 30)
-        return {"undone": undone, "lr": self.optimizer.param_groups[0]["lr"]}
+            self.lr = min(max(self.lr * factor, config.lr * 1e-4), config.lr * 30)
+        return {"undone": undone, "lr": self.lr}
 
     def _optimise(self, rows: Tensor, old_all: Tensor, picks: Tensor, old: Tensor, signal: Tensor) -> dict[str, Any]:
         """`epochs` passes over the groups; stops the round before a step that would go too far. All of first axis R."""
@@ -340,4 +341,6 @@ class Refinement:
             if self.skipped >= 3:
                 raise MmsidError(f"the gradient was not finite in {self.skipped} steps; lower refine.loop.lr (now {self.config.lr})")
             return
+        for group, rate in zip(self.optimizer.param_groups, self.policy.rates, strict=True):
+            group["lr"] = self.lr * rate
         self.optimizer.step()

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mmsid.refine import ppo
 from mmsid.refine.evidence import Codes, Floats
-from mmsid.tokenizer.heads import CodeHead, ParallelHead, ResidualHead
+from mmsid.tokenizer.heads import CodeHead, ResidualHead
 
 Propose = Callable[[NDArray, Codes], Codes]
 BATCH = 512  # items per piece where the whole catalogue is walked: bounds memory, changes no figure
@@ -95,6 +95,40 @@ def exploring_temperature(log_prob: Tensor, entropy: float) -> float:
     return math.exp(high)
 
 
+class Distances:
+    """How much worse a candidate rebuilds an item than the item's own best path does.
+
+    Args:
+        head: whose code vectors rebuild; frozen.
+        scores: item rows (B,) -> what they are rebuilt as (B, L, D).
+        best: (N, L) best paths for these scores.
+    """
+
+    def __init__(self, head: CodeHead, scores: Callable[[Tensor], Tensor], best: Codes) -> None:
+        self.head, self.scores = head, scores
+        self.device = next(head.parameters()).device
+        self.best = self._errors(np.arange(len(best)), best[:, None])[:, 0]
+        self.unit = float(self.best.mean()) if isinstance(head, ResidualHead) else math.log(head.codebook_size)
+
+    def growth(self, rows: NDArray, candidates: Codes) -> Floats:
+        """(R,), (R, C, L) -> (R, C), in units of the mean error. A parallel head has no code vectors; there it is the loss of
+        log-probability in units of log K."""
+        return (self._errors(rows, candidates) - self.best[rows][:, None]) / max(self.unit, 1e-12)
+
+    @torch.no_grad()
+    def _errors(self, rows: NDArray, candidates: Codes) -> Floats:
+        pieces = []
+        for start in range(0, len(rows), BATCH):
+            s = self.scores(torch.as_tensor(rows[start : start + BATCH], device=self.device))
+            codes = torch.as_tensor(candidates[start : start + BATCH], device=self.device)
+            if isinstance(self.head, ResidualHead):
+                value = (s[:, None, -1] - self.head.prefix_vectors(codes)[..., -1, :]).square().sum(-1)
+            else:
+                value = -self.head.log_prob(s, codes).sum(-1)
+            pieces.append(value.double().cpu().numpy())
+        return np.concatenate(pieces) if pieces else np.zeros(candidates.shape[:2])
+
+
 class Reference:
     """The frozen start: a copy of the head, the items' states under it, their path trees and their distances.
 
@@ -131,9 +165,7 @@ class Reference:
             self.temperature = exploring_temperature(log_prob, entropy) if temperature is None else temperature
             codes = torch.cat([codes for codes, _ in parts])
             self.tree = PathTree(codes, (log_prob / self.temperature).log_softmax(-1), branching)
-        best = self._distortion(np.arange(len(states)), self.greedy[:, None])
-        self._best = best[:, 0]
-        self._scale = float(best.mean()) if isinstance(head, ResidualHead) else float(np.log(head.codebook_size))
+        self._distances = Distances(self.head, lambda rows: self.head.project(states[rows]), self.greedy)
 
     def _enumerate(self, rows: NDArray, top_m: int, freeze_first_level: bool, propose: Propose | None) -> tuple[Tensor, Tensor]:
         def wanted(kept: Tensor) -> Tensor:
@@ -148,32 +180,13 @@ class Reference:
             codes, log_prob = codes[:, :kept], log_prob[:, :kept]
         return codes, log_prob.log_softmax(-1)
 
-    def _distortion(self, rows: NDArray, candidates: Codes) -> Floats:
-        device, pieces = self.states.device, []
-        with torch.no_grad():
-            for start in range(0, len(rows), BATCH):
-                s = self.head.project(self.states[torch.as_tensor(rows[start : start + BATCH], device=device)])
-                codes = torch.as_tensor(candidates[start : start + BATCH], device=device)
-                if isinstance(self.head, ResidualHead):
-                    value = (s[:, None, -1] - self.code_vectors(codes)).square().sum(-1)
-                else:
-                    value = -self.head.log_prob(s, codes).sum(-1)
-                pieces.append(value.double().cpu().numpy())
-        return np.concatenate(pieces) if pieces else np.zeros(candidates.shape[:2])
-
     def error_growth(self, rows: NDArray, candidates: Codes) -> Floats:
         """(R,), (R, C, L) -> (R, C): growth of the quantisation error over the item's own best path, in units of the mean error.
 
         Always measured with the frozen states and vectors: the policy cannot shrink it by moving them. A parallel head has no code
         vectors; there it is the loss of log-probability in units of log K.
         """
-        return (self._distortion(rows, candidates) - self._best[rows][:, None]) / max(self._scale, 1e-12)
-
-    def code_vectors(self, codes: Tensor) -> Tensor:
-        """One vector per code sequence, (..., L) -> (..., D): the summed code vectors, or the summed classifier rows of a parallel head."""
-        if isinstance(self.head, ParallelHead):
-            return torch.stack([linear.weight[codes[..., level]] for level, linear in enumerate(self.head.levels)]).sum(0)
-        return self.head.prefix_vectors(codes)[..., -1, :]
+        return self._distances.growth(rows, candidates)
 
     def level_log_prob(self, rows: NDArray, candidates: Codes) -> NDArray[np.float32]:
         """(R,), (R, C, L) -> (R, C, L) log pi_ref(c_l | c_<l), full softmax."""
@@ -195,6 +208,7 @@ class HeadPolicy:
         parameters: weights that the optimiser moves.
         reference: whose trees and temperature the policy is scored with.
         noisy: as `states`, of the items read with noise, once per turn; empty: nobody asks.
+        rates: learning rate of each weight over that of the loop; empty: 1.
     """
 
     def __init__(
@@ -204,8 +218,10 @@ class HeadPolicy:
         parameters: Sequence[Tensor],
         reference: Reference,
         noisy: Sequence[Callable[[Tensor], Tensor]] = (),
+        rates: Sequence[float] = (),
     ) -> None:
         self.head, self.states, self.parameters, self.reference, self.noisy = head, states, list(parameters), reference, noisy
+        self.rates = list(rates) or [1.0] * len(self.parameters)
 
     def log_prob(self, rows: Tensor) -> Tensor:
         """(B,) item rows -> (B, P) log-probabilities over each item's tree, with gradient."""

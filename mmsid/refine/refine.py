@@ -23,11 +23,13 @@ from mmsid.annotate.reading import read_text_quality
 from mmsid.artifacts import Draft, manifest_folder, write_json, writing
 from mmsid.catalog import Catalog, CatalogConfig, Split, co_engagement, load_picture, read_catalog, split_histories
 from mmsid.config import StageConfig
-from mmsid.errors import ArtifactError
+from mmsid.errors import ArtifactError, ConfigError
 from mmsid.precision import make_accelerator
 from mmsid.progress import done, track
+from mmsid.quantize import ppmi_svd
 from mmsid.refine import gate
 from mmsid.refine.checkpoint import load_state, save_state
+from mmsid.refine.consensus import Consensus
 from mmsid.refine.evidence import Codes, CodeTable, EvidenceConfig, Floats, NeighboursCodes
 from mmsid.refine.features import Material, read_features
 from mmsid.refine.flips import flipped, noisy_inputs, noisy_sample
@@ -63,7 +65,8 @@ class RefineConfig(StageConfig):
             tokens (needs a GPU for real sizes; lower `loop.batch`).
         top_m: codes per level in every item's tree of paths; top_m ** num_levels paths are enumerated.
         proposals: of the `top_m` codes of every level, those that most of an item's neighbours hold, however unlikely
-            to the start (fewer than top_m; none at a frozen first level).
+            to the start (none at a frozen first level); where `consensus` is paid for, the code that it asks for comes on top.
+            Fewer than top_m in all.
         temperature: flattens (> 1) the joint path distribution of policy and reference alike, in sampling and in scoring; None: as much
             as it takes for the start to have `start_entropy` nats over an item's tree on average (never below 1).
         collisions: how refined codes are published; must be what the start was published with.
@@ -92,9 +95,18 @@ class RefineConfig(StageConfig):
 
     @model_validator(mode="after")
     def _leaves_room(self) -> RefineConfig:
-        if self.proposals >= self.top_m:
-            raise ValueError(f"proposals is {self.proposals}, top_m {self.top_m}; an item's own best code needs a place: lower proposals")
+        places = self.proposals + self.pays_consensus
+        if places >= self.top_m:
+            also = ", and one place for consensus" if self.pays_consensus else ""
+            raise ValueError(
+                f"proposals is {self.proposals}{also}, top_m {self.top_m}; an item's own best code needs a place: lower proposals"
+            )
         return self
+
+    @property
+    def pays_consensus(self) -> bool:
+        """Whether the reward asks what the other items say of one."""
+        return bool(self.loop.weights.get("consensus"))
 
 
 def run(config: RefineConfig, quick_recommender: QuickRecommender | None = None) -> Path:
@@ -153,11 +165,12 @@ class Job:
         _, self.content = np.unique([item.content_sha256 for item in catalog.items], return_inverse=True)
         states, item_states = self._read_states(self.inputs)
         self.neighbours = co_engagement(self.fit_histories, len(catalog.items), config.evidence.window)
+        item_vectors = torch.nn.functional.normalize(item_states, dim=-1).cpu().numpy()
+        self.consensus = self._consensus(states, item_vectors) if config.pays_consensus else None
         self.reference = Reference(
             self.tokenizer.head, states, config.top_m, config.freeze_first_level, config.temperature, config.start_entropy, self._propose
         )
         self._check_start()
-        item_vectors = torch.nn.functional.normalize(item_states, dim=-1).cpu().numpy()
         self.embedding = self._embed(item_states)
         self.material = Material(self.reference, item_vectors, self.reference.greedy, self.content)
 
@@ -205,7 +218,16 @@ class Job:
 
     def _propose(self, codes: Codes) -> Propose:
         near = NeighboursCodes(codes, self.tokenizer.codebook_size, self.neighbours, self.content, self.config.evidence)
-        return lambda rows, prefixes: near.after(rows, prefixes, self.config.proposals)
+
+        def propose(rows: np.ndarray, prefixes: Codes) -> Codes:
+            theirs = near.after(rows, prefixes, self.config.proposals)
+            return theirs if self.consensus is None else np.concatenate([theirs, self.consensus.after(rows, prefixes)], -1)
+
+        return propose
+
+    def _consensus(self, states: Tensor, item_vectors: np.ndarray) -> Consensus:
+        behaviour = ppmi_svd(self.neighbours, self.config.evidence.behaviour_dim)
+        return Consensus(self.tokenizer.head, states, np.concatenate([behaviour, item_vectors], axis=1))
 
     def _told_quality(self) -> dict[str, float] | str:
         if self.quality is None:
@@ -262,24 +284,40 @@ class Job:
             growth = self.reference.error_growth(rows, candidates)
             parts = table.components(rows, candidates, growth, self.config.evidence)
             parts["sid_reward"] = self._rewards(reward, table, rows, candidates)
+            if self.consensus is not None:
+                parts["consensus"] = -self.consensus.growth(rows, candidates)
             return parts
 
         return score
 
     def policy(self) -> HeadPolicy:
-        """The tokenizer as the policy that the loop moves, with the weights that `trainable` names."""
-        tokenizer, everything = self.tokenizer, self.config.trainable == "all"
+        """The tokenizer as the policy that the loop moves, with the weights that `trainable` and `memory_rate` name."""
+        tokenizer, loop = self.tokenizer, self.config.loop
         tokenizer.emb_head.requires_grad_(False)  # no reward reaches it
-        turns = range(self.config.loop.noisy_readings if self.config.loop.noisy else 0)
+        turns = range(loop.noisy_readings if loop.noisy else 0)
         noise = [noisy_inputs(self.inputs, turn) for turn in turns]
-        if everything:
+        if self.config.trainable == "all":
             live = lambda inputs: lambda rows: tokenizer.hidden(self._collate([inputs[row] for row in rows.tolist()]))[0].float()  # noqa: E731
             trained = [weight for weight in tokenizer.parameters() if weight.requires_grad]
-            return HeadPolicy(tokenizer.head, live(self.inputs), trained, self.reference, [live(inputs) for inputs in noise])
-        cached = lambda states: lambda rows: states[rows]  # noqa: E731
-        trained = list(tokenizer.head.parameters())
-        noisy = [cached(self._read_states(inputs)[0]) for inputs in noise]
-        return HeadPolicy(tokenizer.head, cached(self.reference.states), trained, self.reference, noisy)
+            states, noisy = live(self.inputs), [live(inputs) for inputs in noise]
+        else:
+            cached = lambda states: lambda rows: states[rows]  # noqa: E731
+            trained = list(tokenizer.head.parameters())
+            states, noisy = cached(self.reference.states), [cached(self._read_states(inputs)[0]) for inputs in noise]
+        rates = [1.0] * len(trained)
+        if loop.memory_rate:
+            trained, rates = [*trained, self._values()], [*rates, loop.memory_rate]
+        return HeadPolicy(tokenizer.head, states, trained, self.reference, noisy, rates)
+
+    def _values(self) -> Tensor:
+        """What the memory adds, to be trained for as long as the loop runs."""
+        memory = getattr(self.tokenizer.head, "memory", None)
+        if memory is None:
+            raise ConfigError(
+                f"refine.loop.memory_rate is {self.config.loop.memory_rate:g}, but the tokenizer {self.config.tokenizer} has no memory; "
+                "set it to 0, or train the tokenizer with behaviour"
+            )
+        return memory.values.requires_grad_()
 
     def loop(self, policy: Policy, scorer: Scorer) -> Refinement:
         """The loop, not yet run."""

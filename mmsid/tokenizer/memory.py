@@ -30,7 +30,8 @@ NOISES = (0.1, 0.3, 1.0, 3.0, 10.0)  # sigma^2, relative to the variance of the 
 
 
 class Memory(nn.Module):
-    """m(s): `keys` (M, D), `values` (M, D) = (K + noise)^-1 misses, `length` (): buffers, never trained by gradient."""
+    """m(s): `keys` (M, D), `values` (M, D) = (K + noise)^-1 misses, `length` (): buffers. Refinement may train the
+    values (`loop.memory_rate`), nothing else does."""
 
     def __init__(self, size: int, dim: int) -> None:
         super().__init__()
