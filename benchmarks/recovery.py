@@ -37,18 +37,19 @@ from mmsid.tokenizer.train import TrainTokenizerConfig
 from mmsid.tokenizer.training import Training
 
 METRICS = ("NDCG@10", "HR@10", "HR@50")
-# How to refine a start that is wrong, several short passes (LOG.md); the command's own overrides come after.
+# How to refine a start that is wrong about single items (LOG.md); the command's own overrides come after.
 REPAIR = (
     "refine.loop.objective=likelihood",  # of paths drawn evenly: a wrong start gives the right ones no chance to be sampled
     "refine.loop.group=128",
     "refine.loop.lr=0.00003",
+    "refine.loop.memory_rate=100",  # the damage sits in what the memory adds to single items, which no shared weight undoes one by one
     "refine.loop.adapt=false",
-    "refine.loop.rounds=20",  # more of them end alike: tree, reward and reference believe the start, so the next pass makes them anew
+    "refine.loop.rounds=40",
+    "refine.loop.step_kl=0.1",
+    "refine.loop.anneal=true",
     "refine.loop.patience=0",  # next items know nothing yet of codes that nobody holds
     "refine.loop.most_kl=9",
-    "refine.loop.anneal=true",
-    "refine.loop.noisy=1.0",  # all of the likelihood, else the codes flip more pass by pass
-    "refine.loop.weights={sid_reward: 1.0, codes: 1.0, balance: 1.5, crowding: 1.5, rebuild: 0.2}",
+    "refine.loop.weights={sid_reward: 1.0, codes: 1.0, balance: 1.5, crowding: 1.5, rebuild: 0.2, consensus: 5.0}",
 )
 LATER = ("train_tokenizer", "assign", "refine")
 
