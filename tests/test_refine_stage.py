@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,8 @@ from tiny_backbones import tiny_bert
 
 from mmsid.artifacts import is_complete, read_json, read_manifest, read_table, write_table, writing
 from mmsid.catalog import CatalogConfig, read_catalog
-from mmsid.errors import ArtifactError
+from mmsid.errors import ArtifactError, ConfigError
+from mmsid.refine import gate
 from mmsid.refine.flips import drop_words
 from mmsid.refine.loop import LoopConfig, Refinement
 from mmsid.refine.policy import HeadPolicy
@@ -44,19 +46,22 @@ def _catalog(folder, rng, users=160):
     return CatalogConfig(items=folder / "items.parquet", sequences=folder / "sequences.parquet", split={"inner_held_out": 0.25})
 
 
-@pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    """Catalogue, a tokenizer that knows nothing of behaviour, and its SIDs."""
-    folder = tmp_path_factory.mktemp("start")
+def _start(folder, behaviour_dim):
     catalog = _catalog(folder, np.random.default_rng(0))
     tokenizer = train.run(
         train.TrainTokenizerConfig(
             out=folder / "tokenizer", catalog=catalog, backbone=BackboneSettings(path=tiny_bert(folder / "bert"), max_length=32),
-            num_levels=2, codebook_size=8, steps=0, start={"behaviour_dim": 0}, reconstruct="off",
+            num_levels=2, codebook_size=8, steps=0, start={"behaviour_dim": behaviour_dim}, reconstruct="off",
         )
     )  # fmt: skip
     sids = assign.run(assign.AssignConfig(out=folder / "sids", tokenizer=tokenizer, catalog=catalog))
     return {"catalog": catalog, "tokenizer": tokenizer, "sids": sids}
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """Catalogue, a tokenizer that knows nothing of behaviour, and its SIDs."""
+    return _start(tmp_path_factory.mktemp("start"), behaviour_dim=0)
 
 
 def _config(start, out, **changes):
@@ -161,6 +166,27 @@ def test_the_policy_may_be_asked_of_noisy_readings(start, tmp_path, monkeypatch)
     changes = {"objective": "likelihood", "noisy": 0.5, "noisy_readings": 2, "lr": 0.0, "adapt": False}
     run(config.model_copy(update={"loop": config.loop.model_copy(update=changes)}))
     assert not torch.equal(heard[0], heard[1]) and torch.equal(heard[0], heard[2]), "other words every turn, two turns"
+
+
+def test_consensus_is_paid_and_the_memory_trained_where_they_are_asked_for(start, tmp_path, monkeypatch):
+    remembering, decide = _start(tmp_path, behaviour_dim=4), gate.decide
+    monkeypatch.setattr(gate, "decide", lambda *figures: replace(decide(*figures), accepted=True))  # else the start is what is written
+    weights = {"sid_reward": 1.0, "consensus": 1.0}
+
+    def mended(name, begun, **changes):
+        config = _config(begun, tmp_path / name, rounds=2)
+        return run(config.model_copy(update={"loop": config.loop.model_copy(update={"weights": weights, "lr": 1e-6} | changes)}))
+
+    values = lambda folder: ItemTokenizer.from_pretrained(folder).head.memory.values  # noqa: E731
+    trained = mended("trained", remembering, memory_rate=10.0)
+    records = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
+    assert len(records) == 2 and all(record["reward_consensus"] < 0 for record in records)
+    assert not torch.equal(values(trained / "tokenizer"), values(remembering["tokenizer"]))
+    assert torch.equal(values(mended("left", remembering) / "tokenizer"), values(remembering["tokenizer"]))
+    with pytest.raises(ConfigError, match=r"memory_rate is 10, but the tokenizer .* has no memory"):
+        mended("none", start, memory_rate=10.0)
+    with pytest.raises(ValueError, match="one place for consensus"):
+        RefineConfig(**start, out=tmp_path / "x", top_m=3, loop={"weights": weights})
 
 
 def test_a_refused_run_keeps_the_start(start, tmp_path):
