@@ -306,7 +306,8 @@ class Refinement:
         """Loss summed over the rows over `size`, and sums for the log: KL(old || new), KL to reference, clip fraction, |signal|."""
         config = self.config
         new_all = self.policy.log_prob(rows)
-        if first and not torch.allclose(new_all.detach(), old_all, rtol=1e-4, atol=1e-3):
+        # rounding alone: batches of another shape differ by thousandths of a nat on a GPU, dropout or a wrong mask by far more
+        if first and not torch.allclose(new_all.detach(), old_all, rtol=1e-3, atol=2e-2):
             raise MmsidError("the policy scores its own samples differently in the first step: dropout or a mask differs; this is a bug")
         new = new_all.gather(1, picks)
         if config.objective == "likelihood":
