@@ -5,9 +5,9 @@
 
 Per seed two tokenizers of the same configuration are trained: `good`, and `damaged`, which learns from targets of which a share (20 %)
 was exchanged between items: their content stays, the vectors that their codes are made of are somebody else's. Both are refined, with KL
-to themselves, by `REPAIR`, and go through the gate; what the gate let through is refined again, up to `--passes` in all, from a reference,
-trees and a reward that no longer believe the damaged start. Figures are of published codes: level-1 lift and target on the held-out users,
-and NDCG@10, HR@10 and HR@50 of the instrument on test (`--part valid` opens no test ranks).
+to themselves, by the recipe `repair`, and go through the gate; what the gate let through is refined again, up to `--passes` in all, from a
+reference, trees and a reward that no longer believe the damaged start. Figures are of published codes: level-1 lift and target on the
+held-out users, and NDCG@10, HR@10 and HR@50 of the instrument on test (`--part valid` opens no test ranks).
 
 `refined` is what the gate let through, `proposed` what the last pass wanted. `recovered` is (refined - damaged) / (good - damaged); where
 the damage is not above 0, or smaller than two deviations over recommender seeds (lift and target have none), no share is given. `harm`
@@ -37,20 +37,6 @@ from mmsid.tokenizer.train import TrainTokenizerConfig
 from mmsid.tokenizer.training import Training
 
 METRICS = ("NDCG@10", "HR@10", "HR@50")
-# How to refine a start that is wrong about single items (LOG.md); the command's own overrides come after.
-REPAIR = (
-    "refine.loop.objective=likelihood",  # of paths drawn evenly: a wrong start gives the right ones no chance to be sampled
-    "refine.loop.group=128",
-    "refine.loop.lr=0.00003",
-    "refine.loop.memory_rate=100",  # the damage sits in what the memory adds to single items, which no shared weight undoes one by one
-    "refine.loop.adapt=false",
-    "refine.loop.rounds=40",
-    "refine.loop.step_kl=0.1",
-    "refine.loop.anneal=true",
-    "refine.loop.patience=0",  # next items know nothing yet of codes that nobody holds
-    "refine.loop.most_kl=9",
-    "refine.loop.weights={sid_reward: 1.0, codes: 1.0, balance: 1.5, crowding: 1.5, rebuild: 0.2, consensus: 5.0}",
-)
 LATER = ("train_tokenizer", "assign", "refine")
 
 
@@ -94,7 +80,7 @@ def main() -> None:
 
 def one_seed(parsed: argparse.Namespace, seed: int) -> dict[str, Any]:
     """Train, damage, refine, rank; -> figures per table and what was recovered."""
-    data = load_yaml(parsed.config, [*REPAIR, *parsed.overrides, f"seed={seed}", f"name=good{seed}", f"runs={parsed.out}"])
+    data = load_yaml(parsed.config, ["refine.recipe=repair", *parsed.overrides, f"seed={seed}", f"name=good{seed}", f"runs={parsed.out}"])
     data = {key: value for key, value in data.items() if key not in ("baselines", "train_recommender", "report")}
     configs = wire(data, str(parsed.config))
     run_stages(configs)

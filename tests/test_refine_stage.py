@@ -189,6 +189,15 @@ def test_consensus_is_paid_and_the_memory_trained_where_they_are_asked_for(start
         RefineConfig(**start, out=tmp_path / "x", top_m=3, loop={"weights": weights})
 
 
+def test_the_recipe_repair_is_a_loop_on_which_the_own_settings_come_on_top(start, tmp_path):
+    one = lambda **values: RefineConfig(**start, out=tmp_path / "x", **values)  # noqa: E731
+    repair = one(recipe="repair").loop
+    assert repair.objective == "likelihood" and repair.memory_rate and repair.weights["consensus"] and one(recipe="repair").pays_consensus
+    own = one(recipe="repair", loop={"rounds": 3, "weights": {"sid_reward": 1.0}}).loop
+    assert own == repair.model_copy(update={"rounds": 3, "weights": {"sid_reward": 1.0}})
+    assert one().loop == LoopConfig() and one(recipe="repair", loop=own).loop == own
+
+
 def test_a_refused_run_keeps_the_start(start, tmp_path):
     config = _config(start, tmp_path / "refine", rounds=2, gate={"confidence": 1.1})
     out = run(config)

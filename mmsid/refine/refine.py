@@ -34,7 +34,7 @@ from mmsid.refine.evidence import Codes, CodeTable, EvidenceConfig, Floats, Neig
 from mmsid.refine.features import Material, read_features
 from mmsid.refine.flips import flipped, noisy_inputs, noisy_sample
 from mmsid.refine.gate import GateConfig
-from mmsid.refine.loop import LoopConfig, Policy, Refinement, Scorer
+from mmsid.refine.loop import REPAIR, LoopConfig, Policy, Refinement, Scorer
 from mmsid.refine.outcome import write_moved, write_near_ties, write_sids, write_tokenizer
 from mmsid.refine.policy import HeadPolicy, Propose, Reference
 from mmsid.refine.publish import make_table
@@ -61,6 +61,8 @@ class RefineConfig(StageConfig):
         sids: folder of `assign` for that tokenizer: the start that must be beaten.
         text_quality: a finished `text_quality` folder: q of an item multiplies the advantage of its group, so that items whose mined
             interests are worth little move less. None: q = 1 for every item, and the manifest says so.
+        recipe: `polish` for a start that is sound; `repair` for one that is wrong about single items (pictures or targets that were
+            exchanged): `loop.REPAIR` in place of the defaults of `loop`; refine what came of it again until the gate refuses.
         trainable: `heads` moves code vectors and projection, states cached once (minutes on a CPU); `all` also the adapter and the query
             tokens (needs a GPU for real sizes; lower `loop.batch`).
         top_m: codes per level in every item's tree of paths; top_m ** num_levels paths are enumerated.
@@ -79,6 +81,7 @@ class RefineConfig(StageConfig):
     captions: Path | None = None
     interests: Path | None = None
     text_quality: Path | None = None
+    recipe: Literal["polish", "repair"] = "polish"
     trainable: Literal["heads", "all"] = "heads"
     top_m: int = Field(8, ge=2)
     proposals: int = Field(2, ge=0)
@@ -92,6 +95,12 @@ class RefineConfig(StageConfig):
     reward: RewardConfig = RewardConfig()
     loop: LoopConfig = LoopConfig()
     gate: GateConfig = GateConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _repairs(cls, values: Any) -> Any:
+        loop = (values.get("loop") or {}) if isinstance(values, Mapping) and values.get("recipe") == "repair" else None
+        return values if not isinstance(loop, Mapping) else {**values, "loop": REPAIR | dict(loop)}
 
     @model_validator(mode="after")
     def _leaves_room(self) -> RefineConfig:
