@@ -29,7 +29,7 @@ from mmsid.config import load_yaml
 from mmsid.precision import make_accelerator
 from mmsid.recommend.fit import Schedule, fit, table_paths
 from mmsid.refine import gate
-from mmsid.refine.refine import RefineConfig
+from mmsid.refine.config import RefineConfig
 from mmsid.sids.folder import read_sid_folder
 from mmsid.sids.table import SidTable
 from mmsid.tokenizer import targets

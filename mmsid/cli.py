@@ -73,7 +73,8 @@ def _load_stage(name: str) -> Stage:
 
         return SidRewardConfig, run
     if name == "refine":
-        from mmsid.refine.refine import RefineConfig, run
+        from mmsid.refine.config import RefineConfig
+        from mmsid.refine.refine import run
 
         return RefineConfig, _with_quick_recommender(run)
     if name == "train_recommender":

@@ -19,10 +19,11 @@ from mmsid.artifacts import is_complete, read_json, read_manifest, read_table, w
 from mmsid.catalog import CatalogConfig, read_catalog
 from mmsid.errors import ArtifactError, ConfigError
 from mmsid.refine import gate
+from mmsid.refine.config import RefineConfig
 from mmsid.refine.flips import drop_words
 from mmsid.refine.loop import LoopConfig, Refinement
 from mmsid.refine.policy import HeadPolicy
-from mmsid.refine.refine import RefineConfig, run
+from mmsid.refine.refine import run
 from mmsid.refine.reward import RewardConfig, SidReward
 from mmsid.sids.folder import read_sid_folder
 from mmsid.tokenizer import assign, train

@@ -24,12 +24,13 @@ from mmsid.errors import ConfigError, MmsidError
 from mmsid.precision import make_accelerator
 from mmsid.progress import track
 from mmsid.refine import ppo
+from mmsid.refine.config import RefineConfig
 from mmsid.refine.evidence import Codes
 from mmsid.refine.loop import LoopConfig, Scorer
 from mmsid.refine.outcome import write_sids
 from mmsid.refine.policy import Reference
 from mmsid.refine.publish import make_table
-from mmsid.refine.refine import Job, RefineConfig
+from mmsid.refine.refine import Job
 from mmsid.refine.tracking import RunLog
 from mmsid.tokenizer.heads import ResidualHead
 

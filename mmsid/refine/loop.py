@@ -92,22 +92,6 @@ class LoopConfig(Section):
         return self
 
 
-# How a start that is wrong about single items is mended (LOG.md, 2026-11-27); what the configuration says of the loop itself comes on top.
-REPAIR: dict[str, Any] = {
-    "objective": "likelihood",  # of paths drawn evenly: a wrong start gives the right ones no chance to be sampled
-    "group": 128,
-    "lr": 3e-5,
-    "memory_rate": 100.0,  # the damage sits in what the memory adds to single items, which no shared weight undoes one by one
-    "adapt": False,
-    "rounds": 40,
-    "step_kl": 0.1,
-    "anneal": True,
-    "patience": 0,  # next items know nothing yet of codes that nobody holds
-    "most_kl": 9.0,
-    "weights": {"sid_reward": 1.0, "codes": 1.0, "balance": 1.5, "crowding": 1.5, "rebuild": 0.2, "consensus": 5.0},
-}
-
-
 class Refinement:
     """Holds what a run changes: policy and optimiser, running scales, random streams, the best round so far.
 

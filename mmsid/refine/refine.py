@@ -10,38 +10,35 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
-from pydantic import Field, model_validator
 from torch import Tensor
 
 from mmsid.annotate.reading import read_text_quality
 from mmsid.artifacts import Draft, manifest_folder, write_json, writing
-from mmsid.catalog import Catalog, CatalogConfig, Split, co_engagement, load_picture, read_catalog, split_histories
-from mmsid.config import StageConfig
+from mmsid.catalog import Catalog, Split, co_engagement, load_picture, read_catalog, split_histories
 from mmsid.errors import ArtifactError, ConfigError
 from mmsid.precision import make_accelerator
 from mmsid.progress import done, track
 from mmsid.quantize import ppmi_svd
 from mmsid.refine import gate
 from mmsid.refine.checkpoint import load_state, save_state
+from mmsid.refine.config import RefineConfig
 from mmsid.refine.consensus import Consensus
-from mmsid.refine.evidence import Codes, CodeTable, EvidenceConfig, Floats, NeighboursCodes
+from mmsid.refine.evidence import Codes, CodeTable, Floats, NeighboursCodes
 from mmsid.refine.features import Material, read_features
 from mmsid.refine.flips import flipped, noisy_inputs, noisy_sample
-from mmsid.refine.gate import GateConfig
-from mmsid.refine.loop import REPAIR, LoopConfig, Policy, Refinement, Scorer
+from mmsid.refine.loop import Policy, Refinement, Scorer
 from mmsid.refine.outcome import write_moved, write_near_ties, write_sids, write_tokenizer
 from mmsid.refine.policy import HeadPolicy, Propose, Reference
 from mmsid.refine.publish import make_table
-from mmsid.refine.reward import RewardConfig, SidReward, train_reward
-from mmsid.refine.tracking import RunLog, TrackerName, check_tracker
+from mmsid.refine.reward import SidReward, train_reward
+from mmsid.refine.tracking import RunLog, check_tracker
 from mmsid.refine.watch import next_item_watch
-from mmsid.sids.collisions import Policy as Collisions
 from mmsid.sids.folder import read_sid_folder
 from mmsid.sids.table import SidTable
 from mmsid.tokenizer.inputs import ItemInput, load_inputs
@@ -51,71 +48,6 @@ from mmsid.tokenizer.model import ItemTokenizer
 QuickRecommender = Callable[[SidTable, int], Mapping[str, float]]
 CHECKPOINT = "checkpoint.safetensors"
 SCORED_ROWS = 256  # items whose candidates' features are built at once
-
-
-class RefineConfig(StageConfig):
-    """Configuration of the stage.
-
-    Attributes:
-        tokenizer: folder of `train_tokenizer`, or of an earlier `refine`.
-        sids: folder of `assign` for that tokenizer: the start that must be beaten.
-        text_quality: a finished `text_quality` folder: q of an item multiplies the advantage of its group, so that items whose mined
-            interests are worth little move less. None: q = 1 for every item, and the manifest says so.
-        recipe: `polish` for a start that is sound; `repair` for one that is wrong about single items (pictures or targets that were
-            exchanged): `loop.REPAIR` in place of the defaults of `loop`; refine what came of it again until the gate refuses.
-        trainable: `heads` moves code vectors and projection, states cached once (minutes on a CPU); `all` also the adapter and the query
-            tokens (needs a GPU for real sizes; lower `loop.batch`).
-        top_m: codes per level in every item's tree of paths; top_m ** num_levels paths are enumerated.
-        proposals: of the `top_m` codes of every level, those that most of an item's neighbours hold, however unlikely
-            to the start (none at a frozen first level); where `consensus` is paid for, the code that it asks for comes on top.
-            Fewer than top_m in all.
-        temperature: flattens (> 1) the joint path distribution of policy and reference alike, in sampling and in scoring; None: as much
-            as it takes for the start to have `start_entropy` nats over an item's tree on average (never below 1).
-        collisions: how refined codes are published; must be what the start was published with.
-        log_with: a tracker that accelerate feeds beside `log.jsonl`; its files lie in `trackers/` of the folder.
-    """
-
-    catalog: CatalogConfig
-    tokenizer: Path
-    sids: Path
-    captions: Path | None = None
-    interests: Path | None = None
-    text_quality: Path | None = None
-    recipe: Literal["polish", "repair"] = "polish"
-    trainable: Literal["heads", "all"] = "heads"
-    top_m: int = Field(8, ge=2)
-    proposals: int = Field(2, ge=0)
-    freeze_first_level: bool = False
-    temperature: float | None = Field(None, gt=0)
-    start_entropy: float = Field(2.0, gt=0)
-    collisions: Collisions = "relocate"
-    batch_size: int = Field(32, ge=1)
-    log_with: TrackerName | None = None
-    evidence: EvidenceConfig = EvidenceConfig()
-    reward: RewardConfig = RewardConfig()
-    loop: LoopConfig = LoopConfig()
-    gate: GateConfig = GateConfig()
-
-    @model_validator(mode="before")
-    @classmethod
-    def _repairs(cls, values: Any) -> Any:
-        loop = (values.get("loop") or {}) if isinstance(values, Mapping) and values.get("recipe") == "repair" else None
-        return values if not isinstance(loop, Mapping) else {**values, "loop": REPAIR | dict(loop)}
-
-    @model_validator(mode="after")
-    def _leaves_room(self) -> RefineConfig:
-        places = self.proposals + self.pays_consensus
-        if places >= self.top_m:
-            also = ", and one place for consensus" if self.pays_consensus else ""
-            raise ValueError(
-                f"proposals is {self.proposals}{also}, top_m {self.top_m}; an item's own best code needs a place: lower proposals"
-            )
-        return self
-
-    @property
-    def pays_consensus(self) -> bool:
-        """Whether the reward asks what the other items say of one."""
-        return bool(self.loop.weights.get("consensus"))
 
 
 def run(config: RefineConfig, quick_recommender: QuickRecommender | None = None) -> Path:

@@ -12,7 +12,8 @@ from mmsid.artifacts import writing
 from mmsid.catalog import read_catalog, split_histories
 from mmsid.precision import make_accelerator
 from mmsid.progress import done
-from mmsid.refine.refine import Job, RefineConfig
+from mmsid.refine.config import RefineConfig
+from mmsid.refine.refine import Job
 from mmsid.refine.reward import train_reward
 
 
