@@ -41,8 +41,8 @@ class RefineConfig(StageConfig):
         sids: folder of `assign` for that tokenizer: the start that must be beaten.
         text_quality: a finished `text_quality` folder: q of an item multiplies the advantage of its group, so that items whose mined
             interests are worth little move less. None: q = 1 for every item, and the manifest says so.
-        recipe: `polish` for a start that is sound; `repair` for one that is wrong about single items (pictures or targets that were
-            exchanged): `REPAIR` in place of the defaults of `loop`; refine what came of it again until the gate refuses.
+        recipe: `polish` for a start that is sound; `repair` for one that learnt wrong targets for single items (measured for targets
+            that were exchanged): `REPAIR` in place of the defaults of `loop`; refine what came of it again until the gate refuses.
         trainable: `heads` moves code vectors and projection, states cached once (minutes on a CPU); `all` also the adapter and the query
             tokens (needs a GPU for real sizes; lower `loop.batch`).
         top_m: codes per level in every item's tree of paths; top_m ** num_levels paths are enumerated.

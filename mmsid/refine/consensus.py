@@ -1,6 +1,6 @@
 """What everybody else says that an item should be: its projected state, told by its content and behaviour through a robust fit.
 
-A start can be wrong about single items (a picture joined to the wrong row, a target of somebody else), and then so is every figure that
+A start can be wrong about single items (it learnt somebody else's target), and then so is every figure that
 its own state enters: distances, trees, `rebuild`. But most items are right, and what content and behaviour mean can be learned from them:
 the ridge regression of the projected states on both, an item's own row left out of its prediction (closed form), rows that the others
 cannot explain weighing less and less (iteratively reweighted, weights of a Cauchy error: Huber & Ronchetti, Robust Statistics, 2009,
