@@ -1,10 +1,10 @@
 """What everybody else says that an item should be: its projected state, told by its content and behaviour through a robust fit.
 
-A start can be wrong about single items (it learnt somebody else's target), and then so is every figure that
-its own state enters: distances, trees, `rebuild`. But most items are right, and what content and behaviour mean can be learned from them:
-the ridge regression of the projected states on both, an item's own row left out of its prediction (closed form), rows that the others
-cannot explain weighing less and less (iteratively reweighted, weights of a Cauchy error: Huber & Ronchetti, Robust Statistics, 2009,
-section 7.8). `consensus` of a candidate is how far its code vectors lie from that prediction, in the units of `rebuild`.
+A start can be wrong about single items (it learnt somebody else's target), and then so is every figure that its own state enters:
+distances, trees, `rebuild`. But most items are right, and what content and behaviour mean can be learned from them: the ridge
+regression of the projected states on both, an item's own row left out of its prediction (closed form), rows that the others cannot
+explain weighing less and less (iteratively reweighted, as in Huber & Ronchetti, Robust Statistics, 2009, chapter 7). `consensus` of a
+candidate is how far its code vectors lie from that prediction, in the units of `rebuild`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Consensus:
         self.head = copy.deepcopy(head).eval().requires_grad_(False)
         with torch.no_grad():
             own = torch.cat([self.head.project(piece) for piece in states.split(BATCH)])
-            self.scores, self.trust = expected(own, evidence)
+            self.scores = expected(own, evidence).scores
             greedy = torch.cat([self.head.greedy(piece).codes for piece in self.scores.split(BATCH)]).cpu().numpy()
         self._distances = Distances(self.head, lambda rows: self.scores[rows], greedy)
 
@@ -79,7 +79,10 @@ def expected(scores: Tensor, evidence: NDArray, rounds: int = ROUNDS) -> Expecte
 
 
 def _leave_one_out(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
-    """Weighted ridge regression with a free mean, each row predicted by the fit without it: x (N, M), y (N, D), weight (N,) -> (N, D)."""
+    """Weighted ridge regression with a free mean, each row predicted by the fit without it: x (N, M), y (N, D), weight (N,) -> (N, D).
+
+    scikit-learn's RidgeCV does the same, but holds rows x outputs x penalties at once to give the predictions away.
+    """
     pieces = [slice(start, start + BATCH) for start in range(0, len(x), BATCH)]
     total = weight.sum()
     mean_x, mean_y = (sum(weight[piece] @ one[piece].double() for piece in pieces) / total for one in (x, y))
