@@ -32,10 +32,10 @@ from mmsid.annotate.caption import CaptionConfig, picture_loader, run
 from mmsid.annotate.generator import Request
 from mmsid.annotate.huggingface import HuggingFaceGenerator
 from mmsid.annotate.job import annotate
+from mmsid.annotate.job_config import JobInput, Task
 from mmsid.annotate.prompts import load_prompt
-from mmsid.annotate.reading import read_rows
+from mmsid.annotate.readers import read_rows
 from mmsid.annotate.records import Caption, parse_caption
-from mmsid.annotate.units import Task, Unit
 from mmsid.artifacts import read_json, sha256, write_json, writing
 from mmsid.catalog import CatalogConfig, read_catalog
 from mmsid.catalog.demo import write_demo_catalog
@@ -102,7 +102,7 @@ class Bench:
         self.folder = folder
         self.catalog = CatalogConfig(items=write_demo_catalog(folder / "ads", items=ads, users=0, seed=11) / "items.parquet")
         self.items = read_catalog(self.catalog).items
-        self.units = [Unit(item.item_id, at, (path,)) for item in self.items for at, path in enumerate(item.images)]
+        self.units = [JobInput(item.item_id, at, (path,)) for item in self.items for at, path in enumerate(item.images)]
         self.prompt = load_prompt("caption_demo")
         self.runs = 0
         self.load = picture_loader(self.config())

@@ -32,11 +32,11 @@ import torch
 from transformers import LogitsProcessorList
 
 from mmsid.artifacts import write_json
-from mmsid.recommend.constrain import TrieLogitsProcessor
-from mmsid.recommend.fit import build
+from mmsid.recommend.beam_search import Beams, LevelDecoder, beam_search
 from mmsid.recommend.flat import FlatRecommender, FlatShape
 from mmsid.recommend.paths import PathTrie, item_paths
-from mmsid.recommend.search import Beams, LevelDecoder, beam_search
+from mmsid.recommend.training import build
+from mmsid.recommend.trie_constraint import TrieLogitsProcessor
 from mmsid.sids.trie import Trie
 
 SIZES, HISTORY = (256, 256, 256), 20

@@ -30,9 +30,9 @@ from torch import Tensor
 
 from mmsid.artifacts import write_json
 from mmsid.backbone.query_tokens import Batch
-from mmsid.tokenizer import targets
+from mmsid.tokenizer import initialization
+from mmsid.tokenizer.behaviour_regression import BehaviourRegression
 from mmsid.tokenizer.inputs import ItemInput
-from mmsid.tokenizer.memory import Memory
 from mmsid.tokenizer.model import DOUBTFUL, ItemTokenizer, TokenizerSettings
 from mmsid.tokenizer.objective import Labels, LossWeights, Objective
 from mmsid.tokenizer.reconstruction import train_decoder
@@ -61,7 +61,9 @@ def main() -> None:
     labels = start(tokenizer, items, parsed.batch)
     trained = compare_training(tokenizer, items, labels, parsed.batch, parsed.repeats)
     if parsed.memory:
-        tokenizer.keep(Memory(parsed.memory, width + 3))  # remembers nothing: it costs what a fitted one costs, and moves no code
+        tokenizer.add_behaviour(
+            BehaviourRegression(parsed.memory, width + 3)
+        )  # remembers nothing: it costs what a fitted one costs, and moves no code
     results = {
         "threads": 1,
         "items": parsed.items,
@@ -84,10 +86,10 @@ def synthetic_items(count: int) -> list[ItemInput]:
 
 def start(tokenizer: ItemTokenizer, items: list[ItemInput], batch: int) -> Tensor:
     """The closed-form start that training begins with, on random behaviour: margins as real codes have them. -> target codes (N, L)."""
-    readings = targets.read_states(tokenizer, items, batch, 0)
+    readings = initialization.read_states(tokenizer, items, batch, 0)
     vectors = np.random.default_rng(1).normal(size=(len(items), BEHAVIOUR)).astype(np.float32) / BEHAVIOUR**0.5
-    fused = targets.fused_space(readings.pooled, targets.Behaviour(None, vectors, np.zeros(len(items))), 1.0, centre=False)
-    return targets.balanced_start(tokenizer, readings, fused, 0)
+    fused = initialization.fused_space(readings.pooled, initialization.Behaviour(None, vectors, np.zeros(len(items))), 1.0, centre=False)
+    return initialization.balanced_start(tokenizer, readings, fused, 0)
 
 
 def compare_encoding(tokenizer: ItemTokenizer, items: list[ItemInput], batch: int, repeats: int) -> dict[str, Any]:

@@ -25,10 +25,10 @@ import numpy as np
 import torch
 from transformers import AutoModelForImageTextToText
 
+from mmsid.annotate.captioner.config import TrainCaptionerConfig
 from mmsid.annotate.captioner.data import catalog_set
 from mmsid.annotate.captioner.evaluate import field_accuracy, linear_probe, majority_accuracy, tower_features
-from mmsid.annotate.captioner.stage import TrainCaptionerConfig
-from mmsid.annotate.reading import read_captions
+from mmsid.annotate.readers import read_captions
 from mmsid.artifacts import read_json, read_tensors, write_json
 from mmsid.backbone.embed import embed_texts
 from mmsid.catalog import read_catalog

@@ -33,12 +33,12 @@ from mmsid.config import build
 from mmsid.quantize import CodebookScores, balanced_residual_kmeans
 from mmsid.recommend.bench.config import DatasetConfig, load_dataset
 from mmsid.recommend.evaluate import evaluate
-from mmsid.recommend.fit import Schedule, fit, table_paths
 from mmsid.recommend.metrics import summarise
+from mmsid.recommend.training import Schedule, fit, table_paths
 from mmsid.sids import SidTable, read_sid_folder, relocate
 from mmsid.sids.append import append_codes
 from mmsid.tokenizer import assign, train
-from mmsid.tokenizer.arms import ArmSources
+from mmsid.tokenizer.sid_methods import MethodSources
 
 SHOWN = ("HR@10", "HR@50", "NDCG@10")
 
@@ -123,7 +123,7 @@ class World:
     def balanced_rq(self) -> tuple[SidTable, SidTable]:
         """The same two tables of a Sinkhorn-balanced residual clustering of the texts that ours reads."""
         dataset = self.dataset
-        sources = ArmSources(self.catalog, None, dataset.captions, dataset.interests, dataset.use, cache=self.work / "text")
+        sources = MethodSources(self.catalog, None, dataset.captions, dataset.interests, dataset.use, cache=self.work / "text")
         x, sizes = sources.text, (dataset.codebook_size,) * dataset.num_levels
         hashes = np.array([item.content_sha256 for item in self.catalog.items])
 

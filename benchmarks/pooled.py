@@ -19,7 +19,7 @@ import numpy as np
 
 from mmsid.artifacts import is_complete, write_json
 from mmsid.recommend.metrics import per_position
-from mmsid.recommend.rows import read_ranks
+from mmsid.recommend.result_rows import read_ranks
 
 METRIC = "NDCG@10"
 

@@ -22,18 +22,18 @@ from typing import Any
 
 import numpy as np
 
+from mmsid.accelerator import make_accelerator
 from mmsid.artifacts import is_complete, read_json, read_table, write_json, writing
 from mmsid.catalog import Catalog, Split, read_catalog, split_histories
 from mmsid.cli import run_stages, wire
 from mmsid.config import load_yaml
-from mmsid.precision import make_accelerator
-from mmsid.recommend.fit import Schedule, fit, table_paths
+from mmsid.recommend.training import Schedule, fit, table_paths
 from mmsid.refine import gate
 from mmsid.refine.config import RefineConfig
 from mmsid.sids.folder import read_sid_folder
 from mmsid.sids.table import SidTable
-from mmsid.tokenizer import targets
-from mmsid.tokenizer.train import TrainTokenizerConfig
+from mmsid.tokenizer import initialization
+from mmsid.tokenizer.train_config import TrainTokenizerConfig
 from mmsid.tokenizer.training import Training
 
 METRICS = ("NDCG@10", "HR@10", "HR@50")
@@ -45,7 +45,9 @@ class Damaged(Training):
 
     share = 0.2
 
-    def _space(self, readings: targets.Readings, behaviour: targets.Behaviour, start: targets.StartSettings) -> np.ndarray:
+    def _space(
+        self, readings: initialization.ContentStates, behaviour: initialization.Behaviour, start: initialization.StartSettings
+    ) -> np.ndarray:
         space = super()._space(readings, behaviour, start)
         rng = np.random.default_rng([self.config.seed, 11])
         rows = rng.permutation(len(space))[: round(self.share * len(space))]

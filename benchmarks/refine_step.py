@@ -22,14 +22,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from mmsid.accelerator import make_accelerator
 from mmsid.artifacts import Draft, write_json
 from mmsid.catalog import CatalogConfig, read_catalog, split_histories
 from mmsid.catalog.demo import write_demo_catalog
-from mmsid.precision import make_accelerator
 from mmsid.refine import ppo
 from mmsid.refine.loop import LoopConfig
 from mmsid.refine.policy import HeadPolicy, Reference
-from mmsid.tokenizer.train import TrainTokenizerConfig
+from mmsid.tokenizer.train_config import TrainTokenizerConfig
 from mmsid.tokenizer.training import Training
 
 

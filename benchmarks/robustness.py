@@ -6,7 +6,7 @@
 
 The prize is a place in a rival's bucket: an attack on an ad succeeds when its first code becomes that of a drawn rival of another category
 (*targeted flip*; pairs whose codes agree beforehand are left out). Attacks write an instruction or the rival's keywords into the picture,
-into the title, or into both. Each is met twice: as the pipeline stands, and with the defences `catalog.mend_text`,
+into the title, or into both. Each is met twice: as the pipeline stands, and with the defences `catalog.clean_text`,
 `caption.mask_overlays` and `assign.free_text_nats`. Unattacked ads go the same two ways: that is what the defences cost.
 
 Writes results.json and results.md into --out; attacks that are measured already are not repeated. Captions are scored by whether each
@@ -30,16 +30,16 @@ from mmsid.annotate.caption import CaptionConfig
 from mmsid.annotate.caption import run as run_caption
 from mmsid.annotate.interests import InterestsConfig
 from mmsid.annotate.interests import run as run_interests
-from mmsid.annotate.reading import read_rows
+from mmsid.annotate.readers import read_rows
 from mmsid.artifacts import is_complete, read_json, read_manifest, read_table, write_json, write_table
 from mmsid.catalog import Catalog, CatalogConfig, Item, load_picture, read_catalog
 from mmsid.catalog.demo import write_demo_catalog
 from mmsid.catalog.demo.facts import PICTURE_FIELDS
 from mmsid.cli import run_stages, wire
 from mmsid.config import load_yaml
-from mmsid.tokenizer.agreement import disagreement, evidence_fields
 from mmsid.tokenizer.inputs import build_inputs, read_caption_texts, read_mined_interests
 from mmsid.tokenizer.model import Encoded, ItemTokenizer
+from mmsid.tokenizer.text_trust import disagreement, evidence_fields
 
 THRESHOLDS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
 Facts = dict[str, Any]
@@ -190,7 +190,7 @@ class World:
         spoilt = self._write(folder, attack)
         figures = {}
         for defended in (False, True):
-            config = spoilt.model_copy(update={"mend_text": defended})
+            config = spoilt.model_copy(update={"clean_text": defended})
             run = folder / ("defended" if defended else "as_is")
             self._annotate(run, config, defended)
             items = read_catalog(config)

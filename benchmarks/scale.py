@@ -29,9 +29,9 @@ from PIL import Image
 from mmsid.annotate.caption import CaptionConfig, picture_loader
 from mmsid.annotate.generator import Request
 from mmsid.annotate.job import annotate
+from mmsid.annotate.job_config import JobInput, Task
 from mmsid.annotate.prompts import load_prompt
 from mmsid.annotate.records import Caption, parse_caption
-from mmsid.annotate.units import Task, Unit
 from mmsid.artifacts import write_json, writing
 from mmsid.catalog import CatalogConfig, read_catalog
 
@@ -105,7 +105,7 @@ def one_size(folder: Path) -> dict[str, Any]:
         return result
 
     def job(generator: Constant) -> int:
-        units = (Unit(item.item_id, 0, item.images) for item in items)
+        units = (JobInput(item.item_id, 0, item.images) for item in items)
         with writing(config.out, stage="caption", config=config, resume=True) as draft:
             annotate(units, len(items), task, generator, config, draft)
         return generator.asked
@@ -129,7 +129,7 @@ def job_of_nothing(folder: Path, task: Task) -> None:
     """One row that needs no picture, so that the first measured row finds everything imported."""
     config = CaptionConfig(out=folder / "warm" / "caption", catalog=CatalogConfig(items=folder / "items.parquet"))
     with writing(config.out, stage="caption", config=config) as draft:
-        annotate([Unit("none", reason="no_picture")], 1, task, Constant(), config, draft)
+        annotate([JobInput("none", reason="no_picture")], 1, task, Constant(), config, draft)
 
 
 def table(records: list[dict[str, Any]]) -> str:

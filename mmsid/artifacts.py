@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import mmsid
-from mmsid.disk import fsync, one_writer, replacing, telling_failures
+from mmsid.disk import disk_errors, folder_lock, fsync, replacing
 from mmsid.errors import ArtifactError
 from mmsid.progress import is_main_process
 
@@ -72,9 +72,9 @@ def writing(
         yield Draft(draft_path)
         return
     kept = f"What is finished is kept in {draft_path}." if resume else "Nothing was published."
-    with telling_failures(out, kept), contextlib.ExitStack() as lock:
+    with disk_errors(out, kept), contextlib.ExitStack() as lock:
         out.parent.mkdir(parents=True, exist_ok=True)
-        lock.enter_context(one_writer(out))
+        lock.enter_context(folder_lock(out))
         if (out / MANIFEST).exists():
             raise ArtifactError(f"{out} is finished already; remove it, or run `mmsid {stage} --redo`, to write it again")
         if out.exists() and any(out.iterdir()):
@@ -139,7 +139,7 @@ def manifest_folder(folder: Path) -> Path:
     return folder.parent if not is_complete(folder) and is_complete(folder.parent) else folder
 
 
-def check_whole(folder: Path) -> None:
+def verify_folder(folder: Path) -> None:
     """Hold every file of a finished folder against its checksum (folders written before there were checksums pass).
 
     Raises:
@@ -150,8 +150,8 @@ def check_whole(folder: Path) -> None:
         raise _damaged(Path(folder), wrong)
 
 
-def check_file(path: Path) -> None:
-    """As `check_whole`, for one file: at the top of its finished folder, or in a folder below. A file elsewhere passes."""
+def verify_file(path: Path) -> None:
+    """As `verify_folder`, for one file: at the top of its finished folder, or in a folder below. A file elsewhere passes."""
     path = Path(path)
     for folder in list(path.parents)[:3]:
         digest = _checksums(folder).get(path.relative_to(folder).as_posix())
@@ -208,7 +208,7 @@ def input_hashes(inputs: Mapping[str, Path | None]) -> dict[str, str]:
             continue
         if Path(path).is_dir():
             manifest = read_manifest(path)
-            check_whole(path)
+            verify_folder(path)
             hashes[name] = sha256({key: manifest[key] for key in ("stage", "config", "inputs", "package_version")})
         elif Path(path).is_file():
             hashes[name] = file_sha256(path)

@@ -9,7 +9,7 @@ mmsid catalog --config CONFIG                        read the catalogue and desc
 mmsid demo-catalog OUT --items N --users M --seed S  draw the demo catalogue
 mmsid churn OLD NEW [--out REPORT.json]              what changed between two SID folders
 mmsid bundle OUT --tokenizer T --sids S              a tokenizer and its SIDs as one model folder, ready to upload
-mmsid bench --dataset D --suite S [suite.key=value ...]  every arm of a suite on a data set, one table; continues where it stopped
+mmsid bench --dataset D --suite S [suite.key=value ...]  every name of a suite on a data set, one table; continues where it stopped
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ Stage = tuple[type[StageConfig], Callable[..., Path]]
 def _load_stage(name: str) -> Stage:
     """The config class and the function of a stage; imported only when asked for, so that `mmsid --help` is quick."""
     if name == "train_captioner":
-        from mmsid.annotate.captioner.stage import TrainCaptionerConfig, run
+        from mmsid.annotate.captioner.config import TrainCaptionerConfig
+        from mmsid.annotate.captioner.stage import run
 
         return TrainCaptionerConfig, run
     if name == "caption":
@@ -53,7 +54,8 @@ def _load_stage(name: str) -> Stage:
 
         return TextQualityConfig, run
     if name == "train_tokenizer":
-        from mmsid.tokenizer.train import TrainTokenizerConfig, run
+        from mmsid.tokenizer.train import run
+        from mmsid.tokenizer.train_config import TrainTokenizerConfig
 
         return TrainTokenizerConfig, run
     if name == "assign":
@@ -74,7 +76,7 @@ def _load_stage(name: str) -> Stage:
         return SidRewardConfig, run
     if name == "refine":
         from mmsid.refine.config import RefineConfig
-        from mmsid.refine.refine import run
+        from mmsid.refine.stage import run
 
         return RefineConfig, _with_quick_recommender(run)
     if name == "train_recommender":
@@ -147,11 +149,11 @@ def wire(data: dict[str, Any], source: str) -> dict[str, StageConfig]:
 
 def _upstream(stage: str, folder: dict[str, Path], header: RunHeader, configs: dict[str, StageConfig]) -> dict[str, Any]:
     """Where a stage finds what earlier stages, whose `configs` are built already, write."""
-    arms = {arm: folder["baselines"] / arm for arm in configs["baselines"].arms} if "baselines" in configs else {}
+    variants = {name: folder["baselines"] / name for name in configs["baselines"].methods} if "baselines" in configs else {}
     if "assign" in configs:
-        arms["ours"] = folder["assign"]
+        variants["ours"] = folder["assign"]
     if "refine" in configs:
-        arms["ours_refined"] = folder["refine"] / "sids"
+        variants["ours_refined"] = folder["refine"] / "sids"
     return {
         "model": folder.get("train_captioner") if stage == "caption" else None,
         "cache": header.runs / ".cache" / "annotations.sqlite",
@@ -161,7 +163,7 @@ def _upstream(stage: str, folder: dict[str, Path], header: RunHeader, configs: d
         "text_quality": folder.get("text_quality"),
         "tokenizer": folder.get("train_tokenizer"),
         "sids": folder.get("assign"),
-        "arms": arms if stage == "train_recommender" and arms else None,
+        "variants": variants if stage == "train_recommender" and variants else None,
         "run": header.runs / header.name,
     }
 
@@ -214,9 +216,9 @@ def _with_annotators(run: Callable[..., Path]) -> Callable[..., Path]:
     """The tokenizer may not import annotation (rooms of one storey), so what captions changed pictures again is handed in."""
 
     def run_with(config: StageConfig) -> Path:
-        from mmsid.annotate.again import annotate_again
+        from mmsid.annotate.reannotate import reannotate
 
-        return run(config, annotate_again=partial(annotate_again, config.captions, config.interests))
+        return run(config, reannotate=partial(reannotate, config.captions, config.interests))
 
     return run_with
 
@@ -329,10 +331,12 @@ def _bundle(arguments: list[str]) -> None:
 
 
 def _bench(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="mmsid bench", description="Run every arm of a suite on a data set; continues where it stopped.")
+    parser = argparse.ArgumentParser(prog="mmsid bench", description="Run every name of a suite on a data set; continues where it stopped.")
     parser.add_argument("--dataset", required=True, help="a shipped data set (configs/bench/datasets), or a YAML of your own")
     parser.add_argument("--suite", required=True, help="a shipped suite (configs/bench/suites), or a YAML of your own")
-    parser.add_argument("--only", default="", metavar="ARM,ARM", help="run the jobs of these arms alone; the table holds all finished ones")
+    parser.add_argument(
+        "--only", default="", metavar="ARM,ARM", help="run the jobs of these variants alone; the table holds all finished ones"
+    )
     parser.add_argument("--stage", choices=("screen", "full"), default="full", help="screen: the first seed only")
     parser.add_argument("--part", choices=("valid", "test"), default="test", help="valid: test ranks are not opened")
     parser.add_argument("--results", type=Path, help="folder of the table; default: the suite's")

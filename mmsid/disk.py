@@ -25,7 +25,7 @@ _RUST_OS_ERROR = re.compile(r"\(os error (\d+)\)")  # safetensors tells the numb
 
 
 @contextlib.contextmanager
-def telling_failures(out: Path, kept: str) -> Iterator[None]:
+def disk_errors(out: Path, kept: str) -> Iterator[None]:
     """Failures of the disk under `out` become an ArtifactError; any other exception passes as it is.
 
     Args:
@@ -73,7 +73,7 @@ def _free(out: Path) -> str:
 
 
 @contextlib.contextmanager
-def one_writer(out: Path) -> Iterator[None]:
+def folder_lock(out: Path) -> Iterator[None]:
     """Hold the lock `.<name>.lock` beside `out`. The kernel drops it when its process dies, however it dies: none is ever stale.
 
     The lock file names its holder (process, machine), for the message alone.

@@ -10,7 +10,7 @@ from PIL import Image
 
 from mmsid.annotate.caption import CaptionConfig
 from mmsid.annotate.generator import GenerationFailure, Request
-from mmsid.annotate.reading import read_rows
+from mmsid.annotate.readers import read_rows
 from mmsid.catalog import CatalogConfig
 
 

@@ -122,7 +122,7 @@ def results() -> dict:
         "popularity": ("classical", 0.02),
         "hybrid": ("classical", 0.081),
         "ours": ("sid", 0.074),
-        "best achievable": ("optimum", 0.11),
+        "best achievable": ("best_achievable", 0.11),
     }
     arms = [
         {

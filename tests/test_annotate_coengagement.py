@@ -9,7 +9,7 @@ from annotate_stub import rows_of
 
 from mmsid.annotate.coengagement import Phrase, evidence_of, mine
 from mmsid.annotate.interests import InterestsConfig, run
-from mmsid.annotate.reading import read_interests
+from mmsid.annotate.readers import read_interests
 from mmsid.artifacts import read_manifest
 from mmsid.catalog import CatalogConfig, co_engagement, read_catalog
 

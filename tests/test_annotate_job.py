@@ -16,7 +16,7 @@ from PIL import Image
 
 from mmsid.annotate.caption import run
 from mmsid.annotate.generator import GenerationFailure
-from mmsid.annotate.reading import read_captions
+from mmsid.annotate.readers import read_captions
 from mmsid.artifacts import is_complete, read_manifest
 from mmsid.catalog import load_picture
 from mmsid.errors import AnnotationError, ArtifactError
@@ -95,9 +95,9 @@ def test_after_a_failed_gate_only_the_quarantined_rows_are_tried_again(catalog, 
     config = caption_config(catalog, tmp_path / "caption")
     with pytest.raises(AnnotationError, match="8 of 28"):
         run(config, StubGenerator(broken=lambda colour, drawn: GenerationFailure("timeout") if colour[0] < 49 else None))
-    mended = StubGenerator()
-    assert rows_of(run(config, mended)) == undisturbed
-    assert mended.asked == 8
+    cleaned = StubGenerator()
+    assert rows_of(run(config, cleaned)) == undisturbed
+    assert cleaned.asked == 8
 
 
 def test_a_quarantined_row_keeps_no_text_but_the_start_of_what_was_refused(catalog, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 
 from mmsid.annotate.judge import JudgeConfig, run
 from mmsid.annotate.prompts import load_prompt
-from mmsid.annotate.reading import read_judgements, read_rows
+from mmsid.annotate.readers import read_judgements, read_rows
 from mmsid.annotate.records import parse_judgement
 from mmsid.artifacts import read_manifest, writing
 from mmsid.catalog import CatalogConfig
@@ -111,9 +111,9 @@ def test_malformed_labels_are_quarantined_gated_and_tried_again_alone(mined, tmp
     config = config_for(mined, tmp_path / "judge", retries=0)
     with pytest.raises(AnnotationError, match="2 of 5"):
         run(config, StubJudge({"trail running": "maybe"}))
-    mended = StubJudge()
-    out = run(config, mended)
-    assert len(mended.prompts) == 2 and len(read_judgements(out)) == 5
+    cleaned = StubJudge()
+    out = run(config, cleaned)
+    assert len(cleaned.prompts) == 2 and len(read_judgements(out)) == 5
 
 
 def test_what_cannot_judge_or_be_judged_is_refused(mined, tmp_path):

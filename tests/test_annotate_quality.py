@@ -13,11 +13,11 @@ from tiny_catalog import write_annotations, write_catalog
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from mmsid.annotate.quality.calibration import accuracy_per_kind, fit_platt, item_quality, pair_accuracy, probability, reliability
+from mmsid.annotate.quality.demo_examples import demo_examples, read_demo_facts, true_descriptors
 from mmsid.annotate.quality.examples import Example, Pair, judged_examples, part_of, preference_pairs
 from mmsid.annotate.quality.model import TextModelConfig, build_text_model, encode, score_ids
 from mmsid.annotate.quality.stage import TextQualityConfig, evidence_text, run, score_descriptors
-from mmsid.annotate.quality.truth import read_truth, true_descriptors, true_examples
-from mmsid.annotate.reading import read_captions, read_text_quality
+from mmsid.annotate.readers import read_captions, read_text_quality
 from mmsid.artifacts import is_complete, read_json, read_manifest, read_table, writing
 from mmsid.catalog import CatalogConfig, read_catalog
 from mmsid.catalog.demo.facts import caption, interests, random_facts, texts
@@ -108,10 +108,10 @@ def test_parts_follow_content_not_rows_and_have_about_their_shares(drawn):
 
 def test_wrong_examples_are_wrong_and_held_out_vagueness_is_new(drawn):
     folder, config = drawn
-    facts = read_truth(folder / "truth.parquet", read_catalog(config).items)
+    facts = read_demo_facts(folder / "truth.parquet", read_catalog(config).items)
     rng = np.random.default_rng(0)
-    fitted = true_examples(facts, range(100), rng, held_out=False)
-    tested = true_examples(facts, range(100, 150), rng, held_out=True)
+    fitted = demo_examples(facts, range(100), rng, held_out=False)
+    tested = demo_examples(facts, range(100, 150), rng, held_out=True)
     for example in fitted + tested:
         assert (example.descriptor in true_descriptors(facts[example.row])) == bool(example.label), example
     assert {example.kind for example in fitted} == {"right", "vague", "contradicted", "borrowed"}
@@ -122,7 +122,7 @@ def test_wrong_examples_are_wrong_and_held_out_vagueness_is_new(drawn):
     with pytest.raises(ConfigError, match="lacks 1 items"):
         missing = read_table(folder / "truth.parquet").slice(1)
         pq.write_table(missing, folder / "short.parquet")
-        read_truth(folder / "short.parquet", read_catalog(config).items)
+        read_demo_facts(folder / "short.parquet", read_catalog(config).items)
 
 
 # The model
@@ -169,7 +169,7 @@ def test_truth_is_learnt_from_other_items_and_mined_descriptors_are_scored(drawn
     rows = read_table(out / "descriptors.parquet").to_pylist()
     assert len(rows) == 450 and all(0 <= row["q"] <= 1 for row in rows)
     facts = dict(
-        zip([item.item_id for item in read_catalog(catalog).items], read_truth(folder / "truth.parquet", read_catalog(catalog).items))
+        zip([item.item_id for item in read_catalog(catalog).items], read_demo_facts(folder / "truth.parquet", read_catalog(catalog).items))
     )
     right = np.array([row["descriptor"] in true_descriptors(facts[row["item_id"]]) for row in rows])
     q = np.array([row["q"] for row in rows])

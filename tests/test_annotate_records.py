@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmsid.annotate.flags import ECHO, HIDDEN_TEXT, INSTRUCTION, PASSED_ON, SENSITIVE, evidence_flags, output_flags, refuses
 from mmsid.annotate.prompts import evidence_json, load_prompt
 from mmsid.annotate.records import Caption, Interests, parse_caption, parse_interests
+from mmsid.annotate.text_flags import ECHO, HIDDEN_TEXT, INSTRUCTION, PASSED_ON, SENSITIVE, evidence_flags, output_flags, refuses
 from mmsid.artifacts import sha256
 from mmsid.errors import AnnotationError, ConfigError
 

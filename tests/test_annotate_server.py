@@ -145,9 +145,9 @@ def test_rows_that_a_server_failed_are_tried_again_on_every_resume(catalog, loca
     down = Fails(broken=lambda colour, drawn: GenerationFailure("server_timeout") if colour[0] % 2 else None)
     with pytest.raises(KeyboardInterrupt):
         run(config, down)
-    mended = StubGenerator()
-    assert rows_of(run(config, mended)) == local_rows
-    assert 0 < mended.asked < 28
+    cleaned = StubGenerator()
+    assert rows_of(run(config, cleaned)) == local_rows
+    assert 0 < cleaned.asked < 28
 
 
 def test_a_wrong_key_or_model_stops_the_job_at_once_and_the_key_is_written_nowhere(catalog, tmp_path, monkeypatch, capfd):

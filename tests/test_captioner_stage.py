@@ -8,27 +8,20 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from mmsid.accelerator import make_accelerator
 from mmsid.annotate.captioner import evaluate
+from mmsid.annotate.captioner.config import DEMO_TEMPLATE, Augment, DrawnSource, LoraSection, Phase, TrainCaptionerConfig
 from mmsid.annotate.captioner.data import Targets, catalog_set, draw_set
 from mmsid.annotate.captioner.model import ModelSizes, build_captioner, build_processor, save_captioner, train_text_tokenizer
-from mmsid.annotate.captioner.stage import (
-    DEMO_TEMPLATE,
-    DrawnSource,
-    LoraSection,
-    TrainCaptionerConfig,
-    load_pictures,
-    run,
-    train_from_config,
-)
+from mmsid.annotate.captioner.stage import load_pictures, run, train_from_config
 from mmsid.annotate.captioner.template import CaptionTemplate
-from mmsid.annotate.captioner.training import Augment, Phase, make_batch
+from mmsid.annotate.captioner.training import make_batch
 from mmsid.annotate.prompts import load_prompt
 from mmsid.artifacts import read_json, read_manifest, write_table
-from mmsid.backbone.shipped import demo_weights
+from mmsid.backbone.packaged_weights import demo_weights
 from mmsid.catalog.config import CatalogConfig
 from mmsid.catalog.demo import facts as demo
 from mmsid.errors import CatalogError, ConfigError
-from mmsid.precision import make_accelerator
 
 TINY = ModelSizes(
     image_size=48, tower_hidden=32, tower_layers=1, tower_heads=2, tower_intermediate=48, text_hidden=32, text_layers=1, text_heads=2,
@@ -56,7 +49,7 @@ def photographs(tmp_path):
 def test_drawn_run_learns_and_its_folder_loads_like_any_model(tmp_path):
     config = TrainCaptionerConfig(
         out=tmp_path / "model", source="drawn", drawn=DrawnSource(cards=40, held_out=4, seen=2),
-        sizes=TINY.model_copy(update={"image_size": 96, "patch_size": 24}), see=phase(20), tell=phase(2), joint=phase(20),
+        sizes=TINY.model_copy(update={"image_size": 96, "patch_size": 24}), vision_warmup=phase(20), captioning=phase(2), joint=phase(20),
     )  # fmt: skip
     run(config)
     manifest = read_manifest(config.out, "train_captioner")
@@ -75,7 +68,7 @@ def test_interrupted_run_goes_on_at_its_checkpoint(tmp_path, monkeypatch):
     config = TrainCaptionerConfig(
         out=tmp_path / "model", source="drawn", drawn=DrawnSource(cards=20, held_out=0, seen=0, cache=tmp_path / "cards"),
         checkpoint_seconds=0,
-        sizes=TINY.model_copy(update={"image_size": 96, "patch_size": 24}), see=phase(4), tell=phase(1), joint=phase(2),
+        sizes=TINY.model_copy(update={"image_size": 96, "patch_size": 24}), vision_warmup=phase(4), captioning=phase(1), joint=phase(2),
     )  # fmt: skip
     from mmsid.annotate.captioner import stage
 
@@ -127,8 +120,8 @@ def test_boxes_follow_the_shift_and_the_mirror(tmp_path):
 def test_catalogue_pictures_without_boxes(photographs, tmp_path):
     config = TrainCaptionerConfig(
         out=tmp_path / "model", catalog=photographs, caption_template="{color} {kind}", fields=("kind", "color"), digit_fields=(),
-        dense={}, interest_share=0.0, sizes=TINY, see=phase(3), tell=phase(1), joint=phase(2), augment=Augment(flip=True, tint=0.1),
-        targets=Targets(held_out_share=0.3),
+        dense={}, interest_share=0.0, sizes=TINY, vision_warmup=phase(3), captioning=phase(1), joint=phase(2),
+        augment=Augment(flip=True, tint=0.1),         targets=Targets(held_out_share=0.3),
     )  # fmt: skip
     run(config)
     counts = read_manifest(config.out)["counts"]
@@ -146,7 +139,7 @@ def test_lora_on_a_stranger_s_model(photographs, tmp_path):
     save_captioner(build_captioner(TINY, tokens), build_processor(TINY, tokens), tmp_path / "base")
     common = dict(
         catalog=photographs, caption_template="{color} {kind}", fields=("kind", "color"), digit_fields=(), interest_share=0.0, sizes=TINY,
-        base_model=str(tmp_path / "base"), tell=phase(12),
+        base_model=str(tmp_path / "base"), captioning=phase(12),
     )  # fmt: skip
     run(TrainCaptionerConfig(out=tmp_path / "merged", lora=LoraSection(rank=2), **common))
     before, after = (AutoModelForImageTextToText.from_pretrained(tmp_path / name).state_dict() for name in ("base", "merged"))

@@ -13,7 +13,8 @@ from PIL import Image, ImageFile
 from pydantic import ValidationError
 
 from mmsid.catalog import PictureLimits, load_picture, picture_bytes_sha256
-from mmsid.catalog.pictures import REASONS, inspect_picture
+from mmsid.catalog.picture_decoding import REASONS
+from mmsid.catalog.pictures import inspect_picture
 from mmsid.errors import PictureError
 
 LIMITS = PictureLimits()

@@ -24,7 +24,7 @@ def test_a_stage_finds_what_earlier_stages_wrote():
     configs = cli.wire(load_yaml(CONFIGS[0].with_name("demo.yaml"), ["name=x", "runs=/r"]), source="demo.yaml")
     assert configs["train_tokenizer"].captions == Path("/r/x/caption")
     assert configs["refine"].sids == Path("/r/x/assign")
-    assert configs["train_recommender"].arms["ours_refined"] == Path("/r/x/refine/sids")
+    assert configs["train_recommender"].variants["ours_refined"] == Path("/r/x/refine/sids")
 
 
 @pytest.mark.parametrize(

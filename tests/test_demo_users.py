@@ -31,7 +31,7 @@ def test_predictive_distribution_of_three_items_by_hand():
     np.testing.assert_allclose(belief.slot, [[first, second]])
     chances = users.predictive(model.appeal, model.members, belief)
     np.testing.assert_allclose(chances, [[0.0, first * 3 / 4 + second / 9, first / 4 + second * 8 / 9]])
-    told = users.believe(model, taken, np.array([0]), np.array([1]), told_active=True)
+    told = users.believe(model, taken, np.array([0]), np.array([1]), known_active=True)
     np.testing.assert_allclose(told.slot, [[0.75 + 0.25 * 0.75, 0.25 * 0.25]])
 
 
@@ -63,17 +63,17 @@ def test_sequences_never_repeat_an_item_and_keep_their_lengths():
 
 def test_draws_do_not_depend_on_how_users_are_chunked(monkeypatch):
     model, drawn = _world()
-    figures = users.optimum(model, drawn)
+    figures = users.best_achievable(model, drawn)
     monkeypatch.setattr(users, "_CELLS", 200 * 7)
     again_model, again = _world()
     np.testing.assert_array_equal(drawn.items, again.items)
-    assert users.optimum(again_model, again) == figures
+    assert users.best_achievable(again_model, again) == figures
 
 
 def test_the_oracle_is_calibrated_and_beats_what_knows_less():
     model, drawn = _world(items=300, people=1500)
     for position in ("valid", "test"):
-        figures = users.optimum(model, drawn)[position]
+        figures = users.best_achievable(model, drawn)[position]
         for name, expected in figures["expected"].items():
             assert abs(figures["realised"][name] - expected) < 4 * figures["standard_error"][name] + 1e-3, (position, name)
             assert figures["knowing_active_interest"][name] >= expected - 0.005
@@ -83,7 +83,7 @@ def test_the_oracle_is_calibrated_and_beats_what_knows_less():
 def test_optimum_of_one_user_is_the_hand_worked_mixture():
     """Items 0 and 1 taken: item 2 is all that is left at test; at valid the chances are those of the first test of this file."""
     drawn = Sequences(np.array([[0, 1, 2]]), np.array([[0, 0, 0]]), np.array([3]))
-    figures = users.optimum(_tiny_model(), drawn)
+    figures = users.best_achievable(_tiny_model(), drawn)
     first, second = 0.75 * 18 / 19 + 0.25 * 0.75, 0.75 / 19 + 0.25 * 0.25
     assert figures["test"]["expected"]["HR@1"] == 1.0
     assert figures["valid"]["expected"]["HR@1"] == pytest.approx(first * 3 / 4 + second / 9, abs=1e-4)

@@ -68,7 +68,7 @@ def test_a_duplicate_shares_everything_but_its_id(catalog):
 
 def test_readme_states_the_optimum_and_what_is_only_in_the_picture(catalog):
     text = (catalog / "README.md").read_text()
-    best = read_json(catalog / "optimum.json")
+    best = read_json(catalog / "best_achievable.json")
     assert f"{best['test']['expected']['HR@10']:.4f}" in text
     assert "| colour | 8 | **only here** | - | - |" in text and "| material | 6 | - | **only here** | - |" in text
 

@@ -22,7 +22,8 @@ from PIL import Image
 from mmsid import cli
 from mmsid.annotate.records import parse_caption, parse_interests
 from mmsid.catalog import CatalogConfig, Fields, PictureLimits, load_picture, read_catalog
-from mmsid.catalog.pictures import REASONS, inspect_picture
+from mmsid.catalog.picture_decoding import REASONS
+from mmsid.catalog.pictures import inspect_picture
 from mmsid.config import load_yaml
 from mmsid.errors import AnnotationError, MmsidError, PictureError
 from mmsid.sids.exports import import_index_json, import_reference_sids

@@ -24,7 +24,7 @@ from annotate_stub import StubGenerator, caption_config, rows_of, write_catalog
 from mmsid import artifacts, disk
 from mmsid.annotate.cache import AnnotationCache
 from mmsid.annotate.caption import run as caption
-from mmsid.annotate.reading import read_captions
+from mmsid.annotate.readers import read_captions
 from mmsid.errors import AnnotationError, ArtifactError, MmsidError
 
 PARTS = 3
@@ -84,7 +84,7 @@ def test_killed_before_any_step_of_the_protocol_nothing_is_lost_or_half_publishe
             break
         assert code == -signal.SIGKILL
         if artifacts.is_complete(out):
-            artifacts.check_whole(out)
+            artifacts.verify_folder(out)
         else:
             assert not out.exists()
             finished = {path.name for path in (out.parent / ".out.draft").glob("part*.json")}
@@ -126,7 +126,7 @@ def test_tokenizer_and_assignment_killed_at_every_step_end_like_an_undisturbed_r
         if not artifacts.is_complete(again.out):
             run(again)
         assert (again.out / compared).read_bytes() == (whole / compared).read_bytes()
-        artifacts.check_whole(again.out)
+        artifacts.verify_folder(again.out)
         shutil.rmtree(again.out.parent)
         steps += 1
     assert steps > 12

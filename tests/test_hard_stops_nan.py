@@ -13,12 +13,12 @@ from tiny_catalog import write_annotations, write_catalog
 
 from mmsid.annotate.huggingface import HuggingFaceGenerator
 from mmsid.backbone.lora import LoraSettings
-from mmsid.backbone.shipped import demo_weights
+from mmsid.backbone.packaged_weights import demo_weights
 from mmsid.catalog import read_catalog, split_histories
 from mmsid.errors import ArtifactError, ConfigError, MmsidError
-from mmsid.recommend.fit import Schedule, fit, table_paths
 from mmsid.recommend.flat import FlatShape
-from mmsid.recommend.instrument import InstrumentShape
+from mmsid.recommend.sid_transformer import SidTransformerShape
+from mmsid.recommend.training import Schedule, fit, table_paths
 from mmsid.refine.reward import SidReward
 from mmsid.sids.table import SidTable
 from mmsid.tokenizer import train
@@ -86,7 +86,7 @@ def test_a_reward_with_nan_is_not_loaded(tmp_path):
         SidReward.load(tmp_path)
 
 
-@pytest.mark.parametrize("shape", [InstrumentShape(d_model=8, heads=2, hidden=8, layers=1), FlatShape(d_model=8, heads=2, layers=1)])
+@pytest.mark.parametrize("shape", [SidTransformerShape(d_model=8, heads=2, hidden=8, layers=1), FlatShape(d_model=8, heads=2, layers=1)])
 def test_a_recommender_that_computes_nan_is_not_ranked(tmp_path, shape):
     config = write_catalog(tmp_path, items=32, users=8)
     catalog = read_catalog(config)

@@ -19,8 +19,9 @@ from annotate_stub import StubGenerator, caption_config, rows_of
 from PIL import Image
 
 from mmsid.annotate.caption import run as caption
-from mmsid.catalog import CatalogConfig, PictureLimits, isolation, load_picture, read_catalog
-from mmsid.catalog.pictures import REASONS, inspect_picture
+from mmsid.catalog import CatalogConfig, PictureLimits, isolated_decoding, load_picture, read_catalog
+from mmsid.catalog.picture_decoding import REASONS
+from mmsid.catalog.pictures import inspect_picture
 from mmsid.errors import PictureError
 
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 40, 3), dtype=np.uint8))
@@ -202,16 +203,16 @@ def test_a_decoder_that_crashes_costs_its_own_picture_and_a_worker_that_died_idl
     limits = PictureLimits(isolate=True)
     (tmp_path / "good.png").write_bytes(encoded(RED, "PNG"))
     (tmp_path / "slow.jpg").write_bytes(slow_jpeg(1_000))
-    with isolation._worker() as worker:
+    with isolated_decoding._worker() as worker:
         process = worker.process
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert load_picture(tmp_path / "good.png", limits).size == (40, 30)
-    with isolation._worker() as worker:
+    with isolated_decoding._worker() as worker:
         process = worker.process
 
     def crash() -> None:
-        while process.poll() is None and isolation._idle.qsize():  # until it is taken for the slow picture
+        while process.poll() is None and isolated_decoding._idle.qsize():  # until it is taken for the slow picture
             time.sleep(0.001)
         process.send_signal(signal.SIGSEGV)
 
@@ -228,10 +229,10 @@ def test_a_forked_process_has_workers_of_its_own(tmp_path):
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
-        os.write(writer, bytes([isolation._idle.qsize()]))
+        os.write(writer, bytes([isolated_decoding._idle.qsize()]))
         os._exit(0)
     os.waitpid(child, 0)
-    assert os.read(reader, 1) == b"\0" and isolation._idle.qsize() > 0
+    assert os.read(reader, 1) == b"\0" and isolated_decoding._idle.qsize() > 0
 
 
 # Rows

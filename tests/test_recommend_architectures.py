@@ -12,12 +12,12 @@ from test_recommend_train import BRIEF, config_for, write_arm, write_catalogue
 from mmsid.catalog.splits import Split
 from mmsid.errors import ConfigError
 from mmsid.recommend import train
-from mmsid.recommend.fit import Schedule, build, fit
 from mmsid.recommend.flat import FlatShape
-from mmsid.recommend.history import pad_histories
+from mmsid.recommend.history_encoder import pad_histories
 from mmsid.recommend.paths import item_paths
 from mmsid.recommend.tiger import TigerShape
 from mmsid.recommend.train import ModelConfig
+from mmsid.recommend.training import Schedule, build, fit
 
 SIZES = {"d_model": 32, "heads": 2, "hidden": 64, "layers": 1, "dropout": 0.0, "max_history": 3}
 SHAPES = {"flat": FlatShape(**SIZES), "tiger": TigerShape(**SIZES)}
@@ -82,7 +82,11 @@ def test_the_stage_trains_the_architecture_that_the_config_names(tmp_path):
     folder = tmp_path / "data"
     write_arm(folder / "random.parquet", write_catalogue(folder))
     for architecture in SHAPES:
-        train.run(config_for(folder, out=folder / architecture, architecture=architecture, floors=False, schedule=BRIEF | {"epochs": 1}))
+        train.run(
+            config_for(
+                folder, out=folder / architecture, architecture=architecture, classical_baselines=False, schedule=BRIEF | {"epochs": 1}
+            )
+        )
         (row,) = json.loads((folder / architecture / "metrics.json").read_text())["arms"]
         assert 0 <= row["metrics"]["NDCG@10"]["mean"] <= 1 and row["seconds"] > 0
 

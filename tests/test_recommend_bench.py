@@ -20,21 +20,21 @@ from test_recommend_train import write_catalogue
 
 from mmsid.config import build
 from mmsid.errors import ConfigError, MmsidError
-from mmsid.recommend.bench.choose import choose_finalists, choose_trial, judge
 from mmsid.recommend.bench.config import DatasetConfig, SuiteConfig, load_dataset, load_suite
+from mmsid.recommend.bench.jobs import Bench, finest_v_measures, ranks_path
 from mmsid.recommend.bench.plan import Plan
 from mmsid.recommend.bench.pool import BUDGET_SPENT, Outcome, Pool
 from mmsid.recommend.bench.results import collect
 from mmsid.recommend.bench.run import BenchOptions, run
-from mmsid.recommend.bench.worker import Bench, finest_v_measures, ranks_path
-from mmsid.recommend.floors import FLOOR_NAMES
+from mmsid.recommend.bench.selection import choose_finalists, choose_trial, judge
+from mmsid.recommend.classical import CLASSICAL_NAMES
 from mmsid.recommend.metrics import Ranks
-from mmsid.recommend.rows import difference_rows, read_ranks
+from mmsid.recommend.result_rows import difference_rows, read_ranks
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "bench"
 SUITE = {
     "arms": {
-        "floors": {"floors": True},
+        "classical": {"classical": True},
         "random": {"sids": {"method": "random"}},
         "balanced_rq": {"sids": {"method": "balanced_rq", "space": "fused"}},
         "published": {"published": "all"},
@@ -94,13 +94,13 @@ def test_every_shipped_suite_fits_every_shipped_data_set(name, suite):
     assert set(data.left_out) <= {"category_path"} and not set(data.left_out) & {arm.name for arm in plan.arms()}
 
 
-def test_the_proving_ground_has_every_rival():
-    suite = load_suite("proving_ground")
+def test_the_sid_methods_has_every_rival():
+    suite = load_suite("sid_methods")
     made = {(arm.sids.method, arm.sids.space) for arm in suite.arms.values() if arm.sids}
     assert made >= {(method, space) for method in ("rq_kmeans", "balanced_rq", "rq_vae") for space in ("text", "fused")}
     assert {"random", "category_path"} <= {method for method, _ in made}
     assert {"none", "suffix", "relocate"} <= {arm.sids.collisions for arm in suite.arms.values() if arm.sids}
-    assert {"tokenizer", "published", "floors"} <= {arm.kind for arm in suite.arms.values()}
+    assert {"tokenizer", "published", "classical"} <= {arm.kind for arm in suite.arms.values()}
     assert len(suite.seeds) == 5 and suite.within == 0.05
 
 
@@ -112,9 +112,9 @@ def test_overrides_reach_both_files():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"arms": {"a": {"sids": {"method": "random"}, "floors": True}}}, "exactly one"),
-        ({"arms": {"item_knn": {"sids": {"method": "random"}}}}, "floors' names"),
-        ({"arms": SUITE["arms"] | {"both": {"fusion": "floors"}}}, "must be a SID arm"),
+        ({"arms": {"a": {"sids": {"method": "random"}, "classical": True}}}, "exactly one"),
+        ({"arms": {"item_knn": {"sids": {"method": "random"}}}}, "names of the classical baselines"),
+        ({"arms": SUITE["arms"] | {"both": {"fusion": "classical"}}}, "must be a SID arm"),
         ({"claims": ["nobody"]}, "nobody.*is no arm"),
         ({"seeds": [1, 1]}, "twice"),
         ({"arms": {"ours": {"tokenizer": {"seed": 3}}}}, "given by the bench"),
@@ -209,7 +209,7 @@ def test_fusion_and_sasrec_are_screened_in_their_own_families(dataset, tmp_path)
     by_name = {arm.name: arm for arm in plan.arms()}
     assert set(by_name) == {"random", "balanced_rq", "published_someone", "sasrec"}
     fit = plan.fit(by_name["published_someone"], 0, 0)
-    assert (fit.fusion, fit.floors) == ("fused", plan.floors().folder) and set(fit.needs) == {fit.sids, fit.floors}
+    assert (fit.fusion, fit.classical) == ("fused", plan.classical().folder) and set(fit.needs) == {fit.sids, fit.classical}
     assert plan.fit(by_name["sasrec"], 0, 0).needs == ()
     assert [row.family for row in plan.rows(by_name["published_someone"])] == ["sid", "fusion"]
     assert by_name["sasrec"].family == "classical"
@@ -275,8 +275,8 @@ def stamps(work: Path) -> dict[str, int]:
 
 @pytest.mark.slow
 def test_the_command_resumes_after_a_kill_reports_a_failing_arm_and_then_does_nothing(dataset, tmp_path):
-    grounded = {"sids": {"method": "random"}, "recommender": "grounded"}
-    sound = SUITE | {"arms": SUITE["arms"] | {"grounded": grounded, "sasrec": {"sasrec": True}, "fused": {"fusion": "random"}}}
+    grounded = {"sids": {"method": "random"}, "recommender": "hybrid"}
+    sound = SUITE | {"arms": SUITE["arms"] | {"hybrid": grounded, "sasrec": {"sasrec": True}, "fused": {"fusion": "random"}}}
     suite = sound | {"arms": sound["arms"] | {"broken": {"sids": {"method": "random", "num_levels": 1, "codebook_size": 2}}}}
     (tmp_path / "rules.yaml").write_text(yaml.safe_dump(suite, sort_keys=False))
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(json.loads(dataset.model_dump_json(exclude={"name"}, exclude_none=True))))
@@ -300,8 +300,8 @@ def test_the_command_resumes_after_a_kill_reports_a_failing_arm_and_then_does_no
     assert set(written) == {"dataset", "arms", "differences"}
     assert "item0" not in text and '"u1"' not in text
     rows = {row["arm"]: row for row in written["arms"]}
-    assert set(rows) == {*FLOOR_NAMES, "random", "balanced_rq", "published_someone", "grounded", "sasrec", "fused"}
-    assert {name for name, row in rows.items() if row["family"] == "fusion"} == {"grounded", "fused"}
+    assert set(rows) == {*CLASSICAL_NAMES, "random", "balanced_rq", "published_someone", "hybrid", "sasrec", "fused"}
+    assert {name for name, row in rows.items() if row["family"] == "fusion"} == {"hybrid", "fused"}
     assert rows["balanced_rq"]["seeds"] == [0, 1] and rows["balanced_rq"]["metrics"]["NDCG@10"]["std"] >= 0
     assert rows["hybrid_knn"]["family"] == "classical" and rows["random"]["family"] == "sid"
     assert written["dataset"]["not_run"][0]["arm"] == "broken"

@@ -24,17 +24,17 @@ from mmsid.artifacts import read_manifest, write_table, writing
 from mmsid.catalog.demo import write_demo_catalog
 from mmsid.cli import run_stages
 from mmsid.errors import ArtifactError, MmsidError
-from mmsid.recommend.constrain import TrieConstraint
-from mmsid.recommend.fit import Schedule, fit
+from mmsid.recommend.beam_search import beam_item_scores, beam_search
 from mmsid.recommend.flat import FlatShape
 from mmsid.recommend.grpo import TrieGRPOTrainer, path_log_probs, sid_text_tokenizer
-from mmsid.recommend.history import pad_histories
+from mmsid.recommend.history_encoder import pad_histories
 from mmsid.recommend.paths import PathTrie, item_paths
 from mmsid.recommend.reinforce import TrainRecommenderRLConfig, questions, run
 from mmsid.recommend.rewards import PathRewards, reward_parts
-from mmsid.recommend.search import beam_item_scores, beam_search
+from mmsid.recommend.training import Schedule, fit
+from mmsid.recommend.trie_constraint import TrieConstraint
 from mmsid.sids.trie import Trie
-from mmsid.trainers import plain_arguments, train_quietly
+from mmsid.trl_training import plain_arguments, train_quietly
 
 ROOT = Path(__file__).parents[1]
 SHAPE = FlatShape(d_model=32, heads=2, hidden=64, layers=1, dropout=0.1, max_history=4)
@@ -205,7 +205,7 @@ def test_the_stage_writes_the_table_of_three_arms(tmp_path):
     weights = [GPT2LMHeadModel.from_pretrained(out / "models" / arm / "1").lm_head.weight for arm in ("supervised", "rl")]
     assert not torch.equal(*weights) and not (out / "trainer").exists()
     _write_quality(folder / "quality", numbers)
-    config = _config(folder, out=folder / "again", text_quality=folder / "quality", arms=["rl"])
+    config = _config(folder, out=folder / "again", text_quality=folder / "quality", variants=["rl"])
     run_stages({"train_recommender_rl": config})
     assert read_manifest(folder / "again")["extra"]["text_quality"] == {"mean": 0.5, "deviation": 0.0}
 
@@ -251,7 +251,11 @@ def test_the_road_from_drawn_ads_to_a_reinforced_recommender_by_two_processes(tm
     write_demo_catalog(tmp_path / "demo" / "catalog", items=90, users=80, seed=0)
     for stage in ("caption", "interests", "baselines"):
         call(
-            "scripts/" + stage + ".py", "--config", "configs/demo.yaml", "baselines.codebook_size=8", "baselines.arms=[random,balanced_rq]"
+            "scripts/" + stage + ".py",
+            "--config",
+            "configs/demo.yaml",
+            "baselines.codebook_size=8",
+            "baselines.methods=[random,balanced_rq]",
         )
     quality = ["text_quality.model.steps=150", "text_quality.least_accuracy=0.6", "text_quality.most_calibration_error=0.5"]
     call("scripts/train_reward.py", "--part", "text", "--config", "configs/demo_quality.yaml", *quality)

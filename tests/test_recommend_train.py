@@ -18,7 +18,7 @@ from mmsid.artifacts import read_manifest
 from mmsid.catalog import read_catalog, split_histories
 from mmsid.errors import ConfigError
 from mmsid.recommend import train
-from mmsid.recommend.floors import classical_floors, history_weights, item_similarity
+from mmsid.recommend.classical import classical_baselines, history_weights, item_similarity
 from mmsid.recommend.train import TrainRecommenderConfig, quick_recommender
 from mmsid.sids.table import SidTable
 
@@ -57,7 +57,13 @@ def write_arm(path, numbers: dict[str, int], seed: int = 0):
 
 def config_for(folder, **changes) -> TrainRecommenderConfig:
     catalog = {"items": folder / "items.parquet", "sequences": folder / "sequences.parquet"}
-    settings = {"out": folder / "out", "catalog": catalog, "model": SMALL, "schedule": BRIEF, "arms": {"random": folder / "random.parquet"}}
+    settings = {
+        "out": folder / "out",
+        "catalog": catalog,
+        "model": SMALL,
+        "schedule": BRIEF,
+        "variants": {"random": folder / "random.parquet"},
+    }
     return TrainRecommenderConfig(**(settings | changes))
 
 
@@ -77,13 +83,13 @@ def test_the_stage_writes_figures_table_ranks_and_differences(catalogue, tmp_pat
     folder, numbers = catalogue
     write_arm(folder / "other" / "sids.parquet", numbers, seed=5)
     best = {"HR@1": 0.5, "HR@10": 0.9, "NDCG@10": 0.7}
-    (tmp_path / "optimum.json").write_text(json.dumps({"test": {"expected": best}, "valid": {"expected": best}}))
+    (tmp_path / "best_achievable.json").write_text(json.dumps({"test": {"expected": best}, "valid": {"expected": best}}))
     arms = {"random": folder / "random.parquet", "other": folder / "other"}
-    out = train.run(config_for(folder, arms=arms, seeds=[0, 1], truth=tmp_path / "optimum.json"))
+    out = train.run(config_for(folder, variants=arms, seeds=[0, 1], best_achievable=tmp_path / "best_achievable.json"))
     assert read_manifest(out, "train_recommender")["counts"]["test_users"] == USERS
     written = json.loads((out / "metrics.json").read_text())
     by_arm = {row["arm"]: row for row in written["arms"]}
-    assert [row["family"] for row in written["arms"]] == ["classical"] * 4 + ["sid"] * 2 + ["optimum"]
+    assert [row["family"] for row in written["arms"]] == ["classical"] * 4 + ["sid"] * 2 + ["best_achievable"]
     assert by_arm["random"]["seeds"] == [0, 1] and by_arm["random"]["collisions"] == 0
     assert 0 <= by_arm["random"]["metrics"]["NDCG@10"]["mean"] <= 1 and by_arm["random"]["metrics"]["NDCG@10"]["std"] >= 0
     assert by_arm["best achievable"]["metrics"]["NDCG@10"]["mean"] == 0.7
@@ -92,7 +98,7 @@ def test_the_stage_writes_figures_table_ranks_and_differences(catalogue, tmp_pat
     ranks = pq.read_table(out / "ranks" / "random" / "1.parquet")
     assert ranks.num_rows == 2 * USERS and set(ranks.column_names) == {"user_id", "part", "above", "tied"}
     table = (out / "ranking.md").read_text()
-    assert "| best achievable | optimum |" in table and "95 % interval" in table
+    assert "| best achievable | best_achievable |" in table and "95 % interval" in table
 
 
 def test_a_finished_arm_is_not_run_again(catalogue, monkeypatch):
@@ -108,7 +114,7 @@ def test_a_finished_arm_is_not_run_again(catalogue, monkeypatch):
         return whole(*args, seed=seed, **keywords)
 
     monkeypatch.setattr(train, "fit", counting)
-    config = config_for(folder, seeds=[0, 1], floors=False)
+    config = config_for(folder, seeds=[0, 1], classical_baselines=False)
     with pytest.raises(KeyboardInterrupt):
         train.run(config)
     assert not config.out.exists()
@@ -130,8 +136,8 @@ def test_wrong_configurations_name_the_key(catalogue):
     folder, _ = catalogue
     arm = folder / "random.parquet"
     for changes, message in (
-        ({"arms": {"a/b": arm}}, "folder name"),
-        ({"arms": {"item_knn": arm}}, "classical floor"),
+        ({"variants": {"a/b": arm}}, "folder name"),
+        ({"variants": {"item_knn": arm}}, "classical baseline"),
         ({"baseline": "missing"}, "no arm"),
         ({"seeds": [1, 1]}, "twice"),
         ({"model": {"d_model": 30, "heads": 4}}, "multiple of heads"),
@@ -174,12 +180,12 @@ def test_floors_rank_by_train_alone(catalogue):
     catalog, split_config = _read(folder)
     split = split_histories(catalog, split_config)
     history = [split.train[0]]
-    before = {floor.name: (floor.parameters, floor.score(history)) for floor in classical_floors(catalog.items, split)}
+    before = {floor.name: (floor.parameters, floor.score(history)) for floor in classical_baselines(catalog.items, split)}
     counts = np.bincount(np.concatenate(split.train), minlength=ITEMS)
     assert before["popularity"][1][0].tolist() == counts.tolist()
     rng = np.random.default_rng(0)
     split.valid[:], split.test[:] = rng.integers(0, ITEMS, USERS), rng.integers(0, ITEMS, USERS)
-    for floor in classical_floors(catalog.items, split):
+    for floor in classical_baselines(catalog.items, split):
         if floor.parameters == before[floor.name][0]:
             assert torch.equal(floor.score(history), before[floor.name][1])
 
@@ -189,7 +195,7 @@ def test_two_processes_train_the_same_model_as_one(catalogue, tmp_path):
     """Without dropout, splitting every batch over two processes changes the order of additions and nothing else."""
     folder, _ = catalogue
     model = SMALL | {"dropout": 0.0}
-    alone = figures(train.run(config_for(folder, out=tmp_path / "alone", model=model, floors=False)))
+    alone = figures(train.run(config_for(folder, out=tmp_path / "alone", model=model, classical_baselines=False)))
     script = tmp_path / "two.py"
     script.write_text(
         "import sys\n"
@@ -198,7 +204,7 @@ def test_two_processes_train_the_same_model_as_one(catalogue, tmp_path):
         "assert PartialState(cpu=True).num_processes == 2\n"
         "run(TrainRecommenderConfig.model_validate_json(open(sys.argv[1]).read()))\n"
     )
-    config = config_for(folder, out=tmp_path / "two", model=model, floors=False)
+    config = config_for(folder, out=tmp_path / "two", model=model, classical_baselines=False)
     (tmp_path / "config.json").write_text(config.model_dump_json())
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
     subprocess.run(

@@ -111,7 +111,7 @@ def test_crowding_sees_others_never_itself_nor_its_duplicates():
     assert others[:, 0].tolist() == [[2.0, 1.0], [2.0, 1.0], [2.0, 0.0], [2.0, 0.0]]
     parts = table.components(np.array([0]), np.array([[[0, 0], [1, 0]]]), np.array([[0.0, 0.5]]), CONFIG)
     assert parts["crowding"].tolist() == [[-(1.0 + 1.0), 0.0]]
-    assert parts["rebuild"].tolist() == [[0.0, -0.5]]
+    assert parts["reconstruction"].tolist() == [[0.0, -0.5]]
 
 
 def test_balance_by_hand():

@@ -40,7 +40,7 @@ def test_a_real_gain_is_accepted():
     verdict = _judge(blurred, good, held_out)
     assert verdict.accepted and not verdict.reasons and verdict.gain_share == 1.0
     assert {row.metric for row in verdict.rows} == {
-        *("target", "raw_collisions", "published_collisions", "least_perplexity", "lift", "rebuild")
+        *("target", "raw_collisions", "published_collisions", "least_perplexity", "lift", "reconstruction")
     }
 
 
@@ -78,7 +78,7 @@ def test_every_guard_can_refuse_a_better_target():
     refused = [
         {reason.split()[0] for reason in _judge(start, tight, held_out, vectors=np.eye(96)[told[:, 0]]).reasons} for told in (start, tight)
     ]
-    assert refused[0] - refused[1] == {"rebuild"}, "refused where the start's codes told the items' content"
+    assert refused[0] - refused[1] == {"reconstruction"}, "refused where the start's codes told the items' content"
     thin = _judge(blurred, good, held_out, quick=lambda codes: {"NDCG@10": 0.3, "HR@50": 0.5 if codes is good else 0.6, "coverage@10": 0.9})
     assert [reason.split()[0] for reason in thin.reasons] == ["hit_rate"]
     narrow = _judge(
@@ -106,22 +106,22 @@ def test_figures_by_hand():
 def test_what_codes_leave_unsaid_by_hand():
     codes = np.array([[0, 0], [0, 1], [1, 0], [1, 1]])
     additive = np.array([[1.0], [3.0], [5.0], [7.0]])  # 4 x first + 2 x second + 1
-    assert gate.unsaid_share(codes, additive) == pytest.approx(0.0)
+    assert gate.unexplained_variance(codes, additive) == pytest.approx(0.0)
     # with +-1 of the two codes' product on top no sum of code vectors can tell that part: variance 1 beside 4 + 1
-    assert gate.unsaid_share(codes, additive + np.array([[1.0], [-1.0], [-1.0], [1.0]])) == pytest.approx(1 / 6)
-    assert gate.unsaid_share(np.zeros((4, 2), dtype=int), additive) == pytest.approx(1.0), "a collapsed table tells nothing"
+    assert gate.unexplained_variance(codes, additive + np.array([[1.0], [-1.0], [-1.0], [1.0]])) == pytest.approx(1 / 6)
+    assert gate.unexplained_variance(np.zeros((4, 2), dtype=int), additive) == pytest.approx(1.0), "a collapsed table tells nothing"
 
 
 def test_repairing_a_start_that_is_wrong_about_items_is_no_error():
     good, blurred, held_out, rng = _world()
     vectors = np.eye(8)[good[:, 0]] + 0.1 * rng.normal(size=(len(good), 8))
-    told = {name: gate.unsaid_share(codes[:, :2], vectors) for name, codes in (("good", good), ("blurred", blurred))}
+    told = {name: gate.unexplained_variance(codes[:, :2], vectors) for name, codes in (("good", good), ("blurred", blurred))}
     assert told["good"] < 0.2 < 0.5 < told["blurred"]
     again = good.copy()
     again[:, 2] = np.arange(len(good)) % 4  # so that the last code does not tell the items apart
     start = blurred.copy()
     start[:, 2] = again[:, 2]
-    assert {row.metric: row.passed for row in _judge(start, again, held_out, vectors=vectors).rows}["rebuild"]
+    assert {row.metric: row.passed for row in _judge(start, again, held_out, vectors=vectors).rows}["reconstruction"]
 
 
 def test_margins_grow_with_noise_and_say_where_they_come_from():
@@ -150,7 +150,7 @@ def test_noise_of_seeds_users_and_items_by_hand():
     )  # variances .02 and 0, pooled
     assert gate.ranking_figures(lambda table, seed: {"NDCG@10": 1, "HR@50": 1, "coverage@10": 1}, "ab", [0])[1] == {}
     before, after = np.array([True, False, False, False]), np.array([True, True, False, False])
-    figures, noise = gate.flip_figures(before, after)
+    figures, noise = gate.flip_rate_figures(before, after)
     assert figures == [{"flip_rate": 0.25}, {"flip_rate": 0.5}]
     assert noise["flip_rate"] == pytest.approx(np.std([0, 1, 0, 0], ddof=1) / 2)
     good, blurred, held_out, _ = _world()

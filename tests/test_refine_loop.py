@@ -38,12 +38,12 @@ def _toy(seed: int = 0, kind: str = "residual"):
     return head, states
 
 
-def _loop(scorer, seed=0, kind="residual", quality=None, watch=None, top_m=CODES, **changes):
+def _loop(scorer, seed=0, kind="residual", quality=None, metric=None, top_m=CODES, **changes):
     head, states = _toy(kind=kind)
     reference = Reference(head, states, top_m)
     policy = HeadPolicy(head, lambda rows: states[rows], list(head.parameters()), reference)
     config = LoopConfig(**{**QUICK, **changes})
-    return Refinement(policy, reference, scorer, config, Accelerator(cpu=True), seed=seed, quality=quality, watch=watch)
+    return Refinement(policy, reference, scorer, config, Accelerator(cpu=True), seed=seed, quality=quality, metric=metric)
 
 
 def _refine(scorer, **changes):
@@ -207,14 +207,14 @@ def test_the_run_ends_at_the_best_round_of_the_watched_figure():
     target, _ = _swapped(Reference(*_toy(), top_m=CODES))
     start = Reference(*_toy(), top_m=CODES).greedy
     few = lambda codes: float(min((codes != start).any(1).sum(), 3))  # noqa: E731  three moves are welcome, more are no gain
-    codes, _, head, log = _refine(_planted(1 - target.clip(0, 1)), watch=few, patience=2, rounds=40, lr=0.1)
+    codes, _, head, log = _refine(_planted(1 - target.clip(0, 1)), metric=few, patience=2, rounds=40, lr=0.1)
     assert "stopped" in log[-1] and log[-1]["round"] < 39
-    best = next(record["round"] for record in log if record["watch"] == max(record["watch"] for record in log))
-    assert log[-1]["round"] == best + 2 and few(codes) == log[best]["watch"]
+    best = next(record["round"] for record in log if record["monitored"] == max(record["monitored"] for record in log))
+    assert log[-1]["round"] == best + 2 and few(codes) == log[best]["monitored"]
     assert (head.greedy(head.project(torch.eye(ITEMS)[:, None].expand(-1, LEVELS, -1))).codes.numpy() == codes).all()
-    *_, head, log = _refine(_planted(target), watch=lambda codes: 0.0, patience=2)
+    *_, head, log = _refine(_planted(target), metric=lambda codes: 0.0, patience=2)
     assert len(log) == 2 and all(torch.equal(a, b) for a, b in zip(head.parameters(), _toy()[0].parameters())), "nothing better: the start"
-    assert len(_refine(_planted(target), watch=lambda codes: 0.0, patience=0, rounds=5)[-1]) == 5
+    assert len(_refine(_planted(target), metric=lambda codes: 0.0, patience=0, rounds=5)[-1]) == 5
 
 
 @pytest.mark.parametrize("interrupted", [1, 4])
@@ -222,10 +222,10 @@ def test_t12_a_resumed_run_equals_the_uninterrupted_one(interrupted, tmp_path):
     target, _ = _swapped(Reference(*_toy(), top_m=CODES))
     settings = {"rounds": 6, "adapt": True, "anneal": True, "moving": 0.5, "batch": 7, "patience": 4, "checkpoint_every": 2}
     wavers = lambda codes: -abs(float((codes != target).sum()) - 20)  # noqa: E731
-    whole, log = _loop(_planted(target), watch=wavers, **settings), []
+    whole, log = _loop(_planted(target), metric=wavers, **settings), []
     codes = whole.run(log.append)
 
-    first, kept = _loop(_planted(target), watch=wavers, **settings), []
+    first, kept = _loop(_planted(target), metric=wavers, **settings), []
 
     def stop(record):
         if record["round"] == interrupted:
@@ -234,7 +234,7 @@ def test_t12_a_resumed_run_equals_the_uninterrupted_one(interrupted, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         first.run(stop, lambda loop: save_state(loop, tmp_path / "state.safetensors"))
-    second = _loop(_planted(target), watch=wavers, **settings)
+    second = _loop(_planted(target), metric=wavers, **settings)
     load_state(second, tmp_path / "state.safetensors")
     assert second.next_round == 2 * (interrupted // 2)
     again = kept[: second.next_round]

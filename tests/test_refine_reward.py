@@ -10,8 +10,8 @@ from mmsid.errors import ArtifactError
 from mmsid.refine import reward
 from mmsid.refine.evidence import EvidenceConfig
 from mmsid.refine.features import Material, feature_names, most_alike, read_features
-from mmsid.refine.pairs import Pairs, calibration_curve, calibration_error, make_pairs, pair_accuracy
 from mmsid.refine.policy import Reference
+from mmsid.refine.preference_pairs import Pairs, calibration_curve, calibration_error, make_pairs, pair_accuracy
 from mmsid.refine.reward import RewardConfig, SidReward
 from mmsid.tokenizer.heads import ResidualHead
 

@@ -11,7 +11,7 @@ import yaml
 from test_refine_stage import _config, start  # noqa: F401  (a fixture)
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-import reward_outcome
+import reward_vs_recommender
 
 from mmsid.artifacts import read_json, read_manifest
 from mmsid.refine.reward import RewardConfig, SidReward
@@ -33,7 +33,7 @@ def test_blocks_of_items_are_moved_and_a_recommender_is_asked_about_each(start, 
     refine = {key: told[key] for key in ("tokenizer", "sids", "reward")}
     config, out = tmp_path / "tiny.yaml", tmp_path / "outcome.json"
     config.write_text(yaml.safe_dump({"name": "tiny", "runs": str(tmp_path), "catalog": told["catalog"], "refine": refine}))
-    script = Path(__file__).parents[1] / "benchmarks" / "reward_outcome.py"
+    script = Path(__file__).parents[1] / "benchmarks" / "reward_vs_recommender.py"
     command = [sys.executable, script, "--config", config, "--blocks", "4", "--epochs", "1", "--jobs", "2", "--out", out]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -53,12 +53,12 @@ def test_what_was_said_and_what_came_by_hand():
     rows = [
         {
             "said": {"behaviour expert": first, "distance expert": second, "sid_reward": first + second},
-            "came": dict.fromkeys(reward_outcome.OUTCOMES, 2 * first - second),
+            "came": dict.fromkeys(reward_vs_recommender.OUTCOMES, 2 * first - second),
         }
         for first, second in said
     ]
-    found, weights = reward_outcome.correlations(rows)["NDCG@10"], reward_outcome.shares(rows)["NDCG@10"]
+    found, weights = reward_vs_recommender.correlations(rows)["NDCG@10"], reward_vs_recommender.shares(rows)["NDCG@10"]
     assert [found[name][0] for name in ("behaviour expert", "distance expert")] == pytest.approx([2 / 5**0.5, -1 / 5**0.5])
     assert found["sid_reward"][0] == pytest.approx(1 / 10**0.5)
     assert list(weights.values()) == pytest.approx([2 / 5**0.5, -1 / 5**0.5])
-    assert reward_outcome.pearson(np.ones(3), np.arange(3)) == 0.0
+    assert reward_vs_recommender.pearson(np.ones(3), np.arange(3)) == 0.0

@@ -19,12 +19,12 @@ from mmsid.artifacts import is_complete, read_json, read_manifest, read_table, w
 from mmsid.catalog import CatalogConfig, read_catalog
 from mmsid.errors import ArtifactError, ConfigError
 from mmsid.refine import gate
+from mmsid.refine.code_stability import drop_words
 from mmsid.refine.config import RefineConfig
-from mmsid.refine.flips import drop_words
 from mmsid.refine.loop import LoopConfig, Refinement
 from mmsid.refine.policy import HeadPolicy
-from mmsid.refine.refine import run
 from mmsid.refine.reward import RewardConfig, SidReward
+from mmsid.refine.stage import run
 from mmsid.sids.folder import read_sid_folder
 from mmsid.tokenizer import assign, train
 from mmsid.tokenizer.inputs import load_inputs
@@ -74,11 +74,11 @@ def _config(start, out, **changes):
 def test_refine_writes_a_whole_folder_and_improves(start, tmp_path):
     asked = []
     quick = lambda table, seed: asked.append(table) or {"NDCG@10": 0.3, "HR@50": 0.5, "coverage@10": 0.5}  # noqa: E731
-    loose = {"raw_collisions": 1.0, "least_perplexity": 1.0, "rebuild": 10.0, "confidence": 0.5}
+    loose = {"raw_collisions": 1.0, "least_perplexity": 1.0, "reconstruction": 10.0, "confidence": 0.5}
     out = run(_config(start, tmp_path / "refine", gate=loose), quick_recommender=quick)
     verdict = read_json(out / "gate.json")
     assert verdict["accepted"], verdict
-    assert {"target", "lift", "rebuild", "flip_rate", "ndcg", "hit_rate", "coverage"} <= {row["metric"] for row in verdict["rows"]}
+    assert {"target", "lift", "reconstruction", "flip_rate", "ndcg", "hit_rate", "coverage"} <= {row["metric"] for row in verdict["rows"]}
     assert all(row["source"] for row in verdict["rows"]) and len(asked) == 4, "two seeds for each of two tables"
     before, after = read_sid_folder(start["sids"]), read_sid_folder(out / "sids")
     moved = read_table(out / "moved.parquet").to_pylist()
@@ -89,7 +89,7 @@ def test_refine_writes_a_whole_folder_and_improves(start, tmp_path):
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert {"kl", "approximate_kl", "clip_fraction", "entropy_1", "entropy_2", "reward_sid_reward", "zero_variance_groups",
             "collisions", "perplexity_1", "dead_codes_2", "churn",
-            "round_kl", "watch", "lift", "raw_to_published"} <= log[0].keys()  # fmt: skip
+            "round_kl", "monitored", "lift", "raw_to_published"} <= log[0].keys()  # fmt: skip
     assert not (out / "checkpoint.safetensors").exists()
     assert read_manifest(out, "refine")["extra"]["accepted"] is True
     # the tokenizer written gives the raw codes written, for everyone
@@ -111,7 +111,7 @@ def test_a_quick_recommender_that_refuses_is_asked_again(start, tmp_path, more, 
         refined = table.codes.tolist() != before.align(table.item_ids).codes.tolist()
         return {"NDCG@10": 0.3, "HR@50": 0.5, "coverage@10": (0.40 if len(set(asked)) <= 2 else 0.52) if refined else 0.5}
 
-    gate = {"raw_collisions": 1.0, "least_perplexity": 1.0, "rebuild": 10.0, "confidence": 0.5, "flip_rate": 1.0, "more_seeds": more}
+    gate = {"raw_collisions": 1.0, "least_perplexity": 1.0, "reconstruction": 10.0, "confidence": 0.5, "flip_rate": 1.0, "more_seeds": more}
     out = run(_config(start, tmp_path / "refine", gate=gate), quick_recommender=quick)
     verdict = read_json(out / "gate.json")
     assert verdict["accepted"] is accepted and len(asked) == runs, verdict["reasons"]
@@ -123,7 +123,7 @@ def test_interests_worth_nothing_move_no_item(start, tmp_path):
     items = [item.item_id for item in read_catalog(start["catalog"]).items]
     with writing(tmp_path / "quality", stage="text_quality", config={}) as draft:
         write_table(draft.path / "items.parquet", [{"item_id": item, "q": 0.0} for item in items])
-    loose = {"lift": 9.0, "raw_collisions": 1.0, "least_perplexity": 1.0, "rebuild": 99.0, "confidence": -1.0}
+    loose = {"lift": 9.0, "raw_collisions": 1.0, "least_perplexity": 1.0, "reconstruction": 99.0, "confidence": -1.0}
     moved = {}
     for name, told in (("judged", {"text_quality": tmp_path / "quality"}), ("unjudged", {})):
         out = run(_config(start, tmp_path / name, rounds=3, gate=loose, **told))
@@ -172,20 +172,20 @@ def test_the_policy_may_be_asked_of_noisy_readings(start, tmp_path, monkeypatch)
 def test_consensus_is_paid_and_the_memory_trained_where_they_are_asked_for(start, tmp_path, monkeypatch):
     remembering, decide = _start(tmp_path, behaviour_dim=4), gate.decide
     monkeypatch.setattr(gate, "decide", lambda *figures: replace(decide(*figures), accepted=True))  # else the start is what is written
-    weights = {"sid_reward": 1.0, "consensus": 1.0}
+    weights = {"sid_reward": 1.0, "robust_prediction": 1.0}
 
-    def mended(name, begun, **changes):
+    def cleaned(name, begun, **changes):
         config = _config(begun, tmp_path / name, rounds=2)
         return run(config.model_copy(update={"loop": config.loop.model_copy(update={"weights": weights, "lr": 1e-6} | changes)}))
 
-    values = lambda folder: ItemTokenizer.from_pretrained(folder).head.memory.values  # noqa: E731
-    trained = mended("trained", remembering, memory_rate=10.0)
+    values = lambda folder: ItemTokenizer.from_pretrained(folder).head.behaviour.values  # noqa: E731
+    trained = cleaned("trained", remembering, behaviour_rate=10.0)
     records = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
-    assert len(records) == 2 and all(record["reward_consensus"] < 0 for record in records)
+    assert len(records) == 2 and all(record["reward_robust_prediction"] < 0 for record in records)
     assert not torch.equal(values(trained / "tokenizer"), values(remembering["tokenizer"]))
-    assert torch.equal(values(mended("left", remembering) / "tokenizer"), values(remembering["tokenizer"]))
-    with pytest.raises(ConfigError, match=r"memory_rate is 10, but the tokenizer .* has no memory"):
-        mended("none", start, memory_rate=10.0)
+    assert torch.equal(values(cleaned("left", remembering) / "tokenizer"), values(remembering["tokenizer"]))
+    with pytest.raises(ConfigError, match=r"behaviour_rate is 10, but the tokenizer .* has no behaviour regression"):
+        cleaned("none", start, behaviour_rate=10.0)
     with pytest.raises(ValueError, match="one place for consensus"):
         RefineConfig(**start, out=tmp_path / "x", top_m=3, loop={"weights": weights})
 
@@ -193,7 +193,12 @@ def test_consensus_is_paid_and_the_memory_trained_where_they_are_asked_for(start
 def test_the_recipe_repair_is_a_loop_on_which_the_own_settings_come_on_top(start, tmp_path):
     one = lambda **values: RefineConfig(**start, out=tmp_path / "x", **values)  # noqa: E731
     repair = one(recipe="repair").loop
-    assert repair.objective == "likelihood" and repair.memory_rate and repair.weights["consensus"] and one(recipe="repair").pays_consensus
+    assert (
+        repair.objective == "likelihood"
+        and repair.behaviour_rate
+        and repair.weights["robust_prediction"]
+        and one(recipe="repair").uses_robust_prediction
+    )
     own = one(recipe="repair", loop={"rounds": 3, "weights": {"sid_reward": 1.0}}).loop
     assert own == repair.model_copy(update={"rounds": 3, "weights": {"sid_reward": 1.0}})
     assert one().loop == LoopConfig() and one(recipe="repair", loop=own).loop == own
@@ -230,7 +235,7 @@ def test_sids_of_another_tokenizer_are_refused(start, tmp_path):
 
 def test_all_trainable_moves_the_adapter_too_and_catalogue_order_does_not_matter(start, tmp_path):
     out = run(_config(start, tmp_path / "refine", trainable="all", rounds=1, gate={"confidence": -1.0, "lift": 9.0, "raw_collisions": 1.0,
-                      "least_perplexity": 1.0, "rebuild": 99.0}))  # fmt: skip
+                      "least_perplexity": 1.0, "reconstruction": 99.0}))  # fmt: skip
     old, new = ItemTokenizer.from_pretrained(start["tokenizer"]), ItemTokenizer.from_pretrained(out / "tokenizer")
     if read_json(out / "gate.json")["accepted"]:
         assert not torch.equal(old.backbone.queries, new.backbone.queries)
@@ -253,7 +258,7 @@ def test_two_processes_end_with_the_codes_of_one(start, tmp_path):
         "lift": 9.0,
         "raw_collisions": 1.0,
         "least_perplexity": 1.0,
-        "rebuild": 99.0,
+        "reconstruction": 99.0,
         "confidence": 0.0,
         "coverage": 9.0,
         "hit_rate": 9.0,

@@ -65,7 +65,7 @@ def test_gate_marks_turn_every_figure_so_that_right_is_better():
     falls = row | {"metric": "lift", "before": 2.0, "after": 1.9, "margin": 0.2, "better": "higher", "source": "10% of the figure before"}
     grows = row | {"metric": "raw_collisions", "before": 0.2, "after": 0.1, "margin": 0.02, "better": "lower"}
     lift, collisions = gate_marks([falls, grows])
-    assert (lift.at, lift.floor) == (pytest.approx(50 - 50 / 2.2, abs=0.01), pytest.approx(50 - 50 / 1.1, abs=0.01))
+    assert (lift.at, lift.limit) == (pytest.approx(50 - 50 / 2.2, abs=0.01), pytest.approx(50 - 50 / 1.1, abs=0.01))
     assert collisions.at == pytest.approx(50 + 50 / 1.1, abs=0.01) and collisions.metric == "raw collisions"
     assert lift.source == "10% of the figure before" and collisions.source == ""
 

@@ -14,7 +14,7 @@ def test_retrieval_by_hand():
     found = retrieval_recall(x, pairs, ks=(1, 2))
     assert found["full"] == pytest.approx({"1": 2 / 3, "2": 1})
     assert found["sampled"] == found["full"]  # few others: all are drawn
-    assert found["floor_full"]["1"] == pytest.approx((1 / 3 + 1 / 3 + 1 / 4) / 3)
+    assert found["chance_full"]["1"] == pytest.approx((1 / 3 + 1 / 3 + 1 / 4) / 3)
     # one negative of two: the rank-2 positive is beaten by it with probability 1/2
     assert retrieval_recall(x, pairs, ks=(1,), negatives=1)["sampled"]["1"] == pytest.approx((1 + 1 + 1 / 2) / 3)
 
@@ -39,7 +39,7 @@ def test_prefixes_by_hand():
     assert prefix_recall(codes, np.array([[0, 3]]), ks=(2, 3, 4))["full"] == {"2": 0.0, "3": 0.5, "4": 1.0}
     # one bucket for all: exactly chance
     collapsed = prefix_recall(np.zeros((5, 2)), np.array([[0, 1], [2, 3]]), ks=(1, 2))
-    assert collapsed["full"] == collapsed["floor_full"] == {"1": 0.25, "2": 0.5}
+    assert collapsed["full"] == collapsed["chance_full"] == {"1": 0.25, "2": 0.5}
 
 
 def test_sampled_negatives_match_simulation():

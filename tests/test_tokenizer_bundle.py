@@ -47,7 +47,7 @@ def published(world: dict, name: str, **changes) -> tuple[Path, Path]:
 def test_a_retrained_tokenizer_keeps_the_old_names(world, head, capsys) -> None:
     changes = {"seed": 3, "steps": 6, "head": head}
     free, free_sids = published(world, f"{head}-free", **changes)
-    bound, bound_sids = published(world, f"{head}-bound", against=world["sids"], **changes)
+    bound, bound_sids = published(world, f"{head}-bound", align_codes_to=world["sids"], **changes)
     old, loose, renamed = (read_sid_folder(path) for path in (world["sids"], free_sids, bound_sids))
     unnamed, named = churn_report(old, loose), churn_report(old, renamed)
     assert named["kept_together"] == unnamed["kept_together"], "the same groups under other names"
@@ -62,7 +62,7 @@ def test_a_retrained_tokenizer_keeps_the_old_names(world, head, capsys) -> None:
 
 def test_renaming_needs_the_same_sizes(world) -> None:
     with pytest.raises(ConfigError, match=r"codebooks \(6, 6, 6\), this tokenizer 3 of 5"):
-        published(world, "other", codebook_size=5, against=world["sids"])
+        published(world, "other", codebook_size=5, align_codes_to=world["sids"])
 
 
 FRESH = """

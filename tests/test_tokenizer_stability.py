@@ -12,7 +12,7 @@ from tiny_backbones import tiny_bert, tiny_llava
 from tiny_catalog import write_annotations, write_catalog
 
 from mmsid.annotate import caption, interests
-from mmsid.annotate.again import annotate_again
+from mmsid.annotate.reannotate import reannotate
 from mmsid.artifacts import read_json, writing
 from mmsid.catalog import CatalogConfig, read_catalog
 from mmsid.catalog.demo import write_demo_catalog
@@ -106,14 +106,14 @@ def test_annotate_again_uses_the_same_models(tmp_path) -> None:
     catalog = CatalogConfig(items=tmp_path / "ads" / "items.parquet")
     captions = caption.run(caption.CaptionConfig(out=tmp_path / "caption", catalog=catalog, batch_size=2))
     mined = interests.run(interests.InterestsConfig(out=tmp_path / "interests", catalog=catalog))
-    new_captions, new_mined = annotate_again(captions, mined, catalog, tmp_path / "again")
+    new_captions, new_mined = reannotate(captions, mined, catalog, tmp_path / "again")
     assert read_caption_texts(new_captions) == read_caption_texts(captions) != {}
     assert read_mined_interests(new_mined) == read_mined_interests(mined)
-    assert annotate_again(None, None, catalog, tmp_path) == (None, None)
+    assert reannotate(None, None, catalog, tmp_path) == (None, None)
     world = tmp_path / "behaviour"
     world.mkdir()
     _, from_behaviour = write_annotations(world, write_catalog(world, items=32), source="coengagement")
     manifest = read_json(from_behaviour / "manifest.json")
     manifest["config"] = {"out": str(world), "generator": "coengagement", "catalog": {"items": str(world / "items.parquet")}}
     (from_behaviour / "manifest.json").write_text(json.dumps(manifest))
-    assert annotate_again(None, from_behaviour, catalog, tmp_path / "third") == (None, from_behaviour)
+    assert reannotate(None, from_behaviour, catalog, tmp_path / "third") == (None, from_behaviour)

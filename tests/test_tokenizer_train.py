@@ -19,7 +19,7 @@ from mmsid.backbone.lora import LoraSettings
 from mmsid.catalog import CatalogConfig, read_catalog
 from mmsid.errors import ConfigError
 from mmsid.sids import read_sid_folder
-from mmsid.tokenizer import arms, assign, baselines, train
+from mmsid.tokenizer import assign, baselines, sid_methods, train
 from mmsid.tokenizer.model import BackboneSettings, ItemTokenizer
 
 
@@ -145,12 +145,12 @@ def test_rows_and_ids_permuted_give_the_same_sids(world, tmp_path) -> None:
 
 
 def test_random_baseline_is_unique_and_shared_by_duplicates() -> None:
-    codes = arms.random_codes(["a", "b", "a", "c"], 2, 2, seed=0)
+    codes = sid_methods.random_codes(["a", "b", "a", "c"], 2, 2, seed=0)
     assert np.array_equal(codes[0], codes[2]) and len(np.unique(codes, axis=0)) == 3
-    many = arms.random_codes([str(n) for n in range(500)], 3, 256, seed=0)
+    many = sid_methods.random_codes([str(n) for n in range(500)], 3, 256, seed=0)
     assert len(np.unique(many, axis=0)) == 500 and many.max() < 256
     with pytest.raises(ConfigError, match="raise codebook_size"):
-        arms.random_codes([str(n) for n in range(9)], 3, 2, seed=0)
+        sid_methods.random_codes([str(n) for n in range(9)], 3, 2, seed=0)
 
 
 def test_baselines_write_one_sid_folder_per_arm(world, tmp_path) -> None:

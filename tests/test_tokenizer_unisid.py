@@ -89,7 +89,7 @@ def test_the_suite_switches_every_part_by_one_key() -> None:
             assert len(own) == 1, f"{name} changes {own}"
             inner = next(iter(own.values()))
             assert not isinstance(inner, dict) or len(inner) == 1, f"{name} changes {inner}"
-    assert suite.arms["suffix"].collisions == "suffix" and "unisid" in load_suite("proving_ground").arms
+    assert suite.arms["suffix"].collisions == "suffix" and "unisid" in load_suite("sid_methods").arms
 
 
 def test_fields_left_out_and_pooled_states(world, tmp_path) -> None:

@@ -10,16 +10,16 @@ from PIL import Image
 
 from mmsid.annotate.generator import Generator
 from mmsid.annotate.job import annotate
-from mmsid.annotate.overlays import masked
+from mmsid.annotate.job_config import JobInput, ModelJobConfig, Task
 from mmsid.annotate.prompts import evidence_json, load_prompt
 from mmsid.annotate.records import Caption, Record, parse_caption
 from mmsid.annotate.server import OpenAIGenerator
-from mmsid.annotate.units import ModelJobConfig, Task, Unit
+from mmsid.annotate.text_overlays import masked
 from mmsid.artifacts import Draft, is_complete, read_manifest, writing
-from mmsid.backbone.shipped import DEMO
+from mmsid.backbone.packaged_weights import DEMO
 from mmsid.catalog import Item, PictureLimits, load_picture, read_catalog
-from mmsid.on_ray import Engine
 from mmsid.progress import done, is_main_process
+from mmsid.ray_pool import Engine
 
 PICTURE = "picture_"  # prefix of the catalogue's problem codes that name a refused picture
 
@@ -50,13 +50,13 @@ def run(config: CaptionConfig, generator: Generator | None = None, engine: Engin
     return config.out
 
 
-def _units(item: Item, with_text: bool) -> list[Unit]:
+def _units(item: Item, with_text: bool) -> list[JobInput]:
     """A unit per usable creative, then one per creative that the catalogue refused; `no_picture` when there is neither."""
     evidence = evidence_json(title=item.title, description=item.description) if with_text else ""
-    units = [Unit(item.item_id, at, (path,), evidence) for at, path in enumerate(item.images)]
+    units = [JobInput(item.item_id, at, (path,), evidence) for at, path in enumerate(item.images)]
     refused = [problem for problem in item.problems if problem.startswith(PICTURE)]
-    units += [Unit(item.item_id, len(units) + at, reason=reason) for at, reason in enumerate(refused)]
-    return units or [Unit(item.item_id, reason="no_picture")]
+    units += [JobInput(item.item_id, len(units) + at, reason=reason) for at, reason in enumerate(refused)]
+    return units or [JobInput(item.item_id, reason="no_picture")]
 
 
 def default_prompt(kind: str, config: ModelJobConfig) -> str:

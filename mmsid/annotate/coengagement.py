@@ -21,8 +21,8 @@ import numpy as np
 from scipy import sparse
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
-from mmsid.annotate.flags import normalise
 from mmsid.annotate.generator import Request
+from mmsid.annotate.text_flags import normalise
 from mmsid.catalog import Catalog, Item
 
 _WORD = re.compile(r"[^\W\d_][\w'’-]{1,39}")

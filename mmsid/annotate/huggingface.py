@@ -25,9 +25,9 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from mmsid.annotate.generator import GenerationFailure, Request
-from mmsid.annotate.prefix import PromptPrefix
+from mmsid.annotate.prefix_cache import PrefixCache
 from mmsid.artifacts import file_sha256, sha256
-from mmsid.backbone.shipped import DEMO, demo_weights
+from mmsid.backbone.packaged_weights import DEMO, demo_weights
 from mmsid.backbone.text import no_loading_bar
 from mmsid.errors import ConfigError
 
@@ -72,7 +72,7 @@ class HuggingFaceGenerator:
         self.model_id = f"{_short_name(self.name)}@{_files_sha256(self.folder, ('*.safetensors',))[:12]}"
         self._settings_sha256 = _files_sha256(self.folder, _SETTINGS)
         self._loading, self._in_model = threading.Lock(), threading.Lock()
-        self.prefix = PromptPrefix()
+        self.prefix = PrefixCache()
 
     def __reduce__(self) -> tuple[Any, ...]:
         name = str(Path(self.name).absolute()) if Path(self.name).is_dir() else self.name

@@ -15,14 +15,14 @@ from mmsid.annotate.caption import PICTURE, closing_line, default_prompt, input_
 from mmsid.annotate.coengagement import CoengagementGenerator, evidence_of, mine
 from mmsid.annotate.generator import Generator
 from mmsid.annotate.job import annotate
+from mmsid.annotate.job_config import JobInput, ModelJobConfig, Task
 from mmsid.annotate.prompts import PLACEHOLDER, Prompt, evidence_json, load_prompt
-from mmsid.annotate.reading import read_captions
+from mmsid.annotate.readers import read_captions
 from mmsid.annotate.records import Interests, parse_interests
-from mmsid.annotate.units import ModelJobConfig, Task, Unit
 from mmsid.artifacts import sha256, writing
 from mmsid.catalog import Catalog, Item, co_engagement, read_catalog, split_histories
-from mmsid.on_ray import Engine
 from mmsid.progress import done, is_main_process
+from mmsid.ray_pool import Engine
 
 
 class InterestsConfig(ModelJobConfig):
@@ -79,25 +79,25 @@ def run(config: InterestsConfig, generator: Generator | None = None, engine: Eng
     return config.out
 
 
-def _unit(item: Item, captions: dict[str, str], *, with_text: bool, with_pictures: bool) -> Unit:
+def _unit(item: Item, captions: dict[str, str], *, with_text: bool, with_pictures: bool) -> JobInput:
     caption = captions.get(item.item_id, "")
     has_text = with_text and bool(item.title or item.description or caption)
     evidence = evidence_json(title=item.title, description=item.description, caption=caption) if with_text else ""
     images = item.images if with_pictures else ()
     if images or has_text:
-        return Unit(item.item_id, 0, images, evidence)
+        return JobInput(item.item_id, 0, images, evidence)
     refused = [problem for problem in item.problems if problem.startswith(PICTURE)]
     if with_pictures and refused:
-        return Unit(item.item_id, reason=refused[0])
-    return Unit(item.item_id, reason="no_picture" if with_pictures else "no_evidence")
+        return JobInput(item.item_id, reason=refused[0])
+    return JobInput(item.item_id, reason="no_picture" if with_pictures else "no_evidence")
 
 
-def _mined_units(config: InterestsConfig, catalog: Catalog, captions: dict[str, str]) -> list[Unit]:
+def _mined_units(config: InterestsConfig, catalog: Catalog, captions: dict[str, str]) -> list[JobInput]:
     """Only users of the fit part of train are looked at: nothing held out, valid or test reaches a target."""
     histories = split_histories(catalog, config.catalog.split).fit_histories()
     weights = co_engagement(histories, len(catalog.items), window=config.window)
     mined = mine(catalog, weights, captions, num_descriptors=config.descriptors)
     return [
-        Unit(item.item_id, evidence=evidence_of(phrases)) if phrases else Unit(item.item_id, reason="no_coengagement")
+        JobInput(item.item_id, evidence=evidence_of(phrases)) if phrases else JobInput(item.item_id, reason="no_coengagement")
         for item, phrases in zip(catalog.items, mined)
     ]

@@ -23,26 +23,26 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mmsid.annotate.answers import Annotator, Cache, batched, job_identity
+from mmsid.annotate.annotator import Annotator, Cache, batched, job_identity
 from mmsid.annotate.cache import AnnotationCache
+from mmsid.annotate.distributed import JobProcesses
 from mmsid.annotate.generator import PASSING, Generator
-from mmsid.annotate.ranks import Ranks
+from mmsid.annotate.job_config import EXCUSED, JobConfig, JobInput, Task
+from mmsid.annotate.job_counts import JobCounts
 from mmsid.annotate.records import Record
-from mmsid.annotate.tally import Tally
-from mmsid.annotate.units import EXCUSED, JobConfig, Task, Unit
 from mmsid.artifacts import Draft, read_table, sha256, write_json, write_table
 from mmsid.errors import AnnotationError, ArtifactError
-from mmsid.on_ray import Engine
 from mmsid.progress import track
+from mmsid.ray_pool import Engine
 
 if TYPE_CHECKING:
-    from mmsid.annotate.fleet import RayFleet
+    from mmsid.annotate.ray_backend import RayAnnotation
 
 GATE_FILE = "gate.json"
 
 
 def annotate(
-    units: Iterable[Unit], total: int, task: Task, generator: Generator, config: JobConfig, draft: Draft, engine: Engine = "local"
+    units: Iterable[JobInput], total: int, task: Task, generator: Generator, config: JobConfig, draft: Draft, engine: Engine = "local"
 ) -> None:
     """Annotate `units` into `draft.path/shards/part-NNNNN.parquet`; fill the draft's counts.
 
@@ -57,11 +57,11 @@ def annotate(
             reason `cache_unreadable`; reason `server_gone`, when a server stopped answering altogether.
         ConfigError: the model cannot be used; Ray is asked for and not installed, or its cluster is too small.
     """
-    ranks = Ranks(draft.path)
+    ranks = JobProcesses(draft.path)
     if engine == "ray":
-        from mmsid.annotate.fleet import RayFleet  # Ray is an extra, and takes a second to import
+        from mmsid.annotate.ray_backend import RayAnnotation  # Ray is an extra, and takes a second to import
 
-        with RayFleet(task, generator, config) as fleet:
+        with RayAnnotation(task, generator, config) as fleet:
             job = _Job(task, generator, config, draft, fleet.cache, ranks)
             _watch(job.run_on(fleet, units), task, total)
             work = fleet.work
@@ -84,18 +84,18 @@ class _Shard:
     """One file to be: its place, its units, and the hash of what it is made from."""
 
     path: Path
-    units: list[Unit]
+    units: list[JobInput]
     digest: str
 
 
 class _Job:
-    def __init__(self, task: Task, generator: Generator, config: JobConfig, draft: Draft, cache: Cache, ranks: Ranks) -> None:
+    def __init__(self, task: Task, generator: Generator, config: JobConfig, draft: Draft, cache: Cache, ranks: JobProcesses) -> None:
         self.task, self.config, self.draft, self.cache, self.ranks = task, config, draft, cache, ranks
         self.shards = draft.path / "shards"
         self.identity = job_identity(task, generator, config)
-        self.tally = Tally()
+        self.tally = JobCounts()
 
-    def run(self, annotator: Annotator, units: Iterable[Unit]) -> Iterator[int | None]:
+    def run(self, annotator: Annotator, units: Iterable[JobInput]) -> Iterator[int | None]:
         """Yield once per finished unit (None), and once per shard that was finished earlier (its rows)."""
         for shard in self._missing(units):
             if isinstance(shard, int):
@@ -103,8 +103,8 @@ class _Job:
             else:
                 self._write(shard, (yield from annotator.rows(shard.units)))
 
-    def run_on(self, fleet: RayFleet, units: Iterable[Unit]) -> Iterator[int]:
-        """The same over the actors of a `RayFleet`, yielding numbers of rows; shards are written as their last piece comes home."""
+    def run_on(self, fleet: RayAnnotation, units: Iterable[JobInput]) -> Iterator[int]:
+        """The same over the actors of a `RayAnnotation`, yielding numbers of rows; shards are written as their last piece comes home."""
         finished: list[int] = []
 
         def to_do() -> Iterator[_Shard]:
@@ -154,7 +154,7 @@ class _Job:
 
     # The walk over the shards
 
-    def _missing(self, units: Iterable[Unit]) -> Iterator[_Shard | int]:
+    def _missing(self, units: Iterable[JobInput]) -> Iterator[_Shard | int]:
         """This rank's shards in order: what must still be made, or how many rows an earlier run finished (they are counted here)."""
         self.ranks.begin(self._tidy)
         again = (self.draft.path / GATE_FILE).exists()
@@ -211,7 +211,7 @@ class _Job:
             outcomes[row["input_sha256"]] = {"record": record, "flags": row["flags"], "attempts": row["attempts"]}
         self.cache.put(outcomes)
 
-    def _digest(self, chunk: Sequence[Unit]) -> str:
+    def _digest(self, chunk: Sequence[JobInput]) -> str:
         """What a shard is made from. File sizes and times stand in for the pictures' bytes: a false alarm costs only cache hits."""
         units = [[u.item_id, u.creative, u.evidence, u.reason, [[str(path), *_stamp(path)] for path in u.pictures]] for u in chunk]
         return sha256({"identity": self.identity, "units": units})

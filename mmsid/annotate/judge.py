@@ -13,12 +13,12 @@ from pathlib import Path
 from mmsid.annotate.caption import closing_line, input_paths, model_of, picture_loader
 from mmsid.annotate.generator import Generator
 from mmsid.annotate.job import annotate
+from mmsid.annotate.job_config import JobInput, ModelJobConfig, Task
 from mmsid.annotate.prompts import evidence_json, load_prompt
-from mmsid.annotate.reading import ItemInterests, read_captions, read_interests
+from mmsid.annotate.readers import ItemInterests, read_captions, read_interests
 from mmsid.annotate.records import Judgement, parse_judgement
-from mmsid.annotate.units import ModelJobConfig, Task, Unit
 from mmsid.artifacts import is_complete, read_manifest, writing
-from mmsid.backbone.shipped import DEMO
+from mmsid.backbone.packaged_weights import DEMO
 from mmsid.catalog import Item, read_catalog
 from mmsid.errors import ConfigError
 from mmsid.progress import done, is_main_process
@@ -76,15 +76,15 @@ def run(config: JudgeConfig, generator: Generator | None = None) -> Path:
     return config.out
 
 
-def _units(item: Item, interests: Mapping[str, ItemInterests], captions: Mapping[str, str]) -> list[Unit]:
+def _units(item: Item, interests: Mapping[str, ItemInterests], captions: Mapping[str, str]) -> list[JobInput]:
     """One unit per descriptor, in the miner's order."""
     if item.item_id not in interests:
-        return [Unit(item.item_id, reason="no_interests")]
+        return [JobInput(item.item_id, reason="no_interests")]
     text = {"title": item.title, "description": item.description, "caption": captions.get(item.item_id, "")}
     if not any(text.values()):
-        return [Unit(item.item_id, reason="no_evidence")]
+        return [JobInput(item.item_id, reason="no_evidence")]
     found = interests[item.item_id].descriptors
-    return [Unit(item.item_id, at, evidence=evidence_json(**text, descriptor=one.descriptor)) for at, one in enumerate(found)]
+    return [JobInput(item.item_id, at, evidence=evidence_json(**text, descriptor=one.descriptor)) for at, one in enumerate(found)]
 
 
 def _check_model(model: str | Path) -> None:

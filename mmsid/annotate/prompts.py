@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mmsid.artifacts import sha256
-from mmsid.catalog.wording import visible
+from mmsid.catalog.prompt_injection import visible
 from mmsid.errors import ConfigError
 
 PLACEHOLDER = "{{evidence}}"

@@ -1,7 +1,7 @@
 """What a generator may say, strictly: captions, interests and judgements as typed records, parsed from JSON without any repair.
 
 The rules follow DCIM (arXiv 2604.20861, section 2.2): duplicate keys, NaN and infinities, booleans as numbers, extra
-fields and descriptors that agree after NFKC + casefold + whitespace normalisation are rejected, never mended. One thing is
+fields and descriptors that agree after NFKC + casefold + whitespace normalisation are rejected, never cleaned. One thing is
 forgiven: a single ```json fence around the object, because instruction-tuned models write it whatever they are told.
 """
 
@@ -14,7 +14,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from mmsid.annotate.flags import REFUSAL, normalise, refuses
+from mmsid.annotate.text_flags import REFUSAL, normalise, refuses
 from mmsid.errors import AnnotationError
 
 SCHEMA_VERSION = 1

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers import AutoModel, AutoTokenizer
 
-from mmsid.backbone.shipped import minilm_path
+from mmsid.backbone.packaged_weights import minilm_path
 from mmsid.backbone.text import no_loading_bar
 from mmsid.progress import track
 

@@ -24,7 +24,7 @@ from mmsid.errors import ConfigError
 Batch = dict[str, Tensor]
 
 
-class Readable(Protocol):
+class BackboneInput(Protocol):
     """What a backbone reads of an item: one text and any number of pictures."""
 
     text: str
@@ -39,7 +39,7 @@ class TokenStates(NamedTuple):
     queries: Tensor
 
 
-class Reading(NamedTuple):
+class QueryStates(NamedTuple):
     """What the heads read: `states` (B, L + 1, H), query state + mean content state; `pooled` (B, H), the mean content state alone."""
 
     states: Tensor
@@ -100,15 +100,15 @@ class QueryBackbone(nn.Module):
                 module.train(mode)
         return self
 
-    def tokens(self, item: Readable) -> Batch:
+    def tokens(self, item: BackboneInput) -> Batch:
         """One item's model inputs without query tokens, batch axis of 1; `input_ids` (1, T) among them."""
         raise TypeError(f"{type(self).__name__} does not say how it reads an item")
 
-    def tokens_of(self, items: Sequence[Readable]) -> list[Batch]:
+    def tokens_of(self, items: Sequence[BackboneInput]) -> list[Batch]:
         """`tokens` of several items."""
         return [self.tokens(item) for item in items]
 
-    def collate(self, items: Sequence[Readable], pad_to: int | None = None) -> Batch:
+    def collate(self, items: Sequence[BackboneInput], pad_to: int | None = None) -> Batch:
         """Model inputs of a batch with placeholder ids for the query tokens; row length padded to a multiple of `pad_to`, by
         default 8 on a GPU, whose tensor cores want it, and 1 elsewhere.
 
@@ -169,12 +169,12 @@ class QueryBackbone(nn.Module):
         queries = states[mask].view(len(mask), self.num_queries, -1)
         return TokenStates(states, batch["content_mask"], queries)
 
-    def read(self, batch: Batch) -> Reading:
+    def read(self, batch: Batch) -> QueryStates:
         """States for the heads and the mean content state, both in fp32."""
         with_roles = self.token_states(batch)
         weights = with_roles.content_mask[..., None].float()
         pooled = (with_roles.content.float() * weights).sum(1) / weights.sum(1).clamp_min(1.0)
-        return Reading(with_roles.queries.float() + pooled[:, None], pooled)
+        return QueryStates(with_roles.queries.float() + pooled[:, None], pooled)
 
     def forward(self, batch: Batch) -> Tensor:
         """States (B, L + 1, H) of SID_1..SID_L and EMB, the mean content state folded in."""
@@ -218,7 +218,7 @@ class QueryBackbone(nn.Module):
         return {}
 
 
-def check_attention_rule(backbone: QueryBackbone, item: Readable, tolerance: float = 1e-4) -> None:
+def check_attention_rule(backbone: QueryBackbone, item: BackboneInput, tolerance: float = 1e-4) -> None:
     """Three forwards that prove the attention rule on this body: a changed query vector moves nothing that may not see it.
 
     Raises:

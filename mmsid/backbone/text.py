@@ -9,8 +9,8 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.utils import logging
 
-from mmsid.backbone.query_tokens import Batch, QueryBackbone, Readable
-from mmsid.backbone.shipped import MINILM, resolve
+from mmsid.backbone.packaged_weights import MINILM, resolve
+from mmsid.backbone.query_tokens import BackboneInput, Batch, QueryBackbone
 from mmsid.errors import ConfigError
 
 _OFFSET_BY_PADDING = {"roberta", "xlm-roberta", "camembert", "mpnet"}  # their position ids start at padding_idx + 1
@@ -71,11 +71,11 @@ class TextBackbone(QueryBackbone):
         self.path, self.text_tokenizer, self.max_length = path, text_tokenizer, max_length
         model.requires_grad_(False)
 
-    def tokens(self, item: Readable) -> Batch:
+    def tokens(self, item: BackboneInput) -> Batch:
         """Ids of the text, (1, T), special tokens included; an empty text gives at least one token."""
         return self.tokens_of([item])[0]
 
-    def tokens_of(self, items: Sequence[Readable]) -> list[Batch]:
+    def tokens_of(self, items: Sequence[BackboneInput]) -> list[Batch]:
         """`tokens` of several items, in one call: the text tokenizer takes longer to be called than to read a title."""
         rows = self.text_tokenizer([item.text for item in items], truncation=True, max_length=self.max_length)["input_ids"] if items else []
         if not all(rows):

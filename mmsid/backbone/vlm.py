@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from mmsid.backbone.query_tokens import Batch, QueryBackbone, Readable
-from mmsid.backbone.shipped import resolve
+from mmsid.backbone.packaged_weights import resolve
+from mmsid.backbone.query_tokens import BackboneInput, Batch, QueryBackbone
 from mmsid.backbone.text import no_loading_bar
 from mmsid.errors import ConfigError, PictureError
 
@@ -73,7 +73,7 @@ class VlmBackbone(QueryBackbone):
         """PaliGemma reads tokens of type 0 in both directions and tokens of type 1 causally; the other families need nothing."""
         return {"token_type_ids": 1} if self._is_paligemma else {}
 
-    def tokens(self, item: Readable) -> Batch:
+    def tokens(self, item: BackboneInput) -> Batch:
         """The processor's own inputs for one chat turn: ids (1, T), per-token types, pixels."""
         pictures = self._open(item)
         text = "\n".join(part for part in (self.instruction, self._truncate(item.text)) if part)
@@ -90,7 +90,7 @@ class VlmBackbone(QueryBackbone):
             batch["token_type_ids"] = torch.zeros_like(batch["input_ids"])
         return batch
 
-    def _open(self, item: Readable) -> list[Any]:
+    def _open(self, item: BackboneInput) -> list[Any]:
         opened = []
         for picture in item.pictures:
             if len(opened) == self.max_pictures:

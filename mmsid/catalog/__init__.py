@@ -1,10 +1,10 @@
 """The catalogue: items, pictures, histories, splits and co-engagement, read from the user's files and checked."""
 
+from mmsid.catalog.catalog import Catalog, UserHistory, read_catalog
+from mmsid.catalog.coengagement import adjacent_pairs, co_engagement
 from mmsid.catalog.config import CatalogConfig, Fields, PictureLimits, SplitConfig
 from mmsid.catalog.describe import describe, summary
-from mmsid.catalog.histories import Catalog, UserHistory, read_catalog
 from mmsid.catalog.items import Item
-from mmsid.catalog.pairs import adjacent_pairs, co_engagement
 from mmsid.catalog.pictures import load_picture, picture_bytes_sha256
 from mmsid.catalog.splits import Split, split_histories
 

@@ -90,7 +90,7 @@ class CatalogConfig(Section):
 
     Attributes:
         image_root: pictures lie below it and nowhere else; default: the folder of `items`.
-        mend_text: take instructions to models, hidden characters and stuffing (`wording`) out of titles and descriptions. Such
+        clean_text: take instructions to models, hidden characters and stuffing (`wording`) out of titles and descriptions. Such
             texts are recorded among the item's problems in any case.
         max_items, max_users: keep only so many, chosen by content hash, so that row order and ids do not matter.
     """
@@ -100,7 +100,7 @@ class CatalogConfig(Section):
     sequences: Path | None = None
     fields: Fields = Fields()
     pictures: PictureLimits = PictureLimits()
-    mend_text: bool = False
+    clean_text: bool = False
     split: SplitConfig = SplitConfig()
     max_items: int | None = Field(default=None, gt=0)
     max_users: int | None = Field(default=None, gt=0)

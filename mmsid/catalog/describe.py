@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from mmsid.catalog.histories import Catalog
+from mmsid.catalog.catalog import Catalog
 from mmsid.catalog.splits import Split
 
 

@@ -16,8 +16,8 @@ from typing import Any
 
 from mmsid.catalog.config import CatalogConfig, Fields
 from mmsid.catalog.pictures import InspectedPicture, inspect_picture
+from mmsid.catalog.prompt_injection import cleaned, suspicions
 from mmsid.catalog.tables import Cells, Table, read_table_rows
-from mmsid.catalog.wording import mended, suspicions
 from mmsid.errors import CatalogError
 
 _READ: dict[str, Any] = {}  # stands in the place of a row that was read
@@ -148,8 +148,8 @@ class _Rows:
         paths = [path for column in self._images for path in cells.texts(index, column)]
         texts = {"title": cells.text(index, self._title), "description": cells.text(index, self._description)}
         found = tuple(f"{name}_{code}" for name, text in texts.items() for code in suspicions(text))
-        if found and self._config.mend_text:
-            texts = {name: mended(text) for name, text in texts.items()}
+        if found and self._config.clean_text:
+            texts = {name: cleaned(text) for name, text in texts.items()}
         return _Content(
             **texts,
             categories=self._path(index),

@@ -13,8 +13,8 @@ from typing import Literal
 
 import numpy as np
 
+from mmsid.catalog.catalog import Catalog
 from mmsid.catalog.config import SplitConfig
-from mmsid.catalog.histories import Catalog
 from mmsid.errors import CatalogError
 
 

@@ -1,1 +1,1 @@
-"""Generative recommenders over Semantic IDs, constrained decoding, item-level ranking metrics, classical floors."""
+"""Generative recommenders over Semantic IDs, constrained decoding, item-level ranking metrics, classical baselines."""

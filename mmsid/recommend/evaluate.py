@@ -10,19 +10,19 @@ import numpy as np
 import torch
 
 from mmsid.catalog.splits import Split
-from mmsid.recommend.decode import ItemScorer
+from mmsid.recommend.beam_search import beam_item_scores, beam_search
 from mmsid.recommend.flat import FlatRecommender
-from mmsid.recommend.history import pad_histories
-from mmsid.recommend.instrument import Instrument
+from mmsid.recommend.history_encoder import pad_histories
+from mmsid.recommend.item_scorer import ItemScorer
 from mmsid.recommend.metrics import COVERAGE_CUTOFF, Coverage, Ranks, rank_targets, summarise
 from mmsid.recommend.paths import PathTrie
-from mmsid.recommend.search import beam_item_scores, beam_search
+from mmsid.recommend.sid_transformer import SidTransformer
 from mmsid.recommend.tiger import TigerRecommender
 
 Part = Literal["valid", "test"]
 Decoding = Literal["auto", "exact", "beam"]
 Score = Callable[[list[np.ndarray]], torch.Tensor]
-Recommender = Instrument | FlatRecommender | TigerRecommender
+Recommender = SidTransformer | FlatRecommender | TigerRecommender
 EXACT_UP_TO = 20_000  # items; above, a beam search is quicker and its misses are rare
 SCORES_AT_ONCE = 1 << 23  # floats of one (B, N) block
 BEAMS_AT_ONCE = 1 << 14  # users x beams of one search
@@ -81,7 +81,7 @@ def recommender_scores(model: Recommender, trie: PathTrie, decoding: Decoding = 
     """
     model.eval()
     device, reach = next(model.parameters()).device, model.shape.max_history
-    quick = isinstance(model, Instrument)
+    quick = isinstance(model, SidTransformer)
     if quick and (decoding == "exact" or (decoding == "auto" and trie.node_of.shape[1] <= EXACT_UP_TO)):
         scorer = ItemScorer(model, trie)
         return lambda histories: scorer(_states(model, histories, reach, device))
@@ -101,5 +101,5 @@ def recommender_scores(model: Recommender, trie: PathTrie, decoding: Decoding = 
 
 
 @torch.no_grad()
-def _states(model: Instrument, histories: list[np.ndarray], reach: int, device: torch.device) -> torch.Tensor:
+def _states(model: SidTransformer, histories: list[np.ndarray], reach: int, device: torch.device) -> torch.Tensor:
     return model.last_states(pad_histories(histories, reach).to(device))

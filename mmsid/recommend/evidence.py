@@ -13,9 +13,9 @@ import numpy as np
 from scipy import sparse
 from sklearn.feature_extraction.text import TfidfVectorizer
 
+from mmsid.catalog.coengagement import co_engagement, followed_by
 from mmsid.catalog.items import Item
-from mmsid.catalog.pairs import co_engagement, followed_by
-from mmsid.recommend.floors import WINDOW, history_weights, item_similarity, text_vectors
+from mmsid.recommend.classical import WINDOW, history_weights, item_similarity, text_vectors
 
 FAR = 50  # steps: a whole history, nearly always
 COUNTS = ("near", "next", "far", "basket")  # sources made of counts: sparse, heavy-tailed

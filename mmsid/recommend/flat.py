@@ -17,7 +17,7 @@ import torch
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
 from mmsid.recommend.paths import ItemPaths
-from mmsid.recommend.tokens import TokenRecommender
+from mmsid.recommend.token_recommender import TokenRecommender
 
 
 @dataclass(frozen=True)

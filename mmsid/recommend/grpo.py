@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2LMHeadModel, LogitsProcessorList, PreTrainedTokenizerFast
 from trl import GRPOConfig, GRPOTrainer
 
-from mmsid.recommend.constrain import TrieConstraint, TrieLogitsProcessor
+from mmsid.recommend.trie_constraint import TrieConstraint, TrieLogitsProcessor
 from mmsid.sids.exports import token
 from mmsid.sids.trie import Trie
 

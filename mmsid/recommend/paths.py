@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from mmsid.recommend.constrain import TrieConstraint
+from mmsid.recommend.trie_constraint import TrieConstraint
 from mmsid.sids.trie import Trie
 
 

@@ -24,28 +24,28 @@ from pydantic import Field
 from transformers import GPT2LMHeadModel
 from trl import GRPOConfig
 
-from mmsid.annotate.reading import read_text_quality
+from mmsid.accelerator import make_accelerator
+from mmsid.annotate.readers import read_text_quality
 from mmsid.artifacts import read_json, write_json, writing
 from mmsid.backbone.text import no_loading_bar
 from mmsid.catalog import Catalog, CatalogConfig, Split, read_catalog, split_histories
 from mmsid.config import Section, StageConfig
 from mmsid.errors import ConfigError, MmsidError
-from mmsid.precision import make_accelerator
 from mmsid.progress import done
 from mmsid.recommend.evaluate import evaluate, recommender_scores
-from mmsid.recommend.fit import Schedule, fit, table_paths
 from mmsid.recommend.flat import FlatRecommender
 from mmsid.recommend.grpo import TrieGRPOTrainer, sid_text_tokenizer
 from mmsid.recommend.metrics import over_seeds
 from mmsid.recommend.paths import PathTrie
+from mmsid.recommend.result_rows import dataset_facts, difference_rows, lost_to_collisions, read_ranks, write_ranks
+from mmsid.recommend.result_tables import ranking_table
 from mmsid.recommend.rewards import PathRewards
-from mmsid.recommend.rows import dataset_facts, difference_rows, lost_to_collisions, read_ranks, write_ranks
-from mmsid.recommend.tables import ranking_table
 from mmsid.recommend.train import ModelConfig
+from mmsid.recommend.training import Schedule, fit, table_paths
 from mmsid.sids.folder import read_sid_folder
 from mmsid.sids.table import SidTable
 from mmsid.sids.trie import Trie
-from mmsid.trainers import plain_arguments, train_quietly
+from mmsid.trl_training import plain_arguments, train_quietly
 
 START = "supervised"
 Arm = Literal["rl", "rl_published"]
@@ -88,7 +88,7 @@ class TrainRecommenderRLConfig(StageConfig):
     sids: Path
     text_quality: Path | None = None
     seeds: list[int] | None = Field(default=None, min_length=1)
-    arms: tuple[Arm, ...] = Field(default=("rl", "rl_published"), min_length=1)
+    variants: tuple[Arm, ...] = Field(default=("rl", "rl_published"), min_length=1)
     model: ModelConfig = ModelConfig()
     schedule: Schedule = Schedule()
     reinforcement: ReinforcementConfig = ReinforcementConfig()
@@ -134,7 +134,7 @@ def run(config: TrainRecommenderRLConfig) -> Path:
             draft.extra["text_quality"] = spread if config.text_quality else "1 for every item: no text_quality was given"
         accelerator.wait_for_everyone()
     note = "" if config.text_quality else " (text quality 1 for every item: none was given)"
-    done(f"train_recommender_rl: wrote {', '.join((START, *config.arms))} x {len(seeds)} seeds to {config.out / 'ranking.md'}{note}")
+    done(f"train_recommender_rl: wrote {', '.join((START, *config.variants))} x {len(seeds)} seeds to {config.out / 'ranking.md'}{note}")
     return config.out
 
 
@@ -172,7 +172,7 @@ class _Seed:
         model, seconds = fitted.model, {START: fitted.seconds}
         self._save(model.language_model, START)
         summaries = {START: self._rank(model, fitted.trie, START)}
-        for arm in config.arms:
+        for arm in config.variants:
             started = time.perf_counter()
             policy = self._reinforce(arm)
             seconds[arm] = fitted.seconds + time.perf_counter() - started
@@ -252,7 +252,7 @@ def _results(
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """One row per arm over all seeds, and the paired differences from the supervised start."""
     found = [read_json(folder / "ranks" / f"{seed}.json") for seed in seeds]
-    arms = (START, *config.arms)
+    arms = (START, *config.variants)
     rows = []
     for arm in arms:
         figures = {part: over_seeds([one["summaries"][arm][part] for one in found]) for part in parts}

@@ -1,4 +1,4 @@
-"""SASRec on item ids: the floor that knows no Semantic IDs (Kang & McAuley 2018, with what later tuning found).
+"""SASRec on item ids: the baseline that knows no Semantic IDs (Kang & McAuley 2018, with what later tuning found).
 
 A causal transformer over item embeddings, tied output, and the full softmax over the catalogue instead of one sampled
 negative (the change that makes SASRec hard to beat: Petrov & Macdonald 2023, Klenitskiy & Vasilev 2023).
@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from mmsid.accelerator import make_accelerator
 from mmsid.catalog.splits import Split
-from mmsid.precision import make_accelerator
 from mmsid.recommend.evaluate import Evaluation, Part, Score, evaluate
-from mmsid.recommend.fit import Schedule, train
-from mmsid.recommend.history import HistoryEncoder, pad_histories
+from mmsid.recommend.history_encoder import HistoryEncoder, pad_histories
+from mmsid.recommend.training import Schedule, train
 
 
 @dataclass(frozen=True)

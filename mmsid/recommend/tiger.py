@@ -20,7 +20,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from mmsid.recommend.paths import ItemPaths
-from mmsid.recommend.tokens import TokenRecommender
+from mmsid.recommend.token_recommender import TokenRecommender
 
 
 @dataclass(frozen=True)

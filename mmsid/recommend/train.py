@@ -1,4 +1,4 @@
-"""Stage `train_recommender`: every SID arm under one recommender, classical floors beside, one ranking table.
+"""Stage `train_recommender`: every SID arm under one recommender, classical baselines beside, one ranking table.
 
 Reads sids.parquet of each arm and the catalogue's sequences; knows nothing else of how the SIDs were made. Writes
 metrics.json, ranking.md, and ranks/<arm>/<seed>.parquet (one row per user and part), from which every figure and every
@@ -17,25 +17,25 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from pydantic import Field
 
+from mmsid.accelerator import OneProcess, make_accelerator
 from mmsid.artifacts import read_json, write_json, writing
 from mmsid.catalog import Catalog, CatalogConfig, Split, read_catalog, split_histories
 from mmsid.config import Section, StageConfig
 from mmsid.errors import ConfigError
-from mmsid.precision import OneProcess, make_accelerator
 from mmsid.progress import done
+from mmsid.recommend.classical import CLASSICAL_NAMES, classical_baselines
 from mmsid.recommend.evaluate import Decoding, Evaluation, Part, evaluate
-from mmsid.recommend.fit import Schedule, Shape, fit, table_paths
 from mmsid.recommend.flat import FlatShape
-from mmsid.recommend.floors import FLOOR_NAMES, classical_floors
-from mmsid.recommend.instrument import InstrumentShape
 from mmsid.recommend.metrics import over_seeds
-from mmsid.recommend.rows import dataset_facts, difference_rows, lost_to_collisions, optimum_row, read_ranks, write_ranks
-from mmsid.recommend.tables import ranking_table
+from mmsid.recommend.result_rows import best_achievable_row, dataset_facts, difference_rows, lost_to_collisions, read_ranks, write_ranks
+from mmsid.recommend.result_tables import ranking_table
+from mmsid.recommend.sid_transformer import SidTransformerShape
 from mmsid.recommend.tiger import TigerShape
+from mmsid.recommend.training import Schedule, Shape, fit, table_paths
 from mmsid.sids.folder import read_sid_folder
 from mmsid.sids.table import SidTable
 
-Architecture = Literal["instrument", "flat", "tiger"]
+Architecture = Literal["sid_transformer", "flat", "tiger"]
 
 
 class ModelConfig(Section):
@@ -48,9 +48,9 @@ class ModelConfig(Section):
     dropout: float | None = Field(default=None, ge=0, lt=1)
     max_history: int | None = Field(default=None, gt=0)
 
-    def shape(self, architecture: Architecture = "instrument") -> Shape:
+    def shape(self, architecture: Architecture = "sid_transformer") -> Shape:
         """The same sizes, as the model reads them."""
-        kind = InstrumentShape if architecture == "instrument" else FlatShape if architecture == "flat" else TigerShape
+        kind = SidTransformerShape if architecture == "sid_transformer" else FlatShape if architecture == "flat" else TigerShape
         shape = kind(**self.model_dump(exclude_none=True))
         if shape.d_model % shape.heads:
             raise ConfigError(f"train_recommender.model: d_model {shape.d_model} is no multiple of heads {shape.heads}; change one")
@@ -63,8 +63,8 @@ class TrainRecommenderConfig(StageConfig):
     Attributes:
         arms: name -> SID folder (or a sids.parquet).
         seeds: recommender seeds, each arm trained once per seed; default: the run's seed.
-        floors: add popularity, item-kNN, TF-IDF and their hybrid.
-        truth: optimum.json of the demo catalogue; adds the row of the best achievable figures.
+        baselines: add popularity, item-kNN, TF-IDF and their hybrid.
+        truth: best_achievable.json of the demo catalogue; adds the row of the best achievable figures.
         eval: which parts are ranked at the end. Early stopping and tuning read valid in any case, never test.
         architecture: `instrument` (the one that compares tokenizers), `flat` (a decoder over SID tokens) or `tiger` (an
             encoder-decoder over SID tokens).
@@ -74,13 +74,13 @@ class TrainRecommenderConfig(StageConfig):
     """
 
     catalog: CatalogConfig
-    arms: dict[str, Path] = Field(min_length=1)
+    variants: dict[str, Path] = Field(min_length=1)
     seeds: list[int] | None = Field(default=None, min_length=1)
-    architecture: Architecture = "instrument"
+    architecture: Architecture = "sid_transformer"
     model: ModelConfig = ModelConfig()
     schedule: Schedule = Schedule()
-    floors: bool = True
-    truth: Path | None = None
+    classical_baselines: bool = True
+    best_achievable: Path | None = None
     eval: Literal["valid", "test", "both"] = "both"
     decoding: Decoding = "auto"
     beam: int = Field(default=50, gt=0)
@@ -102,22 +102,26 @@ def run(config: TrainRecommenderConfig) -> Path:
     if any(not len(split.users(part)) for part in _parts(config)):
         raise ConfigError("train_recommender: no user has an item to rank; give catalog.sequences with histories of 3 items or more")
     item_ids = [item.item_id for item in catalog.items]
-    tables = {arm: read_sid_folder(path).align(item_ids) for arm, path in config.arms.items()}
-    files = {f"arm {arm}": path if path.suffix == ".parquet" else path / "sids.parquet" for arm, path in config.arms.items()}
-    with writing(config.out, stage="train_recommender", config=config, inputs=files | {"truth": config.truth}, resume=True) as draft:
+    tables = {arm: read_sid_folder(path).align(item_ids) for arm, path in config.variants.items()}
+    files = {f"arm {arm}": path if path.suffix == ".parquet" else path / "sids.parquet" for arm, path in config.variants.items()}
+    with writing(
+        config.out, stage="train_recommender", config=config, inputs=files | {"best_achievable": config.best_achievable}, resume=True
+    ) as draft:
         for arm, table in tables.items():
             for seed in _seeds(config):
                 _run_arm(config, arm, table, seed, catalog, split, draft.path, accelerator)
         if accelerator.is_main_process:
-            if config.floors:
-                _run_floors(config, catalog, split, draft.path)
+            if config.classical_baselines:
+                _run_classical(config, catalog, split, draft.path)
             rows = _rows(config, tables, draft.path)
             differences = _differences(config, rows, draft.path)
             write_json(draft.path / "metrics.json", {"dataset": dataset_facts(catalog, split), "arms": rows, "differences": differences})
             (draft.path / "ranking.md").write_text(ranking_table(rows, differences), encoding="utf-8")
             draft.counts |= {"arms": len(rows), "items": len(catalog.items), "test_users": len(split.users("test"))}
         accelerator.wait_for_everyone()
-    done(f"train_recommender: wrote figures of {len(config.arms)} SID arms x {len(_seeds(config))} seeds to {config.out / 'ranking.md'}")
+    done(
+        f"train_recommender: wrote figures of {len(config.variants)} SID arms x {len(_seeds(config))} seeds to {config.out / 'ranking.md'}"
+    )
     return config.out
 
 
@@ -156,13 +160,15 @@ def _parts(config: TrainRecommenderConfig) -> tuple[Part, ...]:
 
 def _check(config: TrainRecommenderConfig) -> None:
     config.model.shape(config.architecture)
-    for arm in config.arms:
+    for arm in config.variants:
         if not arm or arm != Path(arm).name or arm.startswith("."):
-            raise ConfigError(f"train_recommender.arms: {arm!r} must be usable as a folder name; rename it")
-        if config.floors and arm in FLOOR_NAMES:
-            raise ConfigError(f"train_recommender.arms: {arm!r} is the name of a classical floor; rename it, or set floors: false")
-    if config.baseline is not None and config.baseline not in config.arms:
-        raise ConfigError(f"train_recommender.baseline: {config.baseline!r} is no arm; the arms are {', '.join(config.arms)}")
+            raise ConfigError(f"train_recommender.variants: {arm!r} must be usable as a folder name; rename it")
+        if config.classical_baselines and arm in CLASSICAL_NAMES:
+            raise ConfigError(
+                f"train_recommender.variants: {arm!r} is the name of a classical baseline; rename it, or set classical_baselines: false"
+            )
+    if config.baseline is not None and config.baseline not in config.variants:
+        raise ConfigError(f"train_recommender.baseline: {config.baseline!r} is no arm; the arms are {', '.join(config.variants)}")
     if len(set(_seeds(config))) < len(_seeds(config)):
         raise ConfigError(f"train_recommender.seeds: {_seeds(config)} names a seed twice; each seed is one run")
 
@@ -197,15 +203,15 @@ def _run_arm(
     _finish(marker, found, extra, catalog)
 
 
-def _run_floors(config: TrainRecommenderConfig, catalog: Catalog, split: Split, folder: Path) -> None:
-    markers = {name: folder / "ranks" / name / f"{config.seed}.json" for name in FLOOR_NAMES}
+def _run_classical(config: TrainRecommenderConfig, catalog: Catalog, split: Split, folder: Path) -> None:
+    markers = {name: folder / "ranks" / name / f"{config.seed}.json" for name in CLASSICAL_NAMES}
     if all(marker.is_file() for marker in markers.values()):
         return
-    for floor in classical_floors(catalog.items, split):
+    for baseline in classical_baselines(catalog.items, split):
         started = time.perf_counter()
-        found = {part: evaluate(floor.score, split, part, len(catalog.items)) for part in _parts(config)}
-        extra = {"seconds": floor.seconds + time.perf_counter() - started, "parameters": floor.parameters}
-        _finish(markers[floor.name], found, extra, catalog)
+        found = {part: evaluate(baseline.score, split, part, len(catalog.items)) for part in _parts(config)}
+        extra = {"seconds": baseline.seconds + time.perf_counter() - started, "parameters": baseline.parameters}
+        _finish(markers[baseline.name], found, extra, catalog)
 
 
 def _finish(marker: Path, found: dict[Part, Evaluation], extra: dict[str, Any], catalog: Catalog) -> None:
@@ -216,8 +222,8 @@ def _finish(marker: Path, found: dict[Part, Evaluation], extra: dict[str, Any], 
 
 
 def _rows(config: TrainRecommenderConfig, tables: dict[str, SidTable], folder: Path) -> list[dict[str, Any]]:
-    """One row per arm: classical floors first, then the SID arms in the order of the configuration, the optimum last."""
-    arms = [(name, "classical", [config.seed]) for name in FLOOR_NAMES if config.floors]
+    """One row per arm: classical baselines first, then the SID arms in the order of the configuration, the optimum last."""
+    arms = [(name, "classical", [config.seed]) for name in CLASSICAL_NAMES if config.classical_baselines]
     arms += [(name, "sid", _seeds(config)) for name in tables]
     rows = []
     for arm, family, seeds in arms:
@@ -229,17 +235,17 @@ def _rows(config: TrainRecommenderConfig, tables: dict[str, SidTable], folder: P
         row["collisions"] = lost_to_collisions(tables[arm]) if arm in tables else None
         row["seconds"] = round(float(np.mean([result["seconds"] for result in found])), 2)
         rows.append(row | ({"parameters": found[0]["parameters"]} if family == "classical" else {}))
-    return rows + ([optimum_row(config.truth)] if config.truth is not None else [])
+    return rows + ([best_achievable_row(config.best_achievable)] if config.best_achievable is not None else [])
 
 
 def _differences(config: TrainRecommenderConfig, rows: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
     """Every arm against the baseline, paired over users and seeds, on each part that was ranked."""
-    baseline = config.baseline or ("balanced_rq" if "balanced_rq" in config.arms else next(iter(config.arms)))
+    baseline = config.baseline or ("balanced_rq" if "balanced_rq" in config.variants else next(iter(config.variants)))
     found = []
     for part in _parts(config):
         ranks = {}
         for row in rows:
-            if row["family"] == "optimum":
+            if row["family"] == "best_achievable":
                 continue
             read = [read_ranks(folder / "ranks" / row["arm"] / f"{seed}.parquet", part).ranks for seed in row["seeds"]]
             ranks[row["arm"]] = {None: read[0]} if row["family"] == "classical" else dict(zip(row["seeds"], read, strict=True))

@@ -17,19 +17,19 @@ from mmsid.refine.reward import RewardConfig
 from mmsid.refine.tracking import TrackerName
 from mmsid.sids.collisions import Policy as Collisions
 
-# How a start that is wrong about single items is mended (LOG.md, 2026-11-27); what the configuration says of the loop itself comes on top.
+# How a start that is wrong about single items is cleaned (LOG.md, 2026-11-27); what the configuration says of the loop itself comes on top.
 REPAIR: dict[str, Any] = {
     "objective": "likelihood",  # of paths drawn evenly: a wrong start gives the right ones no chance to be sampled
     "group": 128,
     "lr": 3e-5,
-    "memory_rate": 100.0,  # the damage sits in what the memory adds to single items, which no shared weight undoes one by one
+    "behaviour_rate": 100.0,  # the damage sits in what the memory adds to single items, which no shared weight undoes one by one
     "adapt": False,
     "rounds": 40,
     "step_kl": 0.1,
     "anneal": True,
     "patience": 0,  # next items know nothing yet of codes that nobody holds
     "most_kl": 9.0,
-    "weights": {"sid_reward": 1.0, "codes": 1.0, "balance": 1.5, "crowding": 1.5, "rebuild": 0.2, "consensus": 5.0},
+    "weights": {"sid_reward": 1.0, "codes": 1.0, "balance": 1.5, "crowding": 1.5, "reconstruction": 0.2, "robust_prediction": 5.0},
 }
 
 
@@ -84,15 +84,15 @@ class RefineConfig(StageConfig):
 
     @model_validator(mode="after")
     def _leaves_room(self) -> RefineConfig:
-        places = self.proposals + self.pays_consensus
+        places = self.proposals + self.uses_robust_prediction
         if places >= self.top_m:
-            also = ", and one place for consensus" if self.pays_consensus else ""
+            also = ", and one place for consensus" if self.uses_robust_prediction else ""
             raise ValueError(
                 f"proposals is {self.proposals}{also}, top_m {self.top_m}; an item's own best code needs a place: lower proposals"
             )
         return self
 
     @property
-    def pays_consensus(self) -> bool:
+    def uses_robust_prediction(self) -> bool:
         """Whether the reward asks what the other items say of one."""
-        return bool(self.loop.weights.get("consensus"))
+        return bool(self.loop.weights.get("robust_prediction"))

@@ -17,20 +17,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from mmsid.accelerator import make_accelerator
 from mmsid.artifacts import write_json, writing
 from mmsid.catalog import read_catalog, split_histories
 from mmsid.config import build
 from mmsid.errors import ConfigError, MmsidError
-from mmsid.precision import make_accelerator
 from mmsid.progress import track
 from mmsid.refine import ppo
 from mmsid.refine.config import RefineConfig
 from mmsid.refine.evidence import Codes
 from mmsid.refine.loop import LoopConfig, Scorer
-from mmsid.refine.outcome import write_sids
+from mmsid.refine.outputs import write_sids
 from mmsid.refine.policy import Reference
 from mmsid.refine.publish import make_table
-from mmsid.refine.refine import Job
+from mmsid.refine.stage import Job
 from mmsid.refine.tracking import RunLog
 from mmsid.tokenizer.heads import ResidualHead
 

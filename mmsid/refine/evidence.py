@@ -175,7 +175,7 @@ class CodeTable:
             "codes": _weighed(self.code_agreement(rows, candidates, excess), config.code_weights),
             "crowding": -(np.minimum(others[..., -1], 1.0) + np.minimum(fullness, 1.0)),
             "balance": self._balance(rows, candidates),
-            "rebuild": -error_growth,
+            "reconstruction": -error_growth,
         }
 
     def neighbours(self, rows: NDArray, candidates: Codes, config: EvidenceConfig) -> Floats:

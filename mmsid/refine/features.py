@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mmsid.catalog.pairs import co_engagement
+from mmsid.catalog.coengagement import co_engagement
 from mmsid.refine.evidence import Codes, CodeTable, EvidenceConfig, Floats
 from mmsid.refine.policy import BATCH, Reference
 

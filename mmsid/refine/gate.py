@@ -37,7 +37,7 @@ class GateConfig(Section):
     published_collisions: float = 0.0
     least_perplexity: float = 0.03  # relative fall
     lift: float = 0.03  # relative fall of level-1 lift over chance
-    rebuild: float = 0.05  # relative growth of what codes leave unsaid of the items' vectors
+    reconstruction: float = 0.05  # relative growth of what codes leave unsaid of the items' vectors
     flip_rate: float = 0.02  # absolute growth of the share of items whose raw codes change under noise
     ndcg: float = 0.03  # relative fall of NDCG@10 of the quick recommender
     hit_rate: float = 0.03  # and of its HR@50
@@ -158,7 +158,7 @@ def least_perplexity(codes: Codes, codebook_size: int) -> float:
     return least
 
 
-def unsaid_share(codes: Codes, vectors: NDArray, sweeps: int = 3) -> float:
+def unexplained_variance(codes: Codes, vectors: NDArray, sweeps: int = 3) -> float:
     """Share of the variance of the vectors (N, H) that the codes (N, L) do not tell: 0 where they tell all, 1 where nothing.
 
     A vector is rebuilt as the mean of all plus a vector per code, fitted to this very table (backfitting: level by level the means of
@@ -196,7 +196,7 @@ def measure(
         "published_collisions": colliding_share(codes, content),
         "least_perplexity": least_perplexity(codes, codebook_size),
         "lift": level_lift(codes, held_out),
-        "rebuild": unsaid_share(codes, item_vectors),
+        "reconstruction": unexplained_variance(codes, item_vectors),
     }
 
 
@@ -234,7 +234,7 @@ def bootstrap(before: Codes, after: Codes, codebook_size: int, held_out: HeldOut
     return Bootstrap(float((target[1] - target[0] > 0).mean()), {"lift": float(np.std(lift[1] - lift[0], ddof=1))})
 
 
-def flip_figures(before: NDArray, after: NDArray) -> tuple[list[dict[str, float]], dict[str, float]]:
+def flip_rate_figures(before: NDArray, after: NDArray) -> tuple[list[dict[str, float]], dict[str, float]]:
     """Flip rates of two tokenizers on the same noisily read items, (N,) bool each, and the standard error of their difference."""
     difference = after.astype(np.float64) - before
     noise = float(difference.std(ddof=1) / np.sqrt(len(difference))) if len(difference) > 1 else 0.0
@@ -258,7 +258,7 @@ def decide(
         ("published_collisions", config.published_collisions, False, "lower"),
         ("least_perplexity", config.least_perplexity, True, "higher"),
         ("lift", config.lift, True, "higher"),
-        ("rebuild", config.rebuild, True, "lower"),
+        ("reconstruction", config.reconstruction, True, "lower"),
         ("flip_rate", config.flip_rate, False, "lower"),
         ("ndcg", config.ndcg, True, "higher"),
         ("hit_rate", config.hit_rate, True, "higher"),

@@ -24,9 +24,9 @@ from mmsid.config import Section
 from mmsid.errors import MmsidError
 from mmsid.progress import track
 from mmsid.refine import ppo
+from mmsid.refine.early_stopping import MonitoredMetric, table_figures
 from mmsid.refine.evidence import Codes, Floats
 from mmsid.refine.policy import BATCH, Reference
-from mmsid.refine.watch import Watch, table_figures
 
 # rows (R,), candidates (R, C, L), everybody's codes (N, L) -> components (R, C), higher is better, finite
 Scorer = Callable[[NDArray, Codes, Codes], dict[str, Floats]]
@@ -60,7 +60,9 @@ class LoopConfig(Section):
     epochs: int = 3
     batch: int = 256  # items per minibatch, over all processes; a group is never cut
     lr: float = 1e-4
-    memory_rate: float = Field(0.0, ge=0)  # learning rate of the memory's values over lr; 0: they stay. Only for a reward that is sure of
+    behaviour_rate: float = Field(
+        0.0, ge=0
+    )  # learning rate of the memory's values over lr; 0: they stay. Only for a reward that is sure of
     # single items (consensus): what every item has for itself learns the noise of the others
     clip_low: float = 0.2
     clip_high: float = 0.28
@@ -81,7 +83,7 @@ class LoopConfig(Section):
     most_kl: float = 1.5  # the run ends when the mean exact KL to the reference passes this
     patience: int = Field(8, ge=0)  # rounds without a better watched figure before the run ends at its best round; 0: never
     checkpoint_every: int = Field(5, ge=1)  # rounds
-    weights: dict[str, float] = Field(default={"sid_reward": 1.0, "codes": 1.0, "balance": 1.0, "crowding": 0.3, "rebuild": 0.2})
+    weights: dict[str, float] = Field(default={"sid_reward": 1.0, "codes": 1.0, "balance": 1.0, "crowding": 0.3, "reconstruction": 0.2})
 
     @model_validator(mode="after")
     def _noise_needs_likelihood(self) -> LoopConfig:
@@ -101,7 +103,7 @@ class Refinement:
         scorer: reward components of candidates.
         accelerator: device and processes.
         quality: (N,) multiplies the advantage of each item's group (anything constant within a group cancels otherwise).
-        watch: a held-out figure of raw codes, of another kind than the reward; the run ends at its best round.
+        metric: a held-out figure of raw codes, of another kind than the reward; the run ends at its best round.
         describe: further figures for the log, asked on rank 0.
     """
 
@@ -114,11 +116,11 @@ class Refinement:
         accelerator: Accelerator,
         seed: int = 0,
         quality: NDArray | None = None,
-        watch: Watch | None = None,
+        metric: MonitoredMetric | None = None,
         describe: Describe | None = None,
     ) -> None:
         self.policy, self.reference, self.scorer = policy, reference, scorer
-        self.config, self.accelerator, self.watch, self.describe = config, accelerator, watch, describe
+        self.config, self.accelerator, self.metric, self.describe = config, accelerator, metric, describe
         self.items = len(reference.greedy)
         self.quality = torch.ones(self.items, 1) if quality is None else torch.as_tensor(quality, dtype=torch.float32)[:, None]
         # a large epsilon keeps Adam from blowing rounding noise up to full steps where there is nothing to learn
@@ -141,8 +143,8 @@ class Refinement:
             MmsidError: the gradient was not finite in three steps, or a weight belongs to no component.
         """
         table, note = self.policy.greedy(), {}
-        if self.next_round == 0 and self.watch is not None:
-            self._look(self.watch(table))
+        if self.next_round == 0 and self.metric is not None:
+            self._look(self.metric(table))
         rounds = range(self.next_round, 0 if self.ended else self.config.rounds)
         for number in track(rounds, what="refine", unit="rounds", note=note):
             record = {"round": number, **self.round(table)}
@@ -152,15 +154,15 @@ class Refinement:
             reason = None
             if record["kl"] > self.config.most_kl:
                 reason = f"mean KL to the reference {record['kl']:.3f} is above most_kl {self.config.most_kl}"
-            if self.watch is not None:
-                record["watch"] = self.watch(table)
-                if self._look(record["watch"]):
+            if self.metric is not None:
+                record["monitored"] = self.metric(table)
+                if self._look(record["monitored"]):
                     reason = reason or f"the watched figure has not passed {self.best:.4f} for {self.waited} rounds"
             if self.describe is not None and self.accelerator.is_main_process:
                 record |= self.describe(number, table)
             self.next_round, self.ended = number + 1, reason is not None
             log(record | ({"stopped": reason} if reason else {}))
-            note |= {key: record[key] for key in ("reward", "kl", "watch", "churn", "collisions") if key in record}
+            note |= {key: record[key] for key in ("reward", "kl", "monitored", "churn", "collisions") if key in record}
             if save is not None and (
                 self.ended or self.next_round % self.config.checkpoint_every == 0 or self.next_round == self.config.rounds
             ):

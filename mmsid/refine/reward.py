@@ -30,8 +30,8 @@ from mmsid.config import Section
 from mmsid.errors import ArtifactError
 from mmsid.refine.evidence import Codes, EvidenceConfig, split_users
 from mmsid.refine.features import FEATURE_GROUPS, Material, exchanged, feature_names, read_features
-from mmsid.refine.pairs import Pairs, calibration_curve, calibration_error, gain_error, make_pairs, pair_accuracy
 from mmsid.refine.policy import Reference
+from mmsid.refine.preference_pairs import Pairs, calibration_curve, calibration_error, gain_error, make_pairs, pair_accuracy
 
 
 class RewardConfig(Section):

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mmsid.accelerator import make_accelerator
 from mmsid.artifacts import writing
 from mmsid.catalog import read_catalog, split_histories
-from mmsid.precision import make_accelerator
 from mmsid.progress import done
 from mmsid.refine.config import RefineConfig
-from mmsid.refine.refine import Job
 from mmsid.refine.reward import train_reward
+from mmsid.refine.stage import Job
 
 
 class SidRewardConfig(RefineConfig):

@@ -39,7 +39,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class GateMark:
-    """One figure of the gate. `at`: its change in percent of the strip, right of 50 is better; `floor`: how far left it may fall;
+    """One figure of the gate. `at`: its change in percent of the strip, right of 50 is better; `limit`: how far left it may fall;
     `source`: where the margin comes from."""
 
     metric: str
@@ -48,7 +48,7 @@ class GateMark:
     margin: str
     passed: bool
     at: float
-    floor: float
+    limit: float
     source: str
 
 

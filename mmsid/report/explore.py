@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from mmsid.annotate.reading import read_captions, read_interests
+from mmsid.annotate.readers import read_captions, read_interests
 from mmsid.artifacts import is_complete, read_table
 from mmsid.catalog import Catalog, CatalogConfig, Item
 from mmsid.report.thumbnails import thumbnails

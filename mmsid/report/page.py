@@ -21,7 +21,7 @@ from mmsid.report.charts import difference_charts, gate_marks, metric_charts, me
 from mmsid.report.explore import MOST_ITEMS, embedded_json, explore
 from mmsid.report.run_folder import manifests, sid_folders
 from mmsid.sids.folder import INTRINSIC
-from mmsid.sids.summary import intrinsic_columns
+from mmsid.sids.intrinsic_table import intrinsic_columns
 
 HERE = Path(__file__).parent
 SCRIPTS = ("page.js", "explore.js", "codes.js")
@@ -72,7 +72,7 @@ def write_results_page(results: Path, out: Path) -> Path:
 def _results(found: Mapping[str, Any] | None) -> dict[str, Any]:
     """Charts and tables of the arms: test figures, or valid ones where test was not ranked."""
     found = found or {"arms": []}
-    part = "test" if any(arm["metrics"] for arm in found["arms"] if arm["family"] != "optimum") else "valid"
+    part = "test" if any(arm["metrics"] for arm in found["arms"] if arm["family"] != "best_achievable") else "valid"
     arms = [arm | {"metrics": arm["metrics"] if part == "test" else arm.get("valid", {})} for arm in found["arms"]]
     dataset = found.get("dataset")
     return {

@@ -13,7 +13,7 @@ from pydantic import Field
 from rich.console import Console
 from rich.markdown import Markdown
 
-from mmsid.annotate.reading import read_captions, read_interests
+from mmsid.annotate.readers import read_captions, read_interests
 from mmsid.artifacts import is_complete, read_json, writing
 from mmsid.catalog import CatalogConfig, Item, read_catalog
 from mmsid.config import StageConfig
@@ -22,7 +22,7 @@ from mmsid.report.explore import MOST_ITEMS
 from mmsid.report.page import write_run_page
 from mmsid.report.run_folder import sid_folders
 from mmsid.sids.folder import INTRINSIC, TABLE, read_sid_folder
-from mmsid.sids.summary import intrinsic_table
+from mmsid.sids.intrinsic_table import intrinsic_table
 from mmsid.sids.table import SidTable
 
 

@@ -3,7 +3,7 @@
 from mmsid.sids.collisions import Resolution, add_suffix, relocate, resolve
 from mmsid.sids.folder import read_sid_folder, write_sid_folder
 from mmsid.sids.intrinsic import intrinsic_metrics
-from mmsid.sids.summary import intrinsic_table
+from mmsid.sids.intrinsic_table import intrinsic_table
 from mmsid.sids.table import SidTable
 from mmsid.sids.trie import Trie
 

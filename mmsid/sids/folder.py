@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mmsid.artifacts import check_file, write_json
+from mmsid.artifacts import verify_file, write_json
 from mmsid.errors import ArtifactError
 from mmsid.sids.exports import write_index_json, write_tokens
 from mmsid.sids.table import SidTable
@@ -37,5 +37,5 @@ def read_sid_folder(path: Path) -> SidTable:
     file = path if path.suffix == ".parquet" else path / TABLE
     if not file.is_file():
         raise ArtifactError(f"{path} holds no {TABLE}; run `mmsid assign` or `mmsid baselines`, or correct the path")
-    check_file(file)
+    verify_file(file)
     return SidTable.load(file)

@@ -34,7 +34,7 @@ def retrieval_recall(
         embeddings: (N, D); pairs: (P, 2).
         max_pairs: of more pairs, so many are taken, evenly spaced.
     Returns:
-        {"full": {"1": ..., ...}, "sampled": {...}, "floor_full": {...}}, floor = what random similarities reach.
+        {"full": {"1": ..., ...}, "sampled": {...}, "chance_full": {...}}, chance = what random similarities reach.
     Raises:
         ValueError: no pair of two different items.
     """
@@ -103,7 +103,7 @@ def _recall(
         better[start : start + len(queries)] = (similar > own + _TIE).sum(axis=1)
         tied[start : start + len(queries)] = (similar >= own - _TIE).sum(axis=1) - better[start : start + len(queries)]
     others = num_items - 1 - np.diff(paired.indptr)[pairs[:, 0]]  # all but the query and its positives
-    result: dict[str, dict[str, float]] = {"full": {}, "sampled": {}, "floor_full": {}}
+    result: dict[str, dict[str, float]] = {"full": {}, "sampled": {}, "chance_full": {}}
     for k in ks:
         result["full"][str(k)] = _mean(np.clip((k - better) / (tied + 1), 0, 1))
         sampled = np.empty(len(pairs))
@@ -112,7 +112,7 @@ def _recall(
             running = np.concatenate([[0.0], np.cumsum(_fewer_than(k, int(count), min(negatives, int(count))))])
             sampled[rows] = (running[better[rows] + tied[rows] + 1] - running[better[rows]]) / (tied[rows] + 1)
         result["sampled"][str(k)] = _mean(sampled)
-        result["floor_full"][str(k)] = _mean(np.minimum(1.0, k / (others + 1)))
+        result["chance_full"][str(k)] = _mean(np.minimum(1.0, k / (others + 1)))
     return result
 
 

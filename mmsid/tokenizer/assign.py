@@ -18,17 +18,17 @@ from pydantic import Field, model_validator
 from mmsid.artifacts import manifest_folder, write_json, write_table, writing
 from mmsid.catalog import CatalogConfig, read_catalog, split_histories
 from mmsid.config import StageConfig
-from mmsid.on_ray import Engine, RayConfig
 from mmsid.progress import done
+from mmsid.ray_pool import Engine, RayConfig
 from mmsid.sids import intrinsic_table
 from mmsid.sids.collisions import Policy
 from mmsid.sids.folder import INTRINSIC
 from mmsid.sids.retrieval import retrieval_table
-from mmsid.tokenizer.agreement import FREE_TEXT, evidence_fields
+from mmsid.tokenizer.catalog_encoding import CatalogEncoder, CatalogEncodings
 from mmsid.tokenizer.inputs import load_inputs
-from mmsid.tokenizer.publish import HeadScores, head_decoder, publish, rebuild_figures
-from mmsid.tokenizer.published import Published
-from mmsid.tokenizer.readings import Reader, Readings
+from mmsid.tokenizer.publish import HeadScores, head_decoder, publish, reconstruction_figures
+from mmsid.tokenizer.published_sids import Published
+from mmsid.tokenizer.text_trust import FREE_TEXT, evidence_fields
 
 _REBUILT_ROWS = 50_000
 
@@ -78,12 +78,12 @@ def run(config: AssignConfig, engine: Engine = "local") -> Path:
         "append": None if config.append is None else manifest_folder(config.append),
     }
     with writing(config.out, stage="assign", config=config, inputs=inputs) as draft:
-        reader = Reader(config.tokenizer.absolute(), config.catalog, config.batch_size, config.free_text_nats)
+        reader = CatalogEncoder(config.tokenizer.absolute(), config.catalog, config.batch_size, config.free_text_nats)
         tokenizer = reader.load()
         items, fields = load_inputs(catalog, config.captions, config.interests, tokenizer.settings.use or None)
         guarded = config.free_text_nats is not None and any(name in FREE_TEXT for name in fields)
         evidence = load_inputs(catalog, config.captions, config.interests, evidence_fields(fields))[0] if guarded else None
-        readings = Readings(tokenizer, len(items), draft.path / "scores.f32")
+        readings = CatalogEncodings(tokenizer, len(items), draft.path / "scores.f32")
         if published is not None:
             published.check(tokenizer, config.collisions)
             readings.take_over(published, published.rows_in([item.item_id for item in catalog.items]))
@@ -108,7 +108,7 @@ def run(config: AssignConfig, engine: Engine = "local") -> Path:
             seed=config.seed,
         )
         if published is None and len(items) <= _REBUILT_ROWS:
-            metrics |= rebuild_figures(tokenizer.head, readings.last_scores(), table) or {}
+            metrics |= reconstruction_figures(tokenizer.head, readings.last_scores(), table) or {}
             write_json(draft.path / INTRINSIC, metrics)
         readings.close()
         (draft.path / "intrinsic.md").write_text(

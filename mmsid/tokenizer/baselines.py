@@ -20,9 +20,9 @@ from mmsid.sids import intrinsic_table
 from mmsid.sids.collisions import Policy
 from mmsid.sids.folder import INTRINSIC
 from mmsid.sids.retrieval import retrieval_table
-from mmsid.tokenizer.arms import ArmSources, ArmSpec, Method, make_arm
+from mmsid.tokenizer.initialization import StartSettings
 from mmsid.tokenizer.inputs import FieldName
-from mmsid.tokenizer.targets import StartSettings
+from mmsid.tokenizer.sid_methods import Method, MethodSources, MethodSpec, make_sids
 
 _USUAL: dict[str, tuple[Method, str]] = {
     "random": ("random", "text"),
@@ -42,8 +42,8 @@ class BaselinesConfig(StageConfig):
     captions: Path | None = None
     interests: Path | None = None
     use: tuple[FieldName, ...] | None = None
-    arms: tuple[str, ...] = ("random", "rq_kmeans", "balanced_rq_text", "balanced_rq")
-    specs: dict[str, ArmSpec] = Field(default_factory=dict)
+    methods: tuple[str, ...] = ("random", "rq_kmeans", "balanced_rq_text", "balanced_rq")
+    specs: dict[str, MethodSpec] = Field(default_factory=dict)
     num_levels: int = Field(3, ge=1, le=8)
     codebook_size: int = Field(256, ge=2)
     max_length: int = Field(96, ge=1)
@@ -51,18 +51,18 @@ class BaselinesConfig(StageConfig):
     collisions: Policy = "relocate"
 
     @model_validator(mode="after")
-    def _arms_are_known(self) -> BaselinesConfig:
-        for arm in self.arms:
+    def _methods_are_known(self) -> BaselinesConfig:
+        for arm in self.methods:
             if arm not in self.specs and arm not in _USUAL:
                 raise ValueError(f"arm {arm!r} is unknown; choose from {', '.join(_USUAL)}, or define it under `specs`")
         return self
 
-    def spec(self, arm: str) -> ArmSpec:
+    def spec(self, arm: str) -> MethodSpec:
         """How an arm is made."""
         if arm in self.specs:
             return self.specs[arm]
         method, space = _USUAL[arm]
-        return ArmSpec.model_validate(
+        return MethodSpec.model_validate(
             {
                 "method": method,
                 "space": space,
@@ -82,7 +82,7 @@ def run(config: BaselinesConfig) -> Path:
     """
     catalog = read_catalog(config.catalog)
     split = split_histories(catalog, config.catalog.split) if catalog.histories else None
-    sources = ArmSources(catalog, split, config.captions, config.interests, config.use, config.max_length, config.start)
+    sources = MethodSources(catalog, split, config.captions, config.interests, config.use, config.max_length, config.start)
     inputs = {
         "items": config.catalog.items,
         "sequences": config.catalog.sequences,
@@ -91,10 +91,10 @@ def run(config: BaselinesConfig) -> Path:
     }
     with writing(config.out, stage="baselines", config=config, inputs=inputs) as draft:
         figures: dict[str, Any] = {}
-        for arm in config.arms:
-            make_arm(config.spec(arm), sources, draft.path / arm, config.seed)
+        for arm in config.methods:
+            make_sids(config.spec(arm), sources, draft.path / arm, config.seed)
             figures[arm] = read_json(draft.path / arm / INTRINSIC)
         (draft.path / "intrinsic.md").write_text(intrinsic_table(figures) + "\n" + retrieval_table(figures), encoding="utf-8")
-        draft.counts.update({"items": len(catalog.items), "arms": len(config.arms)})
-    done(f"baselines: wrote {', '.join(config.arms)} for {len(catalog.items):,} items to {config.out}")
+        draft.counts.update({"items": len(catalog.items), "arms": len(config.methods)})
+    done(f"baselines: wrote {', '.join(config.methods)} for {len(catalog.items):,} items to {config.out}")
     return config.out

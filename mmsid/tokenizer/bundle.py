@@ -16,9 +16,9 @@ from mmsid.errors import ArtifactError
 from mmsid.progress import done
 from mmsid.sids import SidTable, read_sid_folder
 from mmsid.sids.folder import INTRINSIC, TABLE
-from mmsid.tokenizer.card import published_card
 from mmsid.tokenizer.model import ItemTokenizer
-from mmsid.tokenizer.published import RETIRED
+from mmsid.tokenizer.model_card import published_card
+from mmsid.tokenizer.published_sids import RETIRED
 
 FORMAT = 1
 SIDS = "sids"

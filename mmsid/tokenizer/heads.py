@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmsid.tokenizer.memory import Memory
+from mmsid.tokenizer.behaviour_regression import BehaviourRegression
 
 
 class Greedy(NamedTuple):
@@ -130,24 +130,24 @@ def _with_wanted(scores: Tensor, kept: Tensor, wanted: Tensor) -> Tensor:
 class ResidualHead(CodeHead):
     """Residual codes in one space of size `code_dim`: a projection W shared by all levels, a bias and a temperature per level.
 
-    `memory` (rows; 0: none) adds to every projected state what behaviour says beyond it (`mmsid.tokenizer.memory`).
+    `behaviour` (rows; 0: none) adds to every projected state what behaviour says beyond it (`mmsid.tokenizer.behaviour_regression`).
     """
 
     kind = "residual"
 
-    def __init__(self, hidden_size: int, num_levels: int = 3, codebook_size: int = 256, code_dim: int = 448, memory: int = 0) -> None:
+    def __init__(self, hidden_size: int, num_levels: int = 3, codebook_size: int = 256, code_dim: int = 448, behaviour: int = 0) -> None:
         super().__init__()
         self.num_levels, self.codebook_size, self.code_dim = num_levels, codebook_size, code_dim
         self.projection = nn.Linear(hidden_size, code_dim, bias=False)
         self.bias = nn.Parameter(torch.zeros(num_levels, code_dim))  # per level: every SID token adds a constant of its own to its state
         self.vectors = nn.Parameter(torch.randn(num_levels, codebook_size, code_dim) / math.sqrt(code_dim))
         self.log_temperature = nn.Parameter(torch.zeros(num_levels))
-        self.memory = Memory(memory, code_dim) if memory else None
+        self.behaviour = BehaviourRegression(behaviour, code_dim) if behaviour else None
 
     def project(self, h: Tensor) -> Tensor:
-        """s_l = W h_l + b_l, and what the memory adds: (B, L, H) -> (B, L, code_dim)."""
+        """s_l = W h_l + b_l, and what the behaviour adds: (B, L, H) -> (B, L, code_dim)."""
         s = self.projection(h) + self.bias
-        return s if self.memory is None else s + self.memory(s)
+        return s if self.behaviour is None else s + self.behaviour(s)
 
     @torch.no_grad()
     def rename(self, permutations: Sequence[np.ndarray]) -> None:
@@ -222,8 +222,8 @@ class ParallelHead(CodeHead):
         return logits if prefix.dim() == 2 else logits[:, None].expand(-1, prefix.shape[1], -1)
 
 
-def make_head(kind: str, hidden_size: int, num_levels: int, codebook_size: int, code_dim: int, memory: int) -> CodeHead:
-    """The head named by a config: "residual" or "parallel" (`code_dim` and `memory` are only read by the former)."""
+def make_head(kind: str, hidden_size: int, num_levels: int, codebook_size: int, code_dim: int, behaviour: int) -> CodeHead:
+    """The head named by a config: "residual" or "parallel" (`code_dim` and `behaviour` are only read by the former)."""
     if kind == "parallel":
         return ParallelHead(hidden_size, num_levels, codebook_size)
-    return ResidualHead(hidden_size, num_levels, codebook_size, code_dim, memory)
+    return ResidualHead(hidden_size, num_levels, codebook_size, code_dim, behaviour)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from mmsid.artifacts import check_whole, read_manifest, read_table
+from mmsid.artifacts import read_manifest, read_table, verify_folder
 from mmsid.catalog import Catalog, Item
 from mmsid.errors import ArtifactError, ConfigError
 
@@ -60,7 +60,7 @@ def _ok_rows(folder: Path | None, stage: str, columns: Sequence[str]) -> Iterato
     if folder is None:
         return
     read_manifest(folder, stage)
-    check_whole(folder)
+    verify_folder(folder)
     for path in sorted((Path(folder) / "shards").glob("part-*.parquet")):
         table = read_table(path)
         absent = [name for name in (*columns, "status", "flags") if name not in table.column_names]

@@ -16,16 +16,16 @@ from huggingface_hub import ModelHubMixin, snapshot_download
 from pydantic import Field
 from torch import Tensor, nn
 
-from mmsid.artifacts import check_file, read_json, read_weights, sha256, write_json, write_tensors
+from mmsid.artifacts import read_json, read_weights, sha256, verify_file, write_json, write_tensors
 from mmsid.backbone.lora import LoraSettings, add_lora, load_lora, save_lora
-from mmsid.backbone.query_tokens import Batch, QueryBackbone, Readable
+from mmsid.backbone.query_tokens import BackboneInput, Batch, QueryBackbone
 from mmsid.backbone.text import TextBackbone
 from mmsid.backbone.vlm import INSTRUCTION, VlmBackbone, open_as_is
 from mmsid.config import Section
 from mmsid.errors import ArtifactError, MmsidError
+from mmsid.tokenizer.behaviour_regression import BehaviourRegression
 from mmsid.tokenizer.heads import CodeHead, make_head
 from mmsid.tokenizer.inputs import FieldName
-from mmsid.tokenizer.memory import Memory
 
 FORMAT = 1
 DOUBTFUL = 1e-4  # relative lead under which rounding could decide; fp32 noise of a whole forward is about 1e-6
@@ -59,7 +59,7 @@ class TokenizerSettings(Section):
     codebook_size: int = Field(256, ge=2)
     code_dim: int = Field(448, ge=1)
     embedding_dim: int = Field(448, ge=1)
-    memory: int = Field(0, ge=0)
+    behaviour_rows: int = Field(0, ge=0)
     use: tuple[FieldName, ...] = ()
     seed: int = 0
 
@@ -99,7 +99,7 @@ class ItemTokenizer(nn.Module, ModelHubMixin, library_name="mmsid", tags=["seman
                 settings.num_levels,
                 settings.codebook_size,
                 settings.code_dim,
-                settings.memory,
+                settings.behaviour_rows,
             )
             self.emb_head = nn.Linear(self.backbone.hidden_size, settings.embedding_dim)
 
@@ -126,10 +126,10 @@ class ItemTokenizer(nn.Module, ModelHubMixin, library_name="mmsid", tags=["seman
         """Where the weights are."""
         return self.backbone.queries.device
 
-    def keep(self, memory: Memory) -> None:
+    def add_behaviour(self, regression: BehaviourRegression) -> None:
         """Give the residual head a fitted memory; the settings follow, so that a saved tokenizer is loaded with it."""
-        self.head.memory = memory.to(self.device)
-        self.settings = self.settings.model_copy(update={"memory": len(memory.keys)})
+        self.head.behaviour = regression.to(self.device)
+        self.settings = self.settings.model_copy(update={"behaviour_rows": len(regression.keys)})
 
     def hidden(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """States of the SID tokens (B, L, H) and of the EMB token (B, H), the mean content state folded in; with gradient."""
@@ -148,7 +148,7 @@ class ItemTokenizer(nn.Module, ModelHubMixin, library_name="mmsid", tags=["seman
         return self.hidden(batch)
 
     @torch.no_grad()
-    def encode(self, items: Sequence[Readable], batch_size: int = 32) -> Encoded:
+    def encode(self, items: Sequence[BackboneInput], batch_size: int = 32) -> Encoded:
         """Raw codes and embedding of `items` in their order; fp32, the same for an item alone, in a batch, in any order."""
         parts = list(self.stream(items, batch_size))
         place = torch.cat([rows for rows, _ in parts]).argsort() if parts else torch.zeros(0, dtype=torch.int64)
@@ -162,14 +162,14 @@ class ItemTokenizer(nn.Module, ModelHubMixin, library_name="mmsid", tags=["seman
             )
         return Encoded(*(torch.cat(column)[place] for column in zip(*(encoded for _, encoded in parts), strict=True)))
 
-    def windows(self, items: Sequence[Readable], batch_size: int) -> list[list[int]]:
+    def windows(self, items: Sequence[BackboneInput], batch_size: int) -> list[list[int]]:
         """Rows of `items` by text length, cut where `stream` cuts them: no batch crosses a window."""
         order = sorted(range(len(items)), key=lambda row: (len(items[row].text), len(items[row].pictures)))
         window = batch_size * self.backbone.look_ahead
         return [order[first : first + window] for first in range(0, len(order), window)]
 
     @torch.no_grad()
-    def stream(self, items: Sequence[Readable], batch_size: int = 32) -> Iterator[tuple[Tensor, Encoded]]:
+    def stream(self, items: Sequence[BackboneInput], batch_size: int = 32) -> Iterator[tuple[Tensor, Encoded]]:
         """Encode batch by batch: yields (rows (b,), their `Encoded`), results on the CPU.
 
         Items of like text length come together, and within what the backbone can look ahead, items of like token count: a batch
@@ -259,7 +259,7 @@ class ItemTokenizer(nn.Module, ModelHubMixin, library_name="mmsid", tags=["seman
         if not (folder / "config.json").is_file():
             raise ArtifactError(f"{folder} holds no config.json, so it is no tokenizer folder; run `mmsid train_tokenizer` first")
         for path in sorted(path for path in folder.rglob("*") if path.suffix in (".safetensors", ".json")):
-            check_file(path)
+            verify_file(path)
         config = read_json(folder / "config.json")
         if config.get("format") != FORMAT:
             raise ArtifactError(f"{folder}: tokenizer format {config.get('format')!r}, this mmsid reads {FORMAT}; train it again")

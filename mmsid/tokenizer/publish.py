@@ -20,7 +20,7 @@ from mmsid.sids.append import append_codes
 from mmsid.sids.collisions import Policy
 from mmsid.sids.semantics import fidelity
 from mmsid.tokenizer.heads import CodeHead, ResidualHead
-from mmsid.tokenizer.published import RETIRED, Published
+from mmsid.tokenizer.published_sids import RETIRED, Published
 
 _BEAMS = (16, 1024)
 
@@ -160,7 +160,7 @@ def head_decoder(head: CodeHead) -> Callable[[np.ndarray], np.ndarray] | None:
     return lambda codes: codebooks.decode(codes).numpy()
 
 
-def rebuild_figures(head: CodeHead, s: np.ndarray, table: SidTable) -> dict[str, Any] | None:
+def reconstruction_figures(head: CodeHead, s: np.ndarray, table: SidTable) -> dict[str, Any] | None:
     """How well published and raw codes rebuild what the last level quantises, s_L (N, D); None for a head without vectors.
 
     The last L coordinates are left out: code vectors hold their prices there, which rebuild nothing (see `targets`).

@@ -56,10 +56,10 @@ class StabilityConfig(StageConfig):
     batch_size: int = Field(32, ge=1)
 
 
-def run(config: StabilityConfig, annotate_again: AnnotateAgain | None = None) -> Path:
+def run(config: StabilityConfig, reannotate: AnnotateAgain | None = None) -> Path:
     """Write `stability.json` and `stability.md` to `config.out`.
 
-    `annotate_again` is needed where the tokenizer reads captions or interests and the catalogue has pictures.
+    `reannotate` is needed where the tokenizer reads captions or interests and the catalogue has pictures.
 
     Raises:
         ArtifactError, CatalogError, ConfigError: what is wrong with the folders named; or nothing that the tokenizer reads can
@@ -73,7 +73,7 @@ def run(config: StabilityConfig, annotate_again: AnnotateAgain | None = None) ->
     }
     with writing(config.out, stage="stability", config=config, inputs=inputs) as draft:
         sample = _Sample(config, draft.path / "scratch")
-        found = sample.measure(annotate_again)
+        found = sample.measure(reannotate)
         sample.clear()
         report = {"items": len(sample.items), "levels": sample.tokenizer.num_levels, "changes": found}
         write_json(draft.path / "stability.json", report)
@@ -108,7 +108,7 @@ class _Sample:
         self.captions = read_caption_texts(config.captions)
         self.interests = read_mined_interests(config.interests)
 
-    def measure(self, annotate_again: AnnotateAgain | None) -> dict[str, Any]:
+    def measure(self, reannotate: AnnotateAgain | None) -> dict[str, Any]:
         """Change -> figures."""
         as_is = self._encode(self.items, self.captions, self.interests)
         found = {}
@@ -117,7 +117,7 @@ class _Sample:
             found["caption words"] = _figures(as_is, self._encode(self.items, fewer, self.interests))
         told = {"caption", "interests"} & set(self.use) if self.captions or self.interests else set()
         if any(item.images for item in self.items) and (told or "pictures" in self.use):
-            if told and annotate_again is None:
+            if told and reannotate is None:
                 raise ConfigError("stability: changed pictures must be captioned again; run it by `mmsid stability`")
             share = self.config.crop
             changes: dict[str, tuple[Change, dict[str, Any]]] = {
@@ -128,8 +128,8 @@ class _Sample:
                 folder = self.scratch / str(number)
                 catalog, items = self._show(folder, change, **saving)
                 captions, interests = self.captions, self.interests
-                if told and annotate_again is not None:
-                    folders = annotate_again(catalog, folder)
+                if told and reannotate is not None:
+                    folders = reannotate(catalog, folder)
                     captions, interests = read_caption_texts(folders[0]), read_mined_interests(folders[1])
                 found[name] = _figures(as_is, self._encode(items, captions, interests))
         if not found:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,19 +18,17 @@ from mmsid.catalog import Catalog, Split, load_picture
 from mmsid.errors import ConfigError, MmsidError
 from mmsid.progress import track
 from mmsid.sids import read_sid_folder
-from mmsid.tokenizer import targets
+from mmsid.tokenizer import initialization
 from mmsid.tokenizer.batches import PairPlan
-from mmsid.tokenizer.card import model_card
+from mmsid.tokenizer.behaviour_regression import fit_behaviour_regression
+from mmsid.tokenizer.code_renaming import check_sizes, rename_codes
 from mmsid.tokenizer.heads import ResidualHead
 from mmsid.tokenizer.inputs import ItemInput, build_inputs, read_caption_texts, read_mined_interests, readable_fields
-from mmsid.tokenizer.memory import remember
 from mmsid.tokenizer.model import ItemTokenizer, TokenizerSettings
+from mmsid.tokenizer.model_card import model_card
 from mmsid.tokenizer.objective import Labels, Objective
 from mmsid.tokenizer.reconstruction import FrozenDecoder, train_decoder
-from mmsid.tokenizer.renaming import check_sizes, rename_codes
-
-if TYPE_CHECKING:
-    from mmsid.tokenizer.train import TrainTokenizerConfig
+from mmsid.tokenizer.train_config import TrainTokenizerConfig
 
 MEASURED_ROWS = 512
 
@@ -42,7 +40,7 @@ class Training:
 
     def __init__(self, config: TrainTokenizerConfig, accelerator: Accelerator, catalog: Catalog, split: Split | None, draft: Draft) -> None:
         self.config, self.accelerator, self.catalog, self.draft = config, accelerator, catalog, draft
-        self.published = None if config.against is None else read_sid_folder(config.against)
+        self.published = None if config.align_codes_to is None else read_sid_folder(config.align_codes_to)
         if self.published is not None:
             check_sizes(self.published, config.num_levels, config.codebook_size)
         mined = read_mined_interests(config.interests)
@@ -53,7 +51,7 @@ class Training:
             catalog, read_caption_texts(config.captions), mined if "interests" in fields else None, fields
         )
         start = config.resolved_start()
-        behaviour = targets.read_behaviour(catalog, split, start, config.seed)
+        behaviour = initialization.read_behaviour(catalog, split, start, config.seed)
         limits, root = config.catalog.pictures, config.catalog.root
         width = hidden_size_of(config.backbone.path) + behaviour.vectors.shape[1]
         settings = TokenizerSettings(
@@ -68,7 +66,7 @@ class Training:
         )
         self.tokenizer = ItemTokenizer(settings, lambda path: load_picture(path, limits, root))
         self.tokenizer.to(accelerator.device)
-        self.categories = targets.category_ids(catalog.items, config.num_levels)
+        self.categories = initialization.category_ids(catalog.items, config.num_levels)
         self.texts, self.reconstruct = self._texts(mined)
         decoder = self._prepare(behaviour, start)
         weights = config.resolved_weights()
@@ -94,7 +92,7 @@ class Training:
             choice = "off"
         for target in ("summary", "attributes"):
             if choice in (None, target):
-                texts = targets.reconstruction_texts(self.catalog.items, mined, target)
+                texts = initialization.reconstruction_texts(self.catalog.items, mined, target)
                 if any(texts):
                     return texts, target
                 if choice == target:
@@ -103,7 +101,7 @@ class Training:
                     )
         return [""] * len(self.catalog.items), "off"
 
-    def _prepare(self, behaviour: targets.Behaviour, start: targets.StartSettings) -> FrozenDecoder | None:
+    def _prepare(self, behaviour: initialization.Behaviour, start: initialization.StartSettings) -> FrozenDecoder | None:
         folder, config = self.draft.path, self.config
         if self.accelerator.is_main_process and not (folder / "start.safetensors").exists():
             if self.reconstruct != "off" and config.decoder is None:
@@ -113,10 +111,10 @@ class Training:
             codes = torch.zeros(len(self.inputs), config.num_levels, dtype=torch.int64)
             fused = torch.zeros(len(self.inputs), 0)
             if start.mode == "balanced":
-                readings = targets.read_states(self.tokenizer, self.inputs, config.batch_size, config.seed)
+                readings = initialization.read_states(self.tokenizer, self.inputs, config.batch_size, config.seed)
                 space = self._space(readings, behaviour, start)
-                codes = targets.balanced_start(self.tokenizer, readings, space, config.seed)
-                fused = targets.with_price_places(torch.from_numpy(space), config.num_levels)
+                codes = initialization.balanced_start(self.tokenizer, readings, space, config.seed)
+                fused = initialization.with_price_places(torch.from_numpy(space), config.num_levels)
             write_tensors(folder / "initial.safetensors", self.tokenizer.trained_state())
             write_tensors(folder / "start.safetensors", {"codes": codes, "fused": fused})
         self.accelerator.wait_for_everyone()
@@ -127,9 +125,11 @@ class Training:
             return None
         return FrozenDecoder.from_pretrained(config.decoder or str(folder / "decoder"))
 
-    def _space(self, readings: targets.Readings, behaviour: targets.Behaviour, start: targets.StartSettings) -> np.ndarray:
+    def _space(
+        self, readings: initialization.ContentStates, behaviour: initialization.Behaviour, start: initialization.StartSettings
+    ) -> np.ndarray:
         """What all targets are made of, (N, D): content and behaviour of each item."""
-        return targets.fused_space(readings.pooled, behaviour, start.behaviour_weight, centre=self.config.backbone.kind == "vlm")
+        return initialization.fused_space(readings.pooled, behaviour, start.behaviour_weight, centre=self.config.backbone.kind == "vlm")
 
     # --- the loop
 
@@ -245,20 +245,20 @@ class Training:
         self.objective.eval()
         folder, config = self.draft.path, self.config
         head, balanced = self.tokenizer.head, config.resolved_start().mode == "balanced"
-        recall = config.memory and bool(self.interactions.any())
+        recall = config.behaviour_regression and bool(self.interactions.any())
         refit = balanced and isinstance(head, ResidualHead) and (recall or bool(self.history))
         order = np.random.default_rng([config.seed, 9]).permutation(len(self.inputs))
-        sample = np.sort(order[: targets.RIDGE_ROWS if refit else MEASURED_ROWS])
+        sample = np.sort(order[: initialization.RIDGE_ROWS if refit else MEASURED_ROWS])
         encoded = self.tokenizer.encode([self.inputs[row] for row in sample], config.batch_size)
         codes, target = encoded.raw_codes, self.codes[torch.from_numpy(sample)] if balanced else None
         if refit and isinstance(head, ResidualHead):
-            s = targets.with_price_places(encoded.scores[..., : -config.num_levels], config.num_levels)
+            s = initialization.with_price_places(encoded.scores[..., : -config.num_levels], config.num_levels)
             if recall:
                 misses = self.fused[torch.from_numpy(sample)] - s.mean(1)
-                memory = remember(s.mean(1), misses, torch.from_numpy(self.interactions[sample]), config.seed)
-                s = s + memory(s)
-                self.tokenizer.keep(memory)
-            target = targets.refit_head(head, s, config.seed)
+                regression = fit_behaviour_regression(s.mean(1), misses, torch.from_numpy(self.interactions[sample]), config.seed)
+                s = s + regression(s)
+                self.tokenizer.add_behaviour(regression)
+            target = initialization.refit_head(head, s, config.seed)
             codes = head.greedy(s.to(self.accelerator.device)).codes.cpu()
         figures = measure(codes, target, config.codebook_size)
         if self.history:

@@ -14,10 +14,10 @@ from PIL import Image
 
 from mmsid.annotate.captioner.template import CaptionTemplate
 from mmsid.artifacts import file_sha256, read_json, sha256, write_json
+from mmsid.catalog.catalog import read_catalog
 from mmsid.catalog.config import CatalogConfig, PictureLimits
 from mmsid.catalog.demo import facts as demo
 from mmsid.catalog.demo.cards import draw_card
-from mmsid.catalog.histories import read_catalog
 from mmsid.catalog.pictures import load_picture
 from mmsid.catalog.tables import Cells, read_table_rows
 from mmsid.config import Section

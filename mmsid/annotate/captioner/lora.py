@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,13 +11,11 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import nn
 
+from mmsid.annotate.captioner.config import TrainCaptionerConfig
 from mmsid.annotate.captioner.data import PictureSet, answer
 from mmsid.annotate.captioner.training import run_phase
 from mmsid.annotate.prompts import load_prompt
 from mmsid.errors import ConfigError
-
-if TYPE_CHECKING:
-    from mmsid.annotate.captioner.stage import TrainCaptionerConfig
 
 
 class _AnswerLoss(nn.Module):
@@ -94,13 +92,13 @@ def fine_tune(
 
     def batch_at(step: int, rng: np.random.Generator) -> dict[str, torch.Tensor]:
         about_interests = len(spoken) > 0 and rng.random() < config.interest_share
-        chosen = rng.choice(spoken if about_interests else rows, config.tell.batch_size)
+        chosen = rng.choice(spoken if about_interests else rows, config.captioning.batch_size)
         texts = [train.interests[row] if about_interests else answer(train.captions[row]) for row in chosen]
         pictures = [Image.fromarray(np.asarray(train.pictures[row])) for row in chosen]
         return conversation_batch(processor, pictures, [asked[int(about_interests)]] * len(chosen), texts)
 
     objective = _AnswerLoss(model)
-    told = run_phase(config.tell, "LoRA", objective, [model], batch_at, accelerator, seed=(config.seed, 1), use_muon=False)
+    told = run_phase(config.captioning, "LoRA", objective, [model], batch_at, accelerator, seed=(config.seed, 1), use_muon=False)
     accelerator.wait_for_everyone()
     model = model.merge_and_unload() if config.lora.merge else model
     model.eval()

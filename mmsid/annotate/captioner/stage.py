@@ -3,99 +3,32 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from pydantic import Field
 
+from mmsid.accelerator import make_accelerator
 from mmsid.annotate.captioner import evaluate
-from mmsid.annotate.captioner.data import PictureSet, Targets, answer, catalog_set, draw_set
+from mmsid.annotate.captioner.config import TrainCaptionerConfig
+from mmsid.annotate.captioner.data import PictureSet, answer, catalog_set, draw_set
 from mmsid.annotate.captioner.labels import LabelHeads, build_labels
-from mmsid.annotate.captioner.model import ModelSizes, build_captioner, build_processor, save_captioner, tower, train_text_tokenizer
+from mmsid.annotate.captioner.model import build_captioner, build_processor, save_captioner, tower, train_text_tokenizer
 from mmsid.annotate.captioner.template import CaptionTemplate
 from mmsid.annotate.captioner.training import (
-    Augment,
+    CaptioningObjective,
     Checkpoint,
     Phase,
-    SeeObjective,
-    TellObjective,
+    VisionWarmupObjective,
     encode_answers,
     make_batch,
     run_phase,
 )
 from mmsid.annotate.prompts import load_prompt
 from mmsid.artifacts import write_json, writing
-from mmsid.catalog.config import CatalogConfig
-from mmsid.config import Section, StageConfig
 from mmsid.errors import ConfigError
-from mmsid.precision import make_accelerator
 from mmsid.progress import done
-
-DEMO_DENSE = {
-    "product": "product",
-    "color": "product",
-    "pattern": "product",
-    "brand": "brand",
-    "price_tens": "tens",
-    "price_units": "units",
-    "headline": "headline",
-}
-DEMO_TEMPLATE = "a {color} {pattern} {product} by {brand}, priced {price}, headline {headline}"
-
-
-class DrawnSource(Section):
-    """Freshly drawn demo cards: `cards` for training (never a held-out triple), `held_out` and `seen` for the measurement."""
-
-    cards: int = 100_000
-    held_out: int = 1000
-    seen: int = 500
-    seed: int = 0
-    workers: int = 1
-    cache: Path | None = None
-
-
-class LoraSection(Section):
-    """Low-rank adapters on a hub VLM's language model. `merge` writes one ordinary model folder, else adapter and processor."""
-
-    rank: int = 8
-    alpha: int = 16
-    dropout: float = 0.0
-    target: str = r".*(language_model|text_model).*\.(q_proj|k_proj|v_proj|o_proj)"
-    merge: bool = True
-
-
-class TrainCaptionerConfig(StageConfig):
-    """Configuration of `train_captioner`.
-
-    `see` warms the tower up on labels, `tell` trains the language model with the tower fixed, `joint` trains all. `fields` become label
-    heads; those of `digit_fields` are two-digit numbers read digit by digit; `dense` says on which boxed element's patches a label lies.
-    With `base_model` (path or hub id) only `tell` is run, on LoRA adapters.
-    """
-
-    source: Literal["drawn", "catalog"] = "catalog"
-    drawn: DrawnSource = DrawnSource()
-    catalog: CatalogConfig | None = None
-    targets: Targets = Targets()
-    caption_template: str = DEMO_TEMPLATE
-    fields: tuple[str, ...] = ("product", "color", "pattern", "brand", "price", "headline")
-    digit_fields: tuple[str, ...] = ("price",)
-    dense: dict[str, str] = Field(default_factory=lambda: dict(DEMO_DENSE))
-    caption_prompt: str = "caption_demo"
-    interests_prompt: str = "interests_demo"
-    interest_share: float = 0.25
-    sizes: ModelSizes = ModelSizes()
-    augment: Augment = Augment()
-    see: Phase = Phase(steps=3000)
-    tell: Phase = Phase(steps=400, muon_lr=6e-3, adamw_lr=1e-3)
-    joint: Phase = Phase(steps=400, muon_lr=6e-3, adamw_lr=1e-3)
-    label_weight: float = 0.2
-    compile_tower: bool = False
-    checkpoint_seconds: float = 180.0
-    evaluate_pictures: int = 1000
-    base_model: str | None = None
-    lora: LoraSection = LoraSection()
 
 
 def run(config: TrainCaptionerConfig) -> Path:
@@ -207,9 +140,9 @@ def train_from_config(
 
     vision, history = tower(model), {}
     plan = [
-        ("see", config.see, lambda: SeeObjective(vision, heads, config.compile_tower), [vision, heads], seeing),
-        ("tell", config.tell, lambda: TellObjective(model, heads, 0.0), [model], telling),
-        ("joint", config.joint, lambda: TellObjective(model, heads, config.label_weight), [model, heads], telling),
+        ("see", config.vision_warmup, lambda: VisionWarmupObjective(vision, heads, config.compile_tower), [vision, heads], seeing),
+        ("tell", config.captioning, lambda: CaptioningObjective(model, heads, 0.0), [model], telling),
+        ("joint", config.joint, lambda: CaptioningObjective(model, heads, config.label_weight), [model, heads], telling),
     ]
     for number, (name, phase, objective, trained, batches) in enumerate(plan):
         if number < reached:

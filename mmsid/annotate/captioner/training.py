@@ -16,37 +16,14 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from mmsid.annotate.captioner.config import Augment, Phase
 from mmsid.annotate.captioner.data import PictureSet
 from mmsid.annotate.captioner.labels import LabelHeads, Labels, patch_masks
 from mmsid.annotate.captioner.model import tower
 from mmsid.annotate.captioner.muon import Muon, split_parameters
 from mmsid.artifacts import read_json, read_tensors, write_json, write_tensors
-from mmsid.config import Section
 from mmsid.errors import ConfigError
 from mmsid.progress import track
-
-
-class Phase(Section):
-    """Budget and rates of one phase. Give `steps` (reproducible) or `seconds` (whatever the machine manages); 0 steps skip it."""
-
-    steps: int | None = None
-    seconds: float | None = None
-    batch_size: int = 48
-    muon_lr: float = 9e-3
-    adamw_lr: float = 1.5e-3
-    warmup_steps: int = 50
-    weight_decay: float = 0.02
-    final_rate: float = 0.03
-    clip: float = 1.0
-
-
-class Augment(Section):
-    """Changes made to training pictures. `shift`: px each way, one per batch; `flip`: mirror half of the batch (photographs only: text
-    would be mirrored too); `tint`: largest relative change per colour channel."""
-
-    shift: int = 3
-    flip: bool = False
-    tint: float = 0.0
 
 
 @dataclass
@@ -91,7 +68,7 @@ def tower_states(vision: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
     return vision(pixel_values=pixels, output_hidden_states=True).hidden_states[-1]
 
 
-class SeeObjective(nn.Module):
+class VisionWarmupObjective(nn.Module):
     """Phase 1: label loss of the tower."""
 
     def __init__(self, vision: nn.Module, heads: LabelHeads, compiled: bool = False):
@@ -104,7 +81,7 @@ class SeeObjective(nn.Module):
         return self.heads(tower_states(self._run[0], batch["pixels"]), batch["codes"], batch.get("masks"))
 
 
-class TellObjective(nn.Module):
+class CaptioningObjective(nn.Module):
     """Phase 2: cross-entropy of the answer tokens, plus `label_weight` times the label loss while the tower is trained."""
 
     def __init__(self, model: nn.Module, heads: LabelHeads, label_weight: float):

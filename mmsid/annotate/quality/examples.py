@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from mmsid.annotate.reading import ItemInterests
+from mmsid.annotate.readers import ItemInterests
 from mmsid.catalog import Item
 
 Part = Literal["fit", "calibrate", "held_out"]

@@ -29,11 +29,11 @@ from transformers import (
 from transformers.modeling_outputs import SequenceClassifierOutput
 from trl import RewardConfig, RewardTrainer
 
-from mmsid.backbone.shipped import minilm_path
+from mmsid.backbone.packaged_weights import minilm_path
 from mmsid.backbone.text import no_loading_bar
 from mmsid.config import Section
 from mmsid.errors import ConfigError
-from mmsid.trainers import plain_arguments, train_quietly
+from mmsid.trl_training import plain_arguments, train_quietly
 
 INTERACTION = "interaction"
 

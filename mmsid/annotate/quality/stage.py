@@ -18,17 +18,17 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
+from mmsid.accelerator import make_accelerator
 from mmsid.annotate.quality.calibration import accuracy_per_kind, fit_platt, item_quality, pair_accuracy, probability, reliability
+from mmsid.annotate.quality.demo_examples import demo_examples, read_demo_facts
 from mmsid.annotate.quality.examples import PARTS, Example, Pair, Part, judged_examples, part_of, preference_pairs
 from mmsid.annotate.quality.model import TextModelConfig, build_text_model, encode, load_text_model, score_ids, train_text_model
-from mmsid.annotate.quality.truth import read_truth, true_examples
-from mmsid.annotate.reading import read_captions, read_interests, read_judgements
+from mmsid.annotate.readers import read_captions, read_interests, read_judgements
 from mmsid.artifacts import Draft, read_json, read_manifest, write_json, write_table, writing
 from mmsid.backbone.text import no_loading_bar
 from mmsid.catalog import Catalog, CatalogConfig, Item, read_catalog
 from mmsid.config import StageConfig
 from mmsid.errors import ConfigError, MmsidError
-from mmsid.precision import make_accelerator
 from mmsid.progress import done
 
 
@@ -127,12 +127,12 @@ class _Job:
         for row, item in enumerate(items):
             rows[part_of(item, config.seed, (config.calibrate, config.held_out))].append(row)
         if config.truth is not None:
-            facts, rng = read_truth(config.truth, items), np.random.default_rng([config.seed, 0])
+            facts, rng = read_demo_facts(config.truth, items), np.random.default_rng([config.seed, 0])
             return {
                 part: [
                     example
                     for _ in range(config.repeats if part == "fit" else 1)
-                    for example in true_examples(facts, rows[part], rng, held_out=part == "held_out")
+                    for example in demo_examples(facts, rows[part], rng, held_out=part == "held_out")
                 ]
                 for part in PARTS
             }

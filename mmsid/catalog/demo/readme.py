@@ -35,7 +35,7 @@ is drawn by a program: no photo, brand or person in it is real. The same command
 | `sequences.parquet` | user_id, items in time order, timestamps (unix seconds) |
 | `truth.parquet` | every fact, element boxes per picture (px), true caption, true interests, `held_out` combination. For scoring only |
 | `truth_users.parquet` | each user's interests, their weights, and which was active at each step. For scoring only |
-| `optimum.json` | best achievable ranking figures |
+| `best_achievable.json` | best achievable ranking figures |
 
 ## Where each fact can be seen
 

@@ -177,11 +177,11 @@ def _chunks(users: int, num_items: int) -> list[np.ndarray]:
     return [np.arange(start, min(start + size, users)) for start in range(0, users, size)]
 
 
-def believe(model: UserModel, sequences: Sequences, rows: np.ndarray, ends: np.ndarray, told_active: bool = False) -> Belief:
+def believe(model: UserModel, sequences: Sequences, rows: np.ndarray, ends: np.ndarray, known_active: bool = False) -> Belief:
     """What the oracle believes before step `ends[n]` of user `rows[n]`, from the items before it.
 
     Forward filtering: posterior(j) ~ prior(j) * appeal_j(item) / (mass of appeal_j on the items unseen then), and next prior(j) =
-    STICKINESS * posterior(j) + (1 - STICKINESS) * weight(j). With `told_active` the posterior is the truth instead.
+    STICKINESS * posterior(j) + (1 - STICKINESS) * weight(j). With `known_active` the posterior is the truth instead.
     """
     members, weights = model.members[rows], model.weights[rows]
     slot, mass = weights.copy(), model.appeal.sum(axis=1)[members]
@@ -191,7 +191,7 @@ def believe(model: UserModel, sequences: Sequences, rows: np.ndarray, ends: np.n
         item, who = sequences.items[rows[live], t], members[live]
         appeal = model.appeal[who, item[:, None]]
         posterior = slot[live] * appeal / mass[live]
-        if told_active:
+        if known_active:
             posterior = np.eye(members.shape[1])[sequences.active[rows[live], t]]
         posterior /= posterior.sum(axis=1, keepdims=True)
         slot[live] = STICKINESS * posterior + (1 - STICKINESS) * weights[live]
@@ -245,7 +245,7 @@ def _discounts(depth: int) -> np.ndarray:
     return 1 / np.log2(np.arange(depth) + 2)
 
 
-def optimum(model: UserModel, sequences: Sequences) -> dict[str, dict]:
+def best_achievable(model: UserModel, sequences: Sequences) -> dict[str, dict]:
     """Best achievable ranking, and floors, at the last item (test) and the last but one (valid) of every user.
 
     Returns:
@@ -267,12 +267,12 @@ def optimum(model: UserModel, sequences: Sequences) -> dict[str, dict]:
         for rows in _chunks(users, num_items):
             members, target = model.members[rows], sequences.items[rows, ends[rows]]
             belief = believe(model, sequences, rows, ends[rows])
-            told = believe(model, sequences, rows, ends[rows], told_active=True)
-            truth, truth_told = predictive(model.appeal, members, belief), predictive(model.appeal, members, told)
+            told = believe(model, sequences, rows, ends[rows], known_active=True)
+            truth, truth_known = predictive(model.appeal, members, belief), predictive(model.appeal, members, told)
             gains = {
                 "expected": expected_gains(truth, truth),
                 "realised": realised_gains(target, truth),
-                "knowing_active_interest": expected_gains(truth_told, truth_told),
+                "knowing_active_interest": expected_gains(truth_known, truth_known),
                 "without_pictures": expected_gains(truth, predictive(model.blind_appeal, members, belief)),
                 "one_ranking_for_all": expected_gains(truth, overall * belief.unseen),
             }

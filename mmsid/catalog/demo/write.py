@@ -17,7 +17,7 @@ from mmsid.artifacts import write_json, write_table, writing
 from mmsid.catalog.demo.ads import Ad, Creative, DrawTask, draw_to_files, plan_ads
 from mmsid.catalog.demo.facts import caption, held_out, interests
 from mmsid.catalog.demo.readme import readme
-from mmsid.catalog.demo.users import MIN_ITEMS, Sequences, UserModel, draw_sequences, draw_user_model, optimum
+from mmsid.catalog.demo.users import MIN_ITEMS, Sequences, UserModel, best_achievable, draw_sequences, draw_user_model
 from mmsid.errors import ConfigError
 from mmsid.progress import done, track
 
@@ -33,7 +33,7 @@ def write_demo_catalog(out: Path, items: int, users: int, seed: int, workers: in
     on. The first n ads of two catalogues with one seed show the same facts.
 
     Writes items.parquet (item_id, title, description, image, categories, attributes), images/, sequences.parquet (user_id, items,
-    timestamps; absent without users), truth.parquet and truth_users.parquet (never an input of a stage), optimum.json, README.md.
+    timestamps; absent without users), truth.parquet and truth_users.parquet (never an input of a stage), best_achievable.json, README.md.
 
     Returns:
         `out`.
@@ -54,8 +54,8 @@ def write_demo_catalog(out: Path, items: int, users: int, seed: int, workers: in
         if users:
             model = draw_user_model([ad.facts for ad in ads], users, np.random.default_rng([seed, 2]))
             sequences = draw_sequences(model, np.random.default_rng([seed, 3]))
-            best = optimum(model, sequences)
-            write_json(draft.path / "optimum.json", {"items": items, "users": users, "seed": seed, **best})
+            best = best_achievable(model, sequences)
+            write_json(draft.path / "best_achievable.json", {"items": items, "users": users, "seed": seed, **best})
             rows, truth = _user_rows(model, sequences, [ad.item_id for ad in ads], seed)
             write_table(draft.path / "sequences.parquet", rows)
             write_table(draft.path / "truth_users.parquet", truth)

@@ -15,16 +15,16 @@ from pydantic import Field, field_validator, model_validator
 from mmsid.catalog import CatalogConfig
 from mmsid.config import Section, build, load_yaml
 from mmsid.errors import ConfigError
-from mmsid.recommend.fit import Schedule
-from mmsid.recommend.floors import FLOOR_NAMES
+from mmsid.recommend.classical import CLASSICAL_NAMES
 from mmsid.recommend.sasrec import SasrecShape
 from mmsid.recommend.train import Architecture, ModelConfig
+from mmsid.recommend.training import Schedule
 from mmsid.sids.collisions import Policy
-from mmsid.tokenizer.arms import ArmSpec
 from mmsid.tokenizer.inputs import FieldName
+from mmsid.tokenizer.sid_methods import MethodSpec
 
 SectionT = TypeVar("SectionT", bound=Section)
-KINDS = ("sids", "published", "tokenizer", "refine", "floors", "sasrec", "fusion")
+KINDS = ("sids", "published", "tokenizer", "refine", "classical", "sasrec", "fusion")
 
 
 class PublishedConfig(Section):
@@ -42,7 +42,7 @@ class DatasetConfig(Section):
         captions, interests: finished annotation folders, where there are any; `use`: the fields that tokenizers and baselines read.
         num_levels, codebook_size: of every arm that does not name its own.
         published: SID sets that others made for this catalogue.
-        truth: optimum.json of the demo catalogue; adds the row of the best achievable figures.
+        truth: best_achievable.json of the demo catalogue; adds the row of the best achievable figures.
         left_out: arm of a suite -> why it cannot be made of this data; listed with the results as not run.
     """
 
@@ -54,7 +54,7 @@ class DatasetConfig(Section):
     num_levels: int = Field(default=3, ge=1, le=8)
     codebook_size: int = Field(default=256, ge=2)
     published: PublishedConfig | None = None
-    truth: Path | None = None
+    best_achievable: Path | None = None
     left_out: dict[str, str] = Field(default_factory=dict)
 
 
@@ -92,22 +92,22 @@ class ArmConfig(Section):
         tokenizer: our tokenizer, trained and assigned anew for every seed; overrides of the stage train_tokenizer.
         collisions: how our tokenizer's collisions are handled (of a baseline it stands in `sids`).
         refine: a tokenizer arm's codes moved by refinement or by one of its controls, published whatever the gate says.
-        floors: popularity, item-kNN, TF-IDF kNN and their hybrid: deterministic, run once.
+        classical: popularity, item-kNN, TF-IDF kNN and their hybrid: deterministic, run once.
         sasrec: a recommender of item ids, without SIDs; trials and seeds as for the SID arms.
-        fusion: name of a SID arm, whose item scores are fused with the hybrid floor's; its trial and seeds are that arm's.
+        fusion: name of a SID arm, whose item scores are fused with the hybrid baseline's; its trial and seeds are that arm's.
         recommender: the architecture that ranks by these SIDs. The instrument compares tokenizers; flat and tiger are cross-checks;
             grounded ranks the instrument's answer with retrieval evidence, and shows what SIDs are worth beside it.
     """
 
-    sids: ArmSpec | None = None
+    sids: MethodSpec | None = None
     published: Literal["all"] | None = None
     tokenizer: dict[str, Any] | None = None
     collisions: Policy = "relocate"
     refine: RefineArm | None = None
-    floors: Literal[True] | None = None
+    classical: Literal[True] | None = None
     sasrec: Literal[True] | None = None
     fusion: str | None = None
-    recommender: Architecture | Literal["grounded"] = "instrument"
+    recommender: Architecture | Literal["hybrid"] = "sid_transformer"
 
     @property
     def kind(self) -> str:
@@ -123,7 +123,7 @@ class ArmConfig(Section):
         if self.kind == "sasrec":
             given = model.model_dump(exclude_none=True)
             return SasrecShape(**{name: value for name, value in given.items() if name in SasrecShape.__dataclass_fields__})
-        return model.shape("instrument" if self.recommender == "grounded" else self.recommender)
+        return model.shape("sid_transformer" if self.recommender == "hybrid" else self.recommender)
 
     @field_validator("tokenizer")
     @classmethod
@@ -176,13 +176,13 @@ class SuiteConfig(Section):
     @model_validator(mode="after")
     def _consistent(self) -> SuiteConfig:
         for arm in self.arms:
-            if not arm or arm != Path(arm).name or arm.startswith(".") or arm in FLOOR_NAMES:
-                raise ValueError(f"arms: {arm!r} must be usable as a folder name and differ from the floors' names; rename it")
+            if not arm or arm != Path(arm).name or arm.startswith(".") or arm in CLASSICAL_NAMES:
+                raise ValueError(f"arms: {arm!r} must be a folder name and none of the names of the classical baselines; rename it")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds: {self.seeds} names a seed twice; each seed is one run")
         groups = tuple(f"{name}_" for name, arm in self.arms.items() if arm.kind == "published")
-        floors = any(arm.floors for arm in self.arms.values())
-        known = [*self.arms, *(FLOOR_NAMES if floors else ())]
+        classical = any(arm.classical for arm in self.arms.values())
+        known = [*self.arms, *(CLASSICAL_NAMES if classical else ())]
         for name in (*self.claims, *self.baselines):
             if name not in known and not name.startswith(groups):
                 raise ValueError(f"{name!r} in claims or baselines is no arm; the arms are {', '.join(known)}")
@@ -190,8 +190,10 @@ class SuiteConfig(Section):
         for name, arm in self.arms.items():
             if arm.refine is not None and (arm.refine.of not in self.arms or self.arms[arm.refine.of].kind != "tokenizer"):
                 raise ValueError(f"arms: {name!r} refines {arm.refine.of!r}, which must be a tokenizer arm of this suite")
-            if arm.fusion is not None and not (floors and (arm.fusion in sid_arms or arm.fusion.startswith(groups))):
-                raise ValueError(f"arms: {name!r} fuses {arm.fusion!r}, which must be a SID arm, with the floors, which must be there too")
+            if arm.fusion is not None and not (classical and (arm.fusion in sid_arms or arm.fusion.startswith(groups))):
+                raise ValueError(
+                    f"arms: {name!r} fuses {arm.fusion!r}, which must be a SID arm, with the classical, which must be there too"
+                )
         for place in range(len(self.trials)):
             model, _ = self.settings(place)
             for arm in self.arms.values():

@@ -15,10 +15,10 @@ import mmsid
 from mmsid.artifacts import file_sha256, input_hashes, plain, read_table, sha256
 from mmsid.config import build
 from mmsid.recommend.bench.config import ArmConfig, DatasetConfig, RefineArm, SuiteConfig
-from mmsid.recommend.fit import Schedule
 from mmsid.recommend.train import ModelConfig
-from mmsid.tokenizer.arms import ArmSpec
-from mmsid.tokenizer.train import TrainTokenizerConfig
+from mmsid.recommend.training import Schedule
+from mmsid.tokenizer.sid_methods import MethodSpec
+from mmsid.tokenizer.train_config import TrainTokenizerConfig
 
 _PATHS = ("out", "seed", "catalog", "captions", "interests")
 
@@ -39,7 +39,7 @@ class Arm:
     @property
     def family(self) -> str:
         """Arms of one family are screened against one another."""
-        if self.config.recommender == "grounded":
+        if self.config.recommender == "hybrid":
             return "fusion"
         return {"sasrec": "classical", "fusion": "fusion"}.get(self.config.kind, "sid")
 
@@ -54,18 +54,18 @@ class BenchJob:
     """One unit of work, and the folder that it writes.
 
     `sids` makes an arm's Semantic IDs after `spec` (None: a published set), from those in `sids` where it refines them; `fit`
-    trains and ranks a recommender on `sids` with one trial's model and schedule, and beside it its `fusion` with the hybrid of `floors`;
-    `floors` ranks the classical ones. `made_from` is what the folder's name is the hash of, and what its manifest keeps.
+    trains and ranks a recommender on `sids` with one trial's model and schedule, and beside it its `fusion` with the hybrid of `classical`;
+    `classical` ranks the classical ones. `made_from` is what the folder's name is the hash of, and what its manifest keeps.
     """
 
-    kind: Literal["sids", "fit", "floors"]
+    kind: Literal["sids", "fit", "classical"]
     arm: Arm
     folder: Path
     made_from: dict[str, Any]
     seed: int
-    spec: ArmSpec | TrainTokenizerConfig | RefineArm | None = None
+    spec: MethodSpec | TrainTokenizerConfig | RefineArm | None = None
     sids: Path | None = None
-    floors: Path | None = None
+    classical: Path | None = None
     fusion: str | None = None
     trial: int | None = None
     model: ModelConfig | None = None
@@ -79,7 +79,7 @@ class BenchJob:
     @property
     def needs(self) -> tuple[Path, ...]:
         """Folders that must be there before."""
-        return tuple(path for path in (self.sids, self.floors) if path is not None)
+        return tuple(path for path in (self.sids, self.classical) if path is not None)
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Plan:
         for name, config in self.suite.arms.items():
             if config.kind == "published":
                 found += [Arm(name, config, column) for column in self._columns()]
-            elif config.kind not in ("floors", "fusion"):
+            elif config.kind not in ("classical", "fusion"):
                 found.append(Arm(name, config))
         return [arm for arm in found if arm.name not in self.dataset.left_out]
 
@@ -108,13 +108,13 @@ class Plan:
             found |= {name: "the data set has no published SIDs" for name, arm in self.suite.arms.items() if arm.kind == "published"}
         return found
 
-    def floors(self) -> BenchJob | None:
-        """The job of the classical floors, if the suite has them."""
-        named = [name for name, arm in self.suite.arms.items() if arm.kind == "floors"]
+    def classical(self) -> BenchJob | None:
+        """The job of the classical classical, if the suite has them."""
+        named = [name for name, arm in self.suite.arms.items() if arm.kind == "classical"]
         if not named:
             return None
         arm = Arm(named[0], self.suite.arms[named[0]])
-        return self._job("floors", arm, self._data(), self.suite.seeds[0])
+        return self._job("classical", arm, self._data(), self.suite.seeds[0])
 
     def sid_jobs(self, arm: Arm, seed: int) -> list[BenchJob]:
         """The jobs that make an arm's SIDs, in order: what is refined, then the refined."""
@@ -146,11 +146,11 @@ class Plan:
         of_trial: dict[str, Any] = {"trial": trial, "model": model, "schedule": schedule}
         if arm.config.kind == "sasrec":
             return self._job("fit", arm, self._data() | {"recommender": "sasrec"} | settings, seed, **of_trial)
-        sids, floors, fusion = self.sids(arm, seed), self.floors(), self.fusion(arm)
+        sids, classical, fusion = self.sids(arm, seed), self.classical(), self.fusion(arm)
         made_from = {"sids": sids.made_from, "recommender": arm.config.recommender} | settings
         if fusion is not None:
-            made_from["fused_with"] = floors.made_from
-            of_trial |= {"fusion": fusion.name, "floors": floors.folder}
+            made_from["fused_with"] = classical.made_from
+            of_trial |= {"fusion": fusion.name, "classical": classical.folder}
         return self._job("fit", arm, made_from, seed, sids=sids.folder, **of_trial)
 
     def rows(self, arm: Arm) -> list[Arm]:
@@ -159,10 +159,10 @@ class Plan:
         return [arm] if fusion is None else [arm, fusion]
 
     def fusion(self, arm: Arm) -> Arm | None:
-        """The arm that fuses this one with the hybrid floor, if the suite has one."""
+        """The arm that fuses this one with the hybrid baseline, if the suite has one."""
         return next((Arm(name, config) for name, config in self.suite.arms.items() if config.fusion == arm.name), None)
 
-    def spec(self, arm: Arm) -> ArmSpec | TrainTokenizerConfig | None:
+    def spec(self, arm: Arm) -> MethodSpec | TrainTokenizerConfig | None:
         """How the arm's SIDs are made, sizes filled in from the data set; None for a published set.
 
         Raises:

@@ -9,28 +9,28 @@ from typing import Any
 import numpy as np
 
 from mmsid.artifacts import is_complete, read_json
-from mmsid.recommend.bench.choose import Choice
+from mmsid.recommend.bench.jobs import FIGURES, ranks_path
 from mmsid.recommend.bench.plan import Arm, BenchJob, Plan
-from mmsid.recommend.bench.worker import FIGURES, ranks_path
+from mmsid.recommend.bench.selection import Choice
+from mmsid.recommend.classical import CLASSICAL_NAMES
 from mmsid.recommend.evaluate import Part
-from mmsid.recommend.floors import FLOOR_NAMES
 from mmsid.recommend.metrics import Ranks, over_seeds
-from mmsid.recommend.rows import ReadRanks, difference_rows, optimum_row, read_ranks
+from mmsid.recommend.result_rows import ReadRanks, best_achievable_row, difference_rows, read_ranks
 
 
 def collect(plan: Plan, chosen: Mapping[str, int], parts: tuple[Part, ...]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Rows and differences of all finished jobs: the chosen trial of every arm at each seed that is there, and the floors.
+    """Rows and differences of all finished jobs: the chosen trial of every arm at each seed that is there, and the classical.
 
     Args:
         chosen: arm -> trial.
         parts: which ranks are opened; without `test`, the files of test ranks are not touched.
     """
     rows, ranks = [], {part: {} for part in parts}
-    floors = plan.floors()
-    if floors is not None and is_complete(floors.folder):
-        for name in FLOOR_NAMES:
-            read = _read(floors.folder, name, parts)
-            rows.append(_floor_row(floors, name, read))
+    classical = plan.classical()
+    if classical is not None and is_complete(classical.folder):
+        for name in CLASSICAL_NAMES:
+            read = _read(classical.folder, name, parts)
+            rows.append(_classical_row(classical, name, read))
             for part in parts:
                 ranks[part][name] = {None: read[part].ranks}
     for arm in plan.arms():
@@ -43,8 +43,8 @@ def collect(plan: Plan, chosen: Mapping[str, int], parts: tuple[Part, ...]) -> t
             rows.append(_arm_row(plan, row, fits, read))
             for part in parts:
                 ranks[part][row.name] = {job.seed: one[part].ranks for job, one in zip(fits, read, strict=True)}
-    if plan.dataset.truth is not None:
-        optimum = optimum_row(plan.dataset.truth)
+    if plan.dataset.best_achievable is not None:
+        optimum = best_achievable_row(plan.dataset.best_achievable)
         rows.append(optimum if "test" in parts else optimum | {"metrics": {}})
     return rows, _differences(plan, ranks)
 
@@ -57,8 +57,8 @@ def not_run(plan: Plan, choice: Choice, rows: list[dict[str, Any]], why: Mapping
     """
     found: list[dict[str, Any]] = [{"arm": name, "reason": reason} for name, reason in plan.left_out().items()]
     seeds = {row["arm"]: row["seeds"] for row in rows}
-    floors = plan.floors()
-    names = [floors.arm.name] if floors is not None and not is_complete(floors.folder) else []
+    classical = plan.classical()
+    names = [classical.arm.name] if classical is not None and not is_complete(classical.folder) else []
     names += [row.name for arm in plan.arms() for row in plan.rows(arm)]
     for name in names:
         missing = [seed for seed in plan.suite.seeds if seed not in seeds.get(name, [])]
@@ -85,7 +85,7 @@ def _figures(read: list[dict[Part, ReadRanks]]) -> dict[str, Any]:
     return found
 
 
-def _floor_row(job: BenchJob, name: str, read: dict[Part, ReadRanks]) -> dict[str, Any]:
+def _classical_row(job: BenchJob, name: str, read: dict[Part, ReadRanks]) -> dict[str, Any]:
     figures = read_json(job.folder / FIGURES)[name]
     row = {"arm": name, "family": "classical", "seeds": [], **_figures([read]), "collisions": None}
     return row | {"seconds": round(figures["seconds"], 2), "parameters": figures["parameters"], "varies": "nothing (deterministic)"}

@@ -21,15 +21,15 @@ from mmsid.artifacts import is_complete, plain, read_manifest, write_json
 from mmsid.config import Section
 from mmsid.errors import ConfigError, MmsidError
 from mmsid.progress import console, done, track
-from mmsid.recommend.bench.choose import SELECTED_BY, Choice, judge
 from mmsid.recommend.bench.config import DatasetConfig, SuiteConfig
+from mmsid.recommend.bench.jobs import Bench, Prepare, Refine
 from mmsid.recommend.bench.plan import Arm, BenchJob, Plan
 from mmsid.recommend.bench.pool import Outcome, Pool
 from mmsid.recommend.bench.results import collect, not_run
+from mmsid.recommend.bench.selection import SELECTED_BY, Choice, judge
 from mmsid.recommend.bench.tables import bench_table
-from mmsid.recommend.bench.worker import Bench, Prepare, Refine
 from mmsid.recommend.evaluate import Part
-from mmsid.recommend.rows import dataset_facts
+from mmsid.recommend.result_rows import dataset_facts
 
 
 class BenchOptions(Section):
@@ -109,9 +109,9 @@ def run(dataset: DatasetConfig, suite: SuiteConfig, options: BenchOptions, refin
     ledger = _Ledger(suite.budget_minutes, suite.jobs or os.cpu_count() or 1)
     first, *others = suite.seeds
     with Pool(Prepare(dataset, work / "inputs", refine), ledger.workers, work / "logs") as pool:
-        floors, with_sids = plan.floors(), [arm for arm in arms if arm.config.kind != "sasrec"]
-        wanted = floors is not None and (not options.only or floors.arm.name in options.only or any(map(plan.fusion, arms)))
-        jobs = [floors] if wanted else []
+        classical, with_sids = plan.classical(), [arm for arm in arms if arm.config.kind != "sasrec"]
+        wanted = classical is not None and (not options.only or classical.arm.name in options.only or any(map(plan.fusion, arms)))
+        jobs = [classical] if wanted else []
         jobs += [job for arm in with_sids for job in plan.sid_jobs(arm, first)]
         jobs += [plan.fit(arm, trial, first) for trial in range(len(suite.trials)) for arm in arms]
         _run_jobs(pool, jobs, ledger, "screen")
@@ -131,9 +131,9 @@ def run(dataset: DatasetConfig, suite: SuiteConfig, options: BenchOptions, refin
 
 def _asked_for(plan: Plan, only: Sequence[str]) -> list[Arm]:
     """The arms of `only`, by their own name or that of their entry in the suite; all where nothing is asked for."""
-    arms, floors = plan.arms(), plan.floors()
+    arms, classical = plan.arms(), plan.classical()
     names = {arm.name: {arm.entry, *(row.name for row in plan.rows(arm))} for arm in arms}
-    known = set().union(*names.values()) | ({floors.arm.name} if floors else set())
+    known = set().union(*names.values()) | ({classical.arm.name} if classical else set())
     for name in only:
         if name not in known:
             raise ConfigError(

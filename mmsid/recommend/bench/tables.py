@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mmsid.recommend.tables import arm_table, difference_table
+from mmsid.recommend.result_tables import arm_table, difference_table
 
 
 def bench_table(written: dict[str, Any]) -> str:

@@ -1,0 +1,216 @@
+"""What one process of the bench does with one job: make SIDs, train and rank a recommender on them, or rank the classical classical.
+
+Every job writes one artefact folder, whole or not at all. Test ranks are written beside the valid ones, in a file of their own that
+nothing opens until the results of test are asked for: the figures of a job (`figures.json`) are of valid alone.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mmsid.artifacts import MANIFEST, is_complete, read_json, read_manifest, write_json, writing
+from mmsid.catalog import Catalog, Split, adjacent_pairs, read_catalog, split_histories
+from mmsid.errors import ConfigError
+from mmsid.recommend.bench.config import DatasetConfig, RefineArm
+from mmsid.recommend.bench.plan import BenchJob
+from mmsid.recommend.classical import classical_baselines
+from mmsid.recommend.evaluate import Evaluation, Part, evaluate
+from mmsid.recommend.hybrid import fit_hybrid
+from mmsid.recommend.late_fusion import late_fusion
+from mmsid.recommend.result_rows import lost_to_collisions, write_ranks
+from mmsid.recommend.sasrec import fit_sasrec
+from mmsid.recommend.training import fit, table_paths
+from mmsid.sids import SidTable, intrinsic_metrics, write_sid_folder
+from mmsid.sids.folder import INTRINSIC, read_sid_folder
+from mmsid.tokenizer.assign import AssignConfig
+from mmsid.tokenizer.assign import run as assign
+from mmsid.tokenizer.sid_methods import MethodSources, MethodSpec, import_published, make_sids
+from mmsid.tokenizer.train import run as train_tokenizer
+from mmsid.tokenizer.train_config import TrainTokenizerConfig
+
+# control, settings of the stage refine -> the SID folder written; importable by name, because it goes to other processes
+Refine = Callable[[str, dict[str, Any]], Path]
+
+PARTS: tuple[Part, ...] = ("valid", "test")
+FIGURES = "figures.json"
+
+
+class Bench:
+    """The data set as read once, and what is done with it. `inputs`: folder of what all jobs share (text embeddings)."""
+
+    def __init__(self, dataset: DatasetConfig, inputs: Path, refine: Refine | None = None) -> None:
+        self.dataset, self.refine = dataset, refine
+        self.catalog: Catalog = read_catalog(dataset.catalog)
+        self.split: Split = split_histories(self.catalog, dataset.catalog.split)
+        self.sources = MethodSources(
+            catalog=self.catalog,
+            split=self.split,
+            captions=dataset.captions,
+            interests=dataset.interests,
+            use=dataset.use,
+            cache=inputs,
+        )
+
+    def __call__(self, job: BenchJob) -> None:
+        """Do a job; nothing if its folder is finished already."""
+        if is_complete(job.folder):
+            return
+        with writing(job.folder, stage=f"bench_{job.kind}", config=job.made_from | {"seed": job.seed}, inputs={"sids": job.sids}) as draft:
+            if job.kind == "sids":
+                self._make_sids(job, draft.path)
+            elif job.kind == "classical":
+                self._rank_classical(draft.path)
+            else:
+                self._fit(job, draft.path)
+
+    def _make_sids(self, job: BenchJob, folder: Path) -> None:
+        started, earlier = time.perf_counter(), 0.0
+        if isinstance(job.spec, MethodSpec):
+            table = make_sids(job.spec, self.sources, folder, job.seed)
+        elif isinstance(job.spec, TrainTokenizerConfig):
+            table, earlier = self._train_tokenizer(job.spec, job, folder)
+        elif isinstance(job.spec, RefineArm):
+            table = self._refine(job.spec, job, folder)
+        else:
+            table = self._import(job, folder)
+        intrinsic = read_json(folder / INTRINSIC)
+        lift = intrinsic.get("coengagement", {}).get("lift")
+        figures = {
+            "collisions": lost_to_collisions(table),
+            "perplexity": [level["perplexity"] for level in intrinsic["levels"]],
+            "codebook_sizes": intrinsic["codebook_sizes"],
+            "level_1_lift": lift[0] if lift else None,
+            "v_measure": finest_v_measures(intrinsic.get("categories", [])),
+            "seconds": earlier + time.perf_counter() - started,
+        }
+        write_json(folder / FIGURES, figures)
+
+    def _train_tokenizer(self, spec: TrainTokenizerConfig, job: BenchJob, folder: Path) -> tuple[SidTable, float]:
+        """The stages train_tokenizer and assign; the table, and the seconds of a training that was finished in an earlier call.
+
+        The tokenizer is kept beside the job, so that an interrupted training goes on from its last checkpoint.
+        """
+        config = spec.model_copy(update={"out": _tokenizer_beside(job.folder), "seed": job.seed})
+        earlier = read_manifest(config.out, "train_tokenizer")["wall_seconds"] if is_complete(config.out) else 0.0
+        if not earlier:
+            train_tokenizer(config)
+        scratch = folder / "scratch"
+        annotations = {"captions": config.captions, "interests": config.interests}
+        chosen = {"seed": job.seed, "collisions": job.arm.config.collisions}
+        assigned = assign(AssignConfig(out=scratch / "sids", tokenizer=config.out, catalog=config.catalog, **annotations, **chosen))
+        _take_over(assigned, folder)
+        return read_sid_folder(folder), earlier
+
+    def _refine(self, spec: RefineArm, job: BenchJob, folder: Path) -> SidTable:
+        if self.refine is None:
+            raise ConfigError(f"{job.arm.name} refines a tokenizer; run it through `mmsid bench`, which knows how")
+        given = {
+            "out": folder / "scratch" / "sids",
+            "seed": job.seed,
+            "catalog": self.dataset.catalog,
+            "captions": self.dataset.captions,
+            "interests": self.dataset.interests,
+            "tokenizer": _tokenizer_beside(job.sids),
+            "sids": job.sids,
+        }
+        _take_over(self.refine(spec.control, spec.settings | given), folder)
+        return read_sid_folder(folder)
+
+    def _import(self, job: BenchJob, folder: Path) -> SidTable:
+        items = self.catalog.items
+        table = import_published(self.dataset.published.sids, job.arm.column, [item.item_id for item in items])
+        table = replace(table, catalog_sha256=self.catalog.sha256)
+        held_out = self.split.held_out_histories()
+        categories = [item.categories for item in items]
+        intrinsic = intrinsic_metrics(
+            table,
+            categories if any(categories) else None,
+            adjacent_pairs(held_out) if held_out else None,
+            content_hashes=[item.content_sha256 for item in items],
+        )
+        write_sid_folder(folder, table, intrinsic)
+        return table
+
+    def _fit(self, job: BenchJob, folder: Path) -> None:
+        started = time.perf_counter()
+        shape, items = job.arm.config.shape(job.model), self.catalog.items
+        if job.arm.config.kind == "sasrec":
+            fitted = fit_sasrec(len(items), self.split, shape=shape, schedule=job.schedule, seed=job.seed)
+        else:
+            paths = table_paths(read_sid_folder(job.sids).align([item.item_id for item in items]))
+            common = {"shape": shape, "schedule": job.schedule, "seed": job.seed, "what": job.arm.name}
+            if job.arm.config.recommender == "hybrid":
+                fitted = fit_hybrid(paths, items, self.sources.text, self.split, **common)
+            else:
+                fitted = fit(paths, self.split, **common)
+        found = {part: fitted.evaluate(self.split, part) for part in PARTS}
+        seconds = time.perf_counter() - started
+        rows = {job.arm.name: (found, {"epochs": fitted.epochs, "stopped_at_valid": fitted.best, "seconds": seconds})}
+        if job.fusion is not None:
+            hybrid = read_json(job.classical / FIGURES)["hybrid_knn"]["parameters"]
+            fused = late_fusion(fitted.score, hybrid, items, self.split)
+            found = {part: evaluate(fused.score, self.split, part, len(items)) for part in PARTS}
+            seconds = time.perf_counter() - started
+            rows[job.fusion] = (found, {"epochs": fitted.epochs, "parameters": fused.parameters, "seconds": seconds})
+        self._write(folder, rows)
+
+    def _rank_classical(self, folder: Path) -> None:
+        rows = {}
+        for baseline in classical_baselines(self.catalog.items, self.split):
+            started = time.perf_counter()
+            found = {part: evaluate(baseline.score, self.split, part, len(self.catalog.items)) for part in PARTS}
+            seconds = baseline.seconds + time.perf_counter() - started
+            rows[baseline.name] = (found, {"parameters": baseline.parameters, "seconds": seconds})
+        self._write(folder, rows)
+
+    def _write(self, folder: Path, rows: dict[str, tuple[dict[Part, Evaluation], dict[str, Any]]]) -> None:
+        """Ranks of each part in a file of its own; figures of valid."""
+        figures = {}
+        for name, (found, extra) in rows.items():
+            for part, evaluation in found.items():
+                write_ranks(ranks_path(folder, name, part), {part: evaluation}, self.catalog)
+            figures[name] = {"valid": found["valid"].summary()} | extra
+        write_json(folder / FIGURES, figures)
+
+
+def finest_v_measures(records: list[dict[str, Any]]) -> list[float] | None:
+    """V-measure of every prefix length against the finest category that most items have, as UniSID reports it; None without categories.
+
+    The deepest paths of a ragged tree belong to a handful of items, which any codes tell apart.
+    """
+    most = max((record["items"] for record in records), default=0)
+    finest = max((record["depth"] for record in records if 2 * record["items"] > most), default=0)
+    return [record["v_measure"] for record in records if record["depth"] == finest] or None
+
+
+def _tokenizer_beside(sids: Path) -> Path:
+    """Where the tokenizer of an arm is kept: beside its SIDs, so that refinement finds it, and an interrupted training too."""
+    return sids.with_name(f"{sids.name}-tokenizer")
+
+
+def _take_over(made: Path, folder: Path) -> None:
+    """Move the files of a finished SID folder `folder`/scratch/sids up into `folder`."""
+    for path in made.iterdir():
+        if path.name != MANIFEST:
+            path.rename(folder / path.name)
+    shutil.rmtree(made.parent)
+
+
+def ranks_path(folder: Path, name: str, part: Part) -> Path:
+    """Where a job keeps the ranks of one of its rows."""
+    return folder / f"{name}.{part}.parquet"
+
+
+class Prepare:
+    """Picklable: what a process calls once, before its first job."""
+
+    def __init__(self, dataset: DatasetConfig, inputs: Path, refine: Refine | None = None) -> None:
+        self.dataset, self.inputs, self.refine = dataset, inputs, refine
+
+    def __call__(self) -> Callable[[BenchJob], None]:
+        return Bench(self.dataset, self.inputs, self.refine)

@@ -1,0 +1,384 @@
+"""Stage `refine` (started by `scripts/train_rl.py`): move the quantizer policy towards codes that users' behaviour bears out.
+
+Reads a trained tokenizer and its published SIDs. Fits `sid_reward` on the inner fit users, refines the policy against it, relocates,
+and lets the gate decide on the inner held-out users. Refused runs are no failures: the folder then holds the start, and `gate.json` why.
+No gradient, statistic or label comes from valid or test; valid is looked at by what ends the run (`watch`) and by the quick recommender
+that the gate may be handed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+from torch import Tensor
+
+from mmsid.accelerator import make_accelerator
+from mmsid.annotate.readers import read_text_quality
+from mmsid.artifacts import Draft, manifest_folder, write_json, writing
+from mmsid.catalog import Catalog, Split, co_engagement, load_picture, read_catalog, split_histories
+from mmsid.errors import ArtifactError, ConfigError
+from mmsid.progress import done, track
+from mmsid.quantize import ppmi_svd
+from mmsid.refine import gate
+from mmsid.refine.checkpoint import load_state, save_state
+from mmsid.refine.code_stability import flipped, noisy_inputs, noisy_sample
+from mmsid.refine.config import RefineConfig
+from mmsid.refine.early_stopping import next_item_information
+from mmsid.refine.evidence import Codes, CodeTable, Floats, NeighboursCodes
+from mmsid.refine.features import Material, read_features
+from mmsid.refine.loop import Policy, Refinement, Scorer
+from mmsid.refine.outputs import write_moved, write_near_ties, write_sids, write_tokenizer
+from mmsid.refine.policy import HeadPolicy, Propose, Reference
+from mmsid.refine.publish import make_table
+from mmsid.refine.reward import SidReward, train_reward
+from mmsid.refine.robust_prediction import RobustPrediction
+from mmsid.refine.tracking import RunLog, check_tracker
+from mmsid.sids.folder import read_sid_folder
+from mmsid.sids.table import SidTable
+from mmsid.tokenizer.inputs import ItemInput, load_inputs
+from mmsid.tokenizer.model import ItemTokenizer
+
+# a table and a seed -> figures of a short training run, NDCG@10, HR@50 and coverage@10 among them
+QuickRecommender = Callable[[SidTable, int], Mapping[str, float]]
+CHECKPOINT = "checkpoint.safetensors"
+SCORED_ROWS = 256  # items whose candidates' features are built at once
+
+
+def run(config: RefineConfig, quick_recommender: QuickRecommender | None = None) -> Path:
+    """Refine into `config.out`: tokenizer/, sids/, reward/, gate.json, log.jsonl, moved.parquet, near_ties.json. -> the folder.
+
+    An interrupted run of the same configuration continues at its last checkpoint.
+
+    Raises:
+        CatalogError, ArtifactError: inputs that cannot be read or do not belong together.
+        ConfigError: the tracker is not installed.
+        MmsidError: the optimisation diverged.
+    """
+    check_tracker(config.log_with)
+    accelerator = make_accelerator()
+    catalog = read_catalog(config.catalog)
+    split = split_histories(catalog, config.catalog.split)
+    inputs = {name: getattr(config, name) for name in ("tokenizer", "sids", "captions", "interests", "text_quality")}
+    inputs |= {"items": config.catalog.items, "sequences": config.catalog.sequences}
+    inputs["tokenizer"] = manifest_folder(config.tokenizer)
+    inputs["sids"] = manifest_folder(config.sids)
+    with writing(config.out, stage="refine", config=config, inputs=inputs, resume=True) as draft:
+        accelerator.wait_for_everyone()
+        verdict = Job(config, accelerator, catalog, split, draft, quick_recommender).run()
+        accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        why = "" if verdict.accepted else f"; the start is kept: {'; '.join(verdict.reasons)}"
+        done(
+            f"refine: {'accepted' if verdict.accepted else 'not accepted'}, {draft.counts['moved']:,} items moved, wrote {config.out}{why}"
+        )
+    return config.out
+
+
+def tokenizer_folder(path: Path) -> Path:
+    """The tokenizer in a stage's folder: the folder itself, or its `tokenizer/`."""
+    return path if (path / "config.json").is_file() else path / "tokenizer"
+
+
+class Job:
+    """One run: what is read once, and the steps in their order."""
+
+    def __init__(
+        self, config: RefineConfig, accelerator: Accelerator, catalog: Catalog, split: Split, draft: Draft, quick: QuickRecommender | None
+    ) -> None:
+        self.config, self.accelerator, self.catalog, self.draft, self.quick = config, accelerator, catalog, draft, quick
+        self.split, limits, root = split, config.catalog.pictures, config.catalog.root
+        self.open_picture = lambda path: load_picture(path, limits, root)
+        self.tokenizer = ItemTokenizer.from_pretrained(tokenizer_folder(config.tokenizer), open_picture=self.open_picture)
+        self.tokenizer.to(accelerator.device).eval()
+        self.inputs, _ = load_inputs(catalog, config.captions, config.interests, self.tokenizer.settings.use or None)
+        item_ids = [item.item_id for item in catalog.items]
+        self.start = read_sid_folder(config.sids).align(item_ids)
+        self.quality = None if config.text_quality is None else read_text_quality(config.text_quality, item_ids)
+        self.start_sha256 = self.tokenizer.sha256()
+        self.fit_histories, self.held_out = split.fit_histories(), split.held_out_histories()
+        self.held_out_pairs = gate.HeldOutPairs.from_histories(self.held_out)
+        _, self.content = np.unique([item.content_sha256 for item in catalog.items], return_inverse=True)
+        states, item_states = self._read_states(self.inputs)
+        self.neighbours = co_engagement(self.fit_histories, len(catalog.items), config.evidence.window)
+        item_vectors = torch.nn.functional.normalize(item_states, dim=-1).cpu().numpy()
+        self.consensus = self._robust_prediction(states, item_vectors) if config.uses_robust_prediction else None
+        self.reference = Reference(
+            self.tokenizer.head, states, config.top_m, config.freeze_first_level, config.temperature, config.start_entropy, self._propose
+        )
+        self._check_start()
+        self.embedding = self._embed(item_states)
+        self.material = Material(self.reference, item_vectors, self.reference.greedy, self.content)
+
+    def run(self) -> gate.GateResult:
+        """Reward, loop, gate, folder; only rank 0 writes."""
+        config, folder = self.config, self.draft.path
+        reward, report = self.learn_reward()
+        refined = None
+        if report["usable"]:
+            self._refine(reward)
+            states, item_states = (self.reference.states, None) if config.trainable == "heads" else self._read_states(self.inputs)
+            self.refined_embedding = self.embedding if item_states is None else self._embed(item_states)
+            refined = make_table(self.tokenizer, states, self.inputs, self.catalog, config.collisions)
+        else:
+            RunLog(self.accelerator, folder, None, {})({"stopped": report["reason"]})
+        flips = None if refined is None else self._flips(refined)
+        verdict = gate.refused(report["reason"]) if refined is None else self._judge(refined, flips)
+        if not self.accelerator.is_main_process:
+            return verdict
+        reward.save(folder / "reward", report)
+        write_json(folder / "gate.json", verdict.to_json() | {"margins": config.gate.model_dump(), "reward": report})
+        proposed = self.start if refined is None else refined
+        moved = write_moved(folder, self.start, proposed, self._gained(reward, proposed), verdict.accepted)
+        self._write_outcome(proposed if verdict.accepted else self.start, verdict.accepted)
+        self.draft.counts.update(
+            {
+                "items": len(self.inputs),
+                "moved": moved if verdict.accepted else 0,
+                "proposed": moved,
+                "near_ties": write_near_ties(folder, proposed),
+                "processes": self.accelerator.num_processes,
+            }
+        )
+        self.draft.extra.update(
+            {
+                "accepted": verdict.accepted,
+                "reasons": verdict.reasons,
+                "temperature": self.reference.temperature,
+                "raw_to_published": {"before": _gap(self.start), "after": _gap(proposed)},
+                "text_quality": self._told_quality(),
+            }
+        )
+        (folder / CHECKPOINT).unlink(missing_ok=True)
+        return verdict
+
+    def _propose(self, codes: Codes) -> Propose:
+        near = NeighboursCodes(codes, self.tokenizer.codebook_size, self.neighbours, self.content, self.config.evidence)
+
+        def propose(rows: np.ndarray, prefixes: Codes) -> Codes:
+            theirs = near.after(rows, prefixes, self.config.proposals)
+            return theirs if self.consensus is None else np.concatenate([theirs, self.consensus.after(rows, prefixes)], -1)
+
+        return propose
+
+    def _robust_prediction(self, states: Tensor, item_vectors: np.ndarray) -> RobustPrediction:
+        behaviour = ppmi_svd(self.neighbours, self.config.evidence.behaviour_dim)
+        return RobustPrediction(self.tokenizer.head, states, np.concatenate([behaviour, item_vectors], axis=1))
+
+    def _told_quality(self) -> dict[str, float] | str:
+        if self.quality is None:
+            return "1 for every item: no text_quality was given"
+        return {"mean": float(self.quality.mean()), "deviation": float(self.quality.std())}
+
+    def _read_states(self, inputs: list[ItemInput]) -> tuple[Tensor, Tensor]:
+        """SID states (N, L, H) and EMB states (N, H) of N items, each process reading its share."""
+        device, size = self.accelerator.device, self.config.batch_size
+        order = sorted(range(len(inputs)), key=lambda row: (len(inputs[row].text), len(inputs[row].pictures)))
+        starts = range(0, len(order), size)[self.accelerator.process_index :: self.accelerator.num_processes]
+        width = (self.tokenizer.num_levels + 1, self.tokenizer.backbone.hidden_size)
+        states = torch.zeros(len(order), *width, device=device)
+        with torch.no_grad():
+            for start in track(starts, what="refine: reading items", unit="batches"):
+                rows = order[start : start + size]
+                h, e = self.tokenizer.hidden(self._collate([inputs[row] for row in rows]))
+                states[torch.tensor(rows, device=device)] = torch.cat([h, e[:, None]], dim=1).float()
+        states = self.accelerator.reduce(states, reduction="sum")
+        return states[:, :-1].contiguous(), states[:, -1].contiguous()
+
+    def _embed(self, item_states: Tensor) -> np.ndarray:
+        with torch.no_grad():
+            return self.tokenizer.embed(item_states).cpu().numpy()
+
+    def _collate(self, inputs: list[ItemInput]) -> dict[str, Tensor]:
+        batch = self.tokenizer.backbone.collate(inputs, 16)
+        return {key: value.to(self.accelerator.device) for key, value in batch.items()}
+
+    def _check_start(self) -> None:
+        """The SIDs must be this tokenizer's, else the gate would compare with someone else's start."""
+        if self.start.codebook_sizes != (self.tokenizer.codebook_size,) * self.tokenizer.num_levels:
+            raise ArtifactError(
+                f"{self.config.sids} has codebooks {self.start.codebook_sizes}, the tokenizer {self.config.tokenizer} "
+                f"{self.tokenizer.num_levels} of {self.tokenizer.codebook_size}; assign SIDs with this tokenizer first"
+            )
+        same = float((self.start.raw_codes == self.reference.greedy).all(1).mean())
+        if same < 0.98:
+            raise ArtifactError(
+                f"only {same:.0%} of the raw codes in {self.config.sids} are what {self.config.tokenizer} gives on this catalogue; "
+                "assign SIDs with this tokenizer, captions and interests first"
+            )
+
+    def learn_reward(self) -> tuple[SidReward, dict[str, Any]]:
+        """`sid_reward`, and its held-out report with `usable` and `reason`."""
+        config = self.config
+        return train_reward(self.material, self.fit_histories, self.held_out, config.evidence, config.reward, config.seed)
+
+    def scorer(self, reward: SidReward) -> Scorer:
+        """The components of the reward of candidates, against everybody else's codes."""
+
+        def score(rows: np.ndarray, candidates: Codes, codes: Codes) -> dict[str, Floats]:
+            table = self._table(codes)
+            growth = self.reference.error_growth(rows, candidates)
+            parts = table.components(rows, candidates, growth, self.config.evidence)
+            parts["sid_reward"] = self._rewards(reward, table, rows, candidates)
+            if self.consensus is not None:
+                parts["robust_prediction"] = -self.consensus.growth(rows, candidates)
+            return parts
+
+        return score
+
+    def policy(self) -> HeadPolicy:
+        """The tokenizer as the policy that the loop moves, with the weights that `trainable` and `behaviour_rate` name."""
+        tokenizer, loop = self.tokenizer, self.config.loop
+        tokenizer.emb_head.requires_grad_(False)  # no reward reaches it
+        turns = range(loop.noisy_readings if loop.noisy else 0)
+        noise = [noisy_inputs(self.inputs, turn) for turn in turns]
+        if self.config.trainable == "all":
+            live = lambda inputs: lambda rows: tokenizer.hidden(self._collate([inputs[row] for row in rows.tolist()]))[0].float()  # noqa: E731
+            trained = [weight for weight in tokenizer.parameters() if weight.requires_grad]
+            states, noisy = live(self.inputs), [live(inputs) for inputs in noise]
+        else:
+            cached = lambda states: lambda rows: states[rows]  # noqa: E731
+            trained = list(tokenizer.head.parameters())
+            states, noisy = cached(self.reference.states), [cached(self._read_states(inputs)[0]) for inputs in noise]
+        rates = [1.0] * len(trained)
+        if loop.behaviour_rate:
+            trained, rates = [*trained, self._values()], [*rates, loop.behaviour_rate]
+        return HeadPolicy(tokenizer.head, states, trained, self.reference, noisy, rates)
+
+    def _values(self) -> Tensor:
+        """What the memory adds, to be trained for as long as the loop runs."""
+        memory = getattr(self.tokenizer.head, "behaviour", None)
+        if memory is None:
+            raise ConfigError(
+                f"refine.loop.behaviour_rate is {self.config.loop.behaviour_rate:g}, but the tokenizer {self.config.tokenizer} has no "
+                "behaviour regression; set it to 0, or train the tokenizer with behaviour"
+            )
+        return memory.values.requires_grad_()
+
+    def loop(self, policy: Policy, scorer: Scorer) -> Refinement:
+        """The loop, not yet run."""
+        config, size = self.config, self.tokenizer.codebook_size
+        metric = next_item_information(self.split, size, levels=2 if config.freeze_first_level else 1)
+        return Refinement(policy, self.reference, scorer, config.loop, self.accelerator, config.seed, self.quality, metric)
+
+    def _refine(self, reward: SidReward) -> None:
+        loop = self.loop(self.policy(), self.scorer(reward))
+        loop.describe = self._describe
+        path, main = self.draft.path / CHECKPOINT, self.accelerator.is_main_process
+        load_state(loop, path)
+        log = RunLog(self.accelerator, self.draft.path, self.config.log_with, self.config.loop.model_dump(), loop.next_round)
+        loop.run(log, (lambda loop: save_state(loop, path)) if main else None)
+        log.close()
+
+    def _describe(self, number: int, codes: Codes) -> dict[str, Any]:
+        """Lift of a round's raw codes; every `checkpoint_every` rounds, where states are cached, what relocation would change in them."""
+        figures = {"lift": gate.level_lift(codes, self.held_out_pairs)}
+        if number % self.config.loop.checkpoint_every == 0 and self.config.trainable == "heads":
+            table = make_table(self.tokenizer, self.reference.states, self.inputs, self.catalog, self.config.collisions)
+            figures |= {"raw_to_published": _gap(table), "lift_published": gate.level_lift(table.codes, self.held_out_pairs)}
+        return figures
+
+    def _table(self, codes: Codes) -> CodeTable:
+        return CodeTable(codes, self.tokenizer.codebook_size, self.neighbours, self.content, self.config.evidence.prior)
+
+    def _rewards(self, reward: SidReward, table: CodeTable, rows: np.ndarray, candidates: Codes) -> Floats:
+        pieces = []
+        step = max(1, SCORED_ROWS * 8 // candidates.shape[1])
+        for start in range(0, len(rows), step):
+            features = read_features(self.material, table, rows[start : start + step], candidates[start : start + step])
+            with torch.no_grad():
+                pieces.append(reward.eval()(features).double().numpy())
+        return np.concatenate(pieces)
+
+    def _gained(self, reward: SidReward, refined: SidTable) -> Floats:
+        """(M,) reward of each moved item's new codes in the new table less that of its old codes in the old table."""
+        rows = np.flatnonzero((self.start.codes != refined.codes).any(axis=1))
+        if not len(rows):
+            return np.zeros(0)
+        now, then = (self._rewards(reward, self._table(codes), rows, codes[rows][:, None]) for codes in (refined.codes, self.start.codes))
+        return (now - then)[:, 0]
+
+    def _flips(self, refined: SidTable) -> tuple[np.ndarray, np.ndarray] | None:
+        """Whether raw codes of a sample of items flip when they are read with noise: under the start, under the policy."""
+        rows, noisy = noisy_sample(self.inputs, [item.content_sha256 for item in self.catalog.items])
+        if not rows:
+            return None
+        after = self._read_states(noisy)[0]
+        before = after
+        if self.config.trainable == "all":
+            start = ItemTokenizer.from_pretrained(tokenizer_folder(self.config.tokenizer), open_picture=self.open_picture)
+            self.tokenizer, moved = start.to(self.accelerator.device).eval(), self.tokenizer
+            before, self.tokenizer = self._read_states(noisy)[0], moved
+        return (
+            flipped(self.reference.head, before, self.reference.greedy[rows]),
+            flipped(self.tokenizer.head, after, refined.raw_codes[rows]),
+        )
+
+    def _judge(self, refined: SidTable, flips: tuple[np.ndarray, np.ndarray] | None) -> gate.GateResult:
+        """The gate, on every process; the quick recommender (several training runs) is asked only when everything cheaper has passed."""
+        config, tables = self.config.gate, (self.start, refined)
+        size = self.tokenizer.codebook_size
+        figures = [
+            gate.measure(
+                table.codes,
+                table.raw_codes,
+                size,
+                self.content,
+                self.held_out_pairs,
+                self.material.item_vectors,
+                config.level_weights,
+            )
+            for table in tables
+        ]
+        share, noise = gate.bootstrap(self.start.codes, refined.codes, size, self.held_out_pairs, config, self.config.seed)
+        if flips is not None:
+            figures, noise = _joined(figures, noise, *gate.flip_rate_figures(*flips))
+        verdict = gate.decide(*figures, share, config, noise)
+        ranked: dict[tuple[int, int], Mapping[str, float]] = {}
+        for runs in (config.quick_seeds, config.quick_seeds + config.more_seeds):
+            # first where all else has passed, then again where it was the quick recommender that refused
+            wanted = self.quick is not None and verdict.accepted != bool(ranked) and runs * len(tables) > len(ranked)
+            if not broadcast_object_list([wanted])[0]:  # rank 0's word: all or none train
+                break
+            more, error = _joined(figures, noise, *self._ranked(self.quick, tables, runs, ranked))
+            verdict = gate.decide(*more, share, config, error)
+        return verdict
+
+    def _ranked(
+        self, quick: QuickRecommender, tables: Sequence[SidTable], seeds: int, known: dict[tuple[int, int], Mapping[str, float]]
+    ) -> tuple[list[dict[str, float]], dict[str, float]]:
+        """`gate.ranking_figures` of the tables over so many seeds; training runs that are not `known` yet are shared out, each made by one
+        process alone, and taken down there."""
+        chosen = range(self.config.seed, self.config.seed + seeds)
+        runs = [run for seed in chosen for place in range(len(tables)) if (run := (place, seed)) not in known]
+        mine = runs[self.accelerator.process_index :: self.accelerator.num_processes]
+        known.update(gather_object([((place, seed), dict(quick(tables[place], seed))) for place, seed in mine]))
+        return gate.ranking_figures(lambda place, seed: known[place, seed], range(len(tables)), chosen)
+
+    def _write_outcome(self, table: SidTable, accepted: bool) -> None:
+        """The tokenizer and its SIDs: the refined ones, or the start's as they were."""
+        if not accepted:
+            self.tokenizer = ItemTokenizer.from_pretrained(tokenizer_folder(self.config.tokenizer))
+        outcome = "refined by `mmsid refine`" if accepted else "kept as it was: `mmsid refine` was not accepted by its gate"
+        write_tokenizer(
+            self.draft.path / "tokenizer", self.tokenizer, f"The tokenizer {self.start_sha256[:12]}, {outcome}; see `../gate.json`."
+        )
+        embedding = self.refined_embedding if accepted else self.embedding
+        write_sids(self.draft.path / "sids", table, embedding, self.catalog, self.held_out, self.config.seed)
+
+
+def _joined(
+    figures: Sequence[dict[str, float]], noise: dict[str, float], more: Sequence[dict[str, float]], error: dict[str, float]
+) -> tuple[list[dict[str, float]], dict[str, float]]:
+    """Figures of every table, and their noise, with more of them beside."""
+    return [one | other for one, other in zip(figures, more, strict=True)], noise | error
+
+
+def _gap(table: SidTable) -> float:
+    """Share of the items whose published codes are not the policy's own."""
+    return float((table.codes != table.raw_codes).any(axis=1).mean())

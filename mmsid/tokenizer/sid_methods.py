@@ -1,0 +1,215 @@
+"""One arm of a comparison: SIDs made by a named method from the same text, the same behaviour and the same collision handling as ours.
+
+Every method is a rival that deserves its best: random codes, the category path, residual k-means (greedy, or Sinkhorn-balanced)
+and RQ-VAE; on MiniLM alone (`space: text`, all that a new item has) or on [MiniLM ; PPMI-SVD of train co-engagement] (`fused`).
+
+Evidence is the same for all: whatever is fitted on behaviour reads the train prefixes of the users that `Split.fit_histories`
+names, as our tokenizer does, so that no arm knows more than another and the held-out users stay held out for the intrinsic figures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field, model_validator
+
+from mmsid.artifacts import read_tensors, sha256, write_tensors
+from mmsid.backbone.embed import embed_texts
+from mmsid.catalog import Catalog, Item, Split
+from mmsid.config import Section
+from mmsid.errors import ConfigError
+from mmsid.quantize import CodebookScores, ResidualCodebooks, balanced_residual_kmeans, fuse, rq_kmeans, rq_vae
+from mmsid.sids import SidTable
+from mmsid.sids.collisions import Policy
+from mmsid.sids.exports import import_index_json, import_reference_sids
+from mmsid.tokenizer.initialization import StartSettings, read_behaviour
+from mmsid.tokenizer.inputs import FieldName, load_inputs
+from mmsid.tokenizer.publish import publish
+
+Method = Literal["random", "category_path", "rq_kmeans", "balanced_rq", "rq_vae"]
+
+
+class MethodSpec(Section):
+    """How one set of SIDs is made.
+
+    Attributes:
+        space: what the quantizer is fitted on; `random` and `category_path` look at neither.
+        collisions: `random` has none to handle; `category_path` has no scores to relocate by: choose `suffix` (items numbered
+            inside their path) or `none`.
+        codebook_size: codes per level; `category_path` has as many as there are names at a depth.
+    """
+
+    method: Method
+    space: Literal["text", "fused"] = "text"
+    collisions: Policy = "relocate"
+    num_levels: int = Field(3, ge=1, le=8)
+    codebook_size: int = Field(256, ge=2)
+    behaviour_weight: float = Field(1.0, ge=0)
+
+    @model_validator(mode="after")
+    def _relocatable(self) -> MethodSpec:
+        if self.method == "category_path" and self.collisions == "relocate":
+            raise ValueError("category_path has no scores to relocate by; set collisions to 'suffix' or 'none'")
+        return self
+
+
+@dataclass
+class MethodSources:
+    """What arms are made from; the text is embedded at most once.
+
+    Attributes:
+        captions, interests, use, max_length: the text that MiniLM reads, as for the tokenizer.
+        start: how behaviour is counted and factorised (its weight is the arm's own).
+        cache: a folder that keeps the text embeddings, named by the hash of what was read: parallel processes then embed once.
+    """
+
+    catalog: Catalog
+    split: Split | None = None
+    captions: Path | None = None
+    interests: Path | None = None
+    use: tuple[FieldName, ...] | None = None
+    max_length: int = 96
+    start: StartSettings = field(default_factory=StartSettings)
+    cache: Path | None = None
+
+    @cached_property
+    def text(self) -> np.ndarray:
+        """MiniLM embeddings (N, 384) of what our tokenizer reads, from the cache where it has them."""
+        inputs, _ = load_inputs(self.catalog, self.captions, self.interests, self.use)
+        texts = [item.text for item in inputs]
+        kept = None if self.cache is None else Path(self.cache) / f"text-{sha256([texts, self.max_length])[:32]}.safetensors"
+        if kept is not None and kept.is_file():
+            return read_tensors(kept)["embeddings"].numpy()
+        embeddings = embed_texts(texts, max_length=self.max_length, what="baseline texts")
+        if kept is not None:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            write_tensors(kept, {"embeddings": torch.from_numpy(embeddings)})
+        return embeddings
+
+    def behaviour(self, seed: int) -> np.ndarray:
+        """Factorised train co-engagement (N, M); M = 0 without sequences. The seed starts the decomposition only."""
+        return read_behaviour(self.catalog, self.split, self.start, seed).vectors
+
+    def space(self, spec: MethodSpec, seed: int) -> np.ndarray:
+        """What the arm's quantizer is fitted on, (N, D)."""
+        if spec.space == "text":
+            return self.text
+        return fuse(self.text, self.behaviour(seed), spec.behaviour_weight)
+
+
+def make_sids(spec: MethodSpec, sources: MethodSources, folder: Path, seed: int) -> SidTable:
+    """Make the SIDs of one arm, write them as a SID folder with intrinsic figures, and return the table (rows as in the catalogue).
+
+    Files are written one by one: call it inside `artifacts.writing` where the folder must appear whole or not at all.
+
+    Raises:
+        ConfigError: fewer SIDs than items (`random`), or no item has a category (`category_path`).
+        MmsidError: more distinct items than SIDs under `relocate`.
+    """
+    items = sources.catalog.items
+    name = f"baseline:{spec.method}" if spec.method in ("random", "category_path") else f"baseline:{spec.method}:{spec.space}"
+
+    sizes: tuple[int, ...] = (spec.codebook_size,) * spec.num_levels
+    common: dict[str, Any] = {"tokenizer_sha256": name, "seed": seed}
+    if spec.method == "random":
+        codes = random_codes([item.content_sha256 for item in items], spec.num_levels, spec.codebook_size, seed)
+        return publish(folder, sources.catalog, sources.split, codes, sizes, collisions="none", scores=None, **common)[0]
+    if spec.method == "category_path":
+        codes, sizes = category_codes(items, spec.num_levels)
+        return publish(folder, sources.catalog, sources.split, codes, sizes, collisions=spec.collisions, scores=None, **common)[0]
+    space = sources.space(spec, seed)
+    codebooks, raw_codes, latent = _quantize(spec, space, seed)
+    scores = CodebookScores(codebooks, latent)
+    table, _ = publish(
+        folder,
+        sources.catalog,
+        sources.split,
+        raw_codes.numpy(),
+        sizes,
+        collisions=spec.collisions,
+        scores=scores,
+        margin=scores.margin(raw_codes),
+        embeddings=space,
+        decode=lambda codes: codebooks.decode(codes).numpy(),
+        **common,
+    )
+    codebooks.save(Path(folder) / "codebooks.safetensors")
+    return table
+
+
+def import_published(path: Path, column: str | None, item_ids: Sequence[str]) -> SidTable:
+    """A published SID set in the order of `item_ids`: one column of a reference_sids.parquet, or an index.json (`column` None).
+
+    Raises:
+        ArtifactError: not such a file, or an item without SID.
+    """
+    table = import_index_json(path) if column is None else import_reference_sids(path, column)
+    return table.align(item_ids)
+
+
+def random_codes(content_hashes: list[str], num_levels: int, codebook_size: int, seed: int) -> np.ndarray:
+    """Unique random codes (N, L) int64 per distinct content; exact duplicates share theirs.
+
+    Raises:
+        ConfigError: more distinct items than SIDs.
+    """
+    order = {content: place for place, content in enumerate(sorted(set(content_hashes)))}
+    capacity = codebook_size**num_levels
+    if len(order) > capacity:
+        raise ConfigError(
+            f"{len(order):,} distinct items, but {num_levels} levels of {codebook_size} codes name {capacity:,}; raise codebook_size"
+        )
+    rng = np.random.default_rng(seed)
+    if capacity <= 10**7:
+        chosen = rng.permutation(capacity)[: len(order)]
+    else:  # rejection: a permutation of all SIDs would not fit in memory
+        chosen = np.zeros(0, np.int64)
+        while len(chosen) < len(order):
+            drawn = np.concatenate([chosen, rng.integers(capacity, size=2 * len(order))])
+            chosen = drawn[np.sort(np.unique(drawn, return_index=True)[1])]
+        chosen = chosen[: len(order)]
+    numbers = chosen[[order[content] for content in content_hashes]]
+    return np.stack([numbers // codebook_size ** (num_levels - 1 - level) % codebook_size for level in range(num_levels)], 1)
+
+
+def category_codes(items: Sequence[Item], num_levels: int) -> tuple[np.ndarray, tuple[int, ...]]:
+    """The category path as codes (N, L) and the codes per level.
+
+    Level l bears the name at depth min(l, depth of the item's path); names are numbered in alphabetical order per level, so
+    that one name is one code under every parent. Depths at which the catalogue has one name only are left out: they tell
+    nothing apart. An item without a path has a code of its own kind at every level. Fewer levels where no path is as deep.
+
+    Raises:
+        ConfigError: no item has a category.
+    """
+    paths = [item.categories for item in items]
+    deepest = max(map(len, paths), default=0)
+    if deepest == 0:
+        raise ConfigError("category_path: no item has a category; map catalog.fields.categories, or leave this arm out")
+    while deepest > 1 and len({path[0] for path in paths if path}) == 1:  # the root that all share
+        paths = [path[1:] or path for path in paths]
+        deepest -= 1
+    columns = []
+    for depth in range(1, min(num_levels, deepest) + 1):
+        names = [path[min(depth, len(path)) - 1] if path else "" for path in paths]
+        number = {name: code for code, name in enumerate(sorted(set(names)))}
+        columns.append((np.array([number[name] for name in names], dtype=np.int64), len(number)))
+    return np.stack([codes for codes, _ in columns], 1), tuple(size for _, size in columns)
+
+
+def _quantize(spec: MethodSpec, space: np.ndarray, seed: int) -> tuple[ResidualCodebooks, torch.Tensor, np.ndarray | torch.Tensor]:
+    """Codebooks, raw codes (N, L), and the vectors (N, D) that the codebooks quantise."""
+    if spec.method == "rq_kmeans":
+        codebooks = rq_kmeans(space, spec.num_levels, spec.codebook_size, seed)
+        return codebooks, codebooks.encode(space), space
+    if spec.method == "balanced_rq":
+        codebooks, codes = balanced_residual_kmeans(space, spec.num_levels, spec.codebook_size, seed)
+        return codebooks, codes, space
+    fit = rq_vae(space, spec.num_levels, spec.codebook_size, seed)
+    return fit.codebooks, fit.codebooks.encode(fit.latent), fit.latent
