@@ -11,9 +11,9 @@ import os
 import re
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -24,7 +24,15 @@ _VARIABLE = re.compile(r"\$\{(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?::-(?P<default>[^
 
 
 class Section(BaseModel):
-    """Base of every configuration section: no unknown keys, immutable once built."""
+    """Base of every configuration section: no unknown keys, immutable once built.
+
+    Attributes:
+        renamed_keys: old key -> new key. An old key is refused with an error that names the new one.
+        renamed_values: key -> {old value: new value}, refused likewise.
+    """
+
+    renamed_keys: ClassVar[Mapping[str, str]] = {}
+    renamed_values: ClassVar[Mapping[str, Mapping[str, str]]] = {}
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
@@ -111,25 +119,32 @@ def build(cls: type[SectionT], data: dict[str, Any], *, source: str, section: st
 
 
 def _explain(cls: type[BaseModel], problem: dict[str, Any], section: str) -> str:
-    place = ".".join([section, *[str(part) for part in problem["loc"]]]) if section else ".".join(map(str, problem["loc"]))
+    path = problem["loc"]
+    place = ".".join([section, *map(str, path)]) if section else ".".join(map(str, path))
+    owner, key = _class_at(cls, path[:-1]), str(path[-1]) if path else ""
     if problem["type"] == "extra_forbidden":
-        known = sorted(_fields_at(cls, problem["loc"][:-1]))
-        close = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
+        if new := getattr(owner, "renamed_keys", {}).get(key):
+            return f"key {place} was renamed; write {new} instead of {key}"
+        close = difflib.get_close_matches(key, owner.model_fields, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(sorted(owner.model_fields))}"
         return f"unknown key {place}; {hint}"
     if problem["type"] == "missing":
         return f"key {place} is missing; add it"
-    return f"key {place} is {problem.get('input')!r}: {problem['msg']}; correct the value"
+    given = problem.get("input")
+    new = getattr(owner, "renamed_values", {}).get(key, {}).get(given) if isinstance(given, str) else None
+    if new:
+        return f"key {place} is {given!r}, a value that was renamed; write {new!r}"
+    return f"key {place} is {given!r}: {problem['msg']}; correct the value"
 
 
-def _fields_at(cls: type[BaseModel], path: Sequence[Any]) -> list[str]:
-    """Names of the fields of the (nested) model that `path` leads to, for the hint of an unknown key."""
+def _class_at(cls: type[BaseModel], path: Sequence[Any]) -> type[BaseModel]:
+    """The (nested) model whose field `path` leads into."""
     for part in path:
         if isinstance(part, str) and part in cls.model_fields:
             inner = _model_in(cls.model_fields[part].annotation)
             if inner is not None:
                 cls = inner
-    return list(cls.model_fields)
+    return cls
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:

@@ -1,11 +1,15 @@
 """Strict configuration: every mistake is answered with the key, the file and the remedy."""
 
 from pathlib import Path
+from typing import ClassVar, Literal
 
 import pytest
 
+from mmsid.cli import wire
 from mmsid.config import Section, build, load_yaml
 from mmsid.errors import ConfigError
+
+CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 class Inner(Section):
@@ -81,3 +85,44 @@ def test_missing_file_and_bad_overrides(tmp_path):
         load_yaml(path, ["a"])
     with pytest.raises(ConfigError, match="not a section"):
         load_yaml(path, ["a.b=1"])
+
+
+class Renamed(Section):
+    renamed_keys: ClassVar[dict[str, str]] = {"speed": "rate"}
+    renamed_values: ClassVar[dict[str, dict[str, str]]] = {"kind": {"old": "new"}}
+
+    rate: float = 0.1
+    kind: Literal["new", "other"] = "new"
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ({"speed": 1.0}, "key stage.speed was renamed; write rate instead of speed"),
+        ({"kind": "old"}, "key stage.kind is 'old', a value that was renamed; write 'new'"),
+        ({"kind": "odd"}, "key stage.kind is 'odd': .*; correct the value"),
+    ],
+)
+def test_old_names_are_refused_with_the_new_one(data, words):
+    with pytest.raises(ConfigError, match=words):
+        build(Renamed, data, source="run.yaml", section="stage")
+
+
+@pytest.mark.parametrize(
+    ("override", "new"),
+    [
+        ("catalog.mend_text=true", "clean_text"),
+        ("train_tokenizer.memory=false", "behaviour_regression"),
+        ("train_tokenizer.against=runs/old", "align_codes_to"),
+        ("baselines.arms=[random]", "methods"),
+        ("refine.loop.memory_rate=1", "behaviour_rate"),
+        ("refine.gate.rebuild=1", "reconstruction"),
+        ("refine.loop.weights={rebuild: 1.0}", "reconstruction"),
+        ("train_recommender.floors=false", "classical_baselines"),
+        ("train_recommender.truth=x.json", "best_achievable"),
+        ("train_recommender.architecture=instrument", "sid_transformer"),
+    ],
+)
+def test_keys_of_earlier_versions_are_refused_with_their_new_name(override, new):
+    with pytest.raises(ConfigError, match=new):
+        wire(load_yaml(CONFIGS / "demo.yaml", [override]), source="demo.yaml")

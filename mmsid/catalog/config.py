@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
@@ -94,6 +94,8 @@ class CatalogConfig(Section):
             texts are recorded among the item's problems in any case.
         max_items, max_users: keep only so many, chosen by content hash, so that row order and ids do not matter.
     """
+
+    renamed_keys: ClassVar[dict[str, str]] = {"mend_text": "clean_text"}
 
     items: Path
     image_root: Path | None = None

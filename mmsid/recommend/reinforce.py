@@ -14,7 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from accelerate import Accelerator
@@ -83,6 +83,8 @@ class TrainRecommenderRLConfig(StageConfig):
         model, schedule: of the supervised start, the flat decoder.
         beam: beams of the search that ranks.
     """
+
+    renamed_keys: ClassVar[dict[str, str]] = {"arms": "variants"}
 
     catalog: CatalogConfig
     sids: Path

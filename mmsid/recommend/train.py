@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from accelerate import Accelerator
@@ -72,6 +72,9 @@ class TrainRecommenderConfig(StageConfig):
             20,000 items, else beam.
         baseline: the arm that the others are compared with; default: `balanced_rq` where it is an arm, else the first.
     """
+
+    renamed_keys: ClassVar[dict[str, str]] = {"arms": "variants", "floors": "classical_baselines", "truth": "best_achievable"}
+    renamed_values: ClassVar[dict[str, dict[str, str]]] = {"architecture": {"instrument": "sid_transformer"}}
 
     catalog: CatalogConfig
     variants: dict[str, Path] = Field(min_length=1)

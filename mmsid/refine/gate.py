@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,8 @@ _RANKED = {"ndcg": "NDCG@10", "hit_rate": "HR@50", "coverage": "coverage@10"}  #
 
 class GateConfig(Section):
     """Least changes that matter; relative ones are shares of the figure before. See the module for how they become margins."""
+
+    renamed_keys: ClassVar[dict[str, str]] = {"rebuild": "reconstruction"}
 
     level_weights: tuple[float, ...] = (0.6, 0.4)
     confidence: float = 0.8  # least share of the bootstrap draws over held-out users in which the target gains

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from numpy.typing import NDArray
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from mmsid.config import Section
@@ -34,6 +34,8 @@ Describe = Callable[[int, Codes], dict[str, Any]]  # round, raw codes (N, L) -> 
 
 
 _ADVANTAGES = {"leave_one_out": ppo.leave_one_out, "group_normalised": ppo.group_normalised, "reward_weighted": ppo.reward_weighted}
+
+RENAMED_COMPONENTS = {"rebuild": "reconstruction", "consensus": "robust_prediction"}
 
 
 class Policy(Protocol):
@@ -54,6 +56,8 @@ class Policy(Protocol):
 
 class LoopConfig(Section):
     """Policy optimisation. The ratio is joint over the levels of a path; KL is KL(policy || reference) over the item's tree."""
+
+    renamed_keys: ClassVar[dict[str, str]] = {"memory_rate": "behaviour_rate"}
 
     rounds: int = 30
     group: int = 8
@@ -84,6 +88,14 @@ class LoopConfig(Section):
     patience: int = Field(8, ge=0)  # rounds without a better watched figure before the run ends at its best round; 0: never
     checkpoint_every: int = Field(5, ge=1)  # rounds
     weights: dict[str, float] = Field(default={"sid_reward": 1.0, "codes": 1.0, "balance": 1.0, "crowding": 0.3, "reconstruction": 0.2})
+
+    @field_validator("weights")
+    @classmethod
+    def _current_names(cls, weights: dict[str, float]) -> dict[str, float]:
+        for old, new in RENAMED_COMPONENTS.items():
+            if old in weights:
+                raise ValueError(f"the reward component {old} was renamed; write {new}")
+        return weights
 
     @model_validator(mode="after")
     def _noise_needs_likelihood(self) -> LoopConfig:

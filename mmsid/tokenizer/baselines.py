@@ -8,7 +8,7 @@ that our tokenizer reads when it encodes. Same text, same sizes, same collision 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
 
@@ -37,6 +37,8 @@ class BaselinesConfig(StageConfig):
 
     `arms` names the usual four (made with this section's sizes, weight and collision policy) or arms that `specs` defines.
     """
+
+    renamed_keys: ClassVar[dict[str, str]] = {"arms": "methods"}
 
     catalog: CatalogConfig
     captions: Path | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -30,6 +30,8 @@ class TrainTokenizerConfig(StageConfig):
     `against`: published SIDs of an earlier tokenizer of the same sizes; the codes are renamed at the end, by one permutation per
     level, to agree with them for most items.
     """
+
+    renamed_keys: ClassVar[dict[str, str]] = {"memory": "behaviour_regression", "against": "align_codes_to"}
 
     catalog: CatalogConfig
     captions: Path | None = None

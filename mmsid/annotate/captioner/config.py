@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -75,6 +75,8 @@ class TrainCaptionerConfig(StageConfig):
     heads; those of `digit_fields` are two-digit numbers read digit by digit; `dense` says on which boxed element's patches a label lies.
     With `base_model` (path or hub id) only `tell` is run, on LoRA adapters.
     """
+
+    renamed_keys: ClassVar[dict[str, str]] = {"see": "vision_warmup", "tell": "captioning"}
 
     source: Literal["drawn", "catalog"] = "catalog"
     drawn: DrawnSource = DrawnSource()

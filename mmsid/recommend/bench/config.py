@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import Field, field_validator, model_validator
 
@@ -45,6 +45,8 @@ class DatasetConfig(Section):
         truth: best_achievable.json of the demo catalogue; adds the row of the best achievable figures.
         left_out: arm of a suite -> why it cannot be made of this data; listed with the results as not run.
     """
+
+    renamed_keys: ClassVar[dict[str, str]] = {"truth": "best_achievable"}
 
     name: str = Field(pattern=r"^[\w-]+$")
     catalog: CatalogConfig
@@ -98,6 +100,9 @@ class ArmConfig(Section):
         recommender: the architecture that ranks by these SIDs. The instrument compares tokenizers; flat and tiger are cross-checks;
             grounded ranks the instrument's answer with retrieval evidence, and shows what SIDs are worth beside it.
     """
+
+    renamed_keys: ClassVar[dict[str, str]] = {"floors": "classical"}
+    renamed_values: ClassVar[dict[str, dict[str, str]]] = {"recommender": {"grounded": "hybrid"}}
 
     sids: MethodSpec | None = None
     published: Literal["all"] | None = None
