@@ -33,13 +33,13 @@ from mmsid.artifacts import read_json, read_tensors, write_json
 from mmsid.backbone.embed import embed_texts
 from mmsid.catalog import read_catalog
 from mmsid.catalog.tables import read_table_rows
-from mmsid.cli import run_stages, wire
 from mmsid.config import StageConfig, load_yaml
 from mmsid.quantize.rqkmeans import rq_kmeans
 from mmsid.sids.folder import read_sid_folder
 from mmsid.sids.intrinsic import intrinsic_metrics
 from mmsid.sids.retrieval import prefix_recall, retrieval_recall
 from mmsid.sids.table import SidTable
+from mmsid.stages import run_stages, stage_configs
 
 K = 10
 
@@ -71,7 +71,7 @@ def one_seed(config: Path, seed: int, out: Path, overrides: list[str]) -> dict[s
     # category labels are what V-measure asks for, so the tokenizers never see them: neither as input nor as contrast positives
     blind = {**data["catalog"], "fields": {**data["catalog"]["fields"], "categories": None}}
     data |= {stage: data[stage] | {"catalog": blind} for stage in ("train_tokenizer", "assign")}
-    run_stages(wire(data, str(config)))
+    run_stages(stage_configs(data, str(config)))
     captioner = out / f"seed{seed}" / "train_captioner"
     pixels = data | {"name": f"seed{seed}_pixels"}
     for stage in ("train_captioner", "caption"):
@@ -80,9 +80,9 @@ def one_seed(config: Path, seed: int, out: Path, overrides: list[str]) -> dict[s
         "use": ["pictures"],
         "backbone": {"kind": "vlm", "path": str(captioner), **data["train_tokenizer"].get("backbone", {})},
     }
-    pixel_configs = wire(pixels, str(config))
+    pixel_configs = stage_configs(pixels, str(config))
     run_stages(pixel_configs)
-    return measure(wire(data, str(config)), pixel_configs, seed)
+    return measure(stage_configs(data, str(config)), pixel_configs, seed)
 
 
 def measure(captioned: dict[str, StageConfig], pixels: dict[str, StageConfig], seed: int) -> dict[str, Any]:

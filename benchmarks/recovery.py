@@ -25,13 +25,13 @@ import numpy as np
 from mmsid.accelerator import make_accelerator
 from mmsid.artifacts import is_complete, read_json, read_table, write_json, writing
 from mmsid.catalog import Catalog, Split, read_catalog, split_histories
-from mmsid.cli import run_stages, wire
 from mmsid.config import load_yaml
 from mmsid.recommend.training import Schedule, fit, table_paths
 from mmsid.refine import gate
 from mmsid.refine.config import RefineConfig
 from mmsid.sids.folder import read_sid_folder
 from mmsid.sids.table import SidTable
+from mmsid.stages import run_stages, stage_configs
 from mmsid.tokenizer import initialization
 from mmsid.tokenizer.train_config import TrainTokenizerConfig
 from mmsid.tokenizer.training import Training
@@ -84,12 +84,12 @@ def one_seed(parsed: argparse.Namespace, seed: int) -> dict[str, Any]:
     """Train, damage, refine, rank; -> figures per table and what was recovered."""
     data = load_yaml(parsed.config, ["refine.recipe=repair", *parsed.overrides, f"seed={seed}", f"name=good{seed}", f"runs={parsed.out}"])
     data = {key: value for key, value in data.items() if key not in ("baselines", "train_recommender", "report")}
-    configs = wire(data, str(parsed.config))
+    configs = stage_configs(data, str(parsed.config))
     run_stages(configs)
     # the annotations are the good run's; everything after them is made anew
     read = {key: str(configs[stage].out) for stage, key in (("caption", "captions"), ("interests", "interests")) if stage in configs}
     again = {key: value for key, value in data.items() if key not in ("caption", "interests")} | {"name": f"damaged{seed}"}
-    damaged = wire(again | {stage: (data[stage] or {}) | read for stage in LATER}, str(parsed.config))
+    damaged = stage_configs(again | {stage: (data[stage] or {}) | read for stage in LATER}, str(parsed.config))
     train_damaged(damaged["train_tokenizer"])
     run_stages({stage: damaged[stage] for stage in ("assign", "refine")})
 

@@ -32,7 +32,6 @@ import torch
 from mmsid.accelerator import make_accelerator
 from mmsid.artifacts import read_json, sha256, write_json
 from mmsid.catalog import CatalogConfig, Split, read_catalog, split_histories
-from mmsid.cli import wire
 from mmsid.config import load_yaml
 from mmsid.recommend.history_encoder import pad_histories
 from mmsid.recommend.training import Schedule, fit, table_paths
@@ -43,6 +42,7 @@ from mmsid.refine.publish import make_table
 from mmsid.refine.reward import SidReward, draw_candidates
 from mmsid.refine.stage import Job
 from mmsid.sids.table import SidTable
+from mmsid.stages import stage_configs
 
 RESULTS = Path(__file__).parent / "results"
 OUTCOMES = ("log_likelihood", "NDCG@10")
@@ -64,7 +64,7 @@ def main() -> None:
     parsed = parser.parse_args()
     data = load_yaml(parsed.config, parsed.overrides)
     out = parsed.out or RESULTS / f"reward_outcome_{data['name']}.json"
-    config = wire(data, str(parsed.config))["refine"]
+    config = stage_configs(data, str(parsed.config))["refine"]
     catalog = read_catalog(config.catalog)
     job = Job(config, make_accelerator(), catalog, split_histories(catalog, config.catalog.split), None, None)  # it writes nothing here
     reward, report = job.learn_reward()

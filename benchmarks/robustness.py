@@ -35,8 +35,8 @@ from mmsid.artifacts import is_complete, read_json, read_manifest, read_table, w
 from mmsid.catalog import Catalog, CatalogConfig, Item, load_picture, read_catalog
 from mmsid.catalog.demo import write_demo_catalog
 from mmsid.catalog.demo.facts import PICTURE_FIELDS
-from mmsid.cli import run_stages, wire
 from mmsid.config import load_yaml
+from mmsid.stages import run_stages, stage_configs
 from mmsid.tokenizer.inputs import build_inputs, read_caption_texts, read_mined_interests
 from mmsid.tokenizer.model import Encoded, ItemTokenizer
 from mmsid.tokenizer.text_trust import disagreement, evidence_fields
@@ -123,7 +123,7 @@ def make_world(parsed: argparse.Namespace) -> Path:
         write_demo_catalog(ads, items=parsed.items, users=parsed.items, seed=parsed.seed)
     chosen = [f"catalog.items={ads}/items.parquet", f"catalog.sequences={ads}/sequences.parquet", f"runs={parsed.out}", "name=clean"]
     chosen += ["train_tokenizer.steps=0", "train_tokenizer.reconstruct=off"]
-    configs = wire(load_yaml(parsed.config, [*chosen, *parsed.overrides]), source=str(parsed.config))
+    configs = stage_configs(load_yaml(parsed.config, [*chosen, *parsed.overrides]), source=str(parsed.config))
     run_stages({stage: configs[stage] for stage in ("caption", "interests", "train_tokenizer")})
     return parsed.out / "clean"
 

@@ -1,8 +1,7 @@
-"""The only door to disk: artefact folders written whole or not at all, typed readers, hashes. Pickles are refused.
+"""Artefact folders: atomic writing with a manifest and checksums, typed readers, hashes. Pickles are refused.
 
-A stage writes into a temporary sibling (`.<name>.draft`), every file is fsynced, `SHA256SUMS` and `manifest.json` are written
-last, and one rename publishes the folder. A folder without a manifest is unfinished: resumed or refused, never read. A file that
-no longer is what the stage wrote is refused as well (`sha256sum -c SHA256SUMS` tells the same).
+A stage writes into a draft folder (`.<name>.draft`), fsyncs every file, writes `SHA256SUMS` and `manifest.json` last, and renames
+the folder. A folder without a manifest is unfinished and is never read. A file that differs from its checksum is refused.
 """
 
 from __future__ import annotations
@@ -33,15 +32,18 @@ from mmsid.progress import is_main_process
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 CHECKSUMS = "SHA256SUMS"
-MARKER = "draft.json"  # what a draft is being made from
+MARKER = "draft.json"  # hash of the configuration and inputs of a draft
 
 
 @dataclass
 class Draft:
-    """The folder being written: put files under `path`, fill `counts` and `extra`; the manifest takes them over.
+    """An artefact folder that is being written.
 
-    `scratch` names files of the draft (checkpoints) that a resumed run needs and a finished folder does not: they go once it is
-    published and no earlier, so that a kill at the very end costs nothing.
+    Attributes:
+        path: the draft folder; files go here.
+        counts: row counts for the manifest.
+        extra: further JSON data for the manifest.
+        scratch: names of files, such as checkpoints, that are deleted after the folder is published.
     """
 
     path: Path
@@ -56,15 +58,16 @@ def writing(
 ) -> Iterator[Draft]:
     """Write the artefact folder `out` atomically.
 
-    With `resume=True` an unfinished draft of the same configuration and inputs is kept (its files are where the last
-    run left them); any other draft is wiped. An exception leaves the draft in place and publishes nothing.
+    An exception leaves the draft in place and publishes nothing. Under `accelerate launch` only rank 0 locks, writes the manifest
+    and publishes. The other ranks get the same draft path and must call `accelerator.wait_for_everyone()` before they read from it.
 
-    Under `accelerate launch` only rank 0 locks, writes the manifest and publishes; the other ranks see the same draft
-    path and must wait for rank 0 (`accelerator.wait_for_everyone()`) before they read from it.
+    Args:
+        inputs: name -> folder or file that the stage reads; their hashes enter the manifest.
+        resume: keep an unfinished draft of the same configuration and inputs. Any other draft is deleted.
 
     Raises:
-        ArtifactError: `out` is finished already, holds foreign files, another job is writing it, or the disk is full or
-            read-only. Whatever was finished before the failure is kept.
+        ArtifactError: `out` is finished already, holds foreign files, is being written by another job, or the disk is full or
+            read-only. Finished work is kept.
     """
     out = Path(out)
     draft_path = out.parent / f".{out.name}.draft"
@@ -76,13 +79,13 @@ def writing(
         out.parent.mkdir(parents=True, exist_ok=True)
         lock.enter_context(folder_lock(out))
         if (out / MANIFEST).exists():
-            raise ArtifactError(f"{out} is finished already; remove it, or run `mmsid {stage} --redo`, to write it again")
+            raise ArtifactError(f"{out} is finished already; remove it or run `mmsid {stage} --redo` to write it again")
         if out.exists() and any(out.iterdir()):
             raise ArtifactError(f"{out} holds files but no {MANIFEST}, so mmsid did not write it; name another folder")
         inputs = {name: Path(path) for name, path in (inputs or {}).items() if path is not None}
         identity = {"stage": stage, "config": plain(config), "inputs": input_hashes(inputs), "schema_version": SCHEMA_VERSION}
         _open_draft(draft_path, sha256(identity), resume)
-        draft, started = Draft(draft_path), time.monotonic()  # the machine's clock may be set back meanwhile
+        draft, started = Draft(draft_path), time.monotonic()  # wall-clock time may jump
         yield draft
         manifest = identity | {
             "input_paths": {name: str(path) for name, path in inputs.items()},
@@ -101,7 +104,7 @@ def writing(
             out.rmdir()
         os.replace(draft_path, out)
         fsync(out.parent)
-        for name in (MARKER, *sorted(draft.scratch)):  # not before: a draft without its marker is nobody's, and would be wiped
+        for name in (MARKER, *sorted(draft.scratch)):  # after the rename: a draft without its marker would be deleted
             (out / name).unlink(missing_ok=True)
 
 
@@ -109,7 +112,7 @@ def read_manifest(folder: Path, stage: str | None = None) -> dict[str, Any]:
     """The manifest of a finished folder.
 
     Raises:
-        ArtifactError: no manifest (unfinished), a damaged one, another schema version, or another stage than asked for.
+        ArtifactError: no manifest (unfinished), a damaged one, another schema version, or another stage than `stage`.
     """
     path = Path(folder) / MANIFEST
     if not path.is_file():
@@ -129,21 +132,21 @@ def read_manifest(folder: Path, stage: str | None = None) -> dict[str, Any]:
 
 
 def is_complete(folder: Path) -> bool:
-    """True when the folder carries a manifest, i.e. was published whole."""
+    """True if the folder has a manifest, that is, if it was published."""
     return (Path(folder) / MANIFEST).is_file()
 
 
 def manifest_folder(folder: Path) -> Path:
-    """Where the manifest of a part lies: in the folder itself, or, for one part of what a stage wrote (`refine/sids`), one above."""
+    """The folder that holds the manifest of `folder`: itself, or its parent if it is a part of a stage's output (`refine/sids`)."""
     folder = Path(folder)
     return folder.parent if not is_complete(folder) and is_complete(folder.parent) else folder
 
 
 def verify_folder(folder: Path) -> None:
-    """Hold every file of a finished folder against its checksum (folders written before there were checksums pass).
+    """Compare every file of a finished folder with its checksum. Folders without `SHA256SUMS` pass.
 
     Raises:
-        ArtifactError: files are missing or no longer what the stage wrote; names them.
+        ArtifactError: files are missing or differ from their checksums; the message names them.
     """
     wrong = [state for name, digest in _checksums(folder).items() if (state := _state(Path(folder) / name, digest))]
     if wrong:
@@ -151,7 +154,7 @@ def verify_folder(folder: Path) -> None:
 
 
 def verify_file(path: Path) -> None:
-    """As `verify_folder`, for one file: at the top of its finished folder, or in a folder below. A file elsewhere passes."""
+    """`verify_folder` for one file of a finished folder, at most two levels deep. Files outside of such folders pass."""
     path = Path(path)
     for folder in list(path.parents)[:3]:
         digest = _checksums(folder).get(path.relative_to(folder).as_posix())
@@ -162,7 +165,7 @@ def verify_file(path: Path) -> None:
 
 
 def _write_checksums(folder: Path, scratch: set[str]) -> None:
-    """Put every file on the disk itself and list its hash, in the form that `sha256sum -c` reads."""
+    """Fsync every file and list its hash in the format of `sha256sum -c`."""
     lines = []
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
@@ -173,7 +176,7 @@ def _write_checksums(folder: Path, scratch: set[str]) -> None:
 
 
 def _checksums(folder: Path) -> dict[str, str]:
-    """File, relative to a finished folder -> its hash as listed; {} where there is no list."""
+    """Relative file name -> listed hash; {} without a list."""
     path = Path(folder) / CHECKSUMS
     if not (path.is_file() and is_complete(folder)):
         return {}
@@ -185,23 +188,23 @@ def _checksums(folder: Path) -> dict[str, str]:
 
 
 def _state(path: Path, digest: str) -> str | None:
-    """What is wrong with a file, or None."""
+    """Description of a missing or changed file, or None."""
     if not path.is_file():
         return f"{path.name} is missing"
     found = file_sha256(path)
-    return None if found == digest else f"{path.name} has sha256 {found[:12]}, written was {digest[:12]}"
+    return None if found == digest else f"{path.name} has sha256 {found[:12]}, expected {digest[:12]}"
 
 
 def _damaged(folder: Path, wrong: list[str]) -> ArtifactError:
     more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
     stage = read_manifest(folder)["stage"]
     return ArtifactError(
-        f"{folder} is damaged: {'; '.join(wrong[:3])}{more}. Copy it anew from where it is whole, or run `mmsid {stage} --redo`"
+        f"{folder} is damaged: {'; '.join(wrong[:3])}{more}. Copy it again from an intact copy or run `mmsid {stage} --redo`"
     )
 
 
 def input_hashes(inputs: Mapping[str, Path | None]) -> dict[str, str]:
-    """Hash of each input: a finished folder by what made it (stage, config, inputs), a file by its bytes."""
+    """Hash of each input: a finished folder by its stage, configuration and inputs, a file by its bytes."""
     hashes = {}
     for name, path in sorted(inputs.items()):
         if path is None:
@@ -218,7 +221,7 @@ def input_hashes(inputs: Mapping[str, Path | None]) -> dict[str, str]:
 
 
 def plain(value: Any) -> Any:
-    """`value` as JSON-able data: pydantic models and paths become dicts and strings."""
+    """Convert `value` to JSON data: pydantic models become dicts, paths become strings."""
     if isinstance(value, BaseModel):
         return value.model_dump(mode="json")
     return json.loads(json.dumps(value, default=str))
@@ -234,13 +237,13 @@ def sha256(value: bytes | str | Any) -> str:
 
 
 def file_sha256(path: Path) -> str:
-    """Hex digest of a file's bytes, read in pieces."""
+    """Hex digest of a file's bytes, read in blocks."""
     with open(path, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically (temporary sibling, fsync, rename), NaN refused."""
+    """Write JSON atomically (temporary file, fsync, rename). NaN raises ValueError."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(plain(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
 
@@ -252,7 +255,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read JSON; a missing or torn file is an ArtifactError naming it."""
+    """Read JSON. Raises ArtifactError with the path if the file is missing or damaged."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -260,7 +263,7 @@ def read_json(path: Path) -> Any:
 
 
 def write_table(path: Path, table: pa.Table | list[dict[str, Any]], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a parquet file atomically; `metadata` goes into the schema (keys and values are text)."""
+    """Write a parquet file atomically. `metadata` (text to text) is stored in the schema."""
     if not isinstance(table, pa.Table):
         table = pa.Table.from_pylist(table)
     if metadata is not None:
@@ -270,7 +273,7 @@ def write_table(path: Path, table: pa.Table | list[dict[str, Any]], metadata: Ma
 
 
 def read_table(path: Path) -> pa.Table:
-    """Read a parquet file whole; a missing or torn file, or one whose pages fail their checksums, is an ArtifactError naming it."""
+    """Read a parquet file. Raises ArtifactError with the path if the file is missing, damaged, or fails a page checksum."""
     try:
         return pq.read_table(path, partitioning=None, page_checksum_verification=True)
     except (OSError, pa.ArrowException) as error:
@@ -286,10 +289,10 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Read safetensors. Anything else, above all a pickle, is refused.
+    """Read a safetensors file. Other formats, pickles above all, are refused.
 
     Raises:
-        ArtifactError: the file is missing, torn, or not safetensors.
+        ArtifactError: the file is missing, damaged, or not safetensors.
     """
     if Path(path).suffix != ".safetensors":
         raise ArtifactError(f"{path}: only .safetensors is read (a pickle can run code); convert it first")
@@ -302,10 +305,10 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """`read_tensors` for a model's weights: NaN and infinities are refused, since whatever they compute is noise.
+    """`read_tensors` for model weights. NaN and infinite values are refused.
 
     Raises:
-        ArtifactError: as `read_tensors`; or a tensor holds such a value (names the first).
+        ArtifactError: as `read_tensors`, or a tensor holds such a value; the message names the first tensor.
     """
     tensors = read_tensors(path)
     for name, tensor in tensors.items():
@@ -329,8 +332,8 @@ def _open_draft(path: Path, identity: str, resume: bool) -> None:
         same = marker.is_file() and marker.read_text(encoding="utf-8", errors="replace") == _marker(identity)
         if not (resume and same):
             shutil.rmtree(path)
-        for torn in path.rglob(".*.tmp"):  # left by a kill in the middle of a write
-            torn.unlink()
+        for partial in path.rglob(".*.tmp"):  # left by a process that was killed while it wrote
+            partial.unlink()
     path.mkdir(exist_ok=True)
     if not marker.exists():
         write_text(marker, _marker(identity))

@@ -1,7 +1,7 @@
-"""Strict configuration: one YAML per run, a section per stage.
+"""Strict YAML configuration: one file per run, one section per stage.
 
-An unknown key, a wrong type or a missing file is an error that names the key, the file and the remedy. Strings may hold
-`${NAME}` or `${NAME:-default}`, replaced from the environment. Overrides are dotted: `train_tokenizer.steps=50`.
+Unknown keys, wrong types and missing files raise errors that name the key, the file and the remedy. `${NAME}` and
+`${NAME:-default}` in strings are replaced from the environment. Overrides are dotted: `train_tokenizer.steps=50`.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ _VARIABLE = re.compile(r"\$\{(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?::-(?P<default>[^
 
 
 class Section(BaseModel):
-    """Base of every configuration section: no unknown keys, immutable once built.
+    """Base class of configuration sections. Unknown keys are refused; instances are immutable.
 
     Attributes:
         renamed_keys: old key -> new key. An old key is refused with an error that names the new one.
-        renamed_values: key -> {old value: new value}, refused likewise.
+        renamed_values: key -> {old value: new value}, refused in the same way.
     """
 
     renamed_keys: ClassVar[Mapping[str, str]] = {}
@@ -38,7 +38,7 @@ class Section(BaseModel):
 
 
 class StageConfig(Section):
-    """What every stage needs: the folder it writes and its seed."""
+    """Keys of every stage: the output folder and the random seed."""
 
     out: Path
     seed: int = 0
@@ -48,22 +48,22 @@ SectionT = TypeVar("SectionT", bound=BaseModel)
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """A safe loader that refuses a key written twice in one mapping (YAML would silently keep the last)."""
+    """A safe loader that refuses duplicate keys (YAML would silently keep the last one)."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, typing.Hashable):
-                raise yaml.constructor.ConstructorError(None, None, "a key must be a plain word", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, "a key must be a plain string", key_node.start_mark)
             if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} occurs twice", key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
 
 
 def load_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Read one YAML mapping, fill in environment variables, apply dotted overrides.
+    """Read a YAML mapping, apply dotted overrides, and replace environment variables.
 
     Raises:
         ConfigError: the file is missing, is not YAML, is not a mapping, or an override has no `=`.
@@ -74,11 +74,11 @@ def load_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
     try:
         data = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
     except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}; mend the line named") from error
+        raise ConfigError(f"{path} is not valid YAML: {error}; correct the line named") from error
     if data is None:
         data = {}
     if not isinstance(data, dict):
-        raise ConfigError(f"{path} holds a {type(data).__name__} at the top, expected sections as `name: value`")
+        raise ConfigError(f"{path} holds a {type(data).__name__} at the top level, expected sections as `name: value`")
     for override in overrides:
         apply_override(data, override, source=str(path))
     return _expand(data, source=str(path))
@@ -106,10 +106,10 @@ def apply_override(data: dict[str, Any], override: str, *, source: str) -> None:
 
 
 def build(cls: type[SectionT], data: dict[str, Any], *, source: str, section: str) -> SectionT:
-    """Validate one section into its config class.
+    """Validate a section and build its configuration class.
 
     Raises:
-        ConfigError: names each wrong key, the file, the value found and what was expected.
+        ConfigError: the message names each invalid key, the file, the value and the expectation.
     """
     try:
         return cls.model_validate(data)
@@ -138,7 +138,7 @@ def _explain(cls: type[BaseModel], problem: dict[str, Any], section: str) -> str
 
 
 def _class_at(cls: type[BaseModel], path: Sequence[Any]) -> type[BaseModel]:
-    """The (nested) model whose field `path` leads into."""
+    """The nested configuration class that `path` leads to."""
     for part in path:
         if isinstance(part, str) and part in cls.model_fields:
             inner = _model_in(cls.model_fields[part].annotation)

@@ -1,20 +1,20 @@
-"""Errors for people. Every message says what was wrong, where (file, row, field), both values and the remedy."""
+"""Exceptions of mmsid. Every message names the fault, the place (file, row, field), both values and the remedy."""
 
 
 class MmsidError(Exception):
-    """Base of all errors that mmsid raises on purpose; the command line prints the message without a traceback."""
+    """Base class of all mmsid errors. The command line prints them without a traceback."""
 
 
 class ConfigError(MmsidError):
-    """A configuration file or override is wrong: names the key, the file and the remedy."""
+    """A configuration file or override is invalid. The message names the key, the file and the remedy."""
 
 
 class CatalogError(MmsidError):
-    """A catalogue cannot be read: names file, rows, field and the remedy."""
+    """A catalogue cannot be read. The message names file, rows, field and the remedy."""
 
 
 class PictureError(MmsidError):
-    """One picture cannot be used. `reason` is a short fixed code, never the decoder's own text (it may leak memory)."""
+    """One picture cannot be used. `reason` is a fixed code, never the decoder's own text, which may leak memory addresses."""
 
     def __init__(self, reason: str, message: str = "") -> None:
         super().__init__(message or reason)
@@ -22,11 +22,11 @@ class PictureError(MmsidError):
 
 
 class ArtifactError(MmsidError):
-    """A folder on disk is unfinished, of another schema version, or was made by another configuration."""
+    """An artefact folder is unfinished, damaged, of another schema version, or was made by another configuration."""
 
 
 class AnnotationError(MmsidError):
-    """Generated text breaks its schema, or a job's error rate is above its gate. `reason` is a short code."""
+    """Generated text violates its schema, or the error rate of a job exceeds its limit. `reason` is a fixed code."""
 
     def __init__(self, reason: str, message: str = "") -> None:
         super().__init__(message or reason)

@@ -1,4 +1,4 @@
-"""What a person sees while a stage works: a bar with rate and time left, and a last line that says what was written."""
+"""Progress bars with rate and remaining time, and the closing line of a stage."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ console = Console(stderr=True, highlight=False)
 
 
 def is_main_process() -> bool:
-    """True for the process that may talk to the user (rank 0 under `accelerate launch`)."""
+    """True on rank 0 of `accelerate launch`, and in a single process. Only this process prints."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 class _Rate(ProgressColumn):
-    """Units per second over the whole task: steadier than rich's moving window when batches are uneven."""
+    """Units per second over the whole task, which varies less than rich's moving window."""
 
     def render(self, task: Task) -> Text:
         elapsed = task.finished_time if task.finished else task.elapsed
@@ -37,13 +37,13 @@ def track(
     note: dict[str, object] | None = None,
     size: Callable[[T], int] = lambda element: 1,
 ) -> Iterator[T]:
-    """Yield from `iterable` while showing a bar: done/total, rate in `unit` per second, time left.
+    """Yield from `iterable` and show a progress bar: done/total, rate in `unit` per second, remaining time.
 
     Args:
-        what: the stage's name, at the left of the bar.
-        total: length when `iterable` has no `len`.
-        size: how many units an element is.
-        note: a dict that the caller fills as it goes (loss, reward); printed at the right of the bar.
+        what: label at the left of the bar.
+        total: length, if `iterable` has no `len`.
+        size: number of units per element.
+        note: a dict that the caller updates (loss, reward); shown at the right of the bar.
     """
     if total is None and hasattr(iterable, "__len__"):
         total = len(iterable)  # type: ignore[arg-type]
@@ -56,7 +56,7 @@ def track(
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    # time left from the last hour, not rich's last half minute: units such as jobs take longer than that
+    # estimate over the last hour instead of rich's 30 seconds: units such as jobs take minutes
     with Progress(*columns, console=console, disable=not is_main_process(), refresh_per_second=2, speed_estimate_period=3600.0) as progress:
         task = progress.add_task(what, total=total, unit=unit, note="")
         for element in iterable:
@@ -66,6 +66,6 @@ def track(
 
 
 def done(line: str) -> None:
-    """The last line of a stage: what was written and where."""
+    """Print the closing line of a stage: what was written, and where."""
     if is_main_process():
         console.print(line, markup=False, soft_wrap=True)

@@ -1,7 +1,6 @@
-"""One stage's work spread over a Ray cluster (extra `ray`): pieces in, results out, through a pool of actors of Ray Data.
+"""A pool of Ray Data actors that applies a worker to pieces of work (extra `ray`).
 
-A piece is what an actor works at in one go, and what is done again when the actor or its machine dies. Nothing here knows what
-the work is: a worker is built once in every actor, and called with one piece after another.
+Each actor builds its worker once. A piece is the unit of work that is repeated when an actor or its machine fails.
 """
 
 from __future__ import annotations
@@ -22,14 +21,14 @@ Engine = Literal["local", "ray"]
 
 
 class RayConfig(Section):
-    """How a stage spreads over a Ray cluster. It leaves no mark on what comes out, and stands in no manifest.
+    """Resources of a stage on a Ray cluster. They do not change the output and are not part of the manifest.
 
     Attributes:
-        address: of a running cluster; None = the environment's RAY_ADDRESS, or a Ray of this machine's own, started for the stage.
-        actors: how many workers; None = as many as fit.
-        cpus_per_actor: CPU slots of each; reading and decoding pictures happens there too (2 to 4 for every 100 pictures a second).
-        gpus_per_actor: None = 1 where the cluster has GPUs, else 0.
-        rows_per_task: what is lost, and done again, when an actor dies.
+        address: of a running cluster. None: the environment variable RAY_ADDRESS, or a local Ray that is started for the stage.
+        actors: number of actors. None: as many as fit.
+        cpus_per_actor: CPU slots of each actor. Pictures are decoded there too: 2 to 4 slots per 100 pictures per second.
+        gpus_per_actor: GPU slots of each actor. None: 1 if the cluster has GPUs, else 0.
+        rows_per_task: rows per piece; a piece is repeated when its actor fails.
     """
 
     address: str | None = None
@@ -41,10 +40,10 @@ class RayConfig(Section):
 
 @contextlib.contextmanager
 def ray_cluster(config: RayConfig) -> Iterator[Any]:
-    """The module `ray`, connected; a Ray that was started here is shut down at the end.
+    """Connect to Ray and yield the module `ray`. A Ray that was started here is shut down at the end.
 
     Raises:
-        ConfigError: the extra `ray` is not installed, the address leads to no cluster, or Ray does not start.
+        ConfigError: the extra `ray` is not installed, no cluster answers at the address, or Ray does not start.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
@@ -56,9 +55,9 @@ def ray_cluster(config: RayConfig) -> Iterator[Any]:
     if started:
         try:
             ray.init(address=config.address, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-        except Exception as error:  # Ray raises bare ones
+        except Exception as error:  # Ray raises untyped exceptions
             where = f"no Ray cluster answers at {config.address!r}" if config.address else "Ray does not start here"
-            raise ConfigError(f"{where} ({str(error).splitlines()[0]}); see to it, or use the local engine") from error
+            raise ConfigError(f"{where} ({str(error).splitlines()[0]}); start the cluster or use the local engine") from error
     try:
         yield ray
     finally:
@@ -67,13 +66,12 @@ def ray_cluster(config: RayConfig) -> Iterator[Any]:
 
 
 def map_on_actors(ray: Any, make_worker: Callable[[], Worker], pieces: Iterable[Any], config: RayConfig) -> Iterator[Any]:
-    """`worker(piece)` of every piece, in whatever order they are done; every actor holds one `make_worker()`.
+    """Yield `worker(piece)` of every piece, in order of completion. Every actor calls `make_worker()` once.
 
-    Actors that die are started anew, and their piece is given to another. An error of our own in a worker ends the work and is
-    raised here as it was there.
+    Ray restarts actors that die and repeats their pieces. An `MmsidError` of a worker stops the work and is raised here.
 
     Raises:
-        ConfigError: the cluster has not the slots that the actors ask for (Ray itself would wait for ever).
+        ConfigError: the cluster lacks the slots that the actors need (Ray itself would wait forever).
     """
     from ray.data import ActorPoolStrategy, DataContext, from_arrow_refs
 
@@ -101,7 +99,7 @@ def map_on_actors(ray: Any, make_worker: Callable[[], Worker], pieces: Iterable[
 
 
 class _Actor:
-    """Lives in a Ray actor; the worker is built with the first piece, so that its errors come home like any other."""
+    """Callable of a Ray actor. It builds the worker with the first piece, so that errors of the construction are returned too."""
 
     def __init__(self, make_worker: bytes) -> None:
         self._make_worker, self._worker = pickle.loads(make_worker), None
@@ -117,7 +115,7 @@ class _Actor:
 
 
 def pickle_by_value(value: Any) -> bytes:
-    """Bytes that another process can build `value` from, functions of a script included."""
+    """Pickle `value` with cloudpickle, which also handles functions defined in a script."""
     from ray import cloudpickle
 
     return cloudpickle.dumps(value)
@@ -140,20 +138,20 @@ def _gpus(ray: Any, config: RayConfig) -> float:
 
 
 def _actors(ray: Any, config: RayConfig, gpus: float) -> int:
-    """How many actors: as asked for when they fit, else as many as fit.
+    """Number of actors: `config.actors`, or as many as fit.
 
-    One CPU slot stays free for Ray's own tasks: a pool that holds every slot starves whatever feeds it.
+    One CPU slot stays free for Ray's own tasks. A pool that takes every slot blocks the tasks that feed it.
     """
-    there = ray.cluster_resources()
-    cpu_slots, gpu_slots = there.get("CPU", 0.0) - 1, there.get("GPU", 0.0)
+    resources = ray.cluster_resources()
+    cpu_slots, gpu_slots = resources.get("CPU", 0.0) - 1, resources.get("GPU", 0.0)
     fit = int(cpu_slots / config.cpus_per_actor)
     if gpus:
         fit = min(fit, int(gpu_slots / gpus))
-    wanted = config.actors or fit
-    if fit < 1 or wanted > fit:
+    actors = config.actors or fit
+    if fit < 1 or actors > fit:
         raise ConfigError(
-            f"ray: {wanted or 1} actors of {config.cpus_per_actor:g} CPU and {gpus:g} GPU slots do not fit into the cluster's "
-            f"{there.get('CPU', 0):g} CPU (one stays free for Ray's own tasks) and {gpu_slots:g} GPU; lower ray.actors or "
+            f"ray: {actors or 1} actors of {config.cpus_per_actor:g} CPU and {gpus:g} GPU slots do not fit into the cluster's "
+            f"{resources.get('CPU', 0):g} CPU (one stays free for Ray's own tasks) and {gpu_slots:g} GPU; lower ray.actors or "
             "ray.cpus_per_actor, or add machines"
         )
-    return wanted
+    return actors

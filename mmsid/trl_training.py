@@ -1,4 +1,4 @@
-"""What TRL's trainers have in common here: arguments that touch no hub and no tracker unasked, our progress bar, one log file."""
+"""Shared setup of TRL trainers: offline arguments, the progress bar of mmsid, and a JSON-lines log."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from mmsid.progress import is_main_process, track
 
 
 def plain_arguments(scratch: Path, *, steps: int, lr: float, seed: int, log_every: int = 10) -> dict[str, Any]:
-    """Keyword arguments for any TRL configuration: fp32, cosine rate after 5 % warm-up, no checkpoints, no reports, dropout off.
+    """Keyword arguments for a TRL configuration: fp32, cosine schedule with 5 % warm-up, no checkpoints, no reports, no dropout.
 
     Args:
-        scratch: a folder that the trainer may create and fill; `train_quietly` removes it.
+        scratch: output folder of the trainer; `train_quietly` removes it.
         steps: optimiser steps.
-        log_every: steps between two lines of the log.
+        log_every: steps between two log records.
     """
     return {
         "output_dir": str(scratch),
@@ -42,12 +42,12 @@ def plain_arguments(scratch: Path, *, steps: int, lr: float, seed: int, log_ever
 
 
 def train_quietly(trainer: Trainer, what: str, log: Path, shown: dict[str, str]) -> None:
-    """`trainer.train()` under our bar instead of its own prints.
+    """Run `trainer.train()` with the progress bar of mmsid instead of the trainer's own output.
 
     Args:
-        what: the stage's name, at the left of the bar.
-        log: every record that the trainer logs becomes one line of JSON there.
-        shown: logged name -> what the bar calls it.
+        what: label at the left of the bar.
+        log: file that receives one line of JSON per log record.
+        shown: log key -> label in the bar.
     """
     for printer in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printer)

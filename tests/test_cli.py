@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mmsid import cli
+from mmsid import cli, stages
 from mmsid.config import load_yaml
 from mmsid.errors import ConfigError
 
@@ -14,14 +14,14 @@ SCRIPTS = Path(__file__).parents[1] / "scripts"
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_shipped_configuration_is_accepted(path):
-    configs = cli.wire(load_yaml(path), source=str(path))
-    assert configs and list(configs) == [stage for stage in cli.STAGES if stage in configs]
+    configs = stages.stage_configs(load_yaml(path), source=str(path))
+    assert configs and list(configs) == [stage for stage in stages.STAGES if stage in configs]
     if "assign" in configs:
         assert configs["assign"].tokenizer == configs["train_tokenizer"].out
 
 
 def test_a_stage_finds_what_earlier_stages_wrote():
-    configs = cli.wire(load_yaml(CONFIGS[0].with_name("demo.yaml"), ["name=x", "runs=/r"]), source="demo.yaml")
+    configs = stages.stage_configs(load_yaml(CONFIGS[0].with_name("demo.yaml"), ["name=x", "runs=/r"]), source="demo.yaml")
     assert configs["train_tokenizer"].captions == Path("/r/x/caption")
     assert configs["refine"].sids == Path("/r/x/assign")
     assert configs["train_recommender"].variants["ours_refined"] == Path("/r/x/refine/sids")
@@ -39,7 +39,7 @@ def test_a_stage_finds_what_earlier_stages_wrote():
 )
 def test_mistakes_name_the_key(data, words):
     with pytest.raises(ConfigError, match=words):
-        cli.wire(data, source="run.yaml")
+        stages.stage_configs(data, source="run.yaml")
 
 
 def test_errors_are_one_line_and_exit_code_1(capsys, tmp_path):
@@ -59,4 +59,4 @@ def test_an_unknown_command_lists_the_known_ones(capsys):
 def test_there_is_a_script_for_every_stage_that_trains_or_writes():
     named = {path.stem for path in SCRIPTS.glob("*.py")}
     started_by = {"refine": "train_rl", "text_quality": "train_reward", "sid_reward": "train_reward"}
-    assert {started_by.get(stage, stage) for stage in cli.STAGES} - {"report"} <= named
+    assert {started_by.get(stage, stage) for stage in stages.STAGES} - {"report"} <= named

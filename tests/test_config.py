@@ -1,13 +1,13 @@
-"""Strict configuration: every mistake is answered with the key, the file and the remedy."""
+"""Strict configuration: every error names the key, the file and the remedy."""
 
 from pathlib import Path
 from typing import ClassVar, Literal
 
 import pytest
 
-from mmsid.cli import wire
 from mmsid.config import Section, build, load_yaml
 from mmsid.errors import ConfigError
+from mmsid.stages import stage_configs
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -66,13 +66,13 @@ def test_build_names_key_file_and_remedy(data, words):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("a: 1\na: 2\n", "stands twice"),
+        ("a: 1\na: 2\n", "occurs twice"),
         ("- 1\n", "expected sections"),
         ("a: [1\n", "not valid YAML"),
         ("!!python/object:os.system {}", "not valid YAML"),
     ],
 )
-def test_broken_yaml_is_told(tmp_path, text, words):
+def test_invalid_yaml_is_refused(tmp_path, text, words):
     with pytest.raises(ConfigError, match=words):
         load_yaml(write(tmp_path, text))
 
@@ -125,4 +125,4 @@ def test_old_names_are_refused_with_the_new_one(data, words):
 )
 def test_keys_of_earlier_versions_are_refused_with_their_new_name(override, new):
     with pytest.raises(ConfigError, match=new):
-        wire(load_yaml(CONFIGS / "demo.yaml", [override]), source="demo.yaml")
+        stage_configs(load_yaml(CONFIGS / "demo.yaml", [override]), source="demo.yaml")

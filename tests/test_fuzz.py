@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mmsid import cli
+from mmsid import stages
 from mmsid.annotate.records import parse_caption, parse_interests
 from mmsid.catalog import CatalogConfig, Fields, PictureLimits, load_picture, read_catalog
 from mmsid.catalog.picture_decoding import REASONS
@@ -246,7 +246,7 @@ CONFIGURATIONS = st.tuples(
 def load_a_configuration(place: Path, value: tuple[bytes, list[str]]) -> None:
     data, overrides = value
     write(place / "run.yaml", data)
-    cli.wire(load_yaml(place / "run.yaml", overrides), source="run.yaml")
+    stages.stage_configs(load_yaml(place / "run.yaml", overrides), source="run.yaml")
 
 
 # SID files

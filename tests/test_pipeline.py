@@ -9,9 +9,9 @@ import pytest
 
 from mmsid.artifacts import read_json, read_manifest, read_table, write_table
 from mmsid.catalog.demo import write_demo_catalog
-from mmsid.cli import run_stages, wire
 from mmsid.config import load_yaml
 from mmsid.sids.folder import read_sid_folder
+from mmsid.stages import run_stages, stage_configs
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SMALL = [
@@ -63,7 +63,7 @@ def test_permuted_rows_and_ids_give_the_same_figures(tmp_path):
         overrides += [f"catalog.image_root={tmp_path / 'a'}", f"name={name}", f"runs={tmp_path / 'runs'}", *SMALL]
         data = load_yaml(CONFIGS / "demo.yaml", [*overrides, "train_recommender.truth=null"])
         data.pop("report")
-        run_stages(wire(data, "demo.yaml"))
+        run_stages(stage_configs(data, "demo.yaml"))
     assert figures(tmp_path / "runs" / "a") == figures(tmp_path / "runs" / "b")
 
 
@@ -80,7 +80,7 @@ def test_a_subset_of_the_real_catalogues_walks_every_stage(tmp_path, monkeypatch
     # a captioner of nine steps writes nothing that parses: the gate is told, and what matters is that every row is accounted for
     overrides += ["caption.max_quarantined=1.0", "caption.retries=0", "caption.max_new_tokens=24"]
     overrides += [small for small in SMALL if small.split(".")[0] in data] + ([f"catalog.max_users={users}"] if users else [])
-    configs = wire(load_yaml(path, overrides), str(path))
+    configs = stage_configs(load_yaml(path, overrides), str(path))
     run_stages(configs)
     counts = read_manifest(configs["caption"].out, "caption")["counts"]
     assert counts["in"] == counts["ok"] + counts["quarantined"] >= items

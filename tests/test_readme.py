@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from mmsid.cli import wire
 from mmsid.config import load_yaml
+from mmsid.stages import stage_configs
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -52,7 +52,7 @@ def test_the_readme_has_commands_and_names_only_files_that_exist():
 def test_the_yaml_of_the_readme_is_accepted(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text(re.search(r"```yaml\n(.*?)```", README, re.S)[1])
-    assert list(wire(load_yaml(path), str(path)))[-1] == "report"
+    assert list(stage_configs(load_yaml(path), str(path)))[-1] == "report"
 
 
 @pytest.mark.slow

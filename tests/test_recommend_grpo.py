@@ -22,7 +22,6 @@ from trl import GRPOConfig
 
 from mmsid.artifacts import read_manifest, write_table, writing
 from mmsid.catalog.demo import write_demo_catalog
-from mmsid.cli import run_stages
 from mmsid.errors import ArtifactError, MmsidError
 from mmsid.recommend.beam_search import beam_item_scores, beam_search
 from mmsid.recommend.flat import FlatShape
@@ -34,6 +33,7 @@ from mmsid.recommend.rewards import PathRewards, reward_parts
 from mmsid.recommend.training import Schedule, fit
 from mmsid.recommend.trie_constraint import TrieConstraint
 from mmsid.sids.trie import Trie
+from mmsid.stages import run_stages
 from mmsid.trl_training import plain_arguments, train_quietly
 
 ROOT = Path(__file__).parents[1]

@@ -7,7 +7,7 @@ import torch
 from tiny_backbones import tiny_bert, tiny_decoder
 from tiny_catalog import write_annotations, write_catalog
 
-from mmsid import cli
+from mmsid import stages
 from mmsid.artifacts import read_json, read_tensors
 from mmsid.backbone.lora import LoraSettings
 from mmsid.config import load_yaml
@@ -35,7 +35,7 @@ def world(tmp_path_factory) -> dict:
 
 def named(*overrides: str) -> train.TrainTokenizerConfig:
     """The shipped configuration, with overrides of its tokenizer."""
-    return cli.wire(load_yaml(CONFIG, [f"train_tokenizer.{one}" for one in overrides]), str(CONFIG))["train_tokenizer"]
+    return stages.stage_configs(load_yaml(CONFIG, [f"train_tokenizer.{one}" for one in overrides]), str(CONFIG))["train_tokenizer"]
 
 
 def test_the_named_configuration_is_the_published_loss() -> None:

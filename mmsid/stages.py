@@ -1,0 +1,168 @@
+"""The stages of the pipeline: their order, their configurations, and how one run connects them.
+
+A stage is `run(config) -> folder`. A run is one YAML with a section per stage. Stage modules are imported on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from mmsid.artifacts import input_hashes, is_complete, plain, read_manifest
+from mmsid.config import Section, StageConfig, build
+from mmsid.errors import ArtifactError, ConfigError
+from mmsid.progress import done
+
+# stage -> its configuration class and its function, in the order in which a run executes them
+_STAGES = {
+    "train_captioner": ("mmsid.annotate.captioner.config:TrainCaptionerConfig", "mmsid.annotate.captioner.stage:run"),
+    "caption": ("mmsid.annotate.caption:CaptionConfig", "mmsid.annotate.caption:run"),
+    "interests": ("mmsid.annotate.interests:InterestsConfig", "mmsid.annotate.interests:run"),
+    "judge": ("mmsid.annotate.judge:JudgeConfig", "mmsid.annotate.judge:run"),
+    "text_quality": ("mmsid.annotate.quality.stage:TextQualityConfig", "mmsid.annotate.quality.stage:run"),
+    "train_tokenizer": ("mmsid.tokenizer.train_config:TrainTokenizerConfig", "mmsid.tokenizer.train:run"),
+    "assign": ("mmsid.tokenizer.assign:AssignConfig", "mmsid.tokenizer.assign:run"),
+    "stability": ("mmsid.tokenizer.stability:StabilityConfig", "mmsid.tokenizer.stability:run"),
+    "baselines": ("mmsid.tokenizer.baselines:BaselinesConfig", "mmsid.tokenizer.baselines:run"),
+    "sid_reward": ("mmsid.refine.sid_reward:SidRewardConfig", "mmsid.refine.sid_reward:run"),
+    "refine": ("mmsid.refine.config:RefineConfig", "mmsid.refine.stage:run"),
+    "train_recommender": ("mmsid.recommend.train:TrainRecommenderConfig", "mmsid.recommend.train:run"),
+    "train_recommender_rl": ("mmsid.recommend.reinforce:TrainRecommenderRLConfig", "mmsid.recommend.reinforce:run"),
+    "report": ("mmsid.report.summary:ReportConfig", "mmsid.report.summary:run"),
+}
+STAGES = tuple(_STAGES)
+ON_RAY = ("caption", "interests", "assign")  # stages that accept engine="ray"
+
+
+class RunHeader(Section):
+    """The keys at the top of a run's YAML that are not stages."""
+
+    name: str
+    runs: Path = Path("runs")
+    seed: int = 0
+    catalog: dict[str, Any]
+
+
+def stage_configs(data: Mapping[str, Any], source: str) -> dict[str, StageConfig]:
+    """Build one configuration per stage from a run's YAML, in run order.
+
+    The catalogue, the seed and the folders of earlier stages are filled in where a section does not set them.
+
+    Args:
+        data: the YAML as read by `load_yaml`.
+        source: file name for error messages.
+
+    Raises:
+        ConfigError: unknown section or key, wrong type, missing key. The message names key, file and remedy.
+    """
+    unknown = sorted(set(data) - set(STAGES) - set(RunHeader.model_fields))
+    if unknown:
+        known = ", ".join([*RunHeader.model_fields, *STAGES])
+        raise ConfigError(f"{source}: unknown section {unknown[0]}; known sections: {known}")
+    header = build(RunHeader, {key: value for key, value in data.items() if key not in STAGES}, source=source, section="")
+    sections = {stage: data[stage] or {} for stage in STAGES if stage in data}
+    folders = {stage: header.runs / header.name / stage for stage in sections}
+    configs: dict[str, StageConfig] = {}
+    for stage, section in sections.items():
+        if not isinstance(section, dict):
+            raise ConfigError(f"{source}: section {stage} is {section!r}, expected keys below it (or nothing for the defaults)")
+        cls = _config_class(stage)
+        filled = {"out": folders[stage], "seed": header.seed, "catalog": header.catalog, **_upstream(stage, folders, header, configs)}
+        filled = {key: value for key, value in filled.items() if key in cls.model_fields and value is not None}
+        configs[stage] = build(cls, {**filled, **section}, source=source, section=stage)
+    return configs
+
+
+def run_stages(configs: Mapping[str, StageConfig], redo: Sequence[str] = (), engine: str = "local") -> None:
+    """Run every stage in order. Finished and unchanged folders are kept.
+
+    Args:
+        redo: stages whose folders are removed first, together with those of all later stages.
+        engine: "local" or "ray"; used by the stages in `ON_RAY`.
+
+    Raises:
+        ArtifactError: a finished folder was written with another configuration or other inputs.
+        ConfigError: `redo` names a stage that `configs` lacks.
+    """
+    for stage in redo:
+        if stage not in configs:
+            raise ConfigError(f"--redo {stage}: the configuration has no such stage; it has {', '.join(configs)}")
+    redone = False
+    for stage, config in configs.items():
+        redone = redone or stage in redo
+        if redone:
+            shutil.rmtree(config.out, ignore_errors=True)
+        if is_complete(config.out):
+            _check_unchanged(stage, config)
+            done(f"{stage}: finished earlier, kept ({config.out})")
+            continue
+        _run_function(stage, config)(config, **({"engine": engine} if stage in ON_RAY else {}))
+
+
+def run_stage(stage: str, settings: Mapping[str, Any], engine: str = "local") -> Path:
+    """Run one stage from the keys of its configuration section. Returns the folder written.
+
+    Raises:
+        ConfigError: a key is unknown, missing or of the wrong type.
+        ArtifactError: the folder was finished with other settings or other inputs.
+    """
+    config = build(_config_class(stage), dict(settings), source=f"mmsid stage {stage}", section=stage)
+    run_stages({stage: config}, engine=engine)
+    return config.out
+
+
+def _config_class(stage: str) -> type[StageConfig]:
+    return _imported(_STAGES[stage][0])
+
+
+def _run_function(stage: str, config: StageConfig) -> Callable[..., Path]:
+    """The stage's function. Functions of packages that it may not import itself are passed to it."""
+    run = _imported(_STAGES[stage][1])
+    if stage == "refine":
+        return partial(run, quick_recommender=_imported("mmsid.recommend.train:quick_recommender")(config.catalog))
+    if stage == "stability":
+        reannotate = _imported("mmsid.annotate.reannotate:reannotate")
+        return partial(run, reannotate=partial(reannotate, config.captions, config.interests))
+    return run
+
+
+def _imported(name: str) -> Any:
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def _upstream(stage: str, folders: Mapping[str, Path], header: RunHeader, configs: Mapping[str, StageConfig]) -> dict[str, Any]:
+    """Folders of earlier stages, by the configuration key that reads them. `configs`: those built so far."""
+    variants = {method: folders["baselines"] / method for method in configs["baselines"].methods} if "baselines" in configs else {}
+    if "assign" in configs:
+        variants["ours"] = folders["assign"]
+    if "refine" in configs:
+        variants["ours_refined"] = folders["refine"] / "sids"
+    return {
+        "model": folders.get("train_captioner") if stage == "caption" else None,
+        "cache": header.runs / ".cache" / "annotations.sqlite",
+        "captions": folders.get("caption"),
+        "interests": folders.get("interests"),
+        "judgements": folders.get("judge"),
+        "text_quality": folders.get("text_quality"),
+        "tokenizer": folders.get("train_tokenizer"),
+        "sids": folders.get("assign"),
+        "variants": variants if stage == "train_recommender" and variants else None,
+        "run": header.runs / header.name,
+    }
+
+
+def _check_unchanged(stage: str, config: StageConfig) -> None:
+    manifest = read_manifest(config.out, stage)
+    was, now = manifest["config"], plain(config)
+    changed = [f"{key} was {was.get(key)!r}, is {now.get(key)!r}" for key in sorted(set(was) | set(now)) if was.get(key) != now.get(key)]
+    paths = {name: Path(path) for name, path in manifest["input_paths"].items()}
+    hashes = input_hashes(paths)
+    changed += [f"its input {name} ({paths[name]}) has changed" for name in paths if hashes[name] != manifest["inputs"][name]]
+    if changed:
+        remedy = f"--redo {stage} writes it and all later stages again; another `name:` keeps both"
+        raise ArtifactError(f"{config.out} was finished with another configuration: {'; '.join(changed)}. {remedy}")
