@@ -1,4 +1,4 @@
-"""Every command of the README is run: those of the first screen by `.ci/run` (`make demo`, `make test`), the others here, made small."""
+"""Every command and every Python snippet of README and docs runs: `make demo` and `make test` in `.ci/run`, the others here, made small."""
 
 import os
 import re
@@ -13,10 +13,27 @@ from mmsid.config import load_yaml
 from mmsid.stages import stage_configs
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.S)
-COMMANDS = [line.split("  #")[0].strip() for block in BLOCKS for line in block.splitlines() if line.strip() and not line.startswith("#")]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", TEXT, re.S)
+
+
+LINES = [
+    line.split("  #")[0].strip() for block in blocks("bash") for line in block.splitlines() if line.strip() and not line.startswith("#")
+]
+COMMANDS = list(dict.fromkeys(LINES))
+FIRST = ("mmsid run configs/demo.yaml", "mmsid bundle")  # the others read what these write
+QUALITY = ["text_quality.model.steps=150", "text_quality.least_accuracy=0.6", "text_quality.most_calibration_error=0.5"]
 SMALL = {
+    "train_reward.py": QUALITY,
+    "train_recommender_rl.py": [
+        "train_recommender_rl.schedule={epochs: 2}",
+        "train_recommender_rl.reinforcement={steps: 3, histories: 4, group: 4}",
+        *QUALITY,
+    ],
     "mmsid stability": ["stability.max_items=20"],
     "configs/demo.yaml": [
         "train_tokenizer.steps=2",
@@ -33,7 +50,7 @@ SMALL = {
         "train_captioner.drawn.cards=64",
         "train_captioner.drawn.held_out=8",
         "train_captioner.drawn.seen=0",
-        *[f"train_captioner.{phase}={{steps: 2, batch_size: 8}}" for phase in ("see", "tell", "joint")],
+        *[f"train_captioner.{phase}={{steps: 2, batch_size: 8}}" for phase in ("vision_warmup", "captioning", "joint")],
     ],
     "bench --dataset demo": ["suite.schedule.epochs=1", "dataset.codebook_size=16"],
     "benchmarks/decoding.py": ["--items", "500", "--batch", "2", "--beam", "4", "--repeats", "1", "--out", "decoding.json"],
@@ -42,34 +59,60 @@ SMALL = {
     "benchmarks/assignment.py": ["--rows", "1000", "--dim", "16", "--sizes", "1000", "--repeats", "1", "--out", "assignment.json"],
 }
 
+PREPARED = {  # what the text around a snippet presupposes
+    "processor = mmsid.TrieLogitsProcessor.from_table(bundle.table, text_tokenizer, prompt_length=prompt.shape[1])": """
+import sys, torch, mmsid
+from transformers import GPT2Config, GPT2LMHeadModel
+sys.path.insert(0, TESTS)
+from tiny_backbones import tiny_tokenizer
+bundle, text_tokenizer, prompt = mmsid.load_bundle("runs/demo/bundle"), tiny_tokenizer(), torch.tensor([[1, 2]])
+text_tokenizer.add_tokens(bundle.table.vocabulary())
+model = GPT2LMHeadModel(GPT2Config(vocab_size=len(text_tokenizer), n_embd=16, n_layer=1, n_head=2))
+""".replace("TESTS", repr(str(ROOT / "tests"))),
+    'catalog = {"items": "data/items.parquet", "sequences": "data/sequences.parquet"}': """
+import mmsid, os
+os.symlink("demo/catalog", "data")
+""",
+}
 
-def test_the_readme_has_commands_and_names_only_files_that_exist():
-    assert "make demo" in COMMANDS and "make test" in COMMANDS and len(COMMANDS) >= 8
-    for path in re.findall(r"(?:configs|scripts|benchmarks|prompts)/[\w./-]*\w", README):
-        assert (ROOT / path).exists(), f"README names {path}, which is not there"
+
+def test_the_pages_name_only_files_that_exist():
+    assert "make demo" in COMMANDS and "make test" in COMMANDS and len(COMMANDS) >= 20
+    for path in re.findall(r"(?:configs|scripts|benchmarks|prompts)/[\w./-]*\w", TEXT):
+        assert (ROOT / path).exists(), f"README or docs name {path}, which does not exist"
+    for page in PAGES:
+        for link in re.findall(r"\]\(([\w./-]+)\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / link).exists(), f"{page.name} links to {link}, which does not exist"
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 160
 
 
 def test_the_yaml_of_the_readme_is_accepted(tmp_path):
     path = tmp_path / "mine.yaml"
-    path.write_text(re.search(r"```yaml\n(.*?)```", README, re.S)[1])
+    path.write_text(blocks("yaml")[0])
     assert list(stage_configs(load_yaml(path), str(path)))[-1] == "report"
 
 
 @pytest.mark.slow
-def test_every_other_command_runs(tmp_path):
-    """In the README's order, in an empty folder, with overrides that make each stage small."""
+def test_every_other_command_and_snippet_runs(tmp_path):
+    """In an empty folder, with overrides that make each stage small."""
     for name in ("benchmarks", "configs", "scripts"):
         (tmp_path / name).symlink_to(ROOT / name)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = os.environ | {"PATH": path, "OMP_NUM_THREADS": "2"}
 
-    def call(command: str) -> None:
-        done = subprocess.run(shlex.split(command), cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)
-        assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    def call(command: list[str], shown: str) -> None:
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)
+        assert done.returncode == 0, f"{shown}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
 
-    call("mmsid demo-catalog demo/catalog --items 150 --users 120 --seed 0")
-    for command in COMMANDS:
+    call(shlex.split("mmsid demo-catalog demo/catalog --items 150 --users 120 --seed 0"), "demo-catalog")
+    ordered = sorted(COMMANDS, key=lambda command: next((at for at, part in enumerate(FIRST) if command.startswith(part)), len(FIRST)))
+    for command in ordered:
         if command.startswith("make "):
             continue
         small = next((overrides for part, overrides in SMALL.items() if part in command), [])
-        call(" ".join([command.replace("/tmp/ads", str(tmp_path / "ads")), *map(shlex.quote, small)]))
+        call([*shlex.split(command.replace("/tmp/ads", str(tmp_path / "ads"))), *small], command)
+    for snippet in blocks("python"):
+        call([sys.executable, "-c", PREPARED.get(snippet.split("\n")[0], "") + snippet], snippet)

@@ -1,0 +1,179 @@
+"""The stages of the pipeline as Python functions.
+
+Every function takes the keys of its section in a run's YAML as keyword arguments, writes one artefact folder, and returns its path.
+A finished and unchanged folder is kept; captioning, interests and tokenizer training resume after an interruption.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from pydantic import BaseModel
+
+from mmsid.ray_pool import Engine
+from mmsid.stages import run_stage
+
+PathLike: TypeAlias = str | Path
+CatalogSettings: TypeAlias = Mapping[str, Any] | BaseModel | PathLike
+
+
+def _run(stage: str, out: PathLike, catalog: CatalogSettings | None, settings: Mapping[str, Any], engine: Engine = "local") -> Path:
+    given = {"out": out, **settings}
+    if catalog is not None:
+        given["catalog"] = {"items": catalog} if isinstance(catalog, (str, Path)) else catalog
+    return run_stage(stage, given, engine)
+
+
+def train_captioner(out: PathLike, catalog: CatalogSettings | None = None, **settings: Any) -> Path:
+    """Train a small vision-language model, or LoRA adapters on a hub model, to caption the pictures of a catalogue.
+
+    Args:
+        out: model folder to write. `AutoProcessor` and `AutoModelForImageTextToText` load it.
+        catalog: keys of the `catalog:` section, or the path of its items table. None: drawn demo ads (`source="drawn"`).
+        settings: keys of `TrainCaptionerConfig`.
+
+    Raises:
+        ConfigError, CatalogError, ArtifactError: invalid settings, catalogue or folders.
+    """
+    return _run("train_captioner", out, catalog, settings)
+
+
+def caption(out: PathLike, catalog: CatalogSettings, *, engine: Engine = "local", **settings: Any) -> Path:
+    """Caption every picture of a catalogue with a vision-language model (CMSA, arXiv 2604.20861).
+
+    Args:
+        out: folder to write: `shards/part-*.parquet` with one row per picture, `in = ok + quarantined`.
+        catalog: keys of the `catalog:` section, or the path of its items table.
+        engine: "local", or "ray" for a Ray cluster.
+        settings: keys of `CaptionConfig`, for example `model="Qwen/Qwen2.5-VL-3B-Instruct"`.
+
+    Raises:
+        ConfigError, CatalogError, ArtifactError: invalid settings, catalogue or folders.
+        AnnotationError: too many rows failed.
+    """
+    return _run("caption", out, catalog, settings, engine)
+
+
+def interests(out: PathLike, catalog: CatalogSettings, *, engine: Engine = "local", **settings: Any) -> Path:
+    """Mine the interests behind every item (DCIM, arXiv 2604.20861): descriptors with confidences and a summary.
+
+    Args:
+        out: folder to write: one row per item.
+        catalog: keys of the `catalog:` section, or the path of its items table.
+        engine: "local", or "ray" for a Ray cluster.
+        settings: keys of `InterestsConfig`: `model`, or `generator="coengagement"`, and `captions`, a finished caption folder.
+
+    Raises:
+        As `caption`.
+    """
+    return _run("interests", out, catalog, settings, engine)
+
+
+def judge(out: PathLike, catalog: CatalogSettings, **settings: Any) -> Path:
+    """Label every mined descriptor 0 or 1 with a language model. Keys: `JudgeConfig`. Raises as `caption`."""
+    return _run("judge", out, catalog, settings)
+
+
+def train_text_quality(out: PathLike, catalog: CatalogSettings, **settings: Any) -> Path:
+    """Train the reward model of mined interests from judged descriptors. Keys: `TextQualityConfig`."""
+    return _run("text_quality", out, catalog, settings)
+
+
+def train_tokenizer(out: PathLike, catalog: CatalogSettings, **settings: Any) -> Path:
+    """Train an item tokenizer: one backbone that gives Semantic IDs and an embedding (UniSID, arXiv 2602.10445).
+
+    Args:
+        out: tokenizer folder to write; `ItemTokenizer.from_pretrained(out)` loads it.
+        catalog: keys of the `catalog:` section, or the path of its items table.
+        settings: keys of `TrainTokenizerConfig`: `captions` and `interests` (finished folders), `num_levels`, `codebook_size`, `steps`.
+
+    Raises:
+        ConfigError, CatalogError, ArtifactError: invalid settings, catalogue or folders.
+        MmsidError: a gradient is NaN or infinite.
+    """
+    return _run("train_tokenizer", out, catalog, settings)
+
+
+def assign(out: PathLike, catalog: CatalogSettings, tokenizer: PathLike, *, engine: Engine = "local", **settings: Any) -> Path:
+    """Assign a Semantic ID to every item of a catalogue.
+
+    Args:
+        out: SID folder to write: `sids.parquet`, embeddings, trie, intrinsic metrics, exports. `SidTable.load(out)` reads it.
+        catalog: keys of the `catalog:` section, or the path of its items table.
+        tokenizer: tokenizer folder.
+        engine: "local", or "ray" for a Ray cluster.
+        settings: keys of `AssignConfig`. `append=FOLDER` keeps the published codes of an earlier SID folder.
+
+    Raises:
+        ConfigError, CatalogError, ArtifactError: invalid settings, catalogue or folders.
+        MmsidError: the catalogue holds more distinct items than there are Semantic IDs.
+    """
+    return _run("assign", out, catalog, {"tokenizer": tokenizer, **settings}, engine)
+
+
+def stability(out: PathLike, catalog: CatalogSettings, tokenizer: PathLike, **settings: Any) -> Path:
+    """Measure code stability: flip rates under shortened captions, JPEG compression and crops. Keys: `StabilityConfig`."""
+    return _run("stability", out, catalog, {"tokenizer": tokenizer, **settings})
+
+
+def baselines(out: PathLike, catalog: CatalogSettings, **settings: Any) -> Path:
+    """Make Semantic IDs with baseline methods (random, RQ-KMeans, RQ-VAE, balanced RQ). Keys: `BaselinesConfig`."""
+    return _run("baselines", out, catalog, settings)
+
+
+def train_sid_reward(out: PathLike, catalog: CatalogSettings, tokenizer: PathLike, sids: PathLike, **settings: Any) -> Path:
+    """Train the reward model of Semantic IDs and report its held-out accuracy. Keys: `SidRewardConfig`."""
+    return _run("sid_reward", out, catalog, {"tokenizer": tokenizer, "sids": sids, **settings})
+
+
+def refine_tokenizer(out: PathLike, catalog: CatalogSettings, tokenizer: PathLike, sids: PathLike, **settings: Any) -> Path:
+    """Refine the SID head by policy optimisation under a learned reward (QARM, arXiv 2604.20861), behind an acceptance gate.
+
+    Args:
+        out: folder to write: `tokenizer/` and `sids/` (refined, or unchanged if the gate refuses), `gate.json`, `log.jsonl`.
+        catalog: keys of the `catalog:` section with `sequences`, or the path of its items table.
+        tokenizer, sids: the start: a tokenizer folder and the SID folder that it assigned.
+        settings: keys of `RefineConfig`.
+
+    Raises:
+        ConfigError, CatalogError, ArtifactError: invalid settings, catalogue or folders.
+    """
+    return _run("refine", out, catalog, {"tokenizer": tokenizer, "sids": sids, **settings})
+
+
+def train_recommender(out: PathLike, catalog: CatalogSettings, variants: Mapping[str, PathLike], **settings: Any) -> Path:
+    """Train a recommender on every SID folder of `variants` and rank the full catalogue beside classical baselines.
+
+    Args:
+        out: folder to write: `ranking.md`, `metrics.json`, the ranks of every user.
+        catalog: keys of the `catalog:` section with `sequences`.
+        variants: name -> SID folder.
+        settings: keys of `TrainRecommenderConfig`: `seeds`, `architecture`, `baseline`.
+
+    Raises:
+        ConfigError, CatalogError, ArtifactError: invalid settings, catalogue or folders.
+    """
+    return _run("train_recommender", out, catalog, {"variants": dict(variants), **settings})
+
+
+def train_recommender_rl(out: PathLike, catalog: CatalogSettings, sids: PathLike, **settings: Any) -> Path:
+    """Train a causal recommender on one SID folder, then reinforce it with GRPO. Keys: `TrainRecommenderRLConfig`."""
+    return _run("train_recommender_rl", out, catalog, {"sids": sids, **settings})
+
+
+def write_report(out: PathLike, catalog: CatalogSettings, run: PathLike, **settings: Any) -> Path:
+    """Write `report.html` and `summary.md` of a run folder. Keys: `ReportConfig`."""
+    return _run("report", out, catalog, {"run": run, **settings})
+
+
+def bundle(out: PathLike, tokenizer: PathLike, sids: PathLike) -> Path:
+    """Copy a tokenizer and the Semantic IDs that it assigned into one model folder; `load_bundle(out)` reads it.
+
+    Raises:
+        ArtifactError: another tokenizer assigned the Semantic IDs, or a file is missing.
+    """
+    from mmsid.tokenizer.bundle import write_bundle
+
+    return write_bundle(Path(tokenizer), Path(sids), Path(out))
