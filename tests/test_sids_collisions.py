@@ -1,4 +1,4 @@
-"""Relocation, suffixes, and their independence of rows and ids."""
+"""Relocation and suffixes, and their independence of row order and ids."""
 
 import numpy as np
 import pytest
@@ -10,29 +10,30 @@ from mmsid.sids import add_suffix, relocate, resolve
 
 
 def table_scores(log_pi):
-    """A policy that ignores the prefix: (N, K) fixed scores."""
+    """Scores that ignore the prefix: fixed (N, K) log pi."""
     return lambda rows, prefixes: np.asarray(log_pi, dtype=float)[rows]
 
 
 def test_relocation_by_hand():
     # Items 0 and 1 collide on (0, 0). Item 0 loses 1 by moving to code 1, item 1 loses 3: item 0 moves.
-    # Item 2 shares the prefix and holds code 2: the optimum leaves it there. Item 3 is alone under prefix 1.
+    # Item 2 shares the prefix and has code 2: the optimal assignment keeps it. Item 3 is alone under prefix 1.
     log_pi = [[-1, -2, -9], [-1, -4, -9], [-9, -9, -1], [-5, -1, -9]]
     raw = np.array([[0, 0], [0, 0], [0, 2], [1, 0]])
     codes = relocate(raw, table_scores(log_pi), ["a", "b", "c", "d"], 3)
-    assert codes.tolist() == [[0, 1], [0, 0], [0, 2], [1, 0]]  # item 3 would prefer code 1, but its group holds no collision
+    assert codes.tolist() == [[0, 1], [0, 0], [0, 2], [1, 0]]  # item 3 prefers code 1, but its group has no collision
     assert raw.tolist() == [[0, 0], [0, 0], [0, 2], [1, 0]]
 
 
-def test_optimal_beats_greedy_by_hand():
-    # Greedy by hash gives item 0 its best (code 0), item 1 then pays 10; the optimum pays 2 + 1.
+def test_optimal_beats_greedy_by_hand(monkeypatch):
+    # Greedy by hash gives item 0 its best code (0), and item 1 then costs 10; the optimal assignment costs 2 + 1.
     log_pi = [[-1, -2], [-1, -10]]
     raw = np.zeros((2, 1), dtype=int)
     assert relocate(raw, table_scores(log_pi), ["a", "b"], 2).ravel().tolist() == [1, 0]
-    assert relocate(raw, table_scores(log_pi), ["a", "b"], 2, hungarian_items=1).ravel().tolist() == [0, 1]
+    monkeypatch.setattr("mmsid.sids.collisions._HUNGARIAN_ITEMS", 1)
+    assert relocate(raw, table_scores(log_pi), ["a", "b"], 2).ravel().tolist() == [0, 1]
 
 
-def test_exact_duplicates_share_a_slot():
+def test_exact_duplicates_share_codes():
     log_pi = np.log(np.full((5, 3), 1 / 3))
     raw = np.zeros((5, 2), dtype=int)
     hashes = ["x", "y", "x", "z", "y"]
@@ -41,24 +42,24 @@ def test_exact_duplicates_share_a_slot():
     assert len(np.unique(codes, axis=0)) == 3
 
 
-def test_full_group_spills_the_worst_fitting():
-    # Prefix 0 has two codes and three items; item 2 fits worst and goes to its next prefix with room.
+def test_overfull_group_spills_the_worst_fitting_item():
+    # Prefix 0 has two codes and three items; item 2 fits worst and moves to its next free prefix.
     log_pi = np.log([[0.9, 0.1], [0.2, 0.8], [1e-4, 1e-4]])
     raw = np.array([[0, 0], [0, 0], [0, 1]])
-    asked = []
+    requested = []
 
     def candidates(row):
-        asked.append(row)
+        requested.append(row)
         return [((0,), -0.1), ((2,), -1.0), ((1,), -2.0)]
 
     resolution = resolve("relocate", raw, ["a", "b", "c"], (3, 2), table_scores(log_pi), candidates)
     assert resolution.codes[:2].tolist() == [[0, 0], [0, 1]]
-    assert resolution.codes[2, 0] == 2 and asked == [2]
+    assert resolution.codes[2, 0] == 2 and requested == [2]
     assert (resolution.moved, resolution.spilled) == (2, 1)
 
 
-def test_arrivals_take_free_codes_of_a_clean_group():
-    # Group 1 holds one item at its code 0 and no collision: it must not move although the arrival would like code 0.
+def test_arrivals_take_free_codes_of_a_group_without_collision():
+    # Group 1 has one item at code 0 and no collision: the item keeps its code although the arrival prefers code 0.
     log_pi = np.log([[0.9, 0.1], [0.2, 0.8], [0.9, 1e-6], [0.5, 0.5]])
     raw = np.array([[0, 0], [0, 1], [0, 0], [1, 0]])
     codes = relocate(raw, table_scores(log_pi), ["a", "b", "c", "d"], (2, 2), lambda row: [((0,), -1), ((1,), -2)])
@@ -66,7 +67,7 @@ def test_arrivals_take_free_codes_of_a_clean_group():
     assert len(np.unique(codes, axis=0)) == 4
 
 
-def test_candidates_exhausted_still_unique():
+def test_codes_are_unique_when_all_candidates_are_full():
     num_items = 12
     codes = relocate(
         np.zeros((num_items, 3), dtype=int),
@@ -78,7 +79,7 @@ def test_candidates_exhausted_still_unique():
     assert len(np.unique(codes, axis=0)) == num_items  # every SID of the space is taken
 
 
-def test_refusals():
+def test_errors():
     scores = table_scores(np.zeros((3, 2)))
     zeros = np.zeros((3, 2), dtype=int)
     with pytest.raises(MmsidError, match="3 distinct items cannot have unique SIDs out of 2"):
@@ -93,14 +94,14 @@ def test_refusals():
         resolve("relocate", zeros, ["a", "b", "c"], (2, 2))
 
 
-def test_minus_infinity_is_a_bad_code_not_an_error():
+def test_minus_infinity_scores_are_allowed():
     log_pi = [[0.0, -np.inf], [0.0, -np.inf]]
     assert sorted(relocate(np.zeros((2, 1), dtype=int), table_scores(log_pi), ["a", "b"], 2).ravel()) == [0, 1]
 
 
 def test_suffix_by_hand():
     raw = np.array([[1, 1], [1, 1], [0, 1], [1, 1], [2, 2], [2, 2]])
-    #      bucket (1,1): distinct c, a (twice) -> a 0, c 1.  (0,1): alone.  (2,2): one content twice, no collision
+    #      bucket (1,1): distinct c, a (twice) -> a 0, c 1.  (0,1): alone.  (2,2): exact duplicates, no collision
     assert add_suffix(raw, ["c", "a", "b", "a", "d", "d"]).tolist() == [1, 0, -1, 0, -1, -1]
     resolution = resolve("suffix", raw, ["c", "a", "b", "a", "d", "d"], (3, 3))
     assert resolution.codes.tolist() == raw.tolist() and resolution.suffix.max() == 1
@@ -109,7 +110,7 @@ def test_suffix_by_hand():
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10_000), st.sampled_from([(4, 4, 4), (2, 3, 4), (64,)]), st.integers(1, 60))
-def test_unique_minimal_and_free_of_row_order(seed, sizes, num_items):
+def test_codes_are_unique_minimal_and_independent_of_row_order(seed, sizes, num_items):
     rng = np.random.default_rng(seed)
     num_items = min(num_items, int(np.prod(sizes)))
     contents = rng.integers(0, num_items, size=num_items)
@@ -121,8 +122,8 @@ def test_unique_minimal_and_free_of_row_order(seed, sizes, num_items):
     prefixes = {content: rng.integers(0, sizes[:-1], size=(5, len(sizes) - 1)) for content in by_content}
 
     def run(rows):
-        def scores(asked, prefix):
-            return np.stack([log_pi[contents[rows[row]]] for row in asked])
+        def scores(positions, prefix):
+            return np.stack([log_pi[contents[rows[row]]] for row in positions])
 
         return relocate(
             raw[rows], scores, [hashes[row] for row in rows], sizes, lambda row: [(p, -1.0) for p in prefixes[contents[rows[row]]]]
@@ -132,7 +133,7 @@ def test_unique_minimal_and_free_of_row_order(seed, sizes, num_items):
     assert np.array_equal(codes[order], run(order))
     assert len(np.unique(codes, axis=0)) == len(set(hashes))
     assert (codes >= 0).all() and (codes < np.array(sizes)).all()
-    for prefix in np.unique(raw[:, :-1], axis=0):  # groups without a collision keep their residents
+    for prefix in np.unique(raw[:, :-1], axis=0):  # groups without a collision keep their codes
         group = np.flatnonzero((raw[:, :-1] == prefix).all(axis=1))
         if len(np.unique(raw[group], axis=0)) == len({hashes[row] for row in group}):
             assert np.array_equal(codes[group], raw[group])

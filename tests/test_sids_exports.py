@@ -1,4 +1,4 @@
-"""What serving engines read: allowed next tokens and the items behind a SID."""
+"""Exports for serving engines: allowed next tokens and the items of each SID."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ IDS = [[107, 105], [201, 200], [300, 301]]  # code 0 of the first two levels has
 
 
 class Words:
-    """The one method of a Hugging Face text tokenizer that is read."""
+    """Stub of a Hugging Face text tokenizer with the only method that is used."""
 
     def __init__(self, words: list[str]) -> None:
         self.words = words
 
     def get_vocab(self) -> dict[str, int]:
-        return {word: 50 + place for place, word in enumerate(self.words)}
+        return {word: 50 + index for index, word in enumerate(self.words)}
 
 
 def table(suffix: np.ndarray | None = SUFFIX) -> SidTable:
@@ -46,7 +46,7 @@ def test_allowed_tokens_as_json(tmp_path):
     assert read_json(tmp_path / "no_end.json")["allowed"] == {"": [105, 107], "107": [200, 201], "105": [200]}
 
 
-def test_allowed_tokens_as_tensors_are_the_same_prefixes(tmp_path):
+def test_allowed_tokens_as_tensors_equal_the_json(tmp_path):
     rng = np.random.default_rng(0)
     codes = rng.integers(0, 5, (60, 3))
     _, group = np.unique(codes, axis=0, return_inverse=True)
@@ -66,12 +66,12 @@ def test_allowed_tokens_as_tensors_are_the_same_prefixes(tmp_path):
             tokens = tensors[f"tokens.{depth}"][begin:end].tolist() if depth < 4 else []
             assert tokens == sorted(tokens)
             found[prefix] = sorted(tokens + [9] * int(tensors[f"ends.{depth}"][node]))
-            below |= {begin + place: f"{prefix},{token}".removeprefix(",") for place, token in enumerate(tokens)}
+            below |= {begin + index: f"{prefix},{token}".removeprefix(",") for index, token in enumerate(tokens)}
         level = below
     assert found == read_json(tmp_path / "allowed.json")["allowed"]
 
 
-def test_items_behind_a_sid(tmp_path):
+def test_items_of_each_sid(tmp_path):
     write_sid_items(tmp_path / "sid2item.json", table())
     assert read_json(tmp_path / "sid2item.json") == {
         "<a_0><b_1><c_0>": ["ant"],
@@ -83,13 +83,13 @@ def test_items_behind_a_sid(tmp_path):
     assert read_json(tmp_path / "buckets.json")["<a_0><b_1>"] == ["ant", "bee"]
 
 
-def test_token_ids_come_from_the_text_tokenizer():
+def test_token_ids_of_a_text_tokenizer():
     assert token_ids(Words(vocabulary(table())), table()) == [[50, 51], [52, 53], [54, 55]]
     with pytest.raises(ArtifactError, match=r"lacks 2 SID tokens \(first: <c_0>\)"):
         token_ids(Words(vocabulary(table(None))), table())
 
 
-def test_what_cannot_be_written_is_named(tmp_path):
+def test_export_errors(tmp_path):
     with pytest.raises(ArtifactError, match=r"given for \[2, 2\] codes per level, the SIDs have \[2, 2, 2\]"):
         write_allowed_tokens(tmp_path / "allowed.json", table(), IDS[:2])
     with pytest.raises(ArtifactError, match=r"written as \.json or \.safetensors"):

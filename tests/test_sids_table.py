@@ -1,4 +1,4 @@
-"""The SID table, its folder, its trie and its exports."""
+"""SID table, SID folder, trie and exports."""
 
 import json
 
@@ -38,12 +38,12 @@ def test_align():
         make().align(["i0", "x"])
 
 
-def test_construction_names_what_is_wrong():
-    with pytest.raises(ArtifactError, match=r"codes of row 1 \(item 'i1'\): level 2 holds code 4, its codebook has 4 codes"):
+def test_invalid_columns_are_refused_with_row_and_values():
+    with pytest.raises(ArtifactError, match=r"codes of row 1 \(item 'i1'\): level 2 has code 4, its codebook has 4 codes"):
         make(codes=((0, 1), (2, 4)))
     with pytest.raises(ArtifactError, match=r"shape \(2, 3\), but there are 2 items and 2 codebook sizes"):
         make(codes=((0, 1, 1), (2, 3, 1)))
-    with pytest.raises(ArtifactError, match="'a' stands in row 0 and again in row 2"):
+    with pytest.raises(ArtifactError, match="'a' is in row 0 and again in row 2"):
         SidTable.from_codes(["a", "b", "a"], np.zeros((3, 1)), (2,))
 
 
@@ -61,10 +61,10 @@ def rewrite(path, change):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda rows, metadata: rows[2].update(codes=[1]), "codes of row 2 has 1 levels, the table says 2"),
+        (lambda rows, metadata: rows[2].update(codes=[1]), "codes of row 2 has 1 levels, expected 2"),
         (lambda rows, metadata: rows[2].update(codes=None), "codes is null in 1 rows"),
-        (lambda rows, metadata: rows[3].update(codes=[0, 9]), r"row 3 \(item 'i3'\): level 2 holds code 9"),
-        (lambda rows, metadata: rows[3].update(item_id="i0"), "'i0' stands in row 0 and again in row 3"),
+        (lambda rows, metadata: rows[3].update(codes=[0, 9]), r"row 3 \(item 'i3'\): level 2 has code 9"),
+        (lambda rows, metadata: rows[3].update(item_id="i0"), "'i0' is in row 0 and again in row 3"),
         (lambda rows, metadata: metadata.update({b"mmsid_sids_version": b"7"}), "version 7, this mmsid reads 1"),
         (lambda rows, metadata: metadata.pop(b"mmsid_sids_version"), "version none"),
         (lambda rows, metadata: metadata.update({b"num_levels": b"3"}), "num_levels 3 but codebook_sizes has 2"),
@@ -101,12 +101,12 @@ def test_trie_with_ragged_suffix(tmp_path):
     trie.save(tmp_path / "trie.safetensors")
     loaded = Trie.load(tmp_path / "trie.safetensors")
     assert loaded.walk(torch.tensor([[2, 3, 1]])).tolist() == trie.walk(torch.tensor([[2, 3, 1]])).tolist()
-    plain = Trie.from_table(make(np.full(4, -1)))  # a suffix policy that met no collision
+    plain = Trie.from_table(make(np.full(4, -1)))  # suffix policy without any collision
     assert plain.num_nodes(3) == 0 and not plain.allowed(torch.tensor([[0, 1]])).any()
     assert plain.step(2, torch.tensor([0]), torch.tensor([0])).tolist() == [-1]
 
 
-def test_trie_holds_exactly_the_catalogue():
+def test_trie_contains_exactly_the_catalogue():
     codes = np.random.default_rng(0).integers(0, 6, size=(200, 3))
     trie = Trie.from_codes(codes, (6, 6, 6))
     space = torch.cartesian_prod(*[torch.arange(6)] * 3)
@@ -116,34 +116,34 @@ def test_trie_holds_exactly_the_catalogue():
     leaves = [trie.items_under(3, node) for node in range(trie.num_nodes(3))]
     assert sorted(torch.cat(leaves).tolist()) == list(range(200))
     assert all(len(np.unique(codes[leaf.numpy()], axis=0)) == 1 for leaf in leaves)
-    with pytest.raises(ValueError, match="lie in"):
+    with pytest.raises(ValueError, match="must be in"):
         Trie.from_codes(codes, (6, 6, 5))
 
 
 def test_exports_and_back(tmp_path):
     table = make(np.array([-1, 1, -1, 0]))
-    write_sid_folder(tmp_path / "arm", table, {"any": 1})
-    assert sorted(path.name for path in (tmp_path / "arm").iterdir()) == [
+    write_sid_folder(tmp_path / "sids", table, {"any": 1})
+    assert sorted(path.name for path in (tmp_path / "sids").iterdir()) == [
         "index.json",
         "intrinsic.json",
         "sids.parquet",
         "tokens.txt",
         "trie.safetensors",
     ]
-    index = json.loads((tmp_path / "arm" / "index.json").read_text())
+    index = json.loads((tmp_path / "sids" / "index.json").read_text())
     assert index == {
         "i0": ["<a_0>", "<b_1>"],
         "i1": ["<a_2>", "<b_3>", "<c_1>"],
         "i2": ["<a_0>", "<b_2>"],
         "i3": ["<a_2>", "<b_3>", "<c_0>"],
     }
-    assert (tmp_path / "arm" / "tokens.txt").read_text().split() == vocabulary(table)
+    assert (tmp_path / "sids" / "tokens.txt").read_text().split() == vocabulary(table)
     assert vocabulary(table) == ["<a_0>", "<a_1>", "<a_2>", "<b_0>", "<b_1>", "<b_2>", "<b_3>", "<c_0>", "<c_1>"]
-    back = import_index_json(tmp_path / "arm" / "index.json", codebook_sizes=(3, 4))
+    back = import_index_json(tmp_path / "sids" / "index.json", codebook_sizes=(3, 4))
     assert np.array_equal(back.codes, table.codes) and np.array_equal(back.suffix, table.suffix) and back.item_ids == table.item_ids
-    assert import_index_json(tmp_path / "arm" / "index.json").codebook_sizes == (4, 4)
-    assert read_sid_folder(tmp_path / "arm").codes.tolist() == table.codes.tolist()
-    with pytest.raises(ArtifactError, match=r"holds no sids\.parquet"):
+    assert import_index_json(tmp_path / "sids" / "index.json").codebook_sizes == (4, 4)
+    assert read_sid_folder(tmp_path / "sids").codes.tolist() == table.codes.tolist()
+    with pytest.raises(ArtifactError, match=r"contains no sids\.parquet"):
         read_sid_folder(tmp_path)
 
 

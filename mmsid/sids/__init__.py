@@ -1,4 +1,4 @@
-"""The SID table and everything that needs only codes: collisions, trie, intrinsic metrics, exports."""
+"""Semantic IDs: SID table, collision handling, trie, intrinsic metrics and exports. Nothing here needs a model."""
 
 from mmsid.sids.collisions import Resolution, add_suffix, relocate, resolve
 from mmsid.sids.folder import read_sid_folder, write_sid_folder

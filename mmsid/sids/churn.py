@@ -1,8 +1,8 @@
-"""Churn: what changed between two SID tables of one catalogue, and the names under which least changes.
+"""Churn report: what changed between two SID tables of one catalogue.
 
-Codes are names: a retrained tokenizer that groups the same items together under other numbers has changed nothing but its
-vocabulary, yet every consumer of the old codes would have to start again. `best_renaming` finds, level by level, the permutation
-of the new codes that agrees with the old table for most items (Hungarian); what then still differs is real churn.
+A retrained tokenizer may group the items in the same way under other code numbers. `best_renaming` finds, level by level, the
+permutation of the new codes that agrees with the old table for most items (Hungarian algorithm).
+The changes that remain after this renaming are real changes of the grouping.
 """
 
 from __future__ import annotations
@@ -18,52 +18,56 @@ from mmsid.sids.table import SidTable
 
 
 def best_renaming(old: np.ndarray, new: np.ndarray, codebook_sizes: tuple[int, ...]) -> list[np.ndarray]:
-    """One permutation per level, (K_l,) int64: entry c is the old name that the new code c should bear.
+    """Return one permutation per level, (K_l,) int64: entry c is the code number that replaces the new code c.
+
+    The permutation of a level maximises the number of items with equal codes in both tables. Codes that no item uses keep their number
+    where possible.
 
     Args:
         old, new: (N, L) codes of the same items; N may be 0.
-
-    The permutation of a level maximises the number of items whose code is the same; codes that no item decides keep their
-    own number where they can.
     """
     permutations = []
     for level, size in enumerate(codebook_sizes):
         agreeing = np.zeros((size, size), dtype=np.int64)
         np.add.at(agreeing, (new[:, level], old[:, level]), 1)
-        # among equally good permutations, the one that renames least
+        # the identity term selects, among equally good permutations, the one that renames the fewest codes
         _, names = linear_sum_assignment(agreeing * (size + 1) + np.eye(size, dtype=np.int64), maximize=True)
         permutations.append(names.astype(np.int64))
     return permutations
 
 
 def rename(codes: np.ndarray, permutations: list[np.ndarray]) -> np.ndarray:
-    """(N, L) codes under their new names."""
+    """Apply the permutations of `best_renaming` to (N, L) codes."""
     return np.stack([names[codes[:, level]] for level, names in enumerate(permutations)], axis=1)
 
 
 def churn_report(old: SidTable, new: SidTable) -> dict[str, Any]:
-    """What changed from one table to the next, by item id; ready for JSON.
+    """Compare two tables by item id. The result is ready for JSON.
 
     Returns:
-        items: old, new, shared, gone, added.
-        changed: share of the shared items whose published code differs, per level and at any level; changed_prefix: whose
-            prefix of length l differs. changed_raw: per level, raw codes.
-        changed_if_renamed: `changed` under the best renaming of the new codes: far below `changed`, most of it is only names.
-        kept_together: per prefix length, of the pairs of shared items that had the prefix in common, the share that still has
-            (None where there was no such pair); it does not depend on names at all.
-        same_tokenizer: both were made by one tokenizer.
+        items: number of old, new, shared, gone and added items.
+        changed: share of shared items whose published code differs, per level and at any level.
+        changed_prefix: share of shared items whose prefix of length l differs.
+        changed_raw: `changed` of the raw codes, per level.
+        changed_if_renamed: `changed` after `best_renaming` of the new codes. A value far below `changed` means that the codes were
+            mostly renumbered.
+        kept_together: per prefix length, the share of pairs of shared items with a common old prefix that also have a common new
+            prefix (None without such a pair). It does not depend on code numbers.
+        same_tokenizer: True if one tokenizer made both tables.
     Raises:
-        ArtifactError: no item in common, or other codebooks.
+        ArtifactError: the tables have no item in common, or different codebook sizes.
     """
     if old.codebook_sizes != new.codebook_sizes:
         raise ArtifactError(
             f"churn: the old table has codebooks {old.codebook_sizes}, the new one {new.codebook_sizes}; codes of different codebooks "
-            "cannot be compared: retrain with the old sizes, or publish a new vocabulary"
+            "cannot be compared; retrain with the old sizes, or publish a new vocabulary"
         )
     present = set(new.item_ids)
     shared = sorted(item_id for item_id in old.item_ids if item_id in present)
     if not shared:
-        raise ArtifactError(f"churn: none of the {len(old)} old items is among the {len(new)} new ones; are these of one catalogue?")
+        raise ArtifactError(
+            f"churn: none of the {len(old)} old items is among the {len(new)} new ones; compare tables of the same catalogue"
+        )
     before, after = old.align(shared), new.align(shared)
     changed = flip_rate(before.codes, after.codes)
     renamed = flip_rate(before.codes, rename(after.codes, best_renaming(before.codes, after.codes, new.codebook_sizes)))
@@ -86,11 +90,11 @@ def churn_report(old: SidTable, new: SidTable) -> dict[str, Any]:
 
 
 def churn_table(report: dict[str, Any]) -> str:
-    """The report as Markdown: one row per level."""
+    """Format a churn report as Markdown, one row per level."""
     items = report["items"]
     lines = [
         f"{items['shared']:,} items in both tables, {items['added']:,} new, {items['gone']:,} gone; "
-        f"{report['changed']['any']:.1%} of the shared ones changed ({report['changed_if_renamed']['any']:.1%} under the best renaming).",
+        f"{report['changed']['any']:.1%} of the shared items changed ({report['changed_if_renamed']['any']:.1%} under the best renaming).",
         "",
         "| level | code changed | if renamed | raw code changed | prefix changed | pairs still together |",
         "|---|---|---|---|---|---|",
@@ -111,5 +115,5 @@ def _kept_together(old: np.ndarray, new: np.ndarray) -> list[float | None]:
 
 
 def _pairs(counts: np.ndarray) -> int:
-    """Pairs within groups of these sizes."""
+    """Number of pairs within groups of the given sizes."""
     return int((counts.astype(np.int64) * (counts - 1)).sum() // 2)

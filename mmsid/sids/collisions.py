@@ -1,8 +1,8 @@
-"""Collision handling: from raw codes, where alike items may share a SID, to published codes.
+"""Collision handling: turn raw codes, where several items may share a SID, into published codes.
 
-`relocate`: inside each prefix group (all levels but the last) that holds a collision, items go to distinct last codes at
-least total cost -log pi. `suffix`: items of a colliding bucket are numbered. `none`: collisions stay. Exact duplicates
-(one content hash) are one item to all three. Nothing depends on row order or ids: content hashes decide every order.
+`relocate` moves the items of a colliding prefix group (all levels but the last) to distinct last codes at minimal total cost
+-log pi. `suffix` numbers the items of a colliding bucket. `none` keeps collisions. Exact duplicates (equal content hashes) count as
+one item. The result does not depend on row order or item ids: content hashes decide every order.
 """
 
 from __future__ import annotations
@@ -19,16 +19,23 @@ from mmsid.errors import MmsidError
 Policy = Literal["relocate", "suffix", "none"]
 # (n,) item rows, (n, L-1) prefixes -> (n, K) log pi of the last code given the prefix.
 LastScores = Callable[[np.ndarray, np.ndarray], np.ndarray]
-# item row -> its prefixes (L-1 codes) and their joint log pi, best first. Asked only for items of an overfull group.
+# item row -> its prefixes (L-1 codes) and their joint log pi, best first. Called only for items of an overfull group.
 PrefixCandidates = Callable[[int], Iterable[tuple[Sequence[int], float]]]
 
-HUNGARIAN_ITEMS = 2000
+_HUNGARIAN_ITEMS = 2000  # larger groups are assigned greedily
 _BATCH_ROWS = 2048
-_WORST = 1e6  # stands for -log 0: finite, so that the solver can still choose the least bad
+_MAX_COST = 1e6  # replaces -log 0, because the solver needs finite costs
 
 
 class Resolution(NamedTuple):
-    """codes (N, L) published; suffix (N,) or None; moved: items whose codes changed; spilled: items that had to leave their prefix."""
+    """Result of collision handling.
+
+    Attributes:
+        codes: (N, L) published codes.
+        suffix: (N,) or None.
+        moved: number of items whose codes changed.
+        spilled: number of items that left their prefix.
+    """
 
     codes: np.ndarray
     suffix: np.ndarray | None
@@ -44,10 +51,12 @@ def resolve(
     last_scores: LastScores | None = None,
     prefix_candidates: PrefixCandidates | None = None,
 ) -> Resolution:
-    """Apply one of the three policies; `relocate` needs `last_scores`, and `prefix_candidates` where a group may overflow.
+    """Apply a collision policy to (N, L) raw codes.
+
+    `relocate` needs `last_scores`, and `prefix_candidates` if a prefix group may hold more items than the last level has codes.
 
     Raises:
-        MmsidError: unknown policy, or what `relocate` raises.
+        MmsidError: unknown policy, missing scores, or an error of `relocate`.
     """
     raw_codes = np.asarray(raw_codes, dtype=np.int64)
     if policy == "none":
@@ -57,16 +66,16 @@ def resolve(
     if policy != "relocate":
         raise MmsidError(f"collision policy {policy!r} is unknown; choose relocate, suffix or none")
     if last_scores is None:
-        raise MmsidError("collision policy 'relocate' needs log pi of the last level; use 'suffix' for codes without a policy")
+        raise MmsidError("collision policy 'relocate' needs log pi of the last level; use 'suffix' for codes without scores")
     codes = relocate(raw_codes, last_scores, content_hashes, codebook_sizes, prefix_candidates)
     spilled = (codes[:, :-1] != raw_codes[:, :-1]).any(axis=1)
     return Resolution(codes, None, int((codes != raw_codes).any(axis=1).sum()), int(spilled.sum()))
 
 
 def add_suffix(raw_codes: np.ndarray, content_hashes: Sequence[str]) -> np.ndarray:
-    """(N, L) codes -> (N,) int64: 0..n-1 by content hash within a bucket of n > 1 distinct items, else -1.
+    """Number the items of colliding buckets: (N, L) codes -> (N,) int64.
 
-    Exact duplicates share the number.
+    A bucket of n > 1 distinct items gets 0..n-1 in the order of the content hashes, any other item -1. Exact duplicates share a number.
     """
     raw_codes = np.asarray(raw_codes, dtype=np.int64)
     distinct, inverse, codes = distinct_items(raw_codes, content_hashes)
@@ -83,28 +92,25 @@ def relocate(
     content_hashes: Sequence[str],
     codebook_sizes: Sequence[int] | int,
     prefix_candidates: PrefixCandidates | None = None,
-    *,
-    hungarian_items: int = HUNGARIAN_ITEMS,
 ) -> np.ndarray:
-    """Codes that are unique but for exact duplicates, changed only where a prefix group holds a collision.
+    """Return codes (N, L) int64 that are unique except for exact duplicates. Prefix groups without a collision keep their codes.
 
-    Groups of up to `hungarian_items` distinct items are solved optimally; in larger ones each item, in the order of the
-    content hashes, takes its best free code. A group with more distinct items than codes keeps those it fits best; the
-    others, in the order of their hashes, go to their best prefix that has room, and there take free codes only, unless
-    that group is being reordered anyway. Memory: the code table and the scores of one group, or of a batch of small ones.
+    Groups of up to 2,000 distinct items are assigned optimally (Hungarian algorithm). In larger groups each item, in the order of
+    the content hashes, takes its best free code. A group with more distinct items than codes keeps the items that fit best. The
+    others move, in the order of their hashes, to their best prefix with a free code. There they take free codes only, unless that
+    group holds a collision as well. Peak memory: the code table and the scores of one group, or of a batch of small groups.
 
     Args:
         raw_codes: (N, L).
-        last_scores: `last_scores(rows (n,), prefixes (n, L-1)) -> (n, K)` log pi. `mmsid.quantize.CodebookScores.last_scores`
-            is one; a tokenizer head offers the same from its item states.
-        content_hashes: N strings; equal hash = exact duplicate = one slot.
-        codebook_sizes: codes per level (one number: the same for all).
+        last_scores: `last_scores(rows (n,), prefixes (n, L-1)) -> (n, K)` log pi, for example
+            `mmsid.quantize.CodebookScores.last_scores`.
+        content_hashes: N strings; equal hash = exact duplicate.
+        codebook_sizes: codes per level; one integer applies to all levels.
         prefix_candidates: `prefix_candidates(row) -> [(prefix, log p), ...]`, best first; needed only if a group overflows.
-            When all of an item's candidates are full, it goes to the first prefix with room that keeps most of its levels.
-    Returns:
-        (N, L) int64.
+            If all candidates are full, the item moves to the first free prefix that keeps most of its leading codes.
     Raises:
-        MmsidError: more distinct items than SIDs; an overfull group without `prefix_candidates`; NaN scores or a wrong shape.
+        MmsidError: more distinct items than SIDs; an overfull group without `prefix_candidates`; NaN scores or scores of a wrong shape.
+        ValueError: `raw_codes` is not (N, L), or `codebook_sizes` has another number of levels.
     """
     raw_codes = np.asarray(raw_codes, dtype=np.int64)
     if raw_codes.ndim != 2 or raw_codes.shape[1] == 0:
@@ -117,13 +123,13 @@ def relocate(
     capacity = int(np.prod([float(size) for size in sizes]))
     if len(rows) > capacity:
         raise MmsidError(f"{len(rows)} distinct items cannot have unique SIDs out of {capacity}; use more levels or larger codebooks")
-    state = _Relocation(rows, codes, sizes, last_scores, prefix_candidates, hungarian_items)
-    state.run()
-    return state.codes[inverse]
+    relocation = _Relocation(rows, codes, sizes, last_scores, prefix_candidates)
+    relocation.run()
+    return relocation.codes[inverse]
 
 
 class _Relocation:
-    """Works on the distinct items in the order of their content hashes: positions, not rows, below."""
+    """Relocation of distinct items, numbered in the order of their content hashes ("positions", as opposed to catalogue rows)."""
 
     def __init__(
         self,
@@ -132,20 +138,19 @@ class _Relocation:
         sizes: tuple[int, ...],
         last_scores: LastScores,
         prefix_candidates: PrefixCandidates | None,
-        hungarian_items: int,
     ) -> None:
         self.rows, self.codes, self.sizes = rows, codes, sizes
-        self.last_scores, self.prefix_candidates, self.hungarian_items = last_scores, prefix_candidates, hungarian_items
+        self.last_scores, self.prefix_candidates = last_scores, prefix_candidates
         self.last_size = sizes[-1]
 
     def run(self) -> None:
         groups = list(groups_of(self.codes[:, :-1]))
-        resident = [group for group in groups if self._collides(group) and len(group) <= self.last_size]
+        colliding = [group for group in groups if self._collides(group) and len(group) <= self.last_size]
         overfull = [group for group in groups if len(group) > self.last_size]
         if overfull:
-            resident = self._spill(groups, overfull)
+            colliding = self._spill(groups, overfull)
         batch: list[np.ndarray] = []
-        for group in resident:
+        for group in colliding:
             if batch and sum(map(len, batch)) + len(group) > _BATCH_ROWS:
                 self._assign(batch)
                 batch = []
@@ -157,12 +162,12 @@ class _Relocation:
         return len(group) > 1 and len(np.unique(self.codes[group, -1])) < len(group)
 
     def _spill(self, groups: list[np.ndarray], overfull: list[np.ndarray]) -> list[np.ndarray]:
-        """Move the worst-fitting items out of overfull groups; returns the groups that still hold a collision."""
+        """Move the worst-fitting items out of overfull groups. Returns the groups that still hold a collision."""
         if self.prefix_candidates is None:
             prefix = self.codes[overfull[0][0], :-1].tolist()
             raise MmsidError(
                 f"{len(overfull)} prefixes hold more distinct items than the last level has codes (prefix {prefix}: "
-                f"{len(overfull[0])} items, {self.last_size} codes); relocation needs prefix candidates, or use a larger last codebook"
+                f"{len(overfull[0])} items, {self.last_size} codes); pass prefix candidates, or use a larger last codebook"
             )
         free = {tuple(self.codes[group[0], :-1].tolist()): self.last_size - len(group) for group in groups}
         clean = {tuple(self.codes[group[0], :-1].tolist()) for group in groups if not self._collides(group)}
@@ -182,15 +187,15 @@ class _Relocation:
         for group in groups_of(self.codes[:, :-1]):
             prefix = tuple(self.codes[group[0], :-1].tolist())
             if prefix in arrivals and prefix in clean:
-                self._settle(group, np.array(arrivals[prefix]))
+                self._place_arrivals(group, np.array(arrivals[prefix]))
             elif prefix in arrivals or self._collides(group):
                 rest.append(group)
         return rest
 
     def _choose_residents(self, group: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The `last_size` items of an overfull group that fit it best; and those that must leave."""
-        limit = max(self.hungarian_items, self.last_size)
-        if len(group) > limit:  # only the best-fitting enter the assignment, so that its matrix stays bounded
+        """Split an overfull group into the `last_size` items that fit best and the items that must leave."""
+        limit = max(_HUNGARIAN_ITEMS, self.last_size)
+        if len(group) > limit:  # only the best-fitting items enter the assignment, so that its matrix stays bounded
             cost = np.concatenate(
                 [self._cost(group[start : start + _BATCH_ROWS]).min(axis=1) for start in range(0, len(group), _BATCH_ROWS)]
             )
@@ -211,10 +216,10 @@ class _Relocation:
         for candidate in nearest_prefixes(own, self.sizes):
             if free.get(candidate, self.last_size) > 0:
                 return candidate
-        raise MmsidError(f"no prefix has room for row {int(self.rows[position])}; use more levels or larger codebooks")
+        raise MmsidError(f"no prefix has a free code for row {int(self.rows[position])}; use more levels or larger codebooks")
 
-    def _settle(self, group: np.ndarray, arrivals: np.ndarray) -> None:
-        """Arrivals take free codes of a group without collision; its residents keep theirs."""
+    def _place_arrivals(self, group: np.ndarray, arrivals: np.ndarray) -> None:
+        """Assign free codes of a group without a collision to new arrivals; the other items keep their codes."""
         residents = np.setdiff1d(group, arrivals)
         cost = self._cost(arrivals)
         open_codes = np.setdiff1d(np.arange(self.last_size), self.codes[residents, -1])
@@ -222,7 +227,7 @@ class _Relocation:
         self.codes[arrivals[placed], -1] = open_codes[chosen]
 
     def _assign(self, batch: list[np.ndarray]) -> None:
-        """Groups that fit: one call for the scores of all, then one assignment each."""
+        """Assign last codes to groups that fit: one call of `last_scores` for all, then one assignment per group."""
         cost = self._cost(np.concatenate(batch))
         start = 0
         for group in batch:
@@ -231,8 +236,8 @@ class _Relocation:
             start += len(group)
 
     def _match(self, cost: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(n, k) cost -> min(n, k) pairs (item, code), optimal up to the limit, greedy beyond."""
-        if len(cost) <= self.hungarian_items or len(cost) > cost.shape[1]:
+        """(n, k) cost -> min(n, k) pairs (item, code); optimal up to `_HUNGARIAN_ITEMS` items, greedy for more."""
+        if len(cost) <= _HUNGARIAN_ITEMS or len(cost) > cost.shape[1]:
             return linear_sum_assignment(cost)
         cost = cost.copy()
         chosen = np.empty(len(cost), dtype=np.int64)
@@ -242,31 +247,31 @@ class _Relocation:
         return np.arange(len(cost)), chosen
 
     def _cost(self, positions: np.ndarray) -> np.ndarray:
-        """(n,) positions -> (n, K) -log pi under the items' present prefixes, finite."""
+        """(n,) positions -> (n, K) finite -log pi under the items' current prefixes."""
         scores = np.asarray(self.last_scores(self.rows[positions], self.codes[positions, :-1]), dtype=np.float64)
         if scores.shape != (len(positions), self.last_size):
             raise MmsidError(f"last_scores returned shape {scores.shape}, expected ({len(positions)}, {self.last_size})")
         if np.isnan(scores).any():
             row = int(self.rows[positions[int(np.isnan(scores).any(axis=1).argmax())]])
             raise MmsidError(f"log pi of row {row} is NaN; check the tokenizer's weights and that item's input")
-        return np.clip(-scores, -_WORST, _WORST)
+        return np.clip(-scores, -_MAX_COST, _MAX_COST)
 
 
 def nearest_prefixes(own: tuple[int, ...], sizes: Sequence[int]) -> Iterator[tuple[int, ...]]:
-    """Every prefix (all levels but the last), those that keep most leading codes of `own` first."""
+    """Yield every prefix (all levels but the last); prefixes that keep most leading codes of `own` come first."""
     for kept in range(len(own) - 1, -1, -1):
         for tail in itertools.product(*(range(size) for size in sizes[kept:-1])):
             yield own[:kept] + tail
 
 
 def distinct_items(raw_codes: np.ndarray, content_hashes: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Distinct items by content hash, sorted by it: (n,) a representative row, (N,) index of each row, (n, L) codes (a copy).
+    """Group rows by content hash. Returns, sorted by hash, (n,) one row per item, (N,) item index of each row, (n, L) codes (a copy).
 
-    Duplicates should have equal raw codes; if rounding parted them, the least codes stand for all, whatever the row order.
+    Duplicates should have equal raw codes. If rounding made them differ, the lexicographically smallest codes are used.
     """
     if len(content_hashes) != len(raw_codes):
         raise ValueError(f"{len(raw_codes)} rows of codes but {len(content_hashes)} content hashes")
-    keys = np.array([content.encode() for content in content_hashes])  # bytes: a quarter of what numpy takes for text
+    keys = np.array([content.encode() for content in content_hashes])  # bytes take a quarter of the memory of str
     _, inverse = np.unique(keys, return_inverse=True)
     order = np.lexsort((*raw_codes.T[::-1], inverse))
     first = np.ones(len(order), dtype=bool)
@@ -276,7 +281,7 @@ def distinct_items(raw_codes: np.ndarray, content_hashes: Sequence[str]) -> tupl
 
 
 def groups_of(keys: np.ndarray) -> Iterable[np.ndarray]:
-    """(n, d) -> positions of equal rows, ascending within a group, groups in the order of their keys."""
+    """(n, d) keys -> groups of positions with equal rows, ascending within a group, groups in the order of their keys."""
     if not len(keys):
         return []
     if keys.shape[1] == 0:

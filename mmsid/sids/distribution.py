@@ -1,4 +1,4 @@
-"""How codes are spread: uniqueness, use of the codebooks, agreement expected by chance. Functions of the codes alone."""
+"""Distribution metrics of SIDs: uniqueness, codebook use, prefix agreement by chance, flip rate. They need codes only."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 
 def prefix_labels(codes: np.ndarray) -> np.ndarray:
-    """(N, L) -> (N, L) int64; column l numbers the prefixes of length l + 1, equal number = equal prefix."""
+    """Label the prefixes of every length: (N, L) codes -> (N, L) int64; equal numbers in column l = equal prefixes of length l + 1."""
     codes = np.asarray(codes, dtype=np.int64)
     labels = np.empty_like(codes)
     previous = np.zeros(len(codes), dtype=np.int64)
@@ -20,12 +20,12 @@ def prefix_labels(codes: np.ndarray) -> np.ndarray:
 
 
 def bucket_metrics(codes: np.ndarray, content_hashes: list[str] | None = None) -> dict[str, Any]:
-    """Uniqueness and bucket sizes of (N, L) SIDs.
+    """Uniqueness and bucket sizes of (N, L) SIDs. A bucket holds the items with one SID.
 
     Returns:
-        uniqueness: distinct SIDs / N. items_lost: N - distinct SIDs. colliding_share: items in buckets of more than one / N.
-        buckets, max_bucket, mean_bucket.
-        With hashes, exact_duplicates: N - distinct contents, the part of items_lost that no tokenizer can avoid.
+        uniqueness: distinct SIDs / N. items_lost: N - distinct SIDs. colliding_share: share of items in buckets of more than one item.
+        buckets, max_bucket, mean_bucket: number, largest and mean size of buckets.
+        exact_duplicates (with hashes): N - distinct contents, the part of items_lost that no tokenizer can avoid.
     """
     sizes = np.bincount(prefix_labels(codes)[:, -1])
     num_items = len(codes)
@@ -44,7 +44,7 @@ def bucket_metrics(codes: np.ndarray, content_hashes: list[str] | None = None) -
 
 
 def entropy(counts: np.ndarray) -> float:
-    """Entropy in nats of the distribution that counts describe; zero counts are allowed."""
+    """Entropy in nats of the distribution given by counts; zero counts are allowed."""
     share = counts[counts > 0] / counts.sum()
     return max(0.0, float(-(share * np.log(share)).sum()))
 
@@ -52,7 +52,7 @@ def entropy(counts: np.ndarray) -> float:
 def gini(counts: np.ndarray) -> float:
     """Gini coefficient 2 sum(i n_(i)) / (n sum n) - (n + 1) / n over ascending counts.
 
-    Pass ALL codes, the unused ones as zeros: over the occupied ones alone a total collapse scores 0, as if perfect.
+    Pass the counts of all codes, including unused codes (0): over used codes only, a total collapse scores 0, like perfect balance.
     """
     ordered = np.sort(np.asarray(counts, dtype=np.float64))
     size = len(ordered)
@@ -60,12 +60,12 @@ def gini(counts: np.ndarray) -> float:
 
 
 def level_metrics(codes: np.ndarray, codebook_sizes: tuple[int, ...]) -> list[dict[str, float]]:
-    """Use of each level over all its K codes.
+    """Codebook use of each level, over all K codes.
 
     Returns:
-        Per level: utilisation (used / K), entropy (nats), normalised_entropy (/ log K), perplexity (e^entropy), gini over
-        all K, gini_floor (what perfectly uniform random codes show at this N / K, about 1 / sqrt(pi N / K); an
-        improvement below it is noise), conditional_entropy H(c_l | c_<l).
+        Per level: utilisation (used codes / K), entropy (nats), normalised_entropy (/ log K), perplexity (e^entropy), gini over all K
+        codes, gini_floor (expected Gini of uniform random codes at this N / K, about 1 / sqrt(pi N / K); differences below it are
+        noise), conditional_entropy H(c_l | c_<l).
     """
     labels = prefix_labels(codes)
     metrics, joint_before = [], 0.0
@@ -88,14 +88,14 @@ def level_metrics(codes: np.ndarray, codebook_sizes: tuple[int, ...]) -> list[di
 
 
 def joint_entropy(codes: np.ndarray) -> float:
-    """Entropy in nats of whole SIDs; e^H is the effective capacity, at most log N."""
+    """Entropy in nats of whole SIDs, at most log N; e^H is the effective capacity."""
     return entropy(np.bincount(prefix_labels(codes)[:, -1]))
 
 
 def chance_agreement(codes: np.ndarray) -> np.ndarray:
-    """(N, L) -> (L,): probability that two different random items share the prefix of length l, exactly.
+    """Exact probability that two random different items share the prefix of length l: (N, L) codes -> (L,).
 
-    sum over prefixes of n (n - 1) / (N (N - 1)). Zero for a single item.
+    It is the sum over prefixes of n (n - 1) / (N (N - 1)), and 0 for a single item.
     """
     num_items = len(codes)
     pairs = max(num_items * (num_items - 1), 1)
@@ -104,7 +104,7 @@ def chance_agreement(codes: np.ndarray) -> np.ndarray:
 
 
 def pair_agreement(codes: np.ndarray, pairs: np.ndarray) -> np.ndarray:
-    """(N, L), (P, 2) item rows -> (L,): share of pairs that agree on the prefix of length l. Pairs of an item with itself are left out.
+    """Share of item pairs with a common prefix of length l: (N, L) codes, (P, 2) item rows -> (L,). Self pairs are left out.
 
     Raises:
         ValueError: no pair of two different items.
@@ -118,9 +118,12 @@ def pair_agreement(codes: np.ndarray, pairs: np.ndarray) -> np.ndarray:
 
 
 def flip_rate(codes_a: np.ndarray, codes_b: np.ndarray) -> np.ndarray:
-    """(N, L) twice, same items -> (L + 1,): share of items whose code differs, per level; last: at any level.
+    """Share of items whose code differs between two (N, L) code arrays of the same items: (L + 1,), per level and, last, at any level.
 
-    Noise is the caller's: another caption seed, another JPEG quality, another batch; or raw against published codes.
+    It measures code stability under noise (another caption seed, JPEG quality or batch), or the change from raw to published codes.
+
+    Raises:
+        ValueError: the arrays are empty or have different shapes.
     """
     codes_a, codes_b = np.asarray(codes_a), np.asarray(codes_b)
     if codes_a.shape != codes_b.shape or codes_a.ndim != 2 or not len(codes_a):

@@ -1,5 +1,6 @@
-"""SIDs in the shapes other projects read, and back: index.json (MiniOneRec, LC-Rec, LETTER), token list, code strings,
-and what a serving engine needs to write existing SIDs only: allowed next tokens, and which items a SID stands for.
+"""SID exports: index.json (the format of MiniOneRec, LC-Rec and LETTER), token list, code strings, and the imports of these formats.
+
+For serving engines it also writes the allowed next tokens of every prefix and the items of every SID.
 """
 
 from __future__ import annotations
@@ -24,22 +25,22 @@ _TOKEN = re.compile(r"<([a-z])_([0-9]{1,9})>")
 
 
 def token(level: int, code: int) -> str:
-    """`<a_12>`: level 0 is a."""
+    """SID token of a code, for example `<a_12>`; level 0 is `a`."""
     return f"<{LETTERS[level]}_{code}>"
 
 
 def sid_tokens(table: SidTable) -> list[list[str]]:
-    """Each item's tokens in table order: one per level, and one more where it carries a suffix."""
+    """SID tokens of each item, in table order: one per level, and one more for an item with a suffix."""
     return [[token(level, code) for level, code in enumerate(row) if code >= 0] for row in table.full_codes().tolist()]
 
 
 def vocabulary(table: SidTable) -> list[str]:
-    """Every token a text tokenizer needs: all codes of all levels, used or not, so that it need not grow with the catalogue."""
-    return [text for level in level_tokens(table) for text in level]
+    """All SID tokens that a text tokenizer needs. Unused codes are included, so that the vocabulary does not grow with the catalogue."""
+    return [text for level in _level_tokens(table) for text in level]
 
 
-def level_tokens(table: SidTable) -> list[list[str]]:
-    """The same tokens level by level, code c of a level at place c; a suffix is one more level."""
+def _level_tokens(table: SidTable) -> list[list[str]]:
+    """Tokens per level, indexed by code; a suffix is one more level."""
     sizes = list(table.codebook_sizes)
     if table.suffix is not None:
         sizes.append(max(int(table.suffix.max(initial=-1)) + 1, 1))
@@ -47,69 +48,73 @@ def level_tokens(table: SidTable) -> list[list[str]]:
 
 
 def token_ids(text_tokenizer: Any, table: SidTable) -> list[list[int]]:
-    """Per level, the id of each code in a Hugging Face text tokenizer that knows the tokens of `write_tokens`.
+    """Token id of each code, per level, in a Hugging Face text tokenizer to which the tokens of `write_tokens` were added.
 
     Raises:
-        ArtifactError: it lacks a token, or splits it.
+        ArtifactError: a SID token is missing from the vocabulary.
     """
     known = text_tokenizer.get_vocab()
     missing = [text for text in vocabulary(table) if text not in known]
     if missing:
         raise ArtifactError(f"the text tokenizer lacks {len(missing)} SID tokens (first: {missing[0]}); add tokens.txt to it first")
-    return [[known[text] for text in level] for level in level_tokens(table)]
+    return [[known[text] for text in level] for level in _level_tokens(table)]
 
 
 def write_index_json(path: Path, table: SidTable) -> None:
-    """`{"item": ["<a_12>", "<b_7>", "<c_201>"], ...}`."""
+    """Write index.json: `{"item": ["<a_12>", "<b_7>", "<c_201>"], ...}`."""
     write_json(path, dict(zip(table.item_ids, sid_tokens(table), strict=True)))
 
 
 def write_tokens(path: Path, table: SidTable) -> None:
-    """One token per line; `tokenizer.add_tokens(Path(path).read_text().split())` adds them to a Hugging Face tokenizer."""
+    """Write the vocabulary, one token per line.
+
+    `tokenizer.add_tokens(Path(path).read_text().split())` adds the tokens to a Hugging Face tokenizer.
+    """
     Path(path).write_text("\n".join(vocabulary(table)) + "\n", encoding="utf-8")
 
 
 def write_allowed_tokens(path: Path, table: SidTable, ids: Sequence[Sequence[int]], end_token_id: int | None = None) -> None:
-    """What may follow every prefix of SIDs, in a serving engine's own token ids, for its logits processor (SGLang, vLLM).
+    """Write the allowed next tokens of every SID prefix, in token ids of a serving engine (for logits processors of SGLang or vLLM).
 
-    A `.json` file: `{"levels": D, "allowed": {"": [..], "17": [..], "17,301": [..]}}`, keys are prefixes of token ids
-    joined by commas, lists ascend. With `end_token_id` a whole SID is a key as well and allows the end; without, it is
-    no key: stop after it. A prefix that is no key belongs to no item: allow the end only, never everything.
+    `.json`: `{"levels": D, "end": E, "allowed": {"": [..], "17": [..], "17,301": [..]}}`. Keys are prefixes of token ids joined by
+    commas; lists ascend. With `end_token_id`, a whole SID is a key as well and allows the end token; without it, stop after a whole
+    SID. A prefix that is no key belongs to no item: allow the end token only.
 
-    A `.safetensors` file, for large catalogues: the trie in compressed sparse rows. Node 0 of depth 0 is the empty prefix;
-    node i of depth d may be followed by `tokens.d[offsets.d[i] : offsets.d[i + 1]]`, ascending, which lead to the nodes of
-    depth d + 1 of the same numbers; it is a whole SID where `ends.d[i]` is 1.
+    `.safetensors`, for large catalogues: the trie in compressed sparse rows. Node 0 of depth 0 is the empty prefix. Node i of depth d
+    may be followed by `tokens.d[offsets.d[i] : offsets.d[i + 1]]`, ascending; the index in `tokens.d` is the node number at depth
+    d + 1. `ends.d[i]` is 1 where node i is a whole SID.
 
     Args:
-        ids: per level, the id of each code (`token_ids`).
+        ids: per level, the token id of each code (`token_ids`).
 
     Raises:
-        ArtifactError: another file ending, or `ids` does not name every code.
+        ArtifactError: unsupported file ending, or `ids` does not cover every code.
     """
     trie, path = Trie.from_table(table), Path(path)
     if len(ids) != trie.depth or any(len(level) < size for level, size in zip(ids, trie.sizes.tolist())):
         raise ArtifactError(
-            f"token ids are given for {[len(level) for level in ids]} codes per level, the SIDs have {trie.sizes.tolist()}; name every code"
+            f"token ids are given for {[len(level) for level in ids]} codes per level, the SIDs have {trie.sizes.tolist()}; give the id of "
+            "every code"
         )
     if path.suffix == ".json":
         allowed: dict[str, list[int]] = {}
         for sid in table.full_codes().tolist():
             tokens = [ids[level][code] for level, code in enumerate(sid) if code >= 0]
             following = tokens if end_token_id is None else [*tokens, end_token_id]
-            for length, after in enumerate(following):
-                allowed.setdefault(",".join(map(str, tokens[:length])), []).append(after)
-        sorted_lists = {prefix: sorted(set(after)) for prefix, after in allowed.items()}
+            for length, next_token in enumerate(following):
+                allowed.setdefault(",".join(map(str, tokens[:length])), []).append(next_token)
+        sorted_lists = {prefix: sorted(set(next_tokens)) for prefix, next_tokens in allowed.items()}
         write_json(path, {"levels": trie.depth, "end": end_token_id, "allowed": sorted_lists})
     elif path.suffix == ".safetensors":
         write_tensors(path, _allowed_tensors(trie, ids))
     else:
-        raise ArtifactError(f"{path}: allowed tokens are written as .json or .safetensors; name one of these")
+        raise ArtifactError(f"{path}: allowed tokens are written as .json or .safetensors; change the file ending")
 
 
 def _allowed_tensors(trie: Trie, ids: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
-    """Rows of the trie with token ids in place of codes, its children put in ascending order of those ids."""
+    """The trie as compressed sparse rows of token ids instead of codes, children in ascending order of token ids."""
     tensors = {}
-    order = torch.zeros(1, dtype=torch.int64)  # new number -> the trie's own number, of the nodes of a depth
+    order = torch.zeros(1, dtype=torch.int64)  # output node number -> node number in the trie, at the current depth
     for depth in range(trie.depth):
         first, code = trie.child_offsets[depth], trie.child_codes[depth]
         count = first.diff()[order]
@@ -117,21 +122,21 @@ def _allowed_tensors(trie: Trie, ids: Sequence[Sequence[int]]) -> dict[str, torc
         parent = torch.repeat_interleave(torch.arange(len(order)), count)
         child = first[order][parent] + torch.arange(len(parent)) - offsets[parent]
         token_of = torch.as_tensor(list(ids[depth]), dtype=torch.int64)[code[child]]
-        place = torch.from_numpy(np.lexsort((token_of.numpy(), parent.numpy())))
+        ascending = torch.from_numpy(np.lexsort((token_of.numpy(), parent.numpy())))
         items = trie.item_end[depth] - trie.item_start[depth]
         below = torch.zeros_like(items)
         below.index_add_(0, order[parent], (trie.item_end[depth + 1] - trie.item_start[depth + 1])[child])
         tensors |= {
             f"offsets.{depth}": offsets,
-            f"tokens.{depth}": token_of[place],
+            f"tokens.{depth}": token_of[ascending],
             f"ends.{depth}": (items > below)[order].to(torch.uint8),
         }
-        order = child[place]
+        order = child[ascending]
     return tensors | {f"ends.{trie.depth}": torch.ones(len(order), dtype=torch.uint8)}
 
 
 def write_sid_items(path: Path, table: SidTable) -> None:
-    """`{"<a_12><b_7><c_201>": ["item", ...], ...}`: the items that a generated SID stands for, in table order (FlashRec's sid2item)."""
+    """Write the items of each SID, in table order: `{"<a_12><b_7><c_201>": ["item", ...], ...}` (sid2item of FlashRec)."""
     items: dict[str, list[str]] = {}
     for item_id, tokens in zip(table.item_ids, sid_tokens(table), strict=True):
         items.setdefault("".join(tokens), []).append(item_id)
@@ -139,13 +144,13 @@ def write_sid_items(path: Path, table: SidTable) -> None:
 
 
 def import_index_json(path: Path, codebook_sizes: Sequence[int] | None = None) -> SidTable:
-    """Read an index.json made by mmsid or by the projects named above.
+    """Read an index.json written by mmsid, MiniOneRec, LC-Rec or LETTER.
 
-    Where some items have one token more than the others, that token is the collision suffix. Without `codebook_sizes`
-    every level gets the size 1 + the largest code of any level (published sets use one size for all).
+    If some items have one token more than the others, that token is the collision suffix. Without `codebook_sizes`, every level gets
+    the size 1 + the largest code of any level.
 
     Raises:
-        ArtifactError: not such a file; a token of another form or level; names the item.
+        ArtifactError: wrong file format, or a token of another form or level (the message names the item).
     """
     index = read_json(path)
     if not isinstance(index, dict) or not all(isinstance(tokens, list) for tokens in index.values()):
@@ -154,7 +159,10 @@ def import_index_json(path: Path, codebook_sizes: Sequence[int] | None = None) -
 
 
 def import_reference_sids(path: Path, column: str, codebook_sizes: Sequence[int] | None = None) -> SidTable:
-    """One column of "<a_53> <b_82> <c_7>" strings, with `item_id` beside it, from a parquet file; else as `import_index_json`."""
+    """Read SIDs from a parquet file with an `item_id` column and a `column` of strings like "<a_53> <b_82> <c_7>".
+
+    Suffix, `codebook_sizes` and errors are those of `import_index_json`.
+    """
     table = read_table(path)
     for name in ("item_id", column):
         if name not in table.column_names:
@@ -173,7 +181,7 @@ def _split(text: str | None) -> list[str]:
 
 def _table(item_ids: list[str], sids: list[list[str]], path: Path, codebook_sizes: Sequence[int] | None) -> SidTable:
     if not item_ids:
-        raise ArtifactError(f"{path}: no items")
+        raise ArtifactError(f"{path}: the file contains no items; export it again")
     lengths = np.array([len(tokens) for tokens in sids])
     depth, least = int(lengths.max()), int(lengths.min())
     if least == 0 or depth - least > 1:

@@ -1,4 +1,4 @@
-"""A SID folder: the table, its intrinsic metrics, and the exports. Written inside a stage's draft folder."""
+"""SID folders: a SID table, its intrinsic metrics and its exports, as written by the stages assign, baselines and refine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ INTRINSIC = "intrinsic.json"
 
 
 def write_sid_folder(path: Path, table: SidTable, metrics: Mapping[str, Any]) -> None:
-    """Write sids.parquet, intrinsic.json, index.json, tokens.txt and trie.safetensors into `path` (made if absent)."""
+    """Write sids.parquet, intrinsic.json, index.json, tokens.txt and trie.safetensors into `path`, which is created if absent."""
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     write_json(path / INTRINSIC, metrics)
@@ -28,14 +28,14 @@ def write_sid_folder(path: Path, table: SidTable, metrics: Mapping[str, Any]) ->
 
 
 def read_sid_folder(path: Path) -> SidTable:
-    """The table of a SID folder (or of a sids.parquet named directly).
+    """Read the table of a SID folder, or a sids.parquet file.
 
     Raises:
-        ArtifactError: no table there, one that is no longer what the stage wrote, or what `SidTable.load` raises.
+        ArtifactError: no table at this path, a file that was changed after the stage wrote it, or an error of `SidTable.load`.
     """
     path = Path(path)
     file = path if path.suffix == ".parquet" else path / TABLE
     if not file.is_file():
-        raise ArtifactError(f"{path} holds no {TABLE}; run `mmsid assign` or `mmsid baselines`, or correct the path")
+        raise ArtifactError(f"{path} contains no {TABLE}; run `mmsid assign` or `mmsid baselines`, or correct the path")
     verify_file(file)
     return SidTable.load(file)

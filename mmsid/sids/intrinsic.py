@@ -1,12 +1,11 @@
-"""Intrinsic quality of a SID table: a basket, because every single figure has a corner that scrambles or collapses the codes.
+"""Intrinsic metrics of a SID table: uniqueness, codebook use, co-engagement lift, category agreement and retrieval recall.
 
-Random hashing wins every distribution figure; a total collapse wins raw prefix agreement. `dominates` therefore asks for
-both sides: what the codes mean (lift over chance) and how they are spread (uniqueness, least perplexity).
+No single figure ranks tables. Random hashing has the best distribution figures, and a total collapse has the best raw prefix
+agreement, so read the meaning of the codes (lift over chance) together with their distribution (uniqueness, perplexity).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from mmsid.sids.distribution import (
     pair_agreement,
 )
 from mmsid.sids.retrieval import prefix_recall, retrieval_recall
-from mmsid.sids.semantics import category_agreement, fidelity, nearest_neighbour_lcp
+from mmsid.sids.semantics import category_agreement, nearest_neighbour_lcp
 from mmsid.sids.table import SidTable
 
 SCHEMA_VERSION = 1
@@ -31,34 +30,33 @@ def intrinsic_metrics(
     categories: list[tuple[str, ...]] | None = None,
     held_out_pairs: np.ndarray | None = None,
     embeddings: np.ndarray | None = None,
-    codebook_vectors: np.ndarray | None = None,
     content_hashes: list[str] | None = None,
     seed: int = 0,
     decoded: np.ndarray | None = None,
 ) -> dict[str, Any]:
-    """All intrinsic figures of a table's published codes, ready for JSON. Rows of every argument are the table's rows.
+    """Compute all intrinsic metrics of a table's published codes, ready for JSON. Rows of every argument are rows of the table.
 
     Args:
-        categories: N paths, root to leaf, ragged.
-        held_out_pairs: (P, 2) rows adjacent in histories that nothing was fitted on (the inner 10 %).
-        embeddings: (N, D); codebook_vectors: (L, K, D) in the same space, for the rebuild figures.
-        content_hashes: N; separates exact duplicates from collisions.
-        decoded: (N, D') vectors that the published codes decode to, in any space: what retrieval by codes searches with.
+        categories: N category paths from root to leaf, of any length.
+        held_out_pairs: (P, 2) rows that are adjacent in held-out histories (the inner 10 %), on which nothing was fitted.
+        embeddings: (N, D).
+        content_hashes: N strings; separates exact duplicates from collisions.
+        seed: of the category shuffle and of the nearest-neighbour queries.
+        decoded: (N, D') vectors decoded from the published codes, in any space; used for retrieval by codes.
     Returns:
-        published, raw (bucket figures; `with_suffix` too where there is one), levels, joint_entropy (nats),
-        effective_capacity, min_perplexity, max_gini, changed (raw to published, per level and any), margin_median; where
-        the inputs are given: coengagement (pairs, agreement, chance, lift per prefix length, code_lift per level, null where chance is 0,
-        lcp, lcp_chance, lcp_ratio, lcp_difference), categories, fidelity, retrieval (by the embedding), retrieval_prefix (by the
-        codes), retrieval_decoded, neighbour_lcp. Definitions: the functions of `mmsid.sids.distribution`, `mmsid.sids.semantics` and
-        `mmsid.sids.retrieval`.
+        Always: published, raw (bucket metrics; with_suffix if the table has suffixes), levels, joint_entropy (nats),
+        effective_capacity, min_perplexity, max_gini, changed (raw to published codes, per level and any), margin_median.
+        If their inputs are given: coengagement, categories, retrieval (by the embedding), retrieval_prefix (by shared prefixes),
+        retrieval_decoded, neighbour_lcp. They are defined in `mmsid.sids.distribution`, `semantics` and `retrieval`.
     Raises:
-        ValueError: an empty table, or an argument of another number of rows.
+        ValueError: an empty table, or an argument with another number of rows.
     """
+
     for name, rows in (("categories", categories), ("embeddings", embeddings), ("content_hashes", content_hashes), ("decoded", decoded)):
         if rows is not None and len(rows) != len(table):
             raise ValueError(f"{name} has {len(rows)} rows, the table {len(table)}")
     if not len(table):
-        raise ValueError("the table holds no items")
+        raise ValueError("the table contains no items")
     codes = table.codes
     levels = level_metrics(codes, table.codebook_sizes)
     joint = joint_entropy(codes)
@@ -86,7 +84,7 @@ def intrinsic_metrics(
         pairs = np.asarray(held_out_pairs, dtype=np.int64).reshape(-1, 2)
         pairs = pairs[pairs[:, 0] != pairs[:, 1]]
         if len(pairs):
-            metrics["coengagement"] = coengagement_metrics(codes, pairs)
+            metrics["coengagement"] = _coengagement_metrics(codes, pairs)
             metrics["retrieval_prefix"] = prefix_recall(codes, pairs)
             if decoded is not None:
                 metrics["retrieval_decoded"] = retrieval_recall(decoded, pairs)
@@ -96,22 +94,23 @@ def intrinsic_metrics(
         metrics["neighbour_lcp"] = nearest_neighbour_lcp(codes, embeddings, seed=seed)
         if held_out_pairs is not None and len(pairs):
             metrics["retrieval"] = retrieval_recall(embeddings, pairs)
-        if codebook_vectors is not None:
-            metrics["fidelity"] = fidelity(embeddings, codebook_vectors, codes)
-            metrics["fidelity_raw"] = fidelity(embeddings, codebook_vectors, table.raw_codes)
     return metrics
 
 
-def coengagement_metrics(codes: np.ndarray, pairs: np.ndarray) -> dict[str, Any]:
-    """Prefix agreement of co-engaged pairs against its exact chance level: (N, L), (P, 2) rows, no self pairs.
+def _coengagement_metrics(codes: np.ndarray, pairs: np.ndarray) -> dict[str, Any]:
+    """Prefix agreement of co-engaged pairs against its exact chance level: (N, L) codes, (P, 2) rows without self pairs.
 
-    lcp = mean longest common prefix = the agreements summed over levels, lcp_chance likewise. A raw agreement rewards fat
-    clusters (one code at level 1 scores 1.0); the lift of such a set is 1. `code_lift`: of each level's code by itself, whatever stands
-    before it, which is how a recommender with one vocabulary per level reads it.
+    Returns:
+        agreement, chance, lift = agreement / chance: per prefix length; lift is None where chance is 0. A collapsed level has
+        agreement 1 and lift 1.
+        code_lift: lift of each level's code alone, without the codes before it, as a recommender with one vocabulary per level uses it.
+        lcp: mean longest common prefix, the sum of the agreements; lcp_chance, lcp_ratio, lcp_difference: its chance level and
+        comparison.
     """
+
     agreement, chance = pair_agreement(codes, pairs), chance_agreement(codes)
-    alone = [codes[:, [level]] for level in range(codes.shape[1])]
-    of_codes = [(pair_agreement(code, pairs)[0], chance_agreement(code)[0]) for code in alone]
+    single_levels = [codes[:, [level]] for level in range(codes.shape[1])]
+    of_codes = [(pair_agreement(code, pairs)[0], chance_agreement(code)[0]) for code in single_levels]
     lcp, lcp_chance = float(agreement.sum()), float(chance.sum())
     return {
         "pairs": len(pairs),
@@ -124,42 +123,3 @@ def coengagement_metrics(codes: np.ndarray, pairs: np.ndarray) -> dict[str, Any]
         "lcp_ratio": lcp / lcp_chance if lcp_chance > 0 else None,
         "lcp_difference": lcp - lcp_chance,
     }
-
-
-def basket(metrics: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """The figures a comparison must look at together, higher is better: {"meaning": {...}, "spread": {...}}.
-
-    meaning: lift of level 1 and the LCP difference of the proper prefixes (agreement on the whole SID is a collision and
-    belongs to the other side), adjusted V-measure of level 1 at the shallowest category depth, as far as the metrics hold
-    them. spread: uniqueness, least perplexity / K.
-    """
-    meaning: dict[str, float] = {}
-    if "coengagement" in metrics:
-        meaning["level_1_lift"] = metrics["coengagement"]["lift"][0] or 0.0
-        if metrics["num_levels"] > 1:
-            agreement, chance = metrics["coengagement"]["agreement"][:-1], metrics["coengagement"]["chance"][:-1]
-            meaning["prefix_lcp_difference"] = sum(agreement) - sum(chance)
-    if metrics.get("categories"):
-        meaning["v_measure_adjusted"] = metrics["categories"][0]["v_measure_adjusted"]
-    shares = [level["perplexity"] / size for level, size in zip(metrics["levels"], metrics["codebook_sizes"])]
-    return {"meaning": meaning, "spread": {"uniqueness": metrics["published"]["uniqueness"], "min_perplexity_share": min(shares)}}
-
-
-def dominates(candidate: Mapping[str, Any], reference: Mapping[str, Any], tolerance: float = 0.02) -> bool:
-    """True if no figure of the candidate's basket is worse by more than `tolerance` (relative) and one is better by more.
-
-    A gate to reject by, not a goal to climb: figures that agree here say nothing about ranking.
-
-    Raises:
-        ValueError: the two share no figure of meaning; spread alone would let random hashing win.
-    """
-    ours, theirs = basket(candidate), basket(reference)
-    if not ours["meaning"].keys() & theirs["meaning"].keys():
-        raise ValueError("no figure of meaning in common; give both arms held-out pairs or categories")
-    gains = [
-        (ours[side][name] - theirs[side][name]) / max(abs(theirs[side][name]), 1e-12)
-        for side in theirs
-        for name in theirs[side]
-        if name in ours[side]
-    ]
-    return min(gains) >= -tolerance and max(gains) > tolerance

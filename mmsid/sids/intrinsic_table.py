@@ -1,4 +1,4 @@
-"""Intrinsic metrics of several arms as one readable table."""
+"""Markdown table of the intrinsic metrics of several SID tables."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 
 
 def intrinsic_table(metrics: Mapping[str, Mapping[str, Any]]) -> str:
-    """Markdown, one row per arm.
+    """Format intrinsic metrics as Markdown, one row per method.
 
     Args:
-        metrics: arm name -> what `intrinsic_metrics` returned.
+        metrics: method name -> result of `intrinsic_metrics`.
     """
     shown = intrinsic_columns(metrics)
     lines = ["| " + " | ".join(shown) + " |", "|" + "---|" * len(shown)]
@@ -19,7 +19,7 @@ def intrinsic_table(metrics: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def intrinsic_columns(metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
-    """Column -> one cell per arm, the arms' names first; a figure an arm lacks is a dash, a column that all lack is left out."""
+    """Column name -> one cell per method; method names come first. A missing figure is "-"; columns without any figure are left out."""
     columns: list[tuple[str, Callable[[Mapping[str, Any]], str]]] = [
         ("items", lambda m: f"{m['published']['items']:,}"),
         ("unique", lambda m: f"{m['published']['uniqueness']:.3f}"),
@@ -35,7 +35,7 @@ def intrinsic_columns(metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, lis
         ("R@10 full / 1+999", lambda m: f"{m['retrieval']['full']['10']:.3f} / {m['retrieval']['sampled']['10']:.3f}"),
         ("codes changed", lambda m: f"{100 * m['changed']['any']:.1f} %"),
     ]
-    cells = {name: [_cell(render, arm) for arm in metrics.values()] for name, render in columns}
+    cells = {name: [_cell(render, figures) for figures in metrics.values()] for name, render in columns}
     return {"SIDs": list(metrics)} | {name: values for name, values in cells.items() if any(value != "-" for value in values)}
 
 
@@ -51,6 +51,6 @@ def _lifts(lifts: Sequence[float | None]) -> str:
 
 
 def _v_measures(records: list[Mapping[str, Any]]) -> str:
-    """Prefix length and category depth paired: level l at depth l, or the last level where the tree is deeper."""
+    """V-measure of level l at category depth l; deeper categories use the last level."""
     deepest = max((record["level"] for record in records), default=0)
     return "/".join(f"{record['v_measure']:.2f}" for record in records if record["level"] == min(record["depth"], deepest))

@@ -1,8 +1,7 @@
-"""Does a query find what is engaged with beside it? R@K of an embedding, and of the codes made from it, under one protocol.
+"""Retrieval recall R@K of co-engaged items, by an embedding and by the codes made from it, under one protocol.
 
-Two candidate sets: the whole catalogue, and one positive among 999 drawn negatives (UniSID, table 3). Nothing is drawn: the second
-is computed exactly, as the expectation over all draws, and equal similarities count at expectation. So figures carry no sampling
-noise, and codes, which tie all the time, are not flattered by the order of the rows.
+Candidates are the whole catalogue, or one positive among 999 negatives (UniSID, table 3). The second figure is the exact
+expectation over all draws, without sampling noise. Equal similarities count at expectation, which matters because codes tie often.
 """
 
 from __future__ import annotations
@@ -14,27 +13,28 @@ import numpy as np
 import scipy.sparse as sp
 from scipy.special import gammaln
 
-_BLOCK = 128  # queries at a time: 128 x N similarities in memory
-_TIE = 1e-5  # cosines nearer than this are equal: exact duplicates must tie whatever the order of summation
+_BLOCK = 128  # queries per block; 128 x N similarities are held at once
+_TIE = 1e-5  # cosines closer than this count as equal: exact duplicates must tie in any order of summation
 
-# (n,) query rows -> (n, N) similarity to every item, a new array that the caller may overwrite
+# (n,) query rows -> (n, N) similarity to every item, as a new array that the caller may overwrite
 Similarity = Callable[[np.ndarray], np.ndarray]
 
 
 def retrieval_recall(
     embeddings: np.ndarray, pairs: np.ndarray, ks: tuple[int, ...] = (1, 5, 10, 20), negatives: int = 999, max_pairs: int = 20_000
 ) -> dict[str, dict[str, float]]:
-    """R@K by cosine for pairs (query row, positive row); of decoded codes, if `embeddings` are sums of code vectors.
+    """R@K by cosine for pairs (query row, positive row).
 
-    `full`: among the whole catalogue. `sampled`: among the positive and `negatives` others drawn without replacement, at
-    expectation (hypergeometric); a smaller catalogue uses all that it has. Both leave out the query and whatever else is paired
-    with it, in either direction: these are no negatives.
+    `full` ranks the whole catalogue. `sampled` ranks the positive among `negatives` items drawn without replacement, at expectation
+    (hypergeometric); a smaller catalogue uses all its items. Both leave out the query and all other items paired with it in either
+    direction, because these are no negatives.
 
     Args:
-        embeddings: (N, D); pairs: (P, 2).
-        max_pairs: of more pairs, so many are taken, evenly spaced.
+        embeddings: (N, D), for example sums of code vectors.
+        pairs: (P, 2).
+        max_pairs: upper limit; more pairs are thinned evenly.
     Returns:
-        {"full": {"1": ..., ...}, "sampled": {...}, "chance_full": {...}}, chance = what random similarities reach.
+        {"full": {"1": ..., ...}, "sampled": {...}, "chance_full": {...}}; chance is the figure of random similarities.
     Raises:
         ValueError: no pair of two different items.
     """
@@ -47,7 +47,7 @@ def retrieval_recall(
 def prefix_recall(
     codes: np.ndarray, pairs: np.ndarray, ks: tuple[int, ...] = (1, 5, 10, 20), negatives: int = 999, max_pairs: int = 20_000
 ) -> dict[str, dict[str, float]]:
-    """The same for (N, L) codes, ranked by the length of the prefix that an item shares with the query."""
+    """`retrieval_recall` for (N, L) codes; items are ranked by the length of the prefix that they share with the query."""
     codes = np.ascontiguousarray(np.asarray(codes).T, dtype=np.int32)
 
     def shared(rows: np.ndarray) -> np.ndarray:
@@ -61,22 +61,22 @@ def prefix_recall(
 
 
 def retrieval_table(metrics: Mapping[str, Mapping[str, Any]]) -> str:
-    """Markdown of the retrieval figures that each arm has: one row per arm and what it searches with. '' if no arm has any.
+    """Format retrieval figures as Markdown, one row per method and search key; '' if there are no figures.
 
     Args:
-        metrics: arm name -> what `intrinsic_metrics` returned.
+        metrics: method name -> result of `intrinsic_metrics`.
     """
     rows = []
-    for arm, figures in metrics.items():
+    for method, figures in metrics.items():
         for key, name in (("retrieval", "embedding"), ("retrieval_decoded", "decoded codes"), ("retrieval_prefix", "shared prefix")):
             if key in figures:
                 cells = [f"{value:.3f}" for which in ("sampled", "full") for value in figures[key][which].values()]
-                rows.append((list(figures[key]["full"]), f"| {arm} | {name} | " + " | ".join(cells) + " |"))
+                rows.append((list(figures[key]["full"]), f"| {method} | {name} | " + " | ".join(cells) + " |"))
     if not rows:
         return ""
-    heads = [f"R@{k}, {which}" for which in ("1 + 999", "full") for k in rows[0][0]]
+    headers = [f"R@{k}, {which}" for which in ("1 + 999", "full") for k in rows[0][0]]
     return (
-        "\n".join(["| SIDs | searched with | " + " | ".join(heads) + " |", "|" + "---|" * (len(heads) + 2), *[row for _, row in rows]])
+        "\n".join(["| SIDs | searched with | " + " | ".join(headers) + " |", "|" + "---|" * (len(headers) + 2), *[row for _, row in rows]])
         + "\n"
     )
 
@@ -117,11 +117,11 @@ def _recall(
 
 
 def _mean(values: np.ndarray) -> float:
-    return float(np.sort(values).mean())  # one order of summation, whatever the order of the pairs
+    return float(np.sort(values).mean())  # sorting fixes the order of summation
 
 
 def _fewer_than(k: int, others: int, drawn: int) -> np.ndarray:
-    """(others + 1,): entry g = probability that `drawn` of `others` items, without replacement, hold fewer than k of g marked ones."""
+    """(others + 1,): entry g is the probability that a draw of `drawn` of `others` items contains fewer than k of g marked items."""
     marked = np.arange(others + 1, dtype=np.float64)
 
     def log_choose(total: np.ndarray | float, part: float) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What codes mean: agreement with categories, fidelity to the embedding and to its neighbourhoods."""
+"""Semantic metrics of SIDs: agreement with categories, reconstruction of the embedding, and agreement of nearest neighbours."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import scipy.sparse as sp
 
 from mmsid.sids.distribution import entropy, prefix_labels
 
-_BLOCK = 128  # queries at a time: 128 x N similarities in memory
+_BLOCK = 128  # queries per block; 128 x N similarities are held at once
 
 
 def cluster_agreement(clusters: np.ndarray, classes: np.ndarray) -> dict[str, float]:
     """Agreement of two labelings of the same n items (integer labels from 0).
 
     Returns:
-        homogeneity 1 - H(class|cluster)/H(class), completeness 1 - H(cluster|class)/H(cluster), v_measure their harmonic
-        mean (= NMI with the arithmetic mean), nmi with the geometric mean, purity. A side without entropy counts 1, as in
-        Rosenberg & Hirschberg 2007.
+        homogeneity: 1 - H(class|cluster) / H(class). completeness: 1 - H(cluster|class) / H(cluster). v_measure: their harmonic mean
+        (= NMI with the arithmetic mean). nmi: NMI with the geometric mean. purity. Homogeneity and completeness are 1 where their
+        denominator is 0 (Rosenberg & Hirschberg 2007).
     """
     table = sp.coo_matrix((np.ones(len(clusters)), (clusters, classes))).tocsr()
-    table.sort_indices()  # one order of summation, whatever the order of the items
+    table.sort_indices()  # fixes the order of summation, independent of the order of the items
     cluster_entropy, class_entropy, joint = (
         entropy(np.bincount(clusters)),
         entropy(np.bincount(classes)),
@@ -42,12 +42,12 @@ def cluster_agreement(clusters: np.ndarray, classes: np.ndarray) -> dict[str, fl
 
 
 def category_agreement(codes: np.ndarray, categories: list[tuple[str, ...]], seed: int = 0) -> list[dict[str, Any]]:
-    """Agreement of each SID prefix with the category path down to each depth. Ragged paths: an item without that depth is left out.
+    """Agreement of each SID prefix with the category path down to each depth. Items without a category at that depth are left out.
 
     Returns:
         One record per (depth, level), both counted from 1: depth, level, items, classes, prefixes, the figures of
-        `cluster_agreement`, v_measure_chance (the same prefixes against shuffled categories: many small prefixes score
-        high by chance), v_measure_adjusted = (v - chance) / (1 - chance). Depths with fewer than two classes are left out.
+        `cluster_agreement`, v_measure_chance (the same prefixes against shuffled categories, because many small prefixes score high
+        by chance), v_measure_adjusted = (v - chance) / (1 - chance). Depths with fewer than two classes are left out.
     """
     records = []
     for depth in range(1, max(map(len, categories), default=0) + 1):
@@ -61,7 +61,7 @@ def category_agreement(codes: np.ndarray, categories: list[tuple[str, ...]], see
         labels = prefix_labels(np.asarray(codes)[rows])
         for level in range(labels.shape[1]):
             found = cluster_agreement(labels[:, level], classes)
-            # Both sides sorted before the shuffle: the chance level then does not depend on the order of the items.
+            # Both sides are sorted before the shuffle, so that the chance level does not depend on the order of the items.
             chance = cluster_agreement(np.sort(labels[:, level]), shuffled)["v_measure"]
             records.append(
                 {"depth": depth, "level": level + 1, "items": len(rows), "classes": len(names), "prefixes": int(labels[:, level].max()) + 1}
@@ -72,24 +72,24 @@ def category_agreement(codes: np.ndarray, categories: list[tuple[str, ...]], see
 
 
 def fidelity(x: np.ndarray, vectors: np.ndarray, codes: np.ndarray) -> list[dict[str, float]]:
-    """How well the code vectors rebuild the embedding after 1..L levels.
+    """Reconstruction error of the embedding from its code vectors, after 1..L levels.
 
     Args:
-        x: (N, D); vectors: (L, K, D); codes: (N, L).
+        x: (N, D). vectors: (L, K, D). codes: (N, L).
     Returns:
-        Per level: mse (mean over items of the squared distance), r2 = 1 - residual / variance about the mean, cosine (mean).
+        Per level: mse (squared distance, mean over items), r2 = 1 - residual / variance about the mean, cosine (mean).
     """
     x = np.asarray(x, dtype=np.float64)
     vectors = np.asarray(vectors, dtype=np.float64)
     variance = ((x - x.mean(axis=0)) ** 2).sum()
-    rebuilt = np.zeros_like(x)
+    decoded = np.zeros_like(x)
     norms = np.linalg.norm(x, axis=1)
     metrics = []
     for level in range(codes.shape[1]):
-        rebuilt += vectors[level][codes[:, level]]
-        error = ((x - rebuilt) ** 2).sum()
-        lengths = norms * np.linalg.norm(rebuilt, axis=1)
-        cosine = np.divide((x * rebuilt).sum(axis=1), lengths, out=np.zeros(len(x)), where=lengths > 0)
+        decoded += vectors[level][codes[:, level]]
+        error = ((x - decoded) ** 2).sum()
+        lengths = norms * np.linalg.norm(decoded, axis=1)
+        cosine = np.divide((x * decoded).sum(axis=1), lengths, out=np.zeros(len(x)), where=lengths > 0)
         metrics.append(
             {"mse": float(error / len(x)), "r2": float(1 - error / variance) if variance > 0 else 0.0, "cosine": float(cosine.mean())}
         )
@@ -97,9 +97,9 @@ def fidelity(x: np.ndarray, vectors: np.ndarray, codes: np.ndarray) -> list[dict
 
 
 def nearest_neighbour_lcp(codes: np.ndarray, embeddings: np.ndarray, max_queries: int = 2000, seed: int = 0) -> float:
-    """Mean longest common prefix of an item and its nearest neighbour (cosine); over at most `max_queries` items drawn by seed.
+    """Mean longest common SID prefix of an item and its nearest neighbour by cosine, over at most `max_queries` random items.
 
-    Compare with the chance level (`chance_agreement` summed over levels): a collapsed table scores L here.
+    Compare it with the chance level (`chance_agreement` summed over levels): a collapsed table scores L.
     """
     x = np.asarray(embeddings, dtype=np.float32)
     norms = np.linalg.norm(x, axis=1, keepdims=True)

@@ -1,4 +1,4 @@
-"""`sids.parquet`, the narrow waist: which item has which codes. What follows knows nothing of how they were made."""
+"""SID table (`sids.parquet`): which item has which codes. It is the only link between tokenizers and recommenders."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ SCHEMA_VERSION = 1
 
 @dataclass
 class SidTable:
-    """One row per item.
+    """Table of Semantic IDs, one row per item.
 
     Attributes:
         item_ids: N unique ids.
-        codes: (N, L) int64, the published codes (after collision handling).
-        raw_codes: (N, L) int64, the policy's own argmax.
-        suffix: (N,) int64 or None; the number of an item within its colliding bucket, -1 where it needs none.
-        margin: (N,) float32, how far the chosen path leads the next best; NaN where unknown.
-        codebook_sizes: codes per level, L of them.
-        tokenizer_sha256, catalog_sha256: what made the table; empty when unknown (imported sets).
+        codes: (N, L) int64, published codes (after collision handling).
+        raw_codes: (N, L) int64, argmax of the head.
+        suffix: (N,) int64 or None; number of an item within its colliding bucket, -1 if it needs none.
+        margin: (N,) float32, smallest lead of a chosen code over the second-best code; NaN if unknown.
+        codebook_sizes: L integers, codes per level.
+        tokenizer_sha256, catalog_sha256: hashes of tokenizer and catalogue; empty if unknown (imported SIDs).
     Raises:
-        ArtifactError: on construction, when a column does not fit the others (names rows and both values).
+        ArtifactError: a column does not fit the others (names the row and both values).
     """
 
     item_ids: list[str]
@@ -51,7 +51,7 @@ class SidTable:
 
     @classmethod
     def from_codes(cls, item_ids: Sequence[str], codes: np.ndarray, codebook_sizes: Sequence[int], **columns: object) -> SidTable:
-        """A table of (N, L) codes alone: raw codes the same unless given, margin unknown, no suffix unless given."""
+        """Build a table from (N, L) codes. By default, raw codes equal `codes`, the margin is NaN, and there is no suffix."""
         columns = {"raw_codes": codes, "suffix": None, "margin": np.full(len(item_ids), np.nan, dtype=np.float32)} | columns
         return cls(list(item_ids), codes, codebook_sizes=tuple(codebook_sizes), **columns)  # type: ignore[arg-type]
 
@@ -64,15 +64,15 @@ class SidTable:
 
     @property
     def row_of(self) -> dict[str, int]:
-        """item_id -> row; made anew at each call."""
+        """item_id -> row; computed at each call."""
         return {item_id: row for row, item_id in enumerate(self.item_ids)}
 
     def full_codes(self) -> np.ndarray:
-        """(N, L) codes, or (N, L+1) with the suffix as last column (-1: the SID ends before it)."""
+        """(N, L) codes, or (N, L + 1) with the suffix as last column (-1: no suffix)."""
         return self.codes if self.suffix is None else np.concatenate([self.codes, self.suffix[:, None]], axis=1)
 
     def align(self, item_ids: Sequence[str]) -> SidTable:
-        """The same table in the order of `item_ids`; items not asked for are left out.
+        """Select and reorder rows by `item_ids`.
 
         Raises:
             ArtifactError: an item has no SID.
@@ -81,7 +81,7 @@ class SidTable:
         missing = [item_id for item_id in item_ids if item_id not in row_of]
         if missing:
             raise ArtifactError(
-                f"{len(missing)} of {len(item_ids)} items have no Semantic ID (first: {missing[0]!r}; the table holds {len(self)}); "
+                f"{len(missing)} of {len(item_ids)} items have no Semantic ID (first: {missing[0]!r}; the table has {len(self)} items); "
                 "assign SIDs for this catalogue first"
             )
         rows = np.array([row_of[item_id] for item_id in item_ids], dtype=np.int64)
@@ -95,7 +95,7 @@ class SidTable:
         )
 
     def save(self, path: Path) -> None:
-        """Write parquet; sizes, hashes and schema version go into the schema metadata."""
+        """Write the table as parquet; sizes, hashes and schema version are stored in the schema metadata."""
         columns = {
             "item_id": pa.array(self.item_ids, pa.string()),
             "codes": _list_column(self.codes),
@@ -117,11 +117,11 @@ class SidTable:
 
     @classmethod
     def load(cls, path: Path) -> SidTable:
-        """Read and check a table.
+        """Read and validate a table.
 
         Raises:
-            ArtifactError: not a SID table, another schema version, wrong number of levels, a code out of range, a
-                duplicate id; names the file, the row and both values.
+            ArtifactError: not a SID table, another schema version, wrong number of levels, a code out of range, or a duplicate id.
+                The message names the file, the row and both values.
         """
         table = read_table(path)
         metadata = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
@@ -136,10 +136,12 @@ class SidTable:
             sizes = tuple(int(size) for size in metadata["codebook_sizes"].split(","))
             num_levels = int(metadata["num_levels"])
         except (KeyError, ValueError) as error:
-            raise ArtifactError(f"{path}: schema metadata num_levels or codebook_sizes missing or unreadable; write it anew") from error
+            raise ArtifactError(
+                f"{path}: schema metadata num_levels or codebook_sizes missing or unreadable; run `mmsid assign` again"
+            ) from error
         if len(sizes) != num_levels:
             raise ArtifactError(
-                f"{path}: metadata says num_levels {num_levels} but codebook_sizes has {len(sizes)} entries; write it again"
+                f"{path}: metadata has num_levels {num_levels} but codebook_sizes has {len(sizes)} entries; run `mmsid assign` again"
             )
         table = _cast(table, path)
         suffix = None
@@ -164,7 +166,7 @@ class SidTable:
     def _validate(self) -> None:
         num_items, num_levels = len(self.item_ids), len(self.codebook_sizes)
         if num_levels == 0 or min(self.codebook_sizes) < 1:
-            raise ArtifactError(f"codebook_sizes must name at least one level, every size positive, got {self.codebook_sizes}")
+            raise ArtifactError(f"codebook_sizes must be one positive integer per level, got {self.codebook_sizes}")
         for name, codes in (("codes", self.codes), ("raw_codes", self.raw_codes)):
             if codes.shape != (num_items, num_levels):
                 raise ArtifactError(
@@ -175,9 +177,9 @@ class SidTable:
             if outside.any():
                 row, level = (int(index) for index in np.argwhere(outside)[0])
                 raise ArtifactError(
-                    f"{name} of row {row} (item {self.item_ids[row]!r}): level {level + 1} holds code {codes[row, level]}, "
+                    f"{name} of row {row} (item {self.item_ids[row]!r}): level {level + 1} has code {codes[row, level]}, "
                     f"its codebook has {self.codebook_sizes[level]} codes (0..{self.codebook_sizes[level] - 1}); "
-                    f"{int(outside.any(axis=1).sum())} rows are outside; assign again with the right codebook size"
+                    f"{int(outside.any(axis=1).sum())} rows are out of range; assign again with the right codebook size"
                 )
         for name, column in (("suffix", self.suffix), ("margin", self.margin)):
             if column is not None and column.shape != (num_items,):
@@ -189,9 +191,7 @@ class SidTable:
             first_row: dict[str, int] = {}
             for row, item_id in enumerate(self.item_ids):
                 if item_id in first_row:
-                    raise ArtifactError(
-                        f"item_id {item_id!r} stands in row {first_row[item_id]} and again in row {row}; ids must be unique"
-                    )
+                    raise ArtifactError(f"item_id {item_id!r} is in row {first_row[item_id]} and again in row {row}; ids must be unique")
                 first_row[item_id] = row
 
 
@@ -206,32 +206,32 @@ _TYPES = {
 
 
 def _cast(table: pa.Table, path: Path) -> pa.Table:
-    """The table's columns in the types that are read; text is no number and no list, whatever it holds."""
+    """Cast the columns to the expected types. Strings are not accepted as numbers or lists."""
     columns = {}
-    for name, wanted in _TYPES.items():
+    for name, expected in _TYPES.items():
         found = table[name].type
         inner = found.value_type if pa.types.is_list(found) or pa.types.is_large_list(found) else found
         is_text = pa.types.is_string(inner) or pa.types.is_large_string(inner)
         try:
             if is_text != (name == "item_id") and not pa.types.is_null(inner):
                 raise pa.ArrowInvalid
-            columns[name] = table[name].cast(wanted)
+            columns[name] = table[name].cast(expected)
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-            raise ArtifactError(f"{path}: column {name!r} holds {found}, expected {wanted}; run `mmsid assign` again") from error
+            raise ArtifactError(f"{path}: column {name!r} has type {found}, expected {expected}; run `mmsid assign` again") from error
     return pa.table(columns)
 
 
 def _matrix(column: pa.ChunkedArray, name: str, num_levels: int) -> np.ndarray:
     array = column.combine_chunks()
-    if isinstance(array, pa.ChunkedArray):  # an empty table has no chunk to combine into
+    if isinstance(array, pa.ChunkedArray):  # combine_chunks of an empty table returns no array
         array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], pa.list_(pa.int32()))
     if array.null_count:
         raise ArtifactError(f"{name} is null in {array.null_count} rows; every item needs codes")
     lengths = np.diff(array.offsets.to_numpy())
     if (lengths != num_levels).any():
         row = int(np.argmax(lengths != num_levels))
-        raise ArtifactError(f"{name} of row {row} has {lengths[row]} levels, the table says {num_levels}; every item needs one per level")
+        raise ArtifactError(f"{name} of row {row} has {lengths[row]} levels, expected {num_levels}; every item needs one code per level")
     values = array.flatten()
     if values.null_count:
-        raise ArtifactError(f"{name} holds {values.null_count} null codes; every level needs a code")
+        raise ArtifactError(f"{name} has {values.null_count} null codes; every level needs a code")
     return values.to_numpy(zero_copy_only=False).astype(np.int64).reshape(len(array), num_levels)

@@ -1,7 +1,7 @@
-"""The trie of all published SIDs, as flat tensors: constrained decoding walks it, and a leaf lists its items.
+"""Trie of published SIDs as flat tensors: the basis of constrained decoding; a leaf lists the items of a SID.
 
-Depth d = d codes chosen; depth 0 is the root. Nodes of a depth are numbered in the order of their prefixes, so a node's
-children are neighbours at the next depth and its items a run of `items` (compressed sparse rows, nothing nested).
+Depth d means d chosen codes; depth 0 is the root. The nodes of a depth are numbered in the order of their prefixes, so that the
+children of a node are consecutive at the next depth and its items are a range of `items` (compressed sparse rows).
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from mmsid.artifacts import read_tensors, write_tensors
 from mmsid.errors import ArtifactError
 from mmsid.sids.table import SidTable
 
-MOST_CODES = 2**24  # of a level that is read from disk: a mask over all of them has to fit into memory
+MAX_CODES = 2**24  # upper limit of codes per level in a file: a mask over all codes must fit in memory
 
 
 @dataclass
 class Trie:
-    """Flat trie over (N, depth) codes; the last depth may be ragged (the suffix level: items without suffix end before it).
+    """Flat trie over (N, depth) codes. The last depth may be ragged: it is the suffix level, and items without suffix end before it.
 
     Attributes:
         sizes: (depth,) int64, codes per level.
@@ -39,7 +39,7 @@ class Trie:
     items: torch.Tensor
 
     def __post_init__(self) -> None:
-        # parent * K + code of every node, ascending: one binary search finds a child
+        # parent * K + code of every node, ascending, so that one binary search finds a child
         self._keys = []
         for level, (offsets, codes) in enumerate(zip(self.child_offsets, self.child_codes, strict=True)):
             parents = torch.repeat_interleave(torch.arange(len(offsets) - 1, device=offsets.device), offsets.diff())
@@ -47,10 +47,10 @@ class Trie:
 
     @classmethod
     def from_codes(cls, codes: np.ndarray | torch.Tensor, sizes: tuple[int, ...]) -> Trie:
-        """Build from (N, depth) codes; -1 in the last column: that item's SID ends before it.
+        """Build a trie from (N, depth) codes; -1 in the last column marks an item without suffix.
 
         Raises:
-            ValueError: no items, a code out of range, or sizes of another number of levels.
+            ValueError: no items, a code out of range, or another number of `sizes` than levels.
         """
         codes = np.asarray(codes, dtype=np.int64)
         if codes.ndim != 2 or 0 in codes.shape or codes.shape[1] != len(sizes):
@@ -58,7 +58,7 @@ class Trie:
         least = np.zeros(codes.shape[1], dtype=np.int64)
         least[-1] = -1 if codes.shape[1] > 1 else 0
         if (codes < least).any() or (codes >= np.array(sizes)).any():
-            raise ValueError(f"codes must lie in [0, size) per level (sizes {sizes}; -1 only at the last level)")
+            raise ValueError(f"codes must be in [0, size) per level (sizes {sizes}; -1 only at the last level)")
         order = np.lexsort((np.arange(len(codes)), *codes.T[::-1]))
         ordered = codes[order]
         starts, ends = [np.zeros(1, dtype=np.int64)], [np.array([len(codes)], dtype=np.int64)]
@@ -84,7 +84,7 @@ class Trie:
 
     @classmethod
     def from_table(cls, table: SidTable) -> Trie:
-        """The trie of a table's published codes; with a suffix column, the suffix is one more, ragged, level."""
+        """Build the trie of a table's published codes; a suffix column becomes one more, ragged level."""
         sizes = table.codebook_sizes
         if table.suffix is not None:
             sizes = (*sizes, max(int(table.suffix.max(initial=-1)) + 1, 1))
@@ -95,41 +95,42 @@ class Trie:
         return len(self.child_codes)
 
     def num_nodes(self, depth: int) -> int:
-        """Number of different prefixes of `depth` codes."""
+        """Number of distinct prefixes of `depth` codes."""
         return len(self.item_start[depth])
 
     def to(self, device: torch.device | str) -> Trie:
-        """The same trie with every tensor on `device`."""
+        """Return the trie with every tensor on `device`."""
         moved = [
             [tensor.to(device) for tensor in group] for group in (self.child_offsets, self.child_codes, self.item_start, self.item_end)
         ]
         return Trie(self.sizes.to(device), *moved, items=self.items.to(device))
 
     def children(self, depth: int, node: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Codes that may follow a node, ascending, and the child nodes they lead to (at depth + 1)."""
+        """Return the codes that may follow a node, ascending, and their child nodes at depth + 1."""
         begin, end = (int(offset) for offset in self.child_offsets[depth][node : node + 2])
         return self.child_codes[depth][begin:end], torch.arange(begin, end, device=self.items.device)
 
     def step(self, depth: int, nodes: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-        """Follow `codes` (any shape) from `nodes` (same shape) of `depth`: child nodes at depth + 1, or -1 where there is none."""
+        """Follow `codes` (any shape) from `nodes` (same shape) of `depth`. Returns child nodes at depth + 1, -1 where there is none."""
         size = int(self.sizes[depth])
         keys = self._keys[depth]
-        wanted = nodes.clamp_min(0) * size + codes.clamp(0, size - 1)
+        query = nodes.clamp_min(0) * size + codes.clamp(0, size - 1)
         if not len(keys):
-            return torch.full_like(wanted, -1)
-        found = torch.searchsorted(keys, wanted.contiguous()).clamp_max(len(keys) - 1)
-        exists = (keys[found] == wanted) & (nodes >= 0) & (codes >= 0) & (codes < size)
+            return torch.full_like(query, -1)
+        found = torch.searchsorted(keys, query.contiguous()).clamp_max(len(keys) - 1)
+        exists = (keys[found] == query) & (nodes >= 0) & (codes >= 0) & (codes < size)
         return torch.where(exists, found, -1)
 
     def walk(self, prefixes: torch.Tensor) -> torch.Tensor:
-        """(B, l) codes -> (B,) nodes of depth l, -1 where no item has that prefix."""
+        """Find the nodes of prefixes: (B, l) codes -> (B,) nodes of depth l, -1 where no item has that prefix."""
         nodes = torch.zeros(len(prefixes), dtype=torch.int64, device=self.items.device)
         for level in range(prefixes.shape[1]):
             nodes = self.step(level, nodes, prefixes[:, level])
         return nodes
 
-    def allowed_after(self, depth: int, nodes: torch.Tensor) -> torch.Tensor:
-        """(B,) nodes of `depth` (-1: none) -> (B, K) bool, the codes that may follow. A leaf's row is all False."""
+    def allowed(self, prefixes: torch.Tensor) -> torch.Tensor:
+        """Mask of the codes that may follow: (B, l) prefix codes, l < depth -> (B, K) bool; all False for an unknown or complete SID."""
+        depth, nodes = prefixes.shape[1], self.walk(prefixes)
         offsets, codes = self.child_offsets[depth], self.child_codes[depth]
         known = nodes.clamp_min(0)
         begin = offsets[known]
@@ -140,16 +141,12 @@ class Trie:
         mask[rows, codes[begin[rows] + within]] = True
         return mask
 
-    def allowed(self, prefixes: torch.Tensor) -> torch.Tensor:
-        """(B, l) prefix codes, l < depth -> (B, K) bool: which codes may follow; all False for an unknown or finished prefix."""
-        return self.allowed_after(prefixes.shape[1], self.walk(prefixes))
-
     def items_under(self, depth: int, node: int) -> torch.Tensor:
-        """Rows of all items below a node; at a leaf, the items that share the whole SID."""
+        """Rows of all items below a node; at a leaf, the items that share the SID."""
         return self.items[int(self.item_start[depth][node]) : int(self.item_end[depth][node])]
 
     def save(self, path: Path) -> None:
-        """Write as safetensors."""
+        """Write the trie as safetensors."""
         tensors = {"sizes": self.sizes, "items": self.items}
         for name in ("child_offsets", "child_codes", "item_start", "item_end"):
             tensors |= {f"{name}.{depth}": tensor for depth, tensor in enumerate(getattr(self, name))}
@@ -157,10 +154,10 @@ class Trie:
 
     @classmethod
     def load(cls, path: Path) -> Trie:
-        """Read what `save` wrote.
+        """Read and validate a file written by `save`.
 
         Raises:
-            ArtifactError: another file, or numbers that make no trie (names the first tensor that does not fit).
+            ArtifactError: another kind of file, or inconsistent tensors (names the first one).
         """
         tensors = read_tensors(path)
         try:
@@ -171,13 +168,13 @@ class Trie:
             ]
         except KeyError as error:
             raise ArtifactError(f"{path}: tensor {error} is missing; expected a SID trie, export it again") from error
-        wrong = _misfit(tensors["sizes"], *groups, items=tensors["items"])
-        if wrong is not None:
-            raise ArtifactError(f"{path}: tensor {wrong} does not fit the others, so the file is damaged; export it again")
+        invalid = _invalid_tensor(tensors["sizes"], *groups, items=tensors["items"])
+        if invalid is not None:
+            raise ArtifactError(f"{path}: tensor {invalid} is inconsistent with the others, so the file is corrupt; export it again")
         return cls(tensors["sizes"], *groups, items=tensors["items"])
 
 
-def _misfit(
+def _invalid_tensor(
     sizes: torch.Tensor,
     child_offsets: list[torch.Tensor],
     child_codes: list[torch.Tensor],
@@ -186,12 +183,12 @@ def _misfit(
     *,
     items: torch.Tensor,
 ) -> str | None:
-    """The first tensor that breaks what `Trie` says of its attributes, or None."""
+    """Name of the first tensor that contradicts the attributes documented in `Trie`, or None."""
 
     def vector(tensor: torch.Tensor, length: int | None = None) -> bool:
         return tensor.dtype == torch.int64 and tensor.ndim == 1 and (length is None or len(tensor) == length)
 
-    if not vector(sizes) or not len(sizes) or sizes.min() < 1 or sizes.max() > MOST_CODES:
+    if not vector(sizes) or not len(sizes) or sizes.min() < 1 or sizes.max() > MAX_CODES:
         return "sizes"
     if not vector(items) or not len(items) or not torch.equal(items.sort().values, torch.arange(len(items))):
         return "items"
