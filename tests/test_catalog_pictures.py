@@ -1,5 +1,6 @@
-"""Pictures: everything a stranger's file can be, answered with a fixed code or an upright 8-bit RGB picture."""
+"""Pictures: any file gives a fixed reason code or an upright 8-bit RGB picture."""
 
+import hashlib
 import io
 import os
 import struct
@@ -12,7 +13,7 @@ import pytest
 from PIL import Image, ImageFile
 from pydantic import ValidationError
 
-from mmsid.catalog import PictureLimits, load_picture, picture_bytes_sha256
+from mmsid.catalog import PictureLimits, load_picture
 from mmsid.catalog.picture_decoding import REASONS
 from mmsid.catalog.pictures import inspect_picture
 from mmsid.errors import PictureError
@@ -21,13 +22,13 @@ LIMITS = PictureLimits()
 
 
 def photo(width: int = 40, height: int = 30) -> Image.Image:
-    """A picture with enough detail that a cut file loses some of it."""
+    """A picture of noise, so that a truncated file loses some of it."""
     noise = np.random.default_rng(0).integers(0, 255, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(noise)
 
 
 def refused(path: str | Path, root: Path | None = None, limits: PictureLimits = LIMITS) -> str:
-    """The reason for which a picture is refused, after checking that the message follows the house rule."""
+    """Reason for which a picture is refused. The message must contain the file name and the text of the reason."""
     with pytest.raises(PictureError) as caught:
         load_picture(path, limits, root)
     assert Path(str(path)).name in str(caught.value) and REASONS[caught.value.reason] in str(caught.value)
@@ -45,7 +46,7 @@ def png_header(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 64)) + chunk(b"IEND", b"")
 
 
-@pytest.mark.parametrize("side", [60_000, 12_000, 6_000])  # above Pillow's error, above its warning, above our cap alone
+@pytest.mark.parametrize("side", [60_000, 12_000, 6_000])  # above Pillow's error limit, above its warning limit, above our limit only
 @pytest.mark.parametrize("policy", ["error", "ignore"])
 def test_a_bomb_is_refused_by_its_header(tmp_path, side, policy):
     warnings.simplefilter(policy, Image.DecompressionBombWarning)  # pytest restores the filters
@@ -56,7 +57,7 @@ def test_a_bomb_is_refused_by_its_header(tmp_path, side, policy):
     assert inspect_picture("bomb.png", LIMITS, tmp_path).reason == "too_many_pixels"
 
 
-def test_the_pixel_cap_cannot_be_raised_past_pillows_own():
+def test_max_pixels_cannot_exceed_pillows_limit():
     with pytest.raises(ValidationError):
         PictureLimits(max_pixels=200_000_000)
 
@@ -124,14 +125,14 @@ def test_bytes_formats_and_names(tmp_path):
     (tmp_path / "empty.jpg").write_bytes(b"")
     for name in ["really_bmp.jpg", "text.jpg", "empty.jpg"]:
         assert refused(tmp_path / name) == "format"
-    photo().save(tmp_path / "really_png.jpg", format="PNG")  # the content counts, not the name
+    photo().save(tmp_path / "really_png.jpg", format="PNG")  # the content decides, not the name
     assert load_picture(tmp_path / "really_png.jpg", LIMITS).size == (40, 30)
     with pytest.raises(ValidationError):
         PictureLimits(formats=("JPEG", "EPS"))
 
 
 @pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP"])
-def test_animation_is_refused_unless_the_first_frame_is_asked_for(tmp_path, kind):
+def test_animation_is_refused_unless_first_frame_is_configured(tmp_path, kind):
     frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue", "lime")]
     path = tmp_path / f"moving.{kind.lower()}"
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=50, **({"lossless": True} if kind == "WEBP" else {}))
@@ -167,11 +168,11 @@ def test_every_colour_model_becomes_rgb_on_white(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
-def test_exif_orientation_is_applied_and_junk_is_ignored(tmp_path):
+def test_exif_orientation_is_applied_and_damaged_exif_is_ignored(tmp_path):
     picture = Image.new("RGB", (40, 20), "white")
     picture.paste((255, 0, 0), (0, 0, 20, 20))  # left half red
     exif = Image.Exif()
-    exif[0x0112] = 6  # rotate 90 degrees clockwise to be upright: left becomes top
+    exif[0x0112] = 6  # rotated by 90 degrees clockwise: left becomes top
     picture.save(tmp_path / "turned.jpg", exif=exif, quality=95)
     found = load_picture(tmp_path / "turned.jpg", LIMITS)
     assert found.size == (20, 40)
@@ -180,7 +181,7 @@ def test_exif_orientation_is_applied_and_junk_is_ignored(tmp_path):
     assert load_picture(tmp_path / "junk.jpg", LIMITS).size == (40, 20)
 
 
-def test_a_telephones_jpeg_with_a_preview_is_one_picture(tmp_path):
+def test_a_jpeg_with_a_preview_frame_is_one_picture(tmp_path):
     photo().save(tmp_path / "phone.jpg", format="MPO", save_all=True, append_images=[photo(8, 8)])
     assert load_picture("phone.jpg", LIMITS, tmp_path).size == (40, 30)
     assert inspect_picture("phone.jpg", LIMITS, tmp_path).reason is None
@@ -188,8 +189,8 @@ def test_a_telephones_jpeg_with_a_preview_is_one_picture(tmp_path):
 
 def test_the_hash_is_of_the_bytes(tmp_path):
     photo().save(tmp_path / "a.png")
-    (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes())
-    assert picture_bytes_sha256("a.png", LIMITS, tmp_path) == picture_bytes_sha256(tmp_path / "b.png", LIMITS)
-    assert inspect_picture("a.png", LIMITS, tmp_path).sha256 == picture_bytes_sha256("a.png", LIMITS, tmp_path)
-    with pytest.raises(PictureError):
-        picture_bytes_sha256("../a.png", LIMITS, tmp_path / "none")
+    data = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "b.png").write_bytes(data)
+    for name in ("a.png", "b.png"):
+        assert inspect_picture(name, LIMITS, tmp_path).sha256 == hashlib.sha256(data).hexdigest()
+    assert inspect_picture("../a.png", LIMITS, tmp_path / "none").sha256 == hashlib.sha256(b"outside_root").hexdigest()

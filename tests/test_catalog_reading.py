@@ -1,4 +1,4 @@
-"""Reading a catalogue: three kinds of file alike, bad ones refused with a message one can act on."""
+"""Reading a catalogue: all file formats give the same result, and errors name the remedy."""
 
 import csv
 import json
@@ -74,7 +74,7 @@ def test_parquet_jsonl_and_csv_give_the_same_catalogue(folder):
     assert [item.content_sha256 for item in catalog.items] == sorted(item.content_sha256 for item in catalog.items)
 
 
-def test_sequences_drop_and_count_what_is_unknown(folder):
+def test_interactions_with_unknown_items_are_dropped_and_counted(folder):
     catalog = read_catalog(config(folder))
     by_user = {user.user_id: user for user in catalog.histories}
     assert [catalog.items[row].item_id for row in by_user["u"].rows] == ["a", "b", "a"]
@@ -84,7 +84,7 @@ def test_sequences_drop_and_count_what_is_unknown(folder):
     assert counted == {"unknown_item": 2, "user_without_items": 1, "timestamps_out_of_order": 1, "repeated_item": 1}
 
 
-def test_missing_pictures_are_facts_about_the_item(folder):
+def test_missing_pictures_are_recorded_as_problems_of_the_item(folder):
     Image.new("RGB", (8, 8)).save(folder / "cut.jpg")
     (folder / "cut.jpg").write_bytes((folder / "cut.jpg").read_bytes()[:-30])
     rows = [{"item_id": "a", "image": ["one.png", "none.png", "cut.jpg", "../up.png"]}, {"item_id": "b", "image": [None]}]
@@ -123,7 +123,7 @@ def test_group_by_makes_one_item_of_several_rows(folder):
 
 def test_bad_tables_are_refused_by_file_row_field_and_remedy(folder):
     doubled = refusal(config(folder, items=[{"item_id": "a"}, {"item_id": "b"}, {"item_id": "a"}], sequences=None))
-    assert "items.parquet, rows 1, 3: item_id 'a' stands 2 times" in doubled and "group_by" in doubled
+    assert "items.parquet, rows 1, 3: item_id 'a' occurs 2 times" in doubled and "group_by" in doubled
     missing = refusal(config(folder, ".csv", items=[{"sku": "a", "name": "x"}], sequences=None))
     assert "items.csv: no column 'item_id' (catalog.fields.item_id)" in missing and "sku, name" in missing
     mapped = refusal(config(folder, items=[{"item_id": "a"}], sequences=None, fields={"title": "title"}))
@@ -137,16 +137,16 @@ def test_bad_tables_are_refused_by_file_row_field_and_remedy(folder):
     assert "row 1, field 'image': holds a bytes" in refusal(config(folder, items=[{"item_id": "a", "image": b"x"}], sequences=None))
 
 
-def test_empty_torn_and_foreign_files_are_refused(folder):
+def test_empty_damaged_and_unsupported_files_are_refused(folder):
     for name, text, expected in [
         ("empty.csv", "", "holds no rows"),
         ("head.csv", "item_id,title\n", "holds no rows"),
         ("empty.jsonl", "\n\n", "holds no rows"),
         ("torn.jsonl", '{"item_id": "a"}\n\n{"item_id": \n', "line 3: not valid JSON"),
         ("list.jsonl", "[1]\n", "line 1: holds a list"),
-        ("ragged.csv", "item_id,title\na,x\nb,x,y\n", "row 2: 3 cells under 2 columns"),
+        ("ragged.csv", "item_id,title\na,x\nb,x,y\n", "row 2: 3 cells, expected 2"),
         ("quote.csv", 'item_id,title\na,"x\n', "not valid csv"),
-        ("twice.csv", "item_id,item_id\na,b\n", "column 'item_id' stands twice"),
+        ("twice.csv", "item_id,item_id\na,b\n", "column 'item_id' occurs twice"),
         ("torn.parquet", "PAR1 but not quite", "cannot be read as parquet"),
         ("items.pkl", "x", "ends in '.pkl'"),
         ("bad.csv", "item_id,tags\na,[1\n", "starts like JSON"),
@@ -164,7 +164,7 @@ def test_empty_torn_and_foreign_files_are_refused(folder):
 
 
 def test_bad_sequences_are_refused(folder):
-    assert "rows 1 and 2: user_id 'u' stands twice" in refusal(config(folder, sequences=[SEQUENCES[0], SEQUENCES[0]]))
+    assert "rows 1 and 2: user_id 'u' occurs twice" in refusal(config(folder, sequences=[SEQUENCES[0], SEQUENCES[0]]))
     short = [{"user_id": "u", "items": ["a", "b"], "times": [1]}]
     assert "row 1: times holds 1 values, items 2" in refusal(config(folder, sequences=short))
     huge = [{"user_id": "u", "items": ["a"], "times": [10**30]}]
@@ -175,13 +175,13 @@ def test_bad_sequences_are_refused(folder):
     assert "field 'user_id': empty" in refusal(config(folder, sequences=[{"user_id": None, "items": ["a"], "times": [1]}]))
 
 
-def test_a_dumped_config_still_knows_what_the_user_named():
+def test_a_dumped_config_keeps_which_fields_the_user_set():
     fields = Fields(title="name")
     again = Fields.model_validate(fields.model_dump(mode="json"))
     assert again == fields and again.model_fields_set == {"title"}
 
 
-def test_the_summary_tells_what_is_there(folder):
+def test_describe_and_summary_count_the_catalogue(folder):
     catalog = read_catalog(config(folder))
     facts = describe(catalog, split_histories(catalog, SplitConfig()))
     assert facts["items"] == 3 and facts["items_with_picture"] == 2 and facts["pictures"] == 3 and facts["items_with_text"] == 2
@@ -192,7 +192,7 @@ def test_the_summary_tells_what_is_there(folder):
     assert "with picture  2 (66.7 %), 3 pictures" in text and "unknown_item 2" in text and len(text.splitlines()) == 8
 
 
-def test_pictures_open_by_the_paths_that_items_carry_wherever_the_root_is_named_from(tmp_path, monkeypatch):
+def test_pictures_of_items_can_be_loaded_when_the_image_root_is_relative(tmp_path, monkeypatch):
     (tmp_path / "shop").mkdir()
     Image.new("RGB", (4, 4), "red").save(tmp_path / "shop" / "a.png")
     (tmp_path / "shop" / "items.jsonl").write_text('{"item_id": "a", "image": "a.png"}\n')
@@ -202,7 +202,7 @@ def test_pictures_open_by_the_paths_that_items_carry_wherever_the_root_is_named_
     assert load_picture(item.images[0], config.pictures, config.root).size == (4, 4)
 
 
-def test_category_roots_cut_what_stands_before_the_path(folder):
+def test_category_roots_drop_values_before_the_path(folder):
     rows = [
         {"item_id": "a", "title": "x", "facts": ["Acme", "Hair", "Shampoo"]},
         {"item_id": "b", "title": "y", "facts": ["Skin", "Hair"]},

@@ -1,4 +1,4 @@
-"""The public data sets, read as their configurations map them: counts as their READMEs state them."""
+"""Public data sets: the counts of the catalogues equal the counts in their READMEs."""
 
 import pytest
 
@@ -9,7 +9,7 @@ MAPPED = {
     "ml_posters": {"attributes": ["genres", "year"], "timestamps": "timestamps"},
     "grocery": {"group_by": "class_id", "title": "class_name", "categories": ["cat_l1", "coarse_name", "class_name"]},
     "amazon_scientific": {"attributes": ["brand"]},
-    "amazon_beauty": {  # one column holds the brand, where known, and then the category path
+    "amazon_beauty": {  # one column contains the brand, if known, and then the category path
         "title": "name_generated",
         "categories": "attributes",
         "category_roots": ["Bath & Body", "Fragrance", "Hair Care", "Makeup", "Skin Care", "Tools & Accessories"],
@@ -40,7 +40,7 @@ def test_counts_are_those_of_the_readme(data_root, name, expected):
     facts = describe(catalog, split)
     assert {key: facts[key] for key in expected} == expected
     assert not any(code.startswith("picture_") or code == "unknown_item" for code in catalog.problems)
-    if name == "fashion9k":  # the README counts names; two of them stand under several parents
+    if name == "fashion9k":  # the README counts names, and two of them have several parents
         assert [len({item.categories[depth] for item in catalog.items}) for depth in range(3)] == [6, 30, 75]
     if name == "grocery":
         assert facts["categories_per_depth"][:2] == [3, 43]

@@ -1,4 +1,4 @@
-"""Splits, pairs and the canonical order: worked by hand, and blind to row order and ids."""
+"""Splits, co-engagement and canonical order: hand calculations, and independence of row order and ids."""
 
 import json
 import random
@@ -16,8 +16,8 @@ from mmsid.errors import CatalogError
 def catalog_of(histories: list[list[int]], times: list[list[float]] | None = None, num_items: int = 10) -> Catalog:
     items = [Item(f"i{row}", "", "", (), (), {}, f"{row:064d}", ()) for row in range(num_items)]
     users = [
-        UserHistory(f"u{place}", np.array(rows, dtype=np.int64), None if times is None else np.array(times[place]))
-        for place, rows in enumerate(histories)
+        UserHistory(f"u{user}", np.array(rows, dtype=np.int64), None if times is None else np.array(times[user]))
+        for user, rows in enumerate(histories)
     ]
     return Catalog(items, {item.item_id: row for row, item in enumerate(items)}, users, "", None)
 
@@ -32,13 +32,13 @@ def test_leave_one_out_by_hand():
 
 
 def test_time_split_by_hand():
-    # all times 1..10; quantiles .5 and .8 taken upwards are 6 and 9
+    # all times 1..10; the quantiles .5 and .8, rounded up, are 6 and 9
     times = [[1, 2, 6, 8, 9, 10], [3, 4, 5], [7]]
     histories = [[0, 1, 2, 3, 4, 5], [6, 7, 8], [9]]
     config = SplitConfig(method="time", valid_from=0.5, test_from=0.8)
     split = split_histories(catalog_of(histories, times), config)
     assert [rows.tolist() for rows in split.train] == [[0, 1], [6, 7, 8], []]
-    assert split.valid.tolist() == [2, -1, -1]  # user 2 has nothing before its first item: nothing to predict from
+    assert split.valid.tolist() == [2, -1, -1]  # user 2 has no interaction before its first item
     assert split.test.tolist() == [4, -1, -1]
     assert split.history(0, "valid").tolist() == [0, 1]
     assert split.history(0, "test").tolist() == [0, 1, 2, 3]
@@ -56,7 +56,7 @@ def test_the_inner_split_is_a_tenth_of_the_users_fixed_by_seed_and_content():
     assert np.array_equal(split.held_out, split_histories(catalog, SplitConfig()).held_out)
     assert not np.array_equal(split.held_out, split_histories(catalog, SplitConfig(seed=1)).held_out)
     assert split_histories(catalog, SplitConfig(inner_held_out=0)).held_out.sum() == 0
-    later = catalog_of([[*rows[:-2], 0, 1] for rows in histories])  # what comes after train does not decide
+    later = catalog_of([[*rows[:-2], 0, 1] for rows in histories])  # interactions after train do not matter
     assert {tuple(rows) for rows in split.held_out_histories()} == {
         tuple(rows) for rows in split_histories(later, SplitConfig()).held_out_histories()
     }

@@ -1,4 +1,4 @@
-"""The written demo catalogue: files, determinism, duplicates, README."""
+"""Written demo catalogue: files, determinism, duplicates, README."""
 
 import json
 from pathlib import Path
@@ -66,14 +66,14 @@ def test_a_duplicate_shares_everything_but_its_id(catalog):
             assert (catalog / name).read_bytes() == (catalog / source).read_bytes()
 
 
-def test_readme_states_the_optimum_and_what_is_only_in_the_picture(catalog):
+def test_readme_contains_the_best_achievable_figures_and_the_picture_facts(catalog):
     text = (catalog / "README.md").read_text()
     best = read_json(catalog / "best_achievable.json")
     assert f"{best['test']['expected']['HR@10']:.4f}" in text
     assert "| colour | 8 | **only here** | - | - |" in text and "| material | 6 | - | **only here** | - |" in text
 
 
-def test_no_users_means_no_sequences_and_small_is_fine(tmp_path):
+def test_a_catalogue_of_one_item_without_users_has_no_sequences(tmp_path):
     out = write_demo_catalog(tmp_path / "small", items=1, users=0, seed=0)
     names = ["README.md", "SHA256SUMS", "images", "items.parquet", "manifest.json", "truth.parquet"]
     assert sorted(p.name for p in out.iterdir()) == names

@@ -1,6 +1,6 @@
-"""Fuzzing every door that strangers' bytes come through: nothing but our own errors may come out.
+"""Fuzzing of every reader of untrusted data: readers may raise mmsid's own errors only.
 
-Each door is tried with a hundred inputs here and with 10,000 in the slow suite; the inputs are the same in every run.
+Each reader gets 100 inputs, and 10,000 in the slow suite. The inputs are the same in every run.
 """
 
 import io
@@ -33,7 +33,7 @@ from mmsid.sids.trie import Trie
 
 FAST, SLOW = 100, 10_000
 
-# What inputs are made of
+# Parts of inputs
 
 TEXT = st.text(max_size=12)
 NUMBERS = st.integers() | st.floats() | st.sampled_from([2**63, -(2**63) - 1, 10**400, 1e308])
@@ -46,22 +46,22 @@ JSON = st.recursive(
 
 @st.composite
 def damaged(draw, files: list[bytes]) -> bytes:
-    """A whole file with a few bytes changed, cut out, doubled or put in, or its end missing."""
+    """A valid file with a few bytes changed, removed, repeated or inserted, or with its end removed."""
     data = bytearray(draw(st.sampled_from(files)))
     for _ in range(draw(st.integers(1, 4))):
-        at = draw(st.integers(0, max(0, len(data) - 1)))
+        start = draw(st.integers(0, max(0, len(data) - 1)))
         kind = draw(st.sampled_from(["set", "cut", "double", "insert", "end"]))
         length = draw(st.integers(1, 16))
         if kind == "set":
-            data[at : at + 1] = bytes([draw(st.integers(0, 255))])
+            data[start : start + 1] = bytes([draw(st.integers(0, 255))])
         elif kind == "cut":
-            del data[at : at + length]
+            del data[start : start + length]
         elif kind == "double":
-            data[at:at] = data[at : at + length]
+            data[start:start] = data[start : start + length]
         elif kind == "insert":
-            data[at:at] = draw(st.binary(min_size=1, max_size=8) | st.sampled_from([b"\xff" * 8, b"\0" * 8, b'"', b"{", b"[", b"\n"]))
+            data[start:start] = draw(st.binary(min_size=1, max_size=8) | st.sampled_from([b"\xff" * 8, b"\0" * 8, b'"', b"{", b"[", b"\n"]))
         else:
-            del data[at:]
+            del data[start:]
     return bytes(data)
 
 
@@ -72,7 +72,7 @@ def _parquet(table: pa.Table) -> bytes:
 
 
 def write(path: Path, data: bytes) -> None:
-    """A new file each time: overwriting an old one makes some file systems wait for the disk."""
+    """Write a new file each time, because some file systems flush to disk when a file is overwritten."""
     path.unlink(missing_ok=True)
     path.write_bytes(data)
 
@@ -118,15 +118,17 @@ CATALOGUES = st.one_of(
 )
 
 
-def read_a_catalogue(place: Path, value: tuple[str, bytes, bytes | None]) -> None:
+def read_a_catalogue(folder: Path, value: tuple[str, bytes, bytes | None]) -> None:
     kind, items, sequences = value
-    path = place / f"items.{kind}"
+    path = folder / f"items.{kind}"
     write(path, items)
     if sequences is not None:
-        write(place / "sequences.jsonl", sequences)
+        write(folder / "sequences.jsonl", sequences)
     columns = set(FIELDS.attributes) if kind != "csv" else set()
     fields = FIELDS.model_copy(update={"attributes": sorted(columns)})
-    catalog = read_catalog(CatalogConfig(items=path, sequences=place / "sequences.jsonl" if sequences is not None else None, fields=fields))
+    catalog = read_catalog(
+        CatalogConfig(items=path, sequences=folder / "sequences.jsonl" if sequences is not None else None, fields=fields)
+    )
     assert len({item.item_id for item in catalog.items}) == len(catalog.items) > 0
     assert all(item.title.isprintable() or item.title for item in catalog.items if item.title)
     json.dumps([[item.item_id, item.title, item.categories] for item in catalog.items], ensure_ascii=False).encode()
@@ -160,13 +162,13 @@ def _pictures() -> list[bytes]:
     return files
 
 
-def decode_a_picture(place: Path, data: bytes) -> None:
-    write(place / "a.png", data)
+def decode_a_picture(folder: Path, data: bytes) -> None:
+    write(folder / "a.png", data)
     for limits in (ALL_FORMATS, PictureLimits()):
-        inspected = inspect_picture("a.png", limits, place)
+        inspected = inspect_picture("a.png", limits, folder)
         assert inspected.reason is None or inspected.reason in REASONS
         try:
-            picture = load_picture("a.png", limits, place)
+            picture = load_picture("a.png", limits, folder)
         except PictureError as error:
             assert error.reason in REASONS and error.__cause__ is None
             assert str(error) == f"picture 'a.png': {REASONS[error.reason]}"
@@ -175,11 +177,11 @@ def decode_a_picture(place: Path, data: bytes) -> None:
         assert picture.mode == "RGB" and len(picture.tobytes()) == 3 * picture.width * picture.height
 
 
-# Answers of language models
+# Outputs of language models
 
-ANSWERS = [
+VALID_OUTPUTS = [
     b'{"caption": "a red striped running shoe by Velo, priced 49"}',
-    b'```json\n{"descriptors": [{"descriptor": "trail running", "confidence": 0.9}], "summary": "For runs off the road."}\n```',
+    b'```json\n{"descriptors": [{"descriptor": "trail running", "confidence": 0.9}], "summary": "For runs on trails."}\n```',
     b'{"descriptors": [{"descriptor": "a", "confidence": 1}, {"descriptor": "b", "confidence": 0}], "summary": "\\ud83d\\ude00 \\u0041"}',
 ]
 KEYS = ["descriptors", "summary", "caption", "descriptor", "confidence"]
@@ -189,14 +191,14 @@ RECORDS = st.recursive(
     max_leaves=12,
 )
 OUTPUTS = (
-    damaged(ANSWERS).map(lambda data: data.decode("utf-8", "surrogateescape"))
+    damaged(VALID_OUTPUTS).map(lambda data: data.decode("utf-8", "surrogateescape"))
     | RECORDS.map(json.dumps)
     | st.text(max_size=60)
     | st.builds(lambda mark, times: mark * times, st.sampled_from(["[", '{"a":', "```", '"', "1", "-", "\ufeff"]), st.integers(0, 30_000))
 )
 
 
-def parse_an_answer(place: Path, text: str) -> None:
+def parse_an_output(folder: Path, text: str) -> None:
     for parse in (parse_caption, parse_interests):
         try:
             record = parse(text)
@@ -243,10 +245,10 @@ CONFIGURATIONS = st.tuples(
 )
 
 
-def load_a_configuration(place: Path, value: tuple[bytes, list[str]]) -> None:
+def load_a_configuration(folder: Path, value: tuple[bytes, list[str]]) -> None:
     data, overrides = value
-    write(place / "run.yaml", data)
-    stages.stage_configs(load_yaml(place / "run.yaml", overrides), source="run.yaml")
+    write(folder / "run.yaml", data)
+    stages.stage_configs(load_yaml(folder / "run.yaml", overrides), source="run.yaml")
 
 
 # SID files
@@ -309,16 +311,16 @@ SIDS = st.one_of(
 )
 
 
-def read_a_sid_file(place: Path, value: tuple[str, bytes]) -> None:
+def read_a_sid_file(folder: Path, value: tuple[str, bytes]) -> None:
     name, data = value
-    path = place / name
+    path = folder / name
     write(path, data)
     if name == "trie.safetensors":
         trie = Trie.load(path)
         trie.allowed(torch.zeros(1, 1, dtype=torch.int64))
         return
     if name == "sids.parquet":
-        table = read_sid_folder(place)
+        table = read_sid_folder(folder)
     elif name == "index.json":
         table = import_index_json(path)
     else:
@@ -326,38 +328,38 @@ def read_a_sid_file(place: Path, value: tuple[str, bytes]) -> None:
     assert table.codes.shape == (len(table), table.num_levels) and (table.codes < table.codebook_sizes).all() and (table.codes >= 0).all()
 
 
-DOORS: dict[str, tuple[st.SearchStrategy, Callable[[Path, Any], None]]] = {
+READERS: dict[str, tuple[st.SearchStrategy, Callable[[Path, Any], None]]] = {
     "catalogue": (CATALOGUES, read_a_catalogue),
     "picture": (damaged(_pictures()) | st.binary(max_size=60), decode_a_picture),
-    "answer": (OUTPUTS, parse_an_answer),
+    "model output": (OUTPUTS, parse_an_output),
     "configuration": (CONFIGURATIONS, load_a_configuration),
     "sids": (SIDS, read_a_sid_file),
 }
 
 
-def hammer(door: str, count: int, place: Path) -> None:
-    """Try `count` inputs; no clock, seed or earlier failure decides which."""
-    strategy, opens = DOORS[door]
+def fuzz(reader: str, count: int, folder: Path) -> None:
+    """Call the reader on `count` inputs. They do not depend on clock, seed or earlier failures."""
+    strategy, read = READERS[reader]
 
     @settings(max_examples=count, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(strategy)
     def once(value: Any) -> None:
         try:
-            opens(place, value)
+            read(folder, value)
         except MmsidError as error:
             assert str(error)
 
     once()
 
 
-@pytest.mark.parametrize("door", DOORS)
-@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow warns of junk in EXIF and palettes
-def test_a_hundred_inputs(door, tmp_path):
-    hammer(door, FAST, tmp_path)
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow warns of damaged EXIF and palettes
+def test_a_hundred_inputs(reader, tmp_path):
+    fuzz(reader, FAST, tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("reader", READERS)
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_ten_thousand_inputs(door, tmp_path):
-    hammer(door, SLOW, tmp_path)
+def test_ten_thousand_inputs(reader, tmp_path):
+    fuzz(reader, SLOW, tmp_path)

@@ -1,6 +1,6 @@
-"""Hostile pictures, each met by every door: the catalogue, decoding here, decoding in a worker, and the caption job.
+"""Hostile pictures in the catalogue reader, the decoder, the isolated decoder and the caption job.
 
-What is usable comes out upright, in RGB; what is not has a fixed reason and keeps its row.
+A usable picture is decoded upright in RGB. Any other has a fixed reason and keeps its row.
 """
 
 import io
@@ -42,7 +42,7 @@ def exif(**tags) -> bytes:
 
 
 def bomb(width: int, height: int) -> bytes:
-    """A PNG of under 200 bytes that declares so many one-bit pixels."""
+    """A PNG of under 200 bytes that declares `width` x `height` one-bit pixels."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
@@ -52,7 +52,7 @@ def bomb(width: int, height: int) -> bytes:
 
 
 def text_bomb() -> bytes:
-    """A PNG whose compressed comment unpacks to 200 MB."""
+    """A PNG whose compressed comment expands to 200 MB."""
     data = encoded(RED, "PNG")
     body = b"Comment\0\0" + zlib.compress(bytes(200_000_000), 9)
     chunk = struct.pack(">I", len(body)) + b"zTXt" + body + struct.pack(">I", zlib.crc32(b"zTXt" + body))
@@ -89,7 +89,7 @@ REFUSED = {
     },
     "progressive JPEG cut in its last scan": (encoded(NOISE, "JPEG", progressive=True)[:-9], "truncated"),
 }
-USABLE = {  # file, its name, size and middle pixel of what comes out
+USABLE = {  # bytes, file name, size and middle pixel of the decoded picture
     "PNG under a JPEG's name": (encoded(RED, "PNG"), "a.jpg", (40, 30), (200, 0, 0)),
     "JPEG without any ending": (encoded(RED, "JPEG", quality=95), "picture", (40, 30), (200, 0, 0)),
     "CMYK": (encoded(Image.new("CMYK", (40, 30), (0, 255, 255, 0)), "JPEG", quality=95), "a.jpg", (40, 30), (255, 0, 0)),
@@ -97,26 +97,26 @@ USABLE = {  # file, its name, size and middle pixel of what comes out
     "transparent": (encoded(Image.new("RGBA", (40, 30), (9, 9, 9, 0)), "PNG"), "a.png", (40, 30), (255, 255, 255)),
     "half transparent": (encoded(Image.new("LA", (40, 30), (0, 128)), "PNG"), "a.png", (40, 30), (127, 127, 127)),
     "palette with one transparent colour": (encoded(RED.quantize(2), "PNG", transparency=0), "a.png", (40, 30), None),
-    "EXIF: turned": (encoded(RED, "JPEG", exif=exif(x0112=6)), "a.jpg", (30, 40), None),
+    "EXIF: rotated": (encoded(RED, "JPEG", exif=exif(x0112=6)), "a.jpg", (30, 40), None),
     "EXIF: an orientation that does not exist": (encoded(RED, "JPEG", exif=exif(x0112=99)), "a.jpg", (40, 30), None),
     "EXIF: other width and height": (encoded(RED, "JPEG", exif=exif(x0100=60_000, x0101=60_000)), "a.jpg", (40, 30), None),
-    "EXIF: junk": (encoded(RED, "JPEG", exif=b"Exif\0\0MM\0*" + b"\xff" * 40), "a.jpg", (40, 30), None),
+    "EXIF: damaged": (encoded(RED, "JPEG", exif=b"Exif\0\0MM\0*" + b"\xff" * 40), "a.jpg", (40, 30), None),
     "EXIF: offset past the end": (encoded(RED, "JPEG", exif=b"Exif\0\0II*\0\xf0\xff\xff\x7f"), "a.jpg", (40, 30), None),
-    "ICC: junk": (encoded(RED, "JPEG", icc_profile=b"\xff" * 200), "a.jpg", (40, 30), None),
-    "ICC: junk in a PNG": (encoded(RED, "PNG", icc_profile=b"acsp" * 50), "a.png", (40, 30), (200, 0, 0)),
+    "ICC: damaged": (encoded(RED, "JPEG", icc_profile=b"\xff" * 200), "a.jpg", (40, 30), None),
+    "ICC: damaged in a PNG": (encoded(RED, "PNG", icc_profile=b"acsp" * 50), "a.png", (40, 30), (200, 0, 0)),
     "bytes behind the end": (encoded(RED, "PNG") + b"<?php system('id'); ?>" * 9, "a.png", (40, 30), (200, 0, 0)),
 }
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow warns of junk in EXIF
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow warns of damaged EXIF
 
 
-@pytest.fixture(params=[False, True], ids=["here", "in a worker"])
+@pytest.fixture(params=[False, True], ids=["in this process", "isolated"])
 def limits(request) -> PictureLimits:
     return PictureLimits(isolate=request.param)
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_no_usable_picture_has_a_fixed_reason_and_tells_nothing_else(tmp_path, name, limits):
+def test_an_unusable_picture_has_a_fixed_reason_and_message(tmp_path, name, limits):
     data, reasons = REFUSED[name]
     reasons = (reasons,) if isinstance(reasons, str) else reasons
     (tmp_path / "a.png").write_bytes(data)
@@ -124,17 +124,17 @@ def test_what_is_no_usable_picture_has_a_fixed_reason_and_tells_nothing_else(tmp
         load_picture("a.png", limits, tmp_path)
     assert caught.value.reason in reasons
     assert str(caught.value) == f"picture 'a.png': {REASONS[caught.value.reason]}"
-    assert inspect_picture("a.png", limits, tmp_path).reason in reasons, "found before anything is decoded"
+    assert inspect_picture("a.png", limits, tmp_path).reason in reasons, "refused before anything is decoded"
 
 
 @pytest.mark.parametrize("name", USABLE)
-def test_what_can_be_used_comes_out_upright_in_rgb(tmp_path, name, limits):
+def test_a_usable_picture_is_decoded_upright_in_rgb(tmp_path, name, limits):
     data, file, size, colour = USABLE[name]
     (tmp_path / file).write_bytes(data)
     picture = load_picture(file, limits, tmp_path)
     assert (picture.mode, picture.size) == ("RGB", size)
     if colour is not None:
-        assert np.abs(np.array(picture.getpixel((size[0] // 2, size[1] // 2))) - colour).max() <= 16  # JPEG and CMYK round
+        assert np.abs(np.array(picture.getpixel((size[0] // 2, size[1] // 2))) - colour).max() <= 16  # JPEG and CMYK are lossy
     assert inspect_picture(file, limits, tmp_path).reason is None
 
 
@@ -171,11 +171,11 @@ def test_no_path_leads_out_of_the_root_or_hangs(tmp_path, path, reason, limits):
     assert caught.value.reason in ((reason,) if isinstance(reason, str) else reason)
 
 
-# The worker's own limits
+# Limits of the worker
 
 
 def slow_jpeg(scans: int) -> bytes:
-    """16 megapixels in 75 kB, refined again by every one of `scans` empty scans: each costs the decoder a walk over the whole picture."""
+    """16 megapixels in 75 kB with `scans` empty scans. The decoder passes over the whole picture for each scan."""
     data = encoded(Image.new("L", (4_000, 4_000), 128), "JPEG", progressive=True)
     return data[:-2] + data[data.rfind(b"\xff\xda") : -2] * scans + b"\xff\xd9"
 
@@ -186,7 +186,7 @@ def reason_of(path: Path, limits: PictureLimits) -> str:
     return caught.value.reason
 
 
-def test_a_picture_that_takes_too_long_or_too_much_memory_is_given_up_and_the_next_is_decoded(tmp_path):
+def test_a_picture_beyond_the_time_or_memory_limit_is_refused_and_the_next_is_decoded(tmp_path):
     (tmp_path / "slow.jpg").write_bytes(slow_jpeg(1_000))
     (tmp_path / "good.png").write_bytes(encoded(RED, "PNG"))
     (tmp_path / "large.png").write_bytes(encoded(Image.new("RGB", (5_000, 5_000)), "PNG", compress_level=1))
@@ -199,20 +199,20 @@ def test_a_picture_that_takes_too_long_or_too_much_memory_is_given_up_and_the_ne
 
 
 @pytest.mark.slow
-def test_a_decoder_that_crashes_costs_its_own_picture_and_a_worker_that_died_idle_costs_none(tmp_path):
+def test_a_crash_refuses_one_picture_and_a_worker_killed_while_idle_refuses_none(tmp_path):
     limits = PictureLimits(isolate=True)
     (tmp_path / "good.png").write_bytes(encoded(RED, "PNG"))
     (tmp_path / "slow.jpg").write_bytes(slow_jpeg(1_000))
-    with isolated_decoding._worker() as worker:
+    with isolated_decoding._borrow_worker() as worker:
         process = worker.process
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert load_picture(tmp_path / "good.png", limits).size == (40, 30)
-    with isolated_decoding._worker() as worker:
+    with isolated_decoding._borrow_worker() as worker:
         process = worker.process
 
     def crash() -> None:
-        while process.poll() is None and isolated_decoding._idle.qsize():  # until it is taken for the slow picture
+        while process.poll() is None and isolated_decoding._idle_workers.qsize():  # until the slow picture uses it
             time.sleep(0.001)
         process.send_signal(signal.SIGSEGV)
 
@@ -223,23 +223,23 @@ def test_a_decoder_that_crashes_costs_its_own_picture_and_a_worker_that_died_idl
     assert load_picture(tmp_path / "good.png", limits).size == (40, 30)
 
 
-def test_a_forked_process_has_workers_of_its_own(tmp_path):
+def test_a_forked_process_starts_its_own_workers(tmp_path):
     (tmp_path / "good.png").write_bytes(encoded(RED, "PNG"))
     load_picture(tmp_path / "good.png", PictureLimits(isolate=True))
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
-        os.write(writer, bytes([isolated_decoding._idle.qsize()]))
+        os.write(writer, bytes([isolated_decoding._idle_workers.qsize()]))
         os._exit(0)
     os.waitpid(child, 0)
-    assert os.read(reader, 1) == b"\0" and isolated_decoding._idle.qsize() > 0
+    assert os.read(reader, 1) == b"\0" and isolated_decoding._idle_workers.qsize() > 0
 
 
 # Rows
 
 
 def test_every_hostile_picture_keeps_its_row_with_a_reason(tmp_path):
-    """A catalogue of nothing else: as many caption rows as creatives, none dropped, each refusal named."""
+    """A catalogue of hostile pictures only has one caption row per creative, with a reason for each refusal."""
     (tmp_path / "images").mkdir()
     lines = []
     for number, (name, data) in enumerate([(name, case[0]) for name, case in (REFUSED | USABLE).items()]):

@@ -1,4 +1,4 @@
-"""A small catalogue on disk with text, categories, sequences and annotation folders, for the tests of the tokenizer."""
+"""Small catalogue on disk with text, categories, sequences and annotation folders, for tests."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COLOURS, THINGS, USES = (
 
 
 def write_catalog(folder: Path, items: int = 64, users: int = 40, seed: int = 0, sequences: bool = True) -> CatalogConfig:
-    """Items of three colours, four things and six uses; users stay with one thing."""
+    """Write items of three colours, four things and six uses. Each user engages with one thing only."""
     rng = np.random.default_rng(seed)
     facts = [(COLOURS[i % 3], THINGS[i % 4], USES[(i // 12) % 6], i) for i in range(items)]
     rows = [
@@ -43,7 +43,7 @@ def write_catalog(folder: Path, items: int = 64, users: int = 40, seed: int = 0,
 
 
 def write_annotations(folder: Path, config: CatalogConfig, *, source: str = "llm") -> tuple[Path, Path]:
-    """Finished `caption` and `interests` folders; the last item is quarantined in both, the first is flagged sensitive."""
+    """Write finished `caption` and `interests` folders. The last item is quarantined in both, and the first is flagged sensitive."""
     ids = pq.read_table(config.items)["item_id"].to_pylist()
     titles = pq.read_table(config.items)["title"].to_pylist()
     for stage in ("caption", "interests"):

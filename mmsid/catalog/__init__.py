@@ -1,11 +1,11 @@
-"""The catalogue: items, pictures, histories, splits and co-engagement, read from the user's files and checked."""
+"""Catalogue: items, pictures, user histories, splits and co-engagement, read from the user's files and checked."""
 
 from mmsid.catalog.catalog import Catalog, UserHistory, read_catalog
 from mmsid.catalog.coengagement import adjacent_pairs, co_engagement
 from mmsid.catalog.config import CatalogConfig, Fields, PictureLimits, SplitConfig
 from mmsid.catalog.describe import describe, summary
 from mmsid.catalog.items import Item
-from mmsid.catalog.pictures import load_picture, picture_bytes_sha256
+from mmsid.catalog.pictures import load_picture
 from mmsid.catalog.splits import Split, split_histories
 
 __all__ = [
@@ -21,7 +21,6 @@ __all__ = [
     "co_engagement",
     "describe",
     "load_picture",
-    "picture_bytes_sha256",
     "read_catalog",
     "split_histories",
     "summary",

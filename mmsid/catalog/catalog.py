@@ -1,8 +1,7 @@
-"""The catalogue whole: items and user histories in an order that depends on their content alone.
+"""Catalogue of items and user histories in canonical order.
 
-Items are sorted by content hash. Items of the very same content are told apart by how users engaged with them, and by
-their ids only when nothing else is left. Users are sorted by the content of what they engaged with. So every seeded
-choice made later falls the same way however the files' rows were shuffled and their ids named.
+Items are sorted by content hash. Items with equal content are sorted by the histories that contain them, and by id as the last
+resort. Users are sorted by the content of their histories. Row order and ids in the files therefore do not change seeded results.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from mmsid.errors import CatalogError
 
 @dataclass
 class UserHistory:
-    """What one user engaged with: `rows` (T,) int64 item rows in time order, `timestamps` (T,) or None."""
+    """History of one user: `rows` (T,) int64 item rows in time order, `timestamps` (T,) or None."""
 
     user_id: str
     rows: np.ndarray
@@ -33,13 +32,13 @@ class Catalog:
     """A catalogue in canonical order.
 
     Attributes:
-        items: sorted by content; the place in this list is the item's row everywhere else.
+        items: sorted by content hash. The index in this list is the item's row everywhere else.
         row_of: item id -> row.
         histories: users with at least one known item, sorted by content.
-        sha256: hash of ids, content and histories; row order and user ids do not enter.
-        problems: how often each code of `Item.problems` occurs, and what was wrong with the sequences:
-            `unknown_item` (interactions dropped), `user_without_items` (users dropped), `timestamps_out_of_order`
-            (users whose interactions were sorted), `repeated_item` (interactions with an item seen before).
+        sha256: hash of item ids, content and histories. It does not depend on row order or user ids.
+        problems: count of each code of `Item.problems`, and of the problems of sequences: `unknown_item` (interactions dropped),
+            `user_without_items` (users dropped), `timestamps_out_of_order` (users whose interactions were sorted),
+            `repeated_item` (interactions with an item that the user has engaged with before).
     """
 
     items: list[Item]
@@ -48,18 +47,18 @@ class Catalog:
     sha256: str
     problems: Counter[str]
 
-    def content_of(self, rows: np.ndarray) -> str:
-        """Hash of the content of some items in the order given: the id-free name of a history."""
+    def content_hash(self, rows: np.ndarray) -> str:
+        """SHA-256 (hex) of the content of the items `rows`, in the given order. It identifies a history without ids."""
         joined = "".join(self.items[row].content_sha256 for row in rows)
         return hashlib.sha256(joined.encode()).hexdigest()
 
 
 def read_catalog(config: CatalogConfig) -> Catalog:
-    """Read and check items, pictures (bytes and headers) and sequences; put them in canonical order.
+    """Read and check items, pictures (bytes and headers) and sequences, and sort them into canonical order.
 
     Raises:
-        CatalogError: what makes the catalogue unusable, with file, row, field and remedy. Missing or bad pictures,
-            missing texts and interactions with unknown items are counted in `Catalog.problems` instead.
+        CatalogError: the catalogue is unusable. The message names file, row, field and remedy. Missing or bad pictures,
+            missing texts and interactions with unknown items do not raise. They are counted in `Catalog.problems`.
     """
     items = read_items(config)
     problems: Counter[str] = Counter()
@@ -69,13 +68,13 @@ def read_catalog(config: CatalogConfig) -> Catalog:
     catalog.histories = sorted(histories, key=lambda user: _user_key(catalog, user))[: config.max_users]
     catalog.problems.update(code for item in items for code in item.problems)
     catalog.problems.update(repeated_item=sum(len(user.rows) - len(np.unique(user.rows)) for user in catalog.histories))
-    catalog.problems += Counter()  # drops codes that never occurred
+    catalog.problems += Counter()  # adding an empty counter removes zero counts
     catalog.sha256 = _catalog_sha256(catalog)
     return catalog
 
 
 def _read_histories(config: CatalogConfig, items: list[Item], problems: Counter[str]) -> list[UserHistory]:
-    """Histories in the rows of `items` as given; what is dropped is counted in `problems`."""
+    """Read the histories, with item rows that index `items`. Dropped interactions and users are counted in `problems`."""
     fields = config.fields
     columns = [name for name in (fields.user_id, fields.sequence, fields.timestamps) if name is not None]
     table = read_table_rows(config.sequences, columns, config_key="catalog.sequences")
@@ -92,7 +91,7 @@ def _read_histories(config: CatalogConfig, items: list[Item], problems: Counter[
             raise CatalogError(f"{table.place(index)}, field {fields.user_id!r}: empty, expected an id; fill it in or remove the row")
         if user_id in first_seen:
             rows = f"{table.numbers[first_seen[user_id]]} and {table.numbers[index]}"
-            raise CatalogError(f"{table.path}, {table.unit}s {rows}: {fields.user_id} {user_id!r} stands twice; write one row per user")
+            raise CatalogError(f"{table.path}, {table.unit}s {rows}: {fields.user_id} {user_id!r} occurs twice; write one row per user")
         first_seen[user_id] = index
         item_ids = cells.texts(index, fields.sequence)
         times = None
@@ -112,15 +111,15 @@ def _read_histories(config: CatalogConfig, items: list[Item], problems: Counter[
 def _history(
     user_id: str, item_ids: tuple[str, ...], times: list[int | float] | None, row_of: dict[str, int], problems: Counter[str]
 ) -> UserHistory | None:
-    known = [place for place, item_id in enumerate(item_ids) if item_id in row_of]
+    known = [position for position, item_id in enumerate(item_ids) if item_id in row_of]
     problems["unknown_item"] += len(item_ids) - len(known)
     if not known:
         problems["user_without_items"] += 1
         return None
-    rows = np.array([row_of[item_ids[place]] for place in known], dtype=np.int64)
+    rows = np.array([row_of[item_ids[position]] for position in known], dtype=np.int64)
     if times is None:
         return UserHistory(user_id, rows, None)
-    stamps = np.array([times[place] for place in known])
+    stamps = np.array([times[position] for position in known])
     if np.any(np.diff(stamps) < 0):
         problems["timestamps_out_of_order"] += 1
         order = np.argsort(stamps, kind="stable")
@@ -129,41 +128,41 @@ def _history(
 
 
 def _in_canonical_order(items: list[Item], histories: list[UserHistory], max_items: int | None) -> tuple[list[Item], list[UserHistory]]:
-    """Sort the items, keep the first `max_items`, and rewrite the histories in the new rows (emptied ones go)."""
+    """Sort the items, keep the first `max_items`, and map the histories to the new rows. Empty histories are dropped."""
     engagement = _engagement_of_duplicates(items, histories)
     order = sorted(range(len(items)), key=lambda row: (items[row].content_sha256, engagement.get(row, ""), items[row].item_id))
     order = order[:max_items]
     new_row = np.full(len(items), -1, dtype=np.int64)
     new_row[order] = np.arange(len(order))
-    moved = []
+    mapped = []
     for user in histories:
         rows = new_row[user.rows]
         kept = rows >= 0
         if kept.any():
-            moved.append(replace(user, rows=rows[kept], timestamps=None if user.timestamps is None else user.timestamps[kept]))
-    return [items[row] for row in order], moved
+            mapped.append(replace(user, rows=rows[kept], timestamps=None if user.timestamps is None else user.timestamps[kept]))
+    return [items[row] for row in order], mapped
 
 
 def _engagement_of_duplicates(items: list[Item], histories: list[UserHistory]) -> dict[int, str]:
-    """For items that share their content: a hash of the histories (by content) and places in which each occurs."""
+    """Row -> hash of the histories (by content) and positions in which the item occurs, for items with equal content."""
     copies = Counter(item.content_sha256 for item in items)
     is_copy = np.array([copies[item.content_sha256] > 1 for item in items], dtype=bool)
     if not is_copy.any():
         return {}
-    met: dict[int, list[str]] = {int(row): [] for row in np.flatnonzero(is_copy)}
+    occurrences: dict[int, list[str]] = {int(row): [] for row in np.flatnonzero(is_copy)}
     for user in histories:
-        places = np.flatnonzero(is_copy[user.rows])
-        if len(places):
-            name = hashlib.sha256("".join(items[row].content_sha256 for row in user.rows).encode()).hexdigest()
-            for place in places:
-                time = "" if user.timestamps is None else user.timestamps[place]
-                met[int(user.rows[place])].append(f"{name}:{place}:{time}")
-    return {row: hashlib.sha256("\n".join(sorted(found)).encode()).hexdigest() for row, found in met.items()}
+        positions = np.flatnonzero(is_copy[user.rows])
+        if len(positions):
+            history = hashlib.sha256("".join(items[row].content_sha256 for row in user.rows).encode()).hexdigest()
+            for position in positions:
+                time = "" if user.timestamps is None else user.timestamps[position]
+                occurrences[int(user.rows[position])].append(f"{history}:{position}:{time}")
+    return {row: hashlib.sha256("\n".join(sorted(found)).encode()).hexdigest() for row, found in occurrences.items()}
 
 
 def _user_key(catalog: Catalog, user: UserHistory) -> tuple[str, list[int], list[float], str]:
     times = [] if user.timestamps is None else user.timestamps.tolist()
-    return catalog.content_of(user.rows), user.rows.tolist(), times, user.user_id
+    return catalog.content_hash(user.rows), user.rows.tolist(), times, user.user_id
 
 
 def _catalog_sha256(catalog: Catalog) -> str:

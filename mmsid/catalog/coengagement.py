@@ -1,4 +1,4 @@
-"""Which items are engaged with near each other: counts for statistics, ordered pairs for figures."""
+"""Co-engagement: how often items occur near each other in user histories, as sparse matrices and as ordered pairs."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from scipy import sparse
 
 
 def co_engagement(histories: Sequence[np.ndarray], num_items: int, window: int = 3) -> sparse.csr_matrix:
-    """How strongly items are engaged with together, (num_items, num_items) float64, symmetric, empty diagonal.
+    """Symmetric co-engagement weights, (num_items, num_items) float64 with an empty diagonal.
 
-    Two items d <= window steps apart in a history add 1/d to each other. Hand in train prefixes only.
+    Two items d <= window steps apart in a history add 1/d to each other. `histories` must be train prefixes only.
     """
     forward = followed_by(histories, num_items, window)
     total = (forward + forward.T).tocsr()
@@ -20,9 +20,9 @@ def co_engagement(histories: Sequence[np.ndarray], num_items: int, window: int =
 
 
 def followed_by(histories: Sequence[np.ndarray], num_items: int, window: int = 3) -> sparse.csr_matrix:
-    """How strongly the item of a row is followed by the item of a column, (num_items, num_items) float64, empty diagonal.
+    """Directed co-engagement weights, (num_items, num_items) float64 with an empty diagonal: row item, then column item.
 
-    An item d <= window steps after another adds 1/d. Hand in train prefixes only.
+    An item d <= window steps after another adds 1/d. `histories` must be train prefixes only.
     """
     items, users = _concatenated(histories)
     total = sparse.csr_matrix((num_items, num_items), dtype=np.float64)
@@ -30,7 +30,7 @@ def followed_by(histories: Sequence[np.ndarray], num_items: int, window: int = 3
         left, right = items[:-distance], items[distance:]
         kept = (users[:-distance] == users[distance:]) & (left != right)
         weights = np.ones(int(kept.sum()))
-        # whole counts first, divided once: sums of thirds would depend on their order
+        # integer counts are divided once, because sums of fractions depend on their order
         counts = sparse.coo_matrix((weights, (left[kept], right[kept])), shape=(num_items, num_items)).tocsr()
         total = total + counts / distance
     total.sort_indices()
@@ -38,14 +38,14 @@ def followed_by(histories: Sequence[np.ndarray], num_items: int, window: int = 3
 
 
 def adjacent_pairs(histories: Sequence[np.ndarray]) -> np.ndarray:
-    """Consecutive items of each history, (P, 2) int64, in time order; an item followed by itself is left out."""
+    """Consecutive items of each history, (P, 2) int64, in time order. Pairs of an item with itself are left out."""
     items, users = _concatenated(histories)
     kept = (users[:-1] == users[1:]) & (items[:-1] != items[1:])
     return np.stack([items[:-1][kept], items[1:][kept]], axis=1)
 
 
 def _concatenated(histories: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """All histories end to end, and which history each place belongs to."""
+    """Item rows of all histories end to end, and the index of the history of each."""
     lengths = [len(rows) for rows in histories]
     items = np.concatenate([np.asarray(rows, dtype=np.int64) for rows in histories]) if histories else np.empty(0, np.int64)
     return items, np.repeat(np.arange(len(histories)), lengths)

@@ -1,4 +1,4 @@
-"""Configuration of the catalogue: which files, which columns, how large a picture may be, how histories are split."""
+"""Configuration of the catalogue: files, columns, limits on pictures, splits of the histories."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ PictureFormat = Literal["JPEG", "PNG", "WEBP", "GIF", "BMP"]
 
 
 class Fields(Section):
-    """Which column holds what. A column that is named here must exist; a default name that is absent is a missing fact.
+    """Mapping of table columns to fields. A column set by the user must exist; a column with a default name may be absent.
 
     Attributes:
-        item_id: unique id of an item; ignored when `group_by` is set.
-        title, description: text, or None when the table has none.
-        image: one column or several; each cell holds a path (relative to `image_root`) or a list of paths.
+        item_id: column with the unique id of an item. Ignored when `group_by` is set.
+        title, description: text columns, or None when the table has none.
+        image: one column or several. Each cell holds a path (relative to `image_root`) or a list of paths.
         categories: a list column, or several columns from root to leaf.
-        category_roots: where the column holds more than the path (a brand before it): the path starts at the first of these names,
-            and is empty where none occurs.
-        attributes: columns with one value or a list of labels each, or a single column holding a mapping.
-        group_by: rows with the same value of this column are creatives of one item, and the value is its id.
-        user_id, sequence, timestamps: of the sequences table; `sequence` lists item ids in time order.
-        list_separator: splits list cells of csv files; a cell that starts with `[` or `{` is read as JSON instead.
+        category_roots: names at which a category path may start, for a column that also holds other values (a brand, for example).
+            Values before the first of these names are dropped. The path is empty when none of them occurs.
+        attributes: columns with one value or a list of labels each, or a single column that holds a mapping.
+        group_by: column whose equal values mark the creatives of one item. The value is the item's id.
+        user_id, sequence, timestamps: columns of the sequences table. `sequence` lists item ids in time order.
+        list_separator: separator of list cells in csv files. A cell that starts with `[` or `{` is read as JSON instead.
     """
 
     item_id: str = "item_id"
@@ -42,22 +42,23 @@ class Fields(Section):
     list_separator: str = Field(default="|", min_length=1)
 
     @model_serializer(mode="wrap")
-    def _keep_what_was_set(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # "named by the user" and "default" mean different things here, so a dump must not turn the one into the other
+    def _dump_only_set_fields(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # a column set by the user must exist and a default one need not, so a dump must keep the difference
         dumped = handler(self)
         return {name: value for name, value in dumped.items() if name in self.model_fields_set}
 
 
 class PictureLimits(Section):
-    """What a picture may be. Checked on the file's size and header, before any pixel is decoded.
+    """Limits on picture files. They are checked on the file's size and header, before any pixel is decoded.
 
     Attributes:
-        formats: decoders that are allowed to look at the file, whatever its name ends with.
-        max_bytes: largest file, in bytes.
-        max_pixels: largest width * height. Bounded by the size at which Pillow itself warns of a decompression bomb.
-        animated: refuse a picture of several frames, or use its first frame.
-        isolate: decode pixels in a process of its own (`isolation`), which may use `max_seconds` of processor time and
-            `max_memory` bytes per picture. For pictures of people whom you do not know.
+        formats: allowed decoders. The file's suffix does not matter.
+        max_bytes: maximum file size in bytes.
+        max_pixels: maximum width * height. The upper bound is the size at which Pillow warns of a decompression bomb.
+        animated: refuse a picture with several frames, or use its first frame.
+        isolate: decode pixels in a sandboxed child process (`isolated_decoding`), for pictures from untrusted sources.
+        max_seconds: processor seconds per picture in the child process.
+        max_memory: bytes of additional memory per picture in the child process.
     """
 
     formats: tuple[PictureFormat, ...] = ("JPEG", "PNG", "WEBP")
@@ -70,7 +71,14 @@ class PictureLimits(Section):
 
 
 class SplitConfig(Section):
-    """How histories are cut. `valid_from` and `test_from` are quantiles of all timestamps, for the time split only."""
+    """Split of the histories into train, valid and test.
+
+    Attributes:
+        method: leave-one-out, or a split by time.
+        inner_held_out: share of the train users that no model is fitted on.
+        seed: seed of the choice of these users.
+        valid_from, test_from: quantiles of all timestamps at which valid and test begin. Used by the time split only.
+    """
 
     method: Literal["leave_one_out", "time"] = "leave_one_out"
     inner_held_out: float = Field(default=0.1, ge=0.0, lt=1.0)
@@ -81,18 +89,20 @@ class SplitConfig(Section):
     @model_validator(mode="after")
     def _ordered(self) -> SplitConfig:
         if self.valid_from >= self.test_from:
-            raise ValueError(f"valid_from {self.valid_from} must lie before test_from {self.test_from}; lower valid_from")
+            raise ValueError(f"valid_from {self.valid_from} must be smaller than test_from {self.test_from}; lower valid_from")
         return self
 
 
 class CatalogConfig(Section):
-    """A catalogue: items (parquet, jsonl or csv), pictures under `image_root`, sequences of what users engaged with.
+    """Catalogue: a table of items, pictures below `image_root`, and a table of user sequences.
 
     Attributes:
-        image_root: pictures lie below it and nowhere else; default: the folder of `items`.
-        clean_text: take instructions to models, hidden characters and stuffing (`wording`) out of titles and descriptions. Such
-            texts are recorded among the item's problems in any case.
-        max_items, max_users: keep only so many, chosen by content hash, so that row order and ids do not matter.
+        items: table of items (.parquet, .jsonl or .csv).
+        image_root: folder that contains all pictures. Default: the folder of `items`.
+        sequences: table of users and the items that they engaged with, or None.
+        clean_text: remove instructions to models, hidden characters and repeated keywords (`prompt_injection`) from titles and
+            descriptions. Such texts are recorded among the item's problems in any case.
+        max_items, max_users: keep at most this many. They are chosen by content hash, so row order and ids do not matter.
     """
 
     renamed_keys: ClassVar[dict[str, str]] = {"mend_text": "clean_text"}
@@ -109,5 +119,5 @@ class CatalogConfig(Section):
 
     @property
     def root(self) -> Path:
-        """The folder that pictures are confined to."""
+        """Folder that picture paths must stay below."""
         return self.image_root if self.image_root is not None else self.items.parent

@@ -1,4 +1,4 @@
-"""A catalogue in a few lines, for the person who is about to use it."""
+"""Summary statistics of a catalogue, as data and as text."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from mmsid.catalog.splits import Split
 
 
 def describe(catalog: Catalog, split: Split | None = None) -> dict[str, Any]:
-    """Counts of items, facts, users and problems, as plain JSON-able data.
+    """Counts of items, pictures, texts, categories, users and problems, as JSON-serialisable data.
 
-    `target_seen_before` counts test users whose target stands in their own history: seen items are masked, so every
-    model must miss it.
+    `target_seen_before` counts test users whose target occurs in their own history. Seen items are masked in evaluation, so no
+    model can rank such a target.
     """
     items = catalog.items
     depths = [len(item.categories) for item in items]
@@ -46,10 +46,10 @@ def describe(catalog: Catalog, split: Split | None = None) -> dict[str, Any]:
 
 
 def summary(facts: dict[str, Any]) -> str:
-    """The result of `describe` as short readable text, one fact a line."""
+    """Text of the result of `describe`, one fact per line."""
     items = facts["items"]
     lines = [
-        f"items         {items:,} ({facts['distinct_contents']:,} of distinct content)",
+        f"items         {items:,} ({facts['distinct_contents']:,} with distinct content)",
         f"with picture  {facts['items_with_picture']:,} ({_share(facts['items_with_picture'], items)}), {facts['pictures']:,} pictures",
         f"with text     {facts['items_with_text']:,} ({_share(facts['items_with_text'], items)})",
         f"categories    {facts['items_with_categories']:,} items ({_share(facts['items_with_categories'], items)}), "

@@ -1,7 +1,7 @@
 """Items of a catalogue: text, pictures, categories, attributes, and the hash of their content.
 
-The content hash covers title, description, categories, attributes and the bytes of the pictures, and nothing else: no
-ids, no paths, no place in the file. Whatever is ordered by it cannot depend on how rows or ids came about.
+The content hash covers title, description, categories, attributes and the bytes of the pictures. Ids, paths and row numbers are not
+part of it, so an order by content hash does not depend on them.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import Any
 
 from mmsid.catalog.config import CatalogConfig, Fields
 from mmsid.catalog.pictures import InspectedPicture, inspect_picture
-from mmsid.catalog.prompt_injection import cleaned, suspicions
+from mmsid.catalog.prompt_injection import clean, text_problems
 from mmsid.catalog.tables import Cells, Table, read_table_rows
 from mmsid.errors import CatalogError
 
-_READ: dict[str, Any] = {}  # stands in the place of a row that was read
-_PICTURES_KNOWN = 10_000  # of which several rows may show one: what was read of the file stays known that long
+_EMPTY_ROW: dict[str, Any] = {}  # replaces a row of the table whose content was read
+_PICTURE_CACHE_SIZE = 10_000  # inspected pictures, of which several rows may use one
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,15 +29,15 @@ class Item:
     """One ad or product.
 
     Attributes:
-        item_id: unique in its catalogue.
+        item_id: unique id in the catalogue.
         title, description: text, '' where missing.
-        images: absolute paths of the creatives that passed the checks of path, size and header; a file can still fail when it is decoded.
+        images: absolute paths of the creatives that passed the checks of path, size and header. Decoding such a file can still fail.
         categories: names from root to leaf, of any depth.
         attributes: name -> labels.
-        content_sha256: hash of all of the above but `item_id` and paths (64 hex digits).
-        problems: what is missing or was refused, as short codes: `no_title`, `no_description`, `no_categories`,
-            `no_picture` (where the table has such a column), one `picture_<reason>` for each refused picture, and
-            `title_<code>`, `description_<code>` for each of the suspicions of `wording`.
+        content_sha256: hash of title, description, categories, attributes and picture bytes (64 hex digits).
+        problems: codes of missing or refused parts. `no_title`, `no_description`, `no_categories` and `no_picture` are set where the
+            table has such a column, `picture_<reason>` for each refused picture, and `title_<code>` or `description_<code>` for each
+            code of `prompt_injection.text_problems`.
     """
 
     item_id: str
@@ -52,14 +52,14 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class _Content:
-    """One row, or one item made of several rows, before it has an id."""
+    """Content of one row, or of several rows merged into one item."""
 
     title: str
     description: str
     categories: tuple[str, ...]
     attributes: dict[str, tuple[str, ...]]
     pictures: tuple[InspectedPicture, ...]
-    suspicions: tuple[str, ...]
+    text_problems: tuple[str, ...]
 
     def sha256(self) -> str:
         fields = [self.title, self.description, self.categories, sorted(self.attributes.items()), [p.sha256 for p in self.pictures]]
@@ -67,35 +67,35 @@ class _Content:
 
 
 def read_items(config: CatalogConfig) -> list[Item]:
-    """All items of `config.items`, in the order of the file.
+    """Read all items of `config.items`, in the order of the file.
 
     Raises:
-        CatalogError: unreadable or empty table, a mapped column that is absent, a cell of the wrong kind, a missing or
-            doubled id. Pictures and texts that are missing or bad are recorded in `Item.problems` instead.
+        CatalogError: the table is unreadable or empty, a mapped column is absent, a cell has the wrong type, or an id is missing or
+            occurs twice. Missing or bad pictures and texts do not raise. They are recorded in `Item.problems`.
     """
     fields = config.fields
-    table = read_table_rows(config.items, wanted_columns(fields), config_key="catalog.items")
+    table = read_table_rows(config.items, _mapped_columns(fields), config_key="catalog.items")
     present = _check_columns(table, fields)
     if _names(fields.image) & present and not config.root.is_dir():
-        raise CatalogError(f"catalog.image_root: {config.root} is not a folder; name the folder that the pictures of {table.path} lie in")
+        raise CatalogError(f"catalog.image_root: {config.root} is not a folder; set it to the folder with the pictures of {table.path}")
     cells = Cells(table, fields.list_separator)
     rows = _Rows(table, cells, config, present)
     if fields.group_by is None:
         groups = _by_unique_id(table, cells, fields.item_id)
     else:
         groups = _by_group(table, cells, fields.group_by)
-    return [_item(item_id, _merged([rows.take(index) for index in group]), fields, present) for item_id, group in groups.items()]
+    return [_item(item_id, _merged([rows.pop(index) for index in group]), fields, present) for item_id, group in groups.items()]
 
 
-def wanted_columns(fields: Fields) -> list[str]:
-    """Every column of the items table that the mapping may read."""
+def _mapped_columns(fields: Fields) -> list[str]:
+    """Columns of the items table that `fields` refers to."""
     names = [fields.group_by or fields.item_id, fields.title, fields.description]
     names += [*sorted(_names(fields.image)), *sorted(_names(fields.categories)), *fields.attributes]
     return list(dict.fromkeys(name for name in names if name is not None))
 
 
 def require_column(table: Table, column: str, config_key: str) -> None:
-    """Raise CatalogError when `column`, mapped under `config_key`, is not in the table."""
+    """Raise CatalogError when the table has no column `column`, which the configuration sets as `config_key`."""
     if column not in table.columns:
         found = ", ".join(table.columns)
         raise CatalogError(f"{table.path}: no column {column!r} ({config_key}); found: {found}; correct the mapping or add the column")
@@ -106,7 +106,7 @@ def _names(mapped: str | Sequence[str] | None) -> set[str]:
 
 
 def _check_columns(table: Table, fields: Fields) -> set[str]:
-    """Columns that exist; what the user named, and the id, must."""
+    """Columns of the table. Raises CatalogError when the id column or a column set by the user is absent."""
     id_field = "item_id" if fields.group_by is None else "group_by"
     require_column(table, getattr(fields, id_field), f"catalog.fields.{id_field}")
     for field in ("title", "description", "image", "categories"):
@@ -119,14 +119,14 @@ def _check_columns(table: Table, fields: Fields) -> set[str]:
 
 
 class _Rows:
-    """Reads the content of each row, once: a row that was read is let go, so that table and items are never both held whole.
+    """Reads the content of each row once and frees the row, so that table and items are not in RAM at the same time.
 
-    A picture that several rows show is read once, unless many others lie between them.
+    A cache avoids reading a picture again for the next rows that use it.
     """
 
     def __init__(self, table: Table, cells: Cells, config: CatalogConfig, present: set[str]) -> None:
         self._table, self._cells, self._config, self._present = table, cells, config, present
-        self._picture = lru_cache(maxsize=_PICTURES_KNOWN)(partial(inspect_picture, limits=config.pictures, root=config.root))
+        self._picture = lru_cache(maxsize=_PICTURE_CACHE_SIZE)(partial(inspect_picture, limits=config.pictures, root=config.root))
         fields = config.fields
         self._title = fields.title if fields.title in present else None
         self._description = fields.description if fields.description in present else None
@@ -137,25 +137,25 @@ class _Rows:
         names = [] if mapped is None else [mapped] if isinstance(mapped, str) else list(mapped)
         return [name for name in names if name in self._present]
 
-    def take(self, index: int) -> _Content:
-        """The content of row `index`, which is gone from the table afterwards."""
+    def pop(self, index: int) -> _Content:
+        """Return the content of row `index` and empty the row in the table."""
         content = self._content(index)
-        self._table.rows[index] = _READ
+        self._table.rows[index] = _EMPTY_ROW
         return content
 
     def _content(self, index: int) -> _Content:
         cells = self._cells
         paths = [path for column in self._images for path in cells.texts(index, column)]
         texts = {"title": cells.text(index, self._title), "description": cells.text(index, self._description)}
-        found = tuple(f"{name}_{code}" for name, text in texts.items() for code in suspicions(text))
-        if found and self._config.clean_text:
-            texts = {name: cleaned(text) for name, text in texts.items()}
+        problems = tuple(f"{name}_{code}" for name, text in texts.items() for code in text_problems(text))
+        if problems and self._config.clean_text:
+            texts = {name: clean(text) for name, text in texts.items()}
         return _Content(
             **texts,
             categories=self._path(index),
             attributes=self._attributes(index),
             pictures=tuple(self._picture(path) for path in paths),
-            suspicions=found,
+            text_problems=problems,
         )
 
     def _path(self, index: int) -> tuple[str, ...]:
@@ -163,7 +163,7 @@ class _Rows:
         roots = self._config.fields.category_roots
         if not roots:
             return path
-        return path[next((place for place, name in enumerate(path) if name in roots), len(path)) :]
+        return path[next((depth for depth, name in enumerate(path) if name in roots), len(path)) :]
 
     def _attributes(self, index: int) -> dict[str, tuple[str, ...]]:
         names = self._config.fields.attributes
@@ -174,16 +174,14 @@ class _Rows:
 
 
 def _by_unique_id(table: Table, cells: Cells, column: str) -> dict[str, list[int]]:
-    rows: dict[str, list[int]] = {}
-    for index in range(len(table.rows)):
-        rows.setdefault(_id_of(table, cells, index, column), []).append(index)
+    rows = _by_group(table, cells, column)
     doubled = {item_id: found for item_id, found in rows.items() if len(found) > 1}
     if doubled:
         item_id, found = next(iter(doubled.items()))
-        where = ", ".join(str(table.numbers[index]) for index in found[:5])
+        numbers = ", ".join(str(table.numbers[index]) for index in found[:5])
         raise CatalogError(
-            f"{table.path}, {table.unit}s {where}: {column} {item_id!r} stands {len(found)} times ({len(doubled)} ids are doubled); "
-            "ids must be unique: remove the extra rows, or set fields.group_by if they are creatives of one item"
+            f"{table.path}, {table.unit}s {numbers}: {column} {item_id!r} occurs {len(found)} times ({len(doubled)} ids occur repeatedly), "
+            "ids must be unique; remove the extra rows, or set fields.group_by if they are creatives of one item"
         )
     return rows
 
@@ -203,7 +201,7 @@ def _id_of(table: Table, cells: Cells, index: int, column: str) -> str:
 
 
 def _merged(rows: list[_Content]) -> _Content:
-    """One item from its rows, put in the order of their own content: the first that has a field gives it."""
+    """Merge the rows of one item. The rows are sorted by content, and each field comes from the first row that has it."""
     if len(rows) == 1:
         return rows[0]
     rows = sorted(rows, key=_Content.sha256)
@@ -217,7 +215,7 @@ def _merged(rows: list[_Content]) -> _Content:
         categories=_first(row.categories for row in rows) or (),
         attributes=attributes,
         pictures=tuple(picture for row in rows for picture in row.pictures),
-        suspicions=tuple(dict.fromkeys(code for row in rows for code in row.suspicions)),
+        text_problems=tuple(dict.fromkeys(code for row in rows for code in row.text_problems)),
     )
 
 
@@ -226,15 +224,15 @@ def _first(values: Iterable[Any]) -> Any:
 
 
 def _item(item_id: str, content: _Content, fields: Fields, present: set[str]) -> Item:
-    problems = [*content.suspicions, *(f"picture_{picture.reason}" for picture in content.pictures if picture.reason)]
+    problems = [*content.text_problems, *(f"picture_{picture.reason}" for picture in content.pictures if picture.reason)]
     images = tuple(picture.path for picture in content.pictures if picture.path is not None)
-    facts = {
+    required = {
         "no_title": (fields.title, content.title),
         "no_description": (fields.description, content.description),
         "no_categories": (fields.categories, content.categories),
         "no_picture": (fields.image, images),
     }
-    problems += [code for code, (mapped, value) in facts.items() if not value and _names(mapped) & present]
+    problems += [code for code, (mapped, value) in required.items() if not value and _names(mapped) & present]
     return Item(
         item_id, content.title, content.description, images, content.categories, content.attributes, content.sha256(), tuple(problems)
     )

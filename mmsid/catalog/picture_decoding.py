@@ -1,6 +1,6 @@
 """Decoding of one untrusted picture with Pillow: allowed formats only, limits checked on the header before pixels are decoded.
 
-Errors carry a short fixed code. The decoder's own text is never passed on, because it has leaked heap addresses (CVE-2026-22778).
+Errors have a short fixed code. The decoder's own text is never passed on, because it has leaked heap addresses (CVE-2026-22778).
 """
 
 from __future__ import annotations
@@ -17,33 +17,33 @@ from mmsid.errors import PictureError
 
 REASONS = {
     "missing": "the file does not exist; correct the path or the image_root",
-    "outside_root": "the path leads outside the image_root; move the picture below it",
+    "outside_root": "the path is outside the image_root; move the picture below it",
     "not_a_file": "the path is not a regular local file; name a picture file",
     "unreadable": "the file cannot be read; check its permissions",
     "too_many_bytes": "the file is larger than pictures.max_bytes; shrink it or raise the limit",
     "too_many_pixels": "the header declares more than pictures.max_pixels; shrink it or raise the limit",
-    "format": "no allowed decoder knows the file; convert it or extend pictures.formats",
-    "animated": "the file holds several frames; save one, or set pictures.animated to first_frame",
-    "truncated": "the file ends early; copy it anew",
-    "corrupt": "the file cannot be decoded; copy it anew",
-    "too_slow": "decoding took more than pictures.max_seconds of processor time; save it anew or raise the limit",
-    "too_much_memory": "decoding wanted more than pictures.max_memory; shrink it or raise the limit",
-    "crashed": "its decoder crashed, which an honest file does not cause; do not open it elsewhere",
+    "format": "no allowed decoder supports the file; convert it or extend pictures.formats",
+    "animated": "the file has several frames; save one, or set pictures.animated to first_frame",
+    "truncated": "the file is truncated; copy it again",
+    "corrupt": "the file cannot be decoded; copy it again",
+    "too_slow": "decoding took more than pictures.max_seconds of processor time; save it again or raise the limit",
+    "too_much_memory": "decoding needs more than pictures.max_memory; shrink it or raise the limit",
+    "crashed": "the decoder crashed, so the file may be malicious; do not open it elsewhere",
 }
 _MODES_WITH_ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
-# once for the process: warnings.catch_warnings around each picture is neither thread-safe nor cheap
+# set once per process, because warnings.catch_warnings is slow and not thread-safe
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 
 
 def decode(data: bytes, limits: PictureLimits, path: str | Path) -> Image.Image:
-    """Decode the bytes of a picture file in this process; `path` is for messages only. Otherwise as `load_picture`.
+    """Decode the bytes of a picture file in this process, to the same result as `load_picture`. `path` is used in messages only.
 
     Raises:
-        PictureError: the bytes are no usable picture.
+        PictureError: the bytes cannot be used; `.reason` is a key of `REASONS`.
     """
     try:
         with open_picture(data, limits, path) as picture:
-            if is_truncated(data):  # decoders mend some torn files; what the catalogue refuses is refused here
+            if is_truncated(data):  # decoders repair some truncated files, but the catalogue refuses all of them
                 raise refusal("truncated", path)
             picture.load()
             return _rgb(_upright(picture))
@@ -51,28 +51,32 @@ def decode(data: bytes, limits: PictureLimits, path: str | Path) -> Image.Image:
         raise
     except MemoryError:
         raise refusal("too_much_memory", path) from None
-    except Exception:  # whatever a decoder throws means one thing here, and its text stays inside
+    except Exception:  # decoders raise many types, and their texts are not passed on
         raise refusal("corrupt", path) from None
 
 
 def refusal(reason: str, path: str | Path) -> PictureError:
-    """The error for a picture, worded for people; `reason` is a key of `REASONS`."""
+    """PictureError with the message of `reason`, a key of `REASONS`."""
     return PictureError(reason, f"picture {str(path)!r}: {REASONS[reason]}")
 
 
 def open_picture(data: bytes, limits: PictureLimits, path: str | Path) -> Image.Image:
-    """Parse the header alone and hold it against the limits; pixels are decoded later, by `.load()`."""
+    """Parse the header and check the limits. Pixels are decoded later, by `.load()`.
+
+    Raises:
+        PictureError: the header is damaged, or the picture exceeds a limit.
+    """
     try:
         picture = Image.open(io.BytesIO(data), formats=limits.formats)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise refusal("too_many_pixels", path) from None
     except UnidentifiedImageError:
         raise refusal("format", path) from None
-    except Exception:  # see load_picture
+    except Exception:  # see decode
         raise refusal("truncated" if is_truncated(data) else "corrupt", path) from None
     if picture.width * picture.height > limits.max_pixels:
         raise refusal("too_many_pixels", path)
-    # MPO is how telephones store a JPEG with a preview beside it: its first frame is the picture
+    # MPO: a JPEG with previews as further frames, as phones store it. The first frame is the picture.
     if picture.format != "MPO" and limits.animated == "refuse" and _is_animated(picture, path):
         raise refusal("animated", path)
     return picture
@@ -81,12 +85,12 @@ def open_picture(data: bytes, limits: PictureLimits, path: str | Path) -> Image.
 def _is_animated(picture: Image.Image, path: str | Path) -> bool:
     try:
         return bool(getattr(picture, "is_animated", False))
-    except Exception:  # GIF looks for a second frame here, and a torn one throws
+    except Exception:  # Pillow reads the second frame of a GIF here, and raises if it is damaged
         raise refusal("corrupt", path) from None
 
 
 def is_truncated(data: bytes) -> bool:
-    """Whether the container's end mark is missing: cheap, without decoding, for JPEG, PNG and WebP."""
+    """Whether the end mark of a JPEG, PNG or WebP file is missing. Nothing is decoded."""
     if data.startswith(b"\xff\xd8"):
         return data.rfind(b"\xff\xd9") < _jpeg_scan_start(data)
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
@@ -97,37 +101,37 @@ def is_truncated(data: bytes) -> bool:
 
 
 def _jpeg_scan_start(data: bytes) -> int:
-    """Offset of the first scan: an end mark before it belongs to an embedded thumbnail."""
-    at = 2
-    while at + 4 <= len(data) and data[at] == 0xFF:
-        marker = data[at + 1]
+    """Offset of the first scan. An end mark before it belongs to an embedded thumbnail."""
+    offset = 2
+    while offset + 4 <= len(data) and data[offset] == 0xFF:
+        marker = data[offset + 1]
         if marker == 0xDA:
-            return at
+            return offset
         if marker == 0xFF or 0xD0 <= marker <= 0xD7 or marker == 0x01:  # fill byte, or a marker without a length
-            at += 1 if marker == 0xFF else 2
+            offset += 1 if marker == 0xFF else 2
         else:
-            at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+            offset += 2 + int.from_bytes(data[offset + 2 : offset + 4], "big")
     return len(data)
 
 
 def _png_has_end(data: bytes) -> bool:
-    at = 8
-    while at + 12 <= len(data):
-        if data[at + 4 : at + 8] == b"IEND":
+    offset = 8
+    while offset + 12 <= len(data):
+        if data[offset + 4 : offset + 8] == b"IEND":
             return True
-        at += 12 + int.from_bytes(data[at : at + 4], "big")
+        offset += 12 + int.from_bytes(data[offset : offset + 4], "big")
     return False
 
 
 def _upright(picture: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(picture)
-    except Exception:  # junk in the EXIF block says nothing about the pixels: show them as stored
+    except Exception:  # the EXIF block is damaged: keep the stored orientation
         return picture.copy()
 
 
 def _rgb(picture: Image.Image) -> Image.Image:
-    if picture.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion clips everything above 255 to white
+    if picture.mode.startswith("I"):  # 16-bit grey: Pillow's conversion clips values above 255
         return Image.fromarray((np.asarray(picture).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
     if picture.mode in _MODES_WITH_ALPHA or "transparency" in picture.info:
         layered = picture.convert("RGBA")

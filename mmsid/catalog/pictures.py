@@ -1,7 +1,6 @@
-"""Pictures from strangers, decoded safely: confined paths, allow-listed decoders, caps read off the header first.
+"""Reading of untrusted picture files: paths confined to a root, allowed decoders only, limits checked on the header first.
 
-Errors carry a short fixed code; the decoder's own text is never passed on, since it has leaked heap addresses before
-(CVE-2026-22778).
+Errors have a short fixed code. The decoder's own text is never passed on, because it has leaked heap addresses (CVE-2026-22778).
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ from mmsid.errors import PictureError
 
 @dataclass(frozen=True, slots=True)
 class InspectedPicture:
-    """What reading the bytes and the header of one picture told, without decoding it.
+    """Result of `inspect_picture`.
 
     Attributes:
-        path: where it lies, or None when it cannot be used.
-        sha256: of its bytes; of the reason when no bytes may be read, so that it names content and never a path.
-        reason: None, or a key of `REASONS`.
+        path: absolute path of the file, or None when the picture cannot be used.
+        sha256: hash of the file's bytes, or of the reason when the bytes cannot be read. It never depends on the path.
+        reason: None, or a key of `picture_decoding.REASONS`.
     """
 
     path: Path | None
@@ -37,12 +36,12 @@ class InspectedPicture:
 
 
 def load_picture(path: str | Path, limits: PictureLimits, root: Path | None = None) -> Image.Image:
-    """Decode one picture to 8-bit RGB, upright by its EXIF orientation, transparency laid on white.
+    """Decode one picture to 8-bit RGB. EXIF orientation is applied, and transparent pixels are composited on white.
 
-    With `root`, a relative `path` is taken from there and whatever it resolves to must lie below it.
+    With `root`, a relative `path` starts there, and the path with all links resolved must be below it.
 
     Raises:
-        PictureError: with `.reason`, one of `REASONS`.
+        PictureError: the picture cannot be used; `.reason` is a key of `picture_decoding.REASONS`.
     """
     data = _read(path, limits, root)
     if not limits.isolate:
@@ -50,17 +49,8 @@ def load_picture(path: str | Path, limits: PictureLimits, root: Path | None = No
     return decode_isolated(data, limits, path)
 
 
-def picture_bytes_sha256(path: str | Path, limits: PictureLimits, root: Path | None = None) -> str:
-    """Hex digest of the picture file's bytes, under the same confinement and byte cap as `load_picture`.
-
-    Raises:
-        PictureError: the file may not or cannot be read.
-    """
-    return hashlib.sha256(_read(path, limits, root)).hexdigest()
-
-
 def inspect_picture(path: str, limits: PictureLimits, root: Path) -> InspectedPicture:
-    """Read the bytes once, hash them, check header, caps and the end mark. Never raises for a bad picture."""
+    """Hash the bytes of a picture file and check its header, limits and end mark, without decoding. A bad picture does not raise."""
     try:
         data = _read(path, limits, root)
     except PictureError as error:
@@ -77,7 +67,7 @@ def inspect_picture(path: str, limits: PictureLimits, root: Path) -> InspectedPi
 
 
 def _confined(path: str | Path, root: Path | None) -> str:
-    """The real path, all symbolic links followed; refused when it is not below the real `root`."""
+    """The path with all symbolic links resolved. Raises PictureError when it is not below the resolved `root`."""
     try:
         if root is None:
             return os.path.realpath(path)
@@ -85,30 +75,30 @@ def _confined(path: str | Path, root: Path | None) -> str:
         real = os.path.realpath(os.path.join(real_root, path))
         if os.path.commonpath([real, real_root]) == real_root:
             return real
-    except (ValueError, OSError):  # NUL bytes, names that no file system takes
+    except (ValueError, OSError):  # NUL bytes, or names that no file system accepts
         raise refusal("not_a_file", path) from None
     raise refusal("outside_root", path)
 
 
 @functools.lru_cache(maxsize=8)
 def _real_root(root: str) -> str:
-    return os.path.realpath(root)  # once, not for every picture: it comes from the configuration, not from the table
+    return os.path.realpath(root)  # cached: the root comes from the configuration and is the same for all pictures
 
 
 def _read(path: str | Path, limits: PictureLimits, root: Path | None) -> bytes:
     real = _confined(path, root)
     try:
-        # O_NOFOLLOW: the path is real already, so a link here was swapped in since; O_NONBLOCK: a pipe must not hang us
+        # O_NOFOLLOW: links are resolved already, so a link here was swapped in since. O_NONBLOCK: opening a pipe must not block.
         handle = os.open(real, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
     except FileNotFoundError:
         raise refusal("missing", path) from None
     except (OSError, ValueError):
         raise refusal("unreadable", path) from None
     try:
-        facts = os.fstat(handle)
-        if not stat.S_ISREG(facts.st_mode):
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode):
             raise refusal("not_a_file", path)
-        if facts.st_size > limits.max_bytes:
+        if status.st_size > limits.max_bytes:
             raise refusal("too_many_bytes", path)
         with open(handle, "rb", closefd=False) as file:
             data = file.read(limits.max_bytes + 1)
@@ -116,6 +106,6 @@ def _read(path: str | Path, limits: PictureLimits, root: Path | None) -> bytes:
         raise refusal("unreadable", path) from None
     finally:
         os.close(handle)
-    if len(data) > limits.max_bytes:  # it grew while we looked
+    if len(data) > limits.max_bytes:  # the file grew after fstat
         raise refusal("too_many_bytes", path)
     return data

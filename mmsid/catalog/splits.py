@@ -1,7 +1,7 @@
-"""Train, valid and test: who sees what, and what a model may know when it is asked.
+"""Train, valid and test splits of user histories: leave-one-out or by time.
 
-Nothing that fits a model may touch what stands at or after a user's valid item. `train` itself is split once by user:
-rewards, gates and every figure called "held out" use users that nothing was fitted on.
+Models are fitted on the interactions before a user's valid item only. The train users are split once more: no model is fitted on the
+inner held-out users. Rewards, gates and all figures called "held out" are measured on them.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from mmsid.errors import CatalogError
 
 @dataclass
 class Split:
-    """Histories cut for U users, in the order of `Catalog.histories`; items are rows of the catalogue.
+    """Split histories of U users, in the order of `Catalog.histories`. Items are rows of the catalogue.
 
     Attributes:
-        train: per user, (T,) int64: all that models may be fitted on.
+        train: per user, (T,) int64, the interactions that models may be fitted on.
         valid: (U,) int64, the item to predict from `train`, or -1.
         test: (U,) int64, the item to predict from `before_test`, or -1.
-        before_test: per user, all that precedes the test item, the valid item included.
-        held_out: (U,) bool, the inner part of the train users that nothing is fitted on.
+        before_test: per user, all interactions before the test item, including the valid item.
+        held_out: (U,) bool, the inner held-out users, on whom no model is fitted.
     """
 
     train: list[np.ndarray]
@@ -37,15 +37,15 @@ class Split:
     held_out: np.ndarray
 
     def history(self, user: int, which: Literal["valid", "test"]) -> np.ndarray:
-        """What the model reads before it ranks, which is also what it must not recommend (the seen items)."""
+        """Input history of the user in this part. Its items are the seen items, which must not be recommended."""
         return self.train[user] if which == "valid" else self.before_test[user]
 
     def users(self, which: Literal["valid", "test"]) -> np.ndarray:
-        """Users that have a target in this part, int64."""
+        """Indices (int64) of the users that have a target in this part."""
         return np.flatnonzero((self.valid if which == "valid" else self.test) >= 0)
 
     def fit_histories(self) -> list[np.ndarray]:
-        """Non-empty train prefixes of the users that models, statistics and labels may be fitted on."""
+        """Non-empty train prefixes of the users on whom models, statistics and labels may be fitted."""
         return [rows for rows, held_out in zip(self.train, self.held_out, strict=True) if len(rows) and not held_out]
 
     def held_out_histories(self) -> list[np.ndarray]:
@@ -54,14 +54,14 @@ class Split:
 
 
 def split_histories(catalog: Catalog, config: SplitConfig) -> Split:
-    """Cut all histories.
+    """Split all histories.
 
-    Leave-one-out: last = test, last but one = valid; users with fewer than 3 interactions are train only. Time: two
-    cuts at quantiles of all timestamps; a user's first interaction in [valid cut, test cut) is the valid target, the
-    first from the test cut on the test target; a target that nothing precedes cannot be predicted and is dropped.
+    Leave-one-out: the last item is the test target, the one before it the valid target. Users with fewer than 3 interactions are
+    in train only. Time: two cuts at quantiles of all timestamps. A user's first interaction in [valid cut, test cut) is the valid
+    target, the first one at or after the test cut the test target. A target without any earlier interaction is dropped.
 
     Raises:
-        CatalogError: a time split of histories without timestamps.
+        CatalogError: the method is `time` and the histories have no timestamps.
     """
     if config.method == "time":
         cuts = _time_cuts(catalog, config)
@@ -87,10 +87,10 @@ def _leave_one_out(rows: np.ndarray) -> tuple[np.ndarray, int, int, np.ndarray]:
 def _time_cuts(catalog: Catalog, config: SplitConfig) -> tuple[float, float]:
     if not catalog.histories or any(user.timestamps is None for user in catalog.histories):
         raise CatalogError(
-            "split.method is 'time' but the sequences carry no timestamps; map catalog.fields.timestamps or use 'leave_one_out'"
+            "split.method is 'time' but the sequences have no timestamps; set catalog.fields.timestamps or use 'leave_one_out'"
         )
     times = np.concatenate([user.timestamps for user in catalog.histories])
-    # 'higher' picks a time that occurs, so equal stamps never fall on both sides of a cut by rounding
+    # 'higher' returns a timestamp that occurs, so that rounding cannot separate equal timestamps
     valid_cut, test_cut = np.quantile(times, [config.valid_from, config.test_from], method="higher")
     return valid_cut, test_cut
 
@@ -104,10 +104,10 @@ def _cut_by_time(rows: np.ndarray, times: np.ndarray, valid_cut: float, test_cut
 
 
 def _inner_held_out(catalog: Catalog, train: list[np.ndarray], config: SplitConfig) -> np.ndarray:
-    """The users whose hash of (seed, content of the train prefix) is lowest; at least one if the share is above 0."""
+    """(U,) bool: the users with the lowest hash of (seed, content of the train prefix). At least one when the share is above 0."""
     held_out = np.zeros(len(train), dtype=bool)
     with_train = [user for user, rows in enumerate(train) if len(rows)]
     count = math.ceil(config.inner_held_out * len(with_train)) if len(with_train) > 1 else 0
-    lottery = {user: hashlib.sha256(f"{config.seed}:{catalog.content_of(train[user])}".encode()).hexdigest() for user in with_train}
-    held_out[sorted(with_train, key=lambda user: (lottery[user], user))[:count]] = True
+    rank_hash = {user: hashlib.sha256(f"{config.seed}:{catalog.content_hash(train[user])}".encode()).hexdigest() for user in with_train}
+    held_out[sorted(with_train, key=lambda user: (rank_hash[user], user))[:count]] = True
     return held_out

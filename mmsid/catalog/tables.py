@@ -1,4 +1,4 @@
-"""Tables in three dress codes (parquet, jsonl, csv), read into the same rows, with errors that name file and row."""
+"""Reader of parquet, jsonl and csv tables. All formats give the same rows, and errors name the file and the row."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _LONGEST_CSV_CELL = 16_000_000
 
 @dataclass
 class Table:
-    """Rows as dictionaries, and how a person finds row i in the file: `f"{unit} {numbers[i]}"`, counted from 1."""
+    """Table rows as dictionaries. Row i is called `f"{unit} {numbers[i]}"` in messages, counted from 1."""
 
     path: Path
     columns: list[str]
@@ -32,7 +32,7 @@ class Table:
     is_csv: bool
 
     def place(self, index: int) -> str:
-        """`file, row n`, for messages."""
+        """Location of a row for messages: `file, row n`."""
         return f"{self.path}, {self.unit} {self.numbers[index]}"
 
 
@@ -40,17 +40,17 @@ def read_table_rows(path: Path, wanted: Sequence[str], *, config_key: str) -> Ta
     """Read the `wanted` columns (those that exist) of a .parquet, .jsonl or .csv file.
 
     Raises:
-        CatalogError: the file is missing, of another kind, torn, or holds no rows.
+        CatalogError: the file is missing, has another suffix, is damaged, or has no rows.
     """
     path = Path(path)
     if not path.is_file():
-        raise CatalogError(f"{config_key}: {path} does not exist or is not a file (looked in {Path.cwd()}); correct the path")
+        raise CatalogError(f"{config_key}: {path} does not exist or is not a file (working folder {Path.cwd()}); correct the path")
     readers = {".parquet": _read_parquet, ".jsonl": _read_jsonl, ".csv": _read_csv}
     if path.suffix.lower() not in readers:
         raise CatalogError(f"{config_key}: {path} ends in {path.suffix!r}; name a .parquet, .jsonl or .csv file")
     table = readers[path.suffix.lower()](path, wanted)
     if not table.rows:
-        raise CatalogError(f"{config_key}: {path} holds no rows; it needs at least one")
+        raise CatalogError(f"{config_key}: {path} holds no rows; expected at least one, write the table again")
     return table
 
 
@@ -61,7 +61,7 @@ def _read_parquet(path: Path, wanted: Sequence[str]) -> Table:
             _refuse_doubled(path, columns)
             rows = file.read(columns=[name for name in wanted if name in columns]).to_pylist(maps_as_pydicts="strict")
     except (OSError, pa.ArrowException, KeyError, ValueError) as error:
-        raise CatalogError(f"{path} cannot be read as parquet ({type(error).__name__}); write the file anew") from error
+        raise CatalogError(f"{path} cannot be read as parquet ({type(error).__name__}); write the file again") from error
     return Table(path, columns, rows, range(1, len(rows) + 1), "row", is_csv=False)
 
 
@@ -77,7 +77,9 @@ def _read_jsonl(path: Path, wanted: Sequence[str]) -> Table:
                 except (ValueError, RecursionError) as error:
                     raise CatalogError(f"{path}, line {number}: not valid JSON ({error}); write one JSON object per line") from error
                 if not isinstance(row, dict):
-                    raise CatalogError(f"{path}, line {number}: holds a {type(row).__name__}; write one JSON object per line")
+                    raise CatalogError(
+                        f"{path}, line {number}: holds a {type(row).__name__}, expected an object; write one JSON object per line"
+                    )
                 columns.update(dict.fromkeys(row))
                 rows.append({name: row[name] for name in wanted if name in row})
                 numbers.append(number)
@@ -98,7 +100,9 @@ def _read_csv(path: Path, wanted: Sequence[str]) -> Table:
                 if not cells:
                     continue
                 if len(cells) != len(columns):
-                    raise CatalogError(f"{path}, row {number}: {len(cells)} cells under {len(columns)} columns; quote cells with commas")
+                    raise CatalogError(
+                        f"{path}, row {number}: {len(cells)} cells, expected {len(columns)}; quote cells that contain commas"
+                    )
                 row = dict(zip(columns, cells, strict=True))
                 rows.append({name: row[name] for name in wanted if name in row})
                 numbers.append(number)
@@ -112,26 +116,26 @@ def _read_csv(path: Path, wanted: Sequence[str]) -> Table:
 def _refuse_doubled(path: Path, columns: Sequence[str]) -> None:
     doubled = sorted({name for name in columns if list(columns).count(name) > 1})
     if doubled:
-        raise CatalogError(f"{path}: column {', '.join(map(repr, doubled))} stands twice in the header; rename one of them")
+        raise CatalogError(f"{path}: column {', '.join(map(repr, doubled))} occurs twice in the header; rename one of them")
 
 
 class Cells:
-    """Turns raw cells of one table into text, lists and mappings, the same for every kind of file."""
+    """Converts raw cells of a table to texts, lists, mappings and numbers, in the same way for every file format."""
 
     def __init__(self, table: Table, list_separator: str) -> None:
         self._table = table
         self._separator = list_separator
 
     def text(self, index: int, column: str | None) -> str:
-        """The cell as text without outer blanks; missing is ''. Raises CatalogError for lists, mappings and bytes."""
+        """The cell as text without surrounding white space, '' if missing. Raises CatalogError for lists, mappings and bytes."""
         return "" if column is None else self._plain(self._table.rows[index].get(column), index, column)
 
     def texts(self, index: int, column: str) -> tuple[str, ...]:
-        """The cell as a list of texts, empty ones left out; a single value is a list of one."""
+        """The cell as a tuple of non-empty texts. A single value gives a tuple of one."""
         return tuple(filter(None, (self._plain(value, index, column) for value in self._listed(index, column))))
 
     def mapping(self, index: int, column: str) -> dict[str, tuple[str, ...]] | None:
-        """The cell as name -> values, keys sorted, or None when it does not hold a mapping."""
+        """The cell as name -> values with sorted names, or None when it does not hold a mapping."""
         value = self._table.rows[index].get(column)
         if self._table.is_csv and isinstance(value, str) and value.lstrip().startswith("{"):
             value = self._json(value, index, column)
@@ -146,7 +150,7 @@ class Cells:
         return found
 
     def numbers(self, index: int, column: str) -> list[int | float]:
-        """The cell as a list of numbers; dates become seconds since 1970."""
+        """The cell as a list of numbers. Dates become seconds since 1970. Raises CatalogError for other values."""
         return [self._number(value, index, column) for value in self._listed(index, column)]
 
     def _listed(self, index: int, column: str) -> list[Any]:
@@ -164,13 +168,13 @@ class Cells:
             return json.loads(text)
         except (ValueError, RecursionError) as error:
             place = self._table.place(index)
-            raise CatalogError(f"{place}, field {column!r}: starts like JSON but is not ({error}); correct the cell") from error
+            raise CatalogError(f"{place}, field {column!r}: starts like JSON but is not valid JSON ({error}); correct the cell") from error
 
     def _plain(self, value: Any, index: int, column: str) -> str:
         if value is None or (isinstance(value, float) and math.isnan(value)):
             return ""
         if isinstance(value, str):
-            # lone surrogates and NUL cannot be written out again by what follows
+            # later stages cannot write lone surrogates and NUL characters
             return value.encode("utf-8", "replace").decode("utf-8").replace("\0", " ").strip()
         if isinstance(value, bool):
             return str(value).lower()

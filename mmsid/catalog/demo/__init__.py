@@ -1,4 +1,4 @@
-"""The drawn demo catalogue: ads made with Pillow whose facts, users and best achievable ranking are known."""
+"""Generated demo catalogue: ads drawn with Pillow, whose facts, users and best achievable ranking are known."""
 
 from mmsid.catalog.demo.write import write_demo_catalog
 

@@ -1,5 +1,7 @@
-"""Plans the ads of a demo catalogue: ids, facts, texts, creatives. Every ad has random generators of its own, so that what it looks like
-depends on seed and number alone, not on who draws it when."""
+"""Ads of a demo catalogue: ids, facts, texts and creatives.
+
+Each ad has its own random generators, so its texts and pictures depend on the seed and its number only.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ DUPLICATE_SHARE = 0.01
 
 
 class Ad(NamedTuple):
-    """One ad. `number` seeds its pictures, so an exact duplicate carries the number (and all else but the id) of its original."""
+    """One ad. `number` seeds its pictures. An exact duplicate has the number and all other fields of its original, except the id."""
 
     item_id: str
     number: int
@@ -29,7 +31,7 @@ class Ad(NamedTuple):
 
 
 class Creative(NamedTuple):
-    """One picture of an ad: file name, bytes, and boxes of its elements in px."""
+    """One picture of an ad: file name, JPEG bytes, and boxes of its elements in px."""
 
     name: str
     jpeg: bytes
@@ -37,7 +39,7 @@ class Creative(NamedTuple):
 
 
 def plan_ads(items: int, seed: int) -> list[Ad]:
-    """All ads but their pictures. About 10 % have two creatives, about 1 % repeat an earlier ad exactly (under another id)."""
+    """All ads without their pictures. About 10 % have two creatives; about 1 % are exact copies of an earlier ad with another id."""
     ads: list[Ad] = []
     for number in range(items):
         rng = np.random.default_rng([seed, 0, number])
@@ -53,7 +55,7 @@ def plan_ads(items: int, seed: int) -> list[Ad]:
 
 
 def draw_creatives(ad: Ad, seed: int) -> list[Creative]:
-    """Draw the ad's pictures: same facts, other jitter."""
+    """Draw the ad's pictures. They show the same facts with different jitter."""
     creatives = []
     for index in range(ad.creatives):
         card = draw_card(ad.facts, np.random.default_rng([seed, 1, ad.number, index]))
@@ -62,7 +64,7 @@ def draw_creatives(ad: Ad, seed: int) -> list[Creative]:
 
 
 class DrawTask(NamedTuple):
-    """A few ads to draw into `folder`; small, because it travels to a worker process."""
+    """A batch of ads to draw into `folder`. It is pickled and sent to a worker process."""
 
     ads: list[Ad]
     seed: int
@@ -70,7 +72,7 @@ class DrawTask(NamedTuple):
 
 
 def draw_to_files(task: DrawTask) -> list[list[Creative]]:
-    """Draw and store the pictures of a few ads; the creatives come back without their bytes."""
+    """Draw the pictures of a batch and write them to disk. The returned creatives have no bytes."""
     results = []
     for ad in task.ads:
         creatives = draw_creatives(ad, task.seed)

@@ -1,9 +1,8 @@
-"""Draws ad cards: 96 px pictures in which every element moves, grows and changes its looks on its own.
+"""Drawing of ad cards: 96 px pictures with independent jitter of each element.
 
-What is jittered, per card: position of every element (+-8 px each way, held inside the picture), scale and font size (+-15 %),
-aspect of the product (+-8 %), font (four faces), colour shade, pattern period and phase, background (light or dark gradient between
-four corner colours), pixel noise, JPEG quality (45 to 95). Elements may overlap; tag and headline lie above the product, and the
-headline carries a halo, so they stay legible.
+Jitter per card: element positions (+-8 px, inside the picture), scale and font size (+-15 %), product aspect (+-8 %), font (four faces),
+colour shade, pattern period and phase, background (gradient of four corner colours), pixel noise, JPEG quality (45 to 95). Elements may
+overlap. Tag and headline are drawn above the product, and the headline has a halo, so that they stay legible.
 """
 
 from __future__ import annotations
@@ -19,10 +18,10 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from mmsid.catalog.demo.facts import BRANDS, COLORS, CardFacts
-from mmsid.catalog.demo.shapes import fitted, shape
+from mmsid.catalog.demo.shapes import shape, size_for_aspect
 
 CARD_SIZE = 96
-SHIFT = 8.0  # px, every element on its own
+SHIFT = 8.0  # px, independent for each element
 SCALE = 0.15
 ASPECT = 0.08
 JPEG_QUALITY = (45, 95)
@@ -41,13 +40,13 @@ _RGB = {
     "black": (36, 36, 42),
     "white": (246, 244, 236),
 }
-# Grey on black and grey on white keep the base colour's tone, so that "black striped" is not "white striped".
+# the greys on black and on white differ, so that "black striped" can be distinguished from "white striped"
 _INK = {name: tuple(round(0.34 * channel) for channel in rgb) for name, rgb in _RGB.items()} | {
     "black": (132, 132, 138),
     "white": (122, 120, 116),
 }
 if set(_RGB) != set(COLORS):
-    raise AssertionError("every colour needs a shade")
+    raise AssertionError("every colour needs RGB values")
 _NAVY, _MAGENTA = (18, 44, 108), (196, 16, 92)
 _BADGES = dict(zip(BRANDS, [(o, c) for c in (_NAVY, _MAGENTA) for o in ("circle", "square", "triangle", "diamond")], strict=True))
 _TAGS = (  # paper, ink
@@ -64,8 +63,11 @@ Box = tuple[float, float, float, float]
 class Card(NamedTuple):
     """One drawn ad.
 
-    image: RGB, CARD_SIZE squared, decoded from `jpeg`. boxes: element (of ELEMENTS) -> (x0, y0, x1, y1) in px, inside the picture,
-    ends exclusive; where boxes overlap, the later of product, brand, tens, units, headline lies on top.
+    Attributes:
+        image: RGB, CARD_SIZE x CARD_SIZE px, decoded from `jpeg`.
+        jpeg: bytes of the JPEG file.
+        boxes: element (of ELEMENTS) -> (x0, y0, x1, y1) in px, inside the picture, ends exclusive. Where boxes overlap, the element that
+            comes later in ELEMENTS is on top.
     """
 
     image: Image.Image
@@ -74,7 +76,7 @@ class Card(NamedTuple):
 
 
 def draw_card(facts: CardFacts, rng: np.random.Generator) -> Card:
-    """Draw the card of these facts; all jitter comes from `rng`, so the same generator state gives the same bytes."""
+    """Draw a card with these facts. All jitter comes from `rng`, so the same generator state gives the same bytes."""
     dark = rng.random() < DARK_SHARE
     canvas = _background(rng, dark)
     boxes = {"product": _product(canvas, facts, rng, dark), "brand": _badge(canvas, facts.brand, rng)}
@@ -106,7 +108,7 @@ def _jitter(rng: np.random.Generator, share: float = SCALE) -> float:
 
 
 def _place(rng: np.random.Generator, centre: tuple[float, float], width: float, height: float) -> tuple[float, float]:
-    """Top left corner: the centre moved by up to SHIFT each way, then held inside the picture with one pixel to spare."""
+    """Top left corner of an element whose centre is moved by up to SHIFT. The element keeps 1 px of distance from the picture's edge."""
     x = centre[0] + rng.uniform(-SHIFT, SHIFT) - width / 2
     y = centre[1] + rng.uniform(-SHIFT, SHIFT) - height / 2
     return min(max(x, 1.0), CARD_SIZE - 1 - width), min(max(y, 1.0), CARD_SIZE - 1 - height)
@@ -114,7 +116,7 @@ def _place(rng: np.random.Generator, centre: tuple[float, float], width: float, 
 
 def _product(canvas: Image.Image, facts: CardFacts, rng: np.random.Generator, dark: bool) -> Box:
     masks = shape(facts.product)
-    width, height = fitted(masks.aspect * _jitter(rng, ASPECT), 44.0 * _jitter(rng))
+    width, height = size_for_aspect(masks.aspect * _jitter(rng, ASPECT), 44.0 * _jitter(rng))
     width, height = round(width), round(height)
     x, y = (int(v) for v in _place(rng, (46.0, 50.0), width, height))
     body, dark_mask, pale_mask = (m.resize((width, height), Image.Resampling.BOX) for m in (masks.body, masks.dark, masks.pale))
@@ -132,10 +134,10 @@ def _product(canvas: Image.Image, facts: CardFacts, rng: np.random.Generator, da
 
 
 def _pattern(name: str, width: int, height: int, rng: np.random.Generator) -> np.ndarray:
-    """How much ink covers each pixel, (height, width) in [0, 1], edges softened over about a pixel."""
+    """Ink coverage of each pixel, (height, width) in [0, 1], with edges softened over about one pixel. KeyError for an unknown name."""
     period = 7.5 * _jitter(rng)
     phase_x, phase_y = rng.uniform(0, 1, 2)
-    # Distance in px to the nearest line of a grid with this period: a triangle wave from 0 to period / 2.
+    # distance in px to the nearest line of a grid with this period: a triangle wave from 0 to period / 2
     to_x = np.abs((np.arange(width) / period + phase_x) % 1 - 0.5) * period
     to_y = np.abs((np.arange(height) / period + phase_y) % 1 - 0.5) * period
     if name == "plain":
@@ -184,7 +186,7 @@ def _badge_image(brand: str) -> Image.Image:
 
 @cache
 def _font(face: int, size: float) -> ImageFont.FreeTypeFont:
-    # The basic layout engine: the other one depends on what is installed, and bytes must not.
+    # the other layout engine depends on installed libraries, and so would the bytes
     data = files("mmsid.catalog.demo").joinpath("fonts", _FONTS[face]).read_bytes()
     return ImageFont.truetype(io.BytesIO(data), size, layout_engine=ImageFont.Layout.BASIC)
 

@@ -1,19 +1,17 @@
-"""What a drawn ad is about: the facts, and the caption and interests that follow from them.
+"""Facts of demo ads, and the caption, interests and texts that follow from them.
 
-A card shows product, colour, pattern, brand badge, price tag and headline. Material, season and collection stand only in the
-title, the description and the attributes. Caption and interests are functions of what the picture shows, so a captioner that
-reads the picture perfectly would write them perfectly.
+A card shows product, colour, pattern, brand badge, price tag and headline. Material, season and collection occur in title, description and
+attributes only. Caption and interests are functions of the facts that the picture shows.
 """
 
 from __future__ import annotations
 
 import hashlib
-import re
 from dataclasses import dataclass
 
 import numpy as np
 
-# product -> (level 1, level 2); the product is level 3.
+# product -> (level 1, level 2); the product is level 3
 _TREE = {
     "running shoe": ("fashion", "footwear"),
     "boot": ("fashion", "footwear"),
@@ -51,9 +49,7 @@ MATERIALS: tuple[str, ...] = ("leather", "canvas", "bamboo", "steel", "wool", "c
 SEASONS: tuple[str, ...] = ("spring", "summer", "autumn", "winter")
 COLLECTIONS: tuple[str, ...] = ("Harbour", "Meadow", "Atlas", "Studio", "Nomad", "Heritage")
 
-PICTURE_FIELDS: tuple[str, ...] = ("color", "pattern", "product", "brand", "price", "headline")  # what a caption must name
-PICTURE_ONLY: tuple[str, ...] = ("color", "pattern", "brand", "price", "headline")  # stand nowhere in the texts or attributes
-TEXT_ONLY: tuple[str, ...] = ("material", "season", "collection")
+PICTURE_FIELDS: tuple[str, ...] = ("color", "pattern", "product", "brand", "price", "headline")  # fields that a caption contains
 PRICE_TIERS: tuple[str, ...] = ("budget", "middle", "premium")
 
 HELD_OUT_SHARE = 0.15
@@ -103,7 +99,7 @@ _BUYER_CONFIDENCE = {"budget": 0.8, "middle": 0.5, "premium": 0.7}
 
 @dataclass(frozen=True)
 class CardFacts:
-    """All facts of one ad. The first six are on the card, the last three only in the text."""
+    """All facts of one ad. The picture shows the first six, and the texts contain the last three."""
 
     product: str
     color: str
@@ -117,7 +113,7 @@ class CardFacts:
 
     @property
     def categories(self) -> tuple[str, str, str]:
-        """Category path, root to leaf; the leaf is the product."""
+        """Category path from root to leaf. The leaf is the product."""
         return CATEGORIES[self.product]
 
     @property
@@ -129,7 +125,8 @@ class CardFacts:
 def random_facts(rng: np.random.Generator, held_out_triples: bool | None = None) -> CardFacts:
     """Draw every fact uniformly and independently.
 
-    `held_out_triples` True draws only combinations with `held_out(f)`, False only the others, None any.
+    Args:
+        held_out_triples: True draws held-out combinations only (see `held_out`), False the others only, None both.
     """
     while True:
         facts = CardFacts(
@@ -148,37 +145,22 @@ def random_facts(rng: np.random.Generator, held_out_triples: bool | None = None)
 
 
 def held_out(facts: CardFacts) -> bool:
-    """Whether the (product, colour, pattern) triple belongs to the 15 % that a captioner must never train on."""
+    """Whether the (product, colour, pattern) triple is one of the 15 % on which no captioner may be trained."""
     digest = hashlib.sha256(f"{facts.product}|{facts.color}|{facts.pattern}".encode()).digest()
     return int.from_bytes(digest[:4], "big") / 2**32 < HELD_OUT_SHARE
 
 
 def caption(facts: CardFacts) -> str:
-    """The card in words: "a red striped running shoe by Velo, priced 49, headline SALE"."""
+    """True caption of a card, for example "a red striped running shoe by Velo, priced 49, headline SALE"."""
     article = "an" if facts.color[0] in "aeiou" else "a"
     return f"{article} {facts.color} {facts.pattern} {facts.product} by {facts.brand}, priced {facts.price}, headline {facts.headline}"
 
 
-_CAPTION = re.compile(r"an? (\S+) (\S+) (\S(?:.*?\S)?) by (\S+), priced (\d{1,4}), headline (\S+)")
-
-
-def parse_caption_fields(text: str) -> dict[str, str | int] | None:
-    """Inverse of `caption`: the six picture fields, or None if the text is not of that form.
-
-    Words outside the vocabularies are returned as they stand, so that one garbled word costs one field and not the whole caption.
-    """
-    match = _CAPTION.fullmatch(text.strip())
-    if match is None:
-        return None
-    color, pattern, product, brand, price, headline = match.groups()
-    return {"color": color, "pattern": pattern, "product": product, "brand": brand, "price": int(price), "headline": headline}
-
-
 def interests(facts: CardFacts) -> dict:
-    """The interests behind the ad, from product (need), colour and pattern (taste) and price tier (kind of buyer).
+    """True interests of an ad, from product (need), colour and pattern (taste) and price tier (kind of buyer).
 
-    Three descriptors with confidences and one summary; as JSON at most 256 characters, because a very small language model has to
-    write it. Nothing sensitive about a person can be said in this vocabulary.
+    The result has three descriptors with confidences and one summary. Its JSON has at most 256 characters, because a very small
+    language model has to generate it. The vocabulary contains no sensitive attributes of people.
     """
     need, buyer = _NEED[facts.product], _BUYER[facts.price_tier]
     taste = f"{_MOOD[facts.color]} {_STYLE[facts.pattern]} taste"
@@ -207,7 +189,7 @@ _DESCRIPTIONS = (
 
 
 def texts(facts: CardFacts, rng: np.random.Generator) -> tuple[str, str]:
-    """Title and description: category group, material, season, collection; never a fact that only the picture shows."""
+    """Title and description. They contain category group, material, season and collection, and no fact that the picture shows."""
     group = facts.categories[1]
     words = {
         "group": group,

@@ -1,7 +1,4 @@
-"""Silhouettes of the products, drawn in the unit square and cached as large masks.
-
-A card only resizes these masks, so drawing speed does not depend on how intricate a silhouette is.
-"""
+"""Silhouettes of the products, drawn in the unit square and cached as masks that cards resize."""
 
 from __future__ import annotations
 
@@ -18,7 +15,7 @@ _MARGIN = 0.02
 
 
 class Shape(NamedTuple):
-    """Masks (mode L, MASK_SIZE squared): `body` takes the product's colour and pattern, `dark` and `pale` are fixed details."""
+    """Masks of a product (mode L, MASK_SIZE x MASK_SIZE). `body` gets colour and pattern; `dark` and `pale` are details in fixed greys."""
 
     body: Image.Image
     dark: Image.Image
@@ -28,7 +25,7 @@ class Shape(NamedTuple):
 
 
 class _Pen:
-    """Draws in unit coordinates, y downwards."""
+    """Drawing of one mask in unit coordinates, y downwards."""
 
     def __init__(self) -> None:
         self.image = Image.new("L", (MASK_SIZE, MASK_SIZE), 0)
@@ -206,7 +203,7 @@ def _camera(body: _Pen, dark: _Pen, pale: _Pen) -> None:
 def _bicycle(body: _Pen, dark: _Pen, pale: _Pen) -> None:
     for x in (0.22, 0.78):
         body.ring(x, 0.68, 0.22, 0.32, 0.1)
-    # A filled frame: on a wire one no pattern could be told from another.
+    # filled, because patterns cannot be distinguished on a thin frame
     body.poly((0.2, 0.72), (0.33, 0.28), (0.74, 0.28), (0.55, 0.76))
     body.line((0.78, 0.68), (0.68, 0.12), width=0.08)
     dark.rect(0.24, 0.13, 0.46, 0.23)
@@ -260,7 +257,7 @@ if set(_DRAWINGS) != set(PRODUCTS):
 
 @cache
 def shape(product: str) -> Shape:
-    """The masks of one product; KeyError for an unknown name."""
+    """Masks of a product. KeyError for an unknown name."""
     draw, aspect = _DRAWINGS[product]
     pens = (_Pen(), _Pen(), _Pen())
     draw(*pens)
@@ -274,6 +271,6 @@ def shape(product: str) -> Shape:
     return Shape(*(pen.image for pen in pens), aspect, box)
 
 
-def fitted(aspect: float, side: float) -> tuple[float, float]:
-    """Width and height in the unit of `side` for this aspect: about equal areas, with long shapes kept a little shorter."""
+def size_for_aspect(aspect: float, side: float) -> tuple[float, float]:
+    """Width and height, in the unit of `side`, of a shape with this aspect. Areas are about equal; tall shapes are a little smaller."""
     return side * aspect**0.5, side * aspect**-0.4 if aspect < 1 else side * aspect**-0.5

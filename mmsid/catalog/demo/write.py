@@ -1,4 +1,4 @@
-"""Writes the drawn demo catalogue: pictures, tables, true facts, true users, and the best achievable ranking."""
+"""Writer of the demo catalogue: pictures, tables, true facts, true users and the best achievable ranking."""
 
 from __future__ import annotations
 
@@ -21,35 +21,36 @@ from mmsid.catalog.demo.users import MIN_ITEMS, Sequences, UserModel, best_achie
 from mmsid.errors import ConfigError
 from mmsid.progress import done, track
 
-_START = 1_700_000_000  # unix seconds: when the first users arrive
+_START = 1_700_000_000  # unix seconds of the first interactions
 _DAY = 86_400
 
 
 def write_demo_catalog(out: Path, items: int, users: int, seed: int, workers: int = 1) -> Path:
     """Draw a catalogue of `items` ads and the sequences of `users` users into the new folder `out`.
 
-    Every data file is the same byte for byte for the same (items, users, seed), whatever `workers` is; only
-    `manifest.json` carries times. `workers` rendering processes take seconds to start: they pay from some ten thousand ads
-    on. The first n ads of two catalogues with one seed show the same facts.
+    Data files have the same bytes for the same (items, users, seed) and any number of `workers`. Only `manifest.json` contains
+    times. Rendering processes need seconds to start, so several `workers` are faster from about ten thousand ads on. The first n ads
+    of two catalogues with the same seed show the same facts.
 
-    Writes items.parquet (item_id, title, description, image, categories, attributes), images/, sequences.parquet (user_id, items,
-    timestamps; absent without users), truth.parquet and truth_users.parquet (never an input of a stage), best_achievable.json, README.md.
+    Files: items.parquet (item_id, title, description, image, categories, attributes), images/, sequences.parquet (user_id, items,
+    timestamps; absent without users), truth.parquet and truth_users.parquet (for scoring; no stage reads them), best_achievable.json,
+    README.md.
 
     Returns:
         `out`.
 
     Raises:
         ConfigError: no items, a negative number, or too few items for sequences.
-        ArtifactError: `out` is finished already or holds foreign files.
+        ArtifactError: `out` is finished already or contains other files.
     """
     _check(items, users, seed, workers)
     config = {"items": items, "users": users, "seed": seed}
     with writing(Path(out), stage="demo_catalog", config=config) as draft:
         ads = plan_ads(items, seed)
-        drawn = _render(ads, seed, draft.path / "images", workers)
+        creatives = _render(ads, seed, draft.path / "images", workers)
         order = sorted(range(items), key=lambda row: ads[row].item_id)
-        write_table(draft.path / "items.parquet", [_item_row(ads[row], drawn[row]) for row in order])
-        write_table(draft.path / "truth.parquet", [_truth_row(ads[row], drawn[row]) for row in order])
+        write_table(draft.path / "items.parquet", [_item_row(ads[row], creatives[row]) for row in order])
+        write_table(draft.path / "truth.parquet", [_truth_row(ads[row], creatives[row]) for row in order])
         best = None
         if users:
             model = draw_user_model([ad.facts for ad in ads], users, np.random.default_rng([seed, 2]))
@@ -60,7 +61,7 @@ def write_demo_catalog(out: Path, items: int, users: int, seed: int, workers: in
             write_table(draft.path / "sequences.parquet", rows)
             write_table(draft.path / "truth_users.parquet", truth)
         (draft.path / "README.md").write_text(readme(items, users, seed, best), encoding="utf-8")
-        pictures = sum(len(creatives) for creatives in drawn)
+        pictures = sum(map(len, creatives))
         draft.counts.update({"items": items, "pictures": pictures, "users": users})
     done(f"demo-catalog: wrote {items:,} ads with {pictures:,} pictures and {users:,} users to {out}")
     return Path(out)
@@ -69,22 +70,22 @@ def write_demo_catalog(out: Path, items: int, users: int, seed: int, workers: in
 def _check(items: int, users: int, seed: int, workers: int) -> None:
     for name, value, least in (("items", items, 1), ("users", users, 0), ("seed", seed, 0), ("workers", workers, 1)):
         if value < least:
-            raise ConfigError(f"demo-catalog: {name} is {value}, the least possible is {least}; give a larger --{name}")
+            raise ConfigError(f"demo-catalog: {name} is {value}, the minimum is {least}; give a larger --{name}")
     if users and items < MIN_ITEMS:
         raise ConfigError(
-            f"demo-catalog: {items} items are too few for sequences without repeats, the least is {MIN_ITEMS}; "
+            f"demo-catalog: {items} items are too few for sequences without repeats, the minimum is {MIN_ITEMS}; "
             f"give --items {MIN_ITEMS} or more, or --users 0"
         )
 
 
 def _render(ads: list[Ad], seed: int, folder: Path, workers: int) -> list[list[Creative]]:
-    """The creatives of every ad, in order, without their bytes, which lie in `folder`."""
+    """Draw the creatives of every ad into `folder`. Returns them in the order of `ads`, without their bytes."""
     folder.mkdir()
     size = 16
     tasks = [DrawTask(ads[start : start + size], seed, folder) for start in range(0, len(ads), size)]
     with _mapper(workers) as mapper:
-        pieces = list(track(mapper(draw_to_files, tasks), "demo-catalog", total=len(tasks), unit=f"x {size} ads"))
-    return [creatives for piece in pieces for creatives in piece]
+        batches = list(track(mapper(draw_to_files, tasks), "demo-catalog", total=len(tasks), unit=f"x {size} ads"))
+    return [creatives for batch in batches for creatives in batch]
 
 
 @contextlib.contextmanager
@@ -92,7 +93,7 @@ def _mapper(workers: int) -> Iterator:
     if workers == 1:
         yield map
         return
-    # Not fork: a copy of a process whose torch threads hold locks can hang.
+    # spawn, because a forked copy of a process whose torch threads hold locks can deadlock
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         yield pool.map
 
@@ -133,12 +134,12 @@ def _user_rows(model: UserModel, sequences: Sequences, item_ids: list[str], seed
         user_id = "u_" + hashlib.sha256(f"demo user {seed} {user}".encode()).hexdigest()[:12]
         items = [item_ids[row] for row in sequences.items[user, :length]]
         rows.append({"user_id": user_id, "items": items, "timestamps": times[user, :length].tolist()})
-        held = [model.interests[member] for member in model.members[user]]
+        interests_of_user = [model.interests[member] for member in model.members[user]]
         truth.append(
             {
                 "user_id": user_id,
-                "interests": [str(interest) for interest in held],
-                "kinds": [interest.kind for interest in held],
+                "interests": [str(interest) for interest in interests_of_user],
+                "kinds": [interest.kind for interest in interests_of_user],
                 "weights": model.weights[user].tolist(),
                 "active": sequences.active[user, :length].tolist(),
             }
