@@ -1,4 +1,4 @@
-"""PPMI-SVD and fusion."""
+"""PPMI-SVD and fusion of text and behaviour."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from mmsid.quantize import fuse, ppmi_svd
 
 
 def test_ppmi_svd_by_hand():
-    # Two pairs that meet only each other: items 0-1 with weight 2, 2-3 with weight 2; item 4 meets nobody.
+    # Two pairs, 0-1 and 2-3, with weight 2 each; item 4 has no pair.
     # p_ij = 1/4, p_i = 1/4, q_j = 1/4 (equal columns, smoothing changes nothing): PMI = log 4 in each block [[0,1],[1,0]].
     pairs = sp.coo_matrix(([2, 2, 2, 2.0], ([0, 1, 2, 3], [1, 0, 3, 2])), shape=(5, 5))
     vectors = ppmi_svd(pairs, dim=8)
@@ -19,7 +19,7 @@ def test_ppmi_svd_by_hand():
     assert vectors[:4] @ vectors[:4].T == pytest.approx(np.eye(4), abs=1e-6)
 
 
-def test_neighbours_in_behaviour_are_near():
+def test_co_engaged_items_have_similar_vectors():
     rng = np.random.default_rng(0)
     group = np.repeat(np.arange(4), 10)
     weights = np.triu((group[:, None] == group[None, :]) * (rng.random((40, 40)) < 0.6) + (rng.random((40, 40)) < 0.02), 1).astype(float)
@@ -42,9 +42,9 @@ def test_iterative_matches_dense(monkeypatch):
     assert np.allclose(dense, iterative, atol=1e-4)  # the sign convention
 
 
-def test_nothing_and_nonsense():
+def test_empty_and_invalid_pairs():
     assert (ppmi_svd(sp.csr_matrix((3, 3)), dim=4) == 0).all()
-    assert (ppmi_svd(sp.csr_matrix(np.eye(3)), dim=4) == 0).all()  # an item beside itself says nothing
+    assert (ppmi_svd(sp.csr_matrix(np.eye(3)), dim=4) == 0).all()  # self pairs carry no information
     with pytest.raises(MmsidError, match="square"):
         ppmi_svd(sp.csr_matrix((3, 4)))
     with pytest.raises(MmsidError, match="negative"):

@@ -1,4 +1,4 @@
-"""Codebooks from embeddings: balanced residual clustering, RQ-KMeans, RQ-VAE, and the behaviour space they are fitted on."""
+"""Residual quantizers of embeddings (balanced residual k-means, RQ-KMeans, RQ-VAE), and behaviour vectors."""
 
 from mmsid.quantize.balanced import FitResult, balanced_residual_kmeans
 from mmsid.quantize.behaviour import fuse, ppmi_svd
@@ -6,7 +6,6 @@ from mmsid.quantize.codebooks import ResidualCodebooks
 from mmsid.quantize.rqkmeans import rq_kmeans
 from mmsid.quantize.rqvae import RqVaeFit, rq_vae
 from mmsid.quantize.scores import CodebookScores
-from mmsid.quantize.sinkhorn import sinkhorn
 
 __all__ = [
     "CodebookScores",
@@ -18,5 +17,4 @@ __all__ = [
     "ppmi_svd",
     "rq_kmeans",
     "rq_vae",
-    "sinkhorn",
 ]

@@ -1,7 +1,7 @@
-"""Sinkhorn-balanced residual k-means: every code of a level holds about the same number of items.
+"""Balanced residual k-means: residual quantization in which every code of a level has about the same number of items.
 
-Each level: a k-means start, then rounds of {scores = -squared distance / mean squared norm; Sinkhorn plan; hard
-assignment = the plan's argmax; centroids = means}; the residual goes to the next level.
+Each level starts from k-means and repeats {scores = -squared distance / mean squared norm; Sinkhorn plan; hard assignment = argmax of
+the plan; centroids = means}. The residual goes to the next level. Balanced assignment by Sinkhorn follows SwAV (Caron et al. 2020).
 """
 
 from __future__ import annotations
@@ -15,12 +15,16 @@ import torch
 from mmsid.quantize.codebooks import ResidualCodebooks, as_matrix, row_blocks
 from mmsid.quantize.sinkhorn import column_log_weights
 
-_START_ROWS_PER_CODE = 64  # k-means++ looks at this many rows per code: its cost is rows x codes
-_NOTHING_LEFT = 1e-10  # residual energy, relative to the input's, under which a level has only float noise to quantise
+_START_ITERATIONS = 8
+_START_ROWS_PER_CODE = 64  # sample size of k-means++, whose cost is rows x codes
+_EPSILON = 0.03
+_SINKHORN_ITERATIONS = 8
+_CACHE_BYTES = 512 * 2**20  # a smaller (N, K) float32 kernel is kept; a larger one is recomputed block by block in each pass
+_MIN_ENERGY = 1e-10  # relative residual energy below which a level is only rounding noise
 
 
 class FitResult(NamedTuple):
-    """codebooks, and the balanced assignment `codes` (N, L) int64 that fitted them (`codebooks.encode` is the greedy one)."""
+    """Codebooks and the balanced `codes` (N, L) int64 that they were fitted with. `codebooks.encode` gives the greedy codes instead."""
 
     codebooks: ResidualCodebooks
     codes: torch.Tensor
@@ -33,26 +37,21 @@ def balanced_residual_kmeans(
     seed: int = 0,
     *,
     rounds: int = 15,
-    start_iterations: int = 8,
-    epsilon: float = 0.03,
-    sinkhorn_iterations: int = 8,
-    cache_bytes: int = 512 * 2**20,
 ) -> FitResult:
     """Fit `num_levels` balanced codebooks on the rows of `x`.
 
-    Exact duplicates count once (they share codes, and must not drag a code to themselves), and the fit walks the
-    distinct rows in an order of their own values: the result does not depend on the order of the rows. Fewer distinct
-    rows than codes is allowed: the surplus codes stay unused. A zero row is a row like any other.
+    Exact duplicates share codes and count once. The distinct rows are sorted by their values, so the result does not depend on the
+    order of the rows. If there are fewer distinct rows than codes, the surplus codes stay unused. Zero rows are allowed.
 
     Args:
         x: (N, D).
-        cache_bytes: a level's (N, K) float32 kernel is kept when it is smaller, else made anew, block by block, in each pass.
+        rounds: assignments per level.
     Raises:
-        MmsidError: not a matrix, or NaN or infinite values.
-        ValueError: num_levels, codebook_size or a number of rounds not positive.
+        MmsidError: `x` is not a matrix, or has NaN or infinite values.
+        ValueError: num_levels, codebook_size or rounds is not positive.
     """
-    if min(num_levels, codebook_size, rounds, start_iterations, sinkhorn_iterations) < 1 or epsilon <= 0:
-        raise ValueError("num_levels, codebook_size, rounds, start_iterations, sinkhorn_iterations and epsilon must be positive")
+    if min(num_levels, codebook_size, rounds) < 1:
+        raise ValueError(f"num_levels, codebook_size and rounds must be positive, got {num_levels}, {codebook_size} and {rounds}")
     matrix = as_matrix(x)
     distinct, inverse = distinct_rows(matrix)
     rng = np.random.default_rng(seed)
@@ -63,13 +62,13 @@ def balanced_residual_kmeans(
     codes = torch.zeros((len(distinct), num_levels), dtype=torch.int64)
     for level in range(num_levels):
         mean_square = float(residual.double().square().sum(1).mean())
-        if mean_square <= _NOTHING_LEFT * energy:
-            used[level, 0] = True  # nothing left to say: one zero vector
+        if mean_square <= _MIN_ENERGY * energy:
+            used[level, 0] = True  # no residual is left: the level uses one zero vector
             continue
-        centroids = kmeans_start(residual, codebook_size, start_iterations, rng)
+        centroids = _kmeans(residual, codebook_size, rng)
         for _ in range(rounds):
-            assigned = _balanced_assignment(residual, centroids, mean_square * epsilon, sinkhorn_iterations, cache_bytes)
-            centroids = group_means(residual, assigned, centroids)
+            assigned = _balanced_assignment(residual, centroids, mean_square * _EPSILON)
+            centroids = _group_means(residual, assigned, centroids)
         codes[:, level] = assigned
         vectors[level], used[level] = fill_unused(centroids, assigned, codebook_size)
         residual -= centroids[assigned]
@@ -77,31 +76,31 @@ def balanced_residual_kmeans(
 
 
 def distinct_rows(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The distinct rows in the order of their bytes, and the (N,) index of each row among them."""
-    rows = np.ascontiguousarray(matrix.numpy() + np.float32(0))  # -0.0 + 0 = 0.0: equal numbers, equal bytes
+    """Return the distinct rows in the order of their bytes, and the (N,) index of each row among them."""
+    rows = np.ascontiguousarray(matrix.numpy() + np.float32(0))  # turns -0.0 into 0.0, so that equal numbers have equal bytes
     keys = rows.view(np.dtype((np.void, rows.shape[1] * rows.itemsize))).ravel()
     _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
     return torch.from_numpy(rows[first]), torch.from_numpy(inverse.astype(np.int64))
 
 
-def kmeans_start(x: torch.Tensor, num_codes: int, iterations: int, rng: np.random.Generator) -> torch.Tensor:
-    """k-means++ on a sample of rows, then Lloyd iterations on all: (K', D) centroids, K' < K where the rows have fewer values."""
+def _kmeans(x: torch.Tensor, num_codes: int, rng: np.random.Generator) -> torch.Tensor:
+    """k-means++ on a sample of rows, then Lloyd iterations on all rows: (K', D) centroids, K' < K if there are fewer distinct rows."""
     sample = x
     if len(x) > num_codes * _START_ROWS_PER_CODE:
         sample = x[torch.from_numpy(np.sort(rng.choice(len(x), num_codes * _START_ROWS_PER_CODE, replace=False)))]
     centroids = _plus_plus(sample, num_codes, rng)
-    for _ in range(iterations):
+    for _ in range(_START_ITERATIONS):
         assigned, distance = _nearest(x, centroids)
-        centroids = group_means(x, assigned, centroids)
+        centroids = _group_means(x, assigned, centroids)
         empty = (torch.bincount(assigned, minlength=len(centroids)) == 0).nonzero().flatten()
-        if len(empty):  # an empty cluster restarts at the row that is served worst
+        if len(empty):  # an empty cluster restarts at the row with the largest distance
             order = torch.from_numpy(np.argsort(-distance.numpy(), kind="stable")[: len(empty)].copy())
             centroids[empty[: len(order)]] = x[order]
     return centroids
 
 
-def group_means(x: torch.Tensor, assigned: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
-    """Mean of each code's rows; a code without rows keeps its previous vector."""
+def _group_means(x: torch.Tensor, assigned: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
+    """Mean of the rows of each code; a code without rows keeps its previous vector."""
     sums = torch.zeros(previous.shape, dtype=torch.float64)
     for rows in row_blocks(len(x)):
         sums.index_add_(0, assigned[rows], x[rows].double())
@@ -110,7 +109,7 @@ def group_means(x: torch.Tensor, assigned: torch.Tensor, previous: torch.Tensor)
 
 
 def fill_unused(centroids: torch.Tensor, assigned: torch.Tensor, codebook_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(K, D) vectors and (K,) used mask from K' <= K centroids: the surplus are copies of the most used codes, in turn."""
+    """Pad K' <= K centroids to (K, D) vectors with copies of the most used codes; also returns the (K,) mask of used codes."""
     found = len(centroids)
     by_use = torch.from_numpy(np.argsort(-torch.bincount(assigned, minlength=found).numpy(), kind="stable").copy())
     copies = by_use[torch.arange(codebook_size - found) % found]
@@ -121,13 +120,13 @@ def _plus_plus(x: torch.Tensor, num_codes: int, rng: np.random.Generator) -> tor
     norms = x.square().sum(1)
     chosen = [int(rng.integers(len(x)))]
     distance = None
-    floor = 1e-10 * float(norms.max())
+    smallest = 1e-10 * float(norms.max())
     while len(chosen) < num_codes:
         latest = chosen[-1]
         fresh = (norms - 2 * (x @ x[latest]) + norms[latest]).clamp_min(0)
         fresh[latest] = 0
         distance = fresh if distance is None else torch.minimum(distance, fresh)
-        weights = torch.where(distance > floor, distance, 0.0).double().numpy()
+        weights = torch.where(distance > smallest, distance, 0.0).double().numpy()
         total = weights.cumsum()
         if total[-1] <= 0:
             break
@@ -146,8 +145,8 @@ def _nearest(x: torch.Tensor, centroids: torch.Tensor) -> tuple[torch.Tensor, to
     return assigned, distance
 
 
-def _balanced_assignment(x: torch.Tensor, centroids: torch.Tensor, scale: float, iterations: int, cache_bytes: int) -> torch.Tensor:
-    """Argmax of the Sinkhorn plan of -squared distance / scale. The row's own norm is constant per row, so it is left out."""
+def _balanced_assignment(x: torch.Tensor, centroids: torch.Tensor, scale: float) -> torch.Tensor:
+    """Argmax of the Sinkhorn plan of -squared distance / scale. The norm of a row is constant in its scores and is left out."""
     norms = centroids.square().sum(1)
 
     def log_kernel(rows: slice) -> torch.Tensor:
@@ -155,12 +154,12 @@ def _balanced_assignment(x: torch.Tensor, centroids: torch.Tensor, scale: float,
         return scores - scores.max(dim=1, keepdim=True).values
 
     blocks = list(row_blocks(len(x)))
-    cached = [log_kernel(rows).exp() for rows in blocks] if 4 * len(x) * len(centroids) <= cache_bytes else None
+    cached = [log_kernel(rows).exp() for rows in blocks] if 4 * len(x) * len(centroids) <= _CACHE_BYTES else None
 
     def kernels() -> Iterator[torch.Tensor]:
         return iter(cached) if cached is not None else (log_kernel(rows).exp() for rows in blocks)
 
-    log_weights = column_log_weights(kernels, len(x), len(centroids), iterations).float()
+    log_weights = column_log_weights(kernels, len(x), len(centroids), _SINKHORN_ITERATIONS).float()
     assigned = torch.empty(len(x), dtype=torch.int64)
     for rows in blocks:
         assigned[rows] = torch.from_numpy((log_kernel(rows) + log_weights).numpy().argmax(axis=1))

@@ -1,4 +1,4 @@
-"""Behaviour as a vector: factorised co-engagement, and its fusion with text embeddings."""
+"""Behaviour vectors: factorised co-engagement (PPMI-SVD), and their fusion with text embeddings."""
 
 from __future__ import annotations
 
@@ -8,28 +8,30 @@ from scipy.sparse.linalg import svds
 
 from mmsid.errors import MmsidError
 
-_DENSE_BELOW = 600  # rows under which an exact dense decomposition is as fast as the iterative one
+_DENSE_BELOW = 600  # up to this number of rows, an exact dense decomposition is as fast as the iterative one
+_SMOOTHING = 0.75  # exponent of the context distribution (Levy, Goldberg & Dagan 2015)
 
 
-def ppmi_svd(pairs: sp.spmatrix, dim: int = 64, smoothing: float = 0.75, seed: int = 0) -> np.ndarray:
+def ppmi_svd(pairs: sp.spmatrix, dim: int = 64, seed: int = 0) -> np.ndarray:
     """Item vectors from weighted co-engagement: truncated SVD of the positive pointwise mutual information, u sqrt(sigma).
 
-    PMI_ij = log( p_ij / (p_i q_j) ), with q proportional to (column sum)^smoothing: it damps the bonus of rare contexts
-    (Levy, Goldberg & Dagan 2015). Each vector's sign is fixed by its largest entry.
+    PMI_ij = log( p_ij / (p_i q_j) ) with q proportional to (column sum)^0.75, which lowers the PMI of rare contexts
+    (Levy, Goldberg & Dagan 2015). The sign of each dimension is fixed by its largest entry.
 
     Args:
-        pairs: (N, N) non-negative weights; the diagonal is left out.
+        pairs: (N, N) non-negative weights; the diagonal is ignored.
     Returns:
-        (N, dim) float32 with rows of norm 1; an item without positive information keeps a zero row, and dimensions
-        beyond the matrix' rank are zero.
+        (N, dim) float32 with rows of norm 1. Items without positive PMI have a zero row; dimensions beyond the rank of the matrix are
+        zero.
     Raises:
-        MmsidError: not square, or negative or NaN weights.
+        MmsidError: `pairs` is not square, or has negative or NaN weights.
+        ValueError: `dim` is not positive.
     """
     weights = sp.csr_matrix(pairs, dtype=np.float64, copy=True)
     if weights.shape[0] != weights.shape[1]:
         raise MmsidError(f"co-engagement must be square (items x items), got {weights.shape}")
     if weights.nnz and not (np.isfinite(weights.data).all() and weights.data.min() >= 0):
-        raise MmsidError("co-engagement weights must be finite and not negative; check the pair builder")
+        raise MmsidError("co-engagement weights must be finite and not negative; check how the pairs were made")
     if dim < 1:
         raise ValueError(f"dim must be positive, got {dim}")
     weights.setdiag(0)
@@ -41,9 +43,9 @@ def ppmi_svd(pairs: sp.spmatrix, dim: int = 64, smoothing: float = 0.75, seed: i
     entries = weights.tocoo()
     total = entries.data.sum()
     row_sums = np.asarray(weights.sum(axis=1)).ravel()
-    context = np.asarray(weights.sum(axis=0)).ravel() ** smoothing
+    context = np.asarray(weights.sum(axis=0)).ravel() ** _SMOOTHING
     context /= context.sum()
-    information = np.log(entries.data / row_sums[entries.row] / context[entries.col])  # p_ij / p_i = w_ij / row sum: `total` cancels
+    information = np.log(entries.data / row_sums[entries.row] / context[entries.col])  # p_ij / p_i = w_ij / row sum
     keep = information > 1e-12 * max(1.0, np.log1p(total))
     ppmi = sp.csr_matrix((information[keep], (entries.row[keep], entries.col[keep])), shape=weights.shape)
     if not ppmi.nnz:
@@ -54,16 +56,16 @@ def ppmi_svd(pairs: sp.spmatrix, dim: int = 64, smoothing: float = 0.75, seed: i
     largest = left[np.abs(left).argmax(axis=0), np.arange(left.shape[1])]
     vectors = left * np.where(largest < 0, -1.0, 1.0) * np.sqrt(sigma)
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-    silent = norms < 1e-9 * norms.max()  # rounding dust of items without information must not be blown up to norm 1
-    result[:, : vectors.shape[1]] = np.where(silent, 0.0, vectors / np.where(silent, 1.0, norms))
+    empty = norms < 1e-9 * norms.max()  # rounding noise of items without information must not be scaled to norm 1
+    result[:, : vectors.shape[1]] = np.where(empty, 0.0, vectors / np.where(empty, 1.0, norms))
     return result
 
 
 def fuse(text: np.ndarray, behaviour: np.ndarray, weight: float = 1.0) -> np.ndarray:
-    """[text normalised ; weight x behaviour]: (N, D) and (N, M) -> (N, D + M) float32. Zero rows stay zero.
+    """Concatenate [text normalised ; weight x behaviour]: (N, D) and (N, M) -> (N, D + M) float32. Zero rows stay zero.
 
     Raises:
-        ValueError: the numbers of rows differ.
+        ValueError: `text` and `behaviour` have different numbers of rows.
     """
     text, behaviour = np.asarray(text, dtype=np.float32), np.asarray(behaviour, dtype=np.float32)
     if len(text) != len(behaviour):
@@ -73,7 +75,7 @@ def fuse(text: np.ndarray, behaviour: np.ndarray, weight: float = 1.0) -> np.nda
 
 
 def _truncated_svd(matrix: sp.csr_matrix, dim: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Left vectors (N, d) and values (d,), descending, d <= dim."""
+    """Left singular vectors (N, d) and singular values (d,), descending, d <= dim."""
     if matrix.shape[0] <= max(_DENSE_BELOW, dim + 1):
         left, sigma, _ = np.linalg.svd(matrix.toarray(), full_matrices=False)
         return left[:, :dim], sigma[:dim]

@@ -1,4 +1,4 @@
-"""RQ-KMeans: plain k-means per level on the residual, by faiss. The baseline most published SID sets start from."""
+"""RQ-KMeans: plain k-means per level on the residual (faiss), the usual baseline for Semantic IDs."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from mmsid.quantize.codebooks import ResidualCodebooks, as_matrix
 def rq_kmeans(
     x: np.ndarray | torch.Tensor, num_levels: int = 3, codebook_size: int = 256, seed: int = 0, *, iterations: int = 25
 ) -> ResidualCodebooks:
-    """Fit greedy residual k-means codebooks on the distinct rows of `x` (N, D); codes: `result.encode(x)`.
+    """Fit greedy residual k-means codebooks on the distinct rows of `x` (N, D). `result.encode(x)` gives the codes.
 
-    Fewer distinct rows than codes is allowed: the surplus codes stay unused. Row order does not matter.
+    If there are fewer distinct rows than codes, the surplus codes stay unused. The result does not depend on the row order.
 
     Raises:
-        MmsidError: not a matrix, or NaN or infinite values.
-        ValueError: num_levels, codebook_size or iterations not positive.
+        MmsidError: `x` is not a matrix, or has NaN or infinite values.
+        ValueError: num_levels, codebook_size or iterations is not positive.
     """
     if min(num_levels, codebook_size, iterations) < 1:
-        raise ValueError("num_levels, codebook_size and iterations must be positive")
+        raise ValueError(f"num_levels, codebook_size and iterations must be positive, got {num_levels}, {codebook_size} and {iterations}")
     residual, _ = distinct_rows(as_matrix(x))
     vectors = torch.zeros((num_levels, codebook_size, residual.shape[1]))
     used = torch.zeros((num_levels, codebook_size), dtype=torch.bool)

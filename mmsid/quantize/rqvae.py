@@ -1,8 +1,8 @@
 """RQ-VAE: an autoencoder whose latent is a sum of code vectors, one per level (Lee et al. 2022; TIGER, Rajput et al. 2023).
 
-The residual quantizer is vector-quantize-pytorch's: k-means start on the whole corpus, codebooks by moving averages, restart of
-dead codes. What keeps it from collapsing, after others' reports: the reconstruction loss is summed over dimensions, not averaged
-(a mean makes it 1/D of the commitment term), and the checkpoint kept is the best by collisions and reconstruction together.
+The residual quantizer is that of vector-quantize-pytorch: k-means start on the whole corpus, EMA codebooks, restart of dead codes.
+Two measures against collapse: the reconstruction loss is a sum over dimensions (a mean would be 1/D of the commitment loss), and the
+checkpoint with the fewest collisions and the smallest reconstruction error is kept.
 """
 
 from __future__ import annotations
@@ -17,9 +17,14 @@ from torch import Tensor, nn
 from mmsid.quantize.balanced import distinct_rows
 from mmsid.quantize.codebooks import ResidualCodebooks, as_matrix
 
+_COMMITMENT = 0.25  # weight of |latent - quantised|^2, summed over dimensions like the reconstruction loss
+_DECAY = 0.99
+_DEAD_BELOW = 0.5  # a code with an EMA count below this share of an even one restarts at a random residual
+_LEARNING_RATE = 1e-3
+
 
 class RqVaeFit(NamedTuple):
-    """codebooks (in the latent space), and `latent` (N, d) float32, what they quantise: codes are `codebooks.encode(latent)`."""
+    """Codebooks of the latent space and the latents (N, d) float32. `codebooks.encode(latent)` gives the codes."""
 
     codebooks: ResidualCodebooks
     latent: Tensor
@@ -35,21 +40,17 @@ def rq_vae(
     hidden: int = 256,
     steps: int = 400,
     batch_rows: int = 1024,
-    learning_rate: float = 1e-3,
-    commitment: float = 0.25,
-    decay: float = 0.99,
-    dead_below: float = 0.5,
     check_every: int = 100,
 ) -> RqVaeFit:
-    """Fit on the distinct rows of `x` (N, D). The result depends on the seed, not on the order of the rows.
+    """Fit an RQ-VAE on the distinct rows of `x` (N, D). The result does not depend on the order of the rows.
 
     Args:
-        commitment: weight of |latent - quantised|^2, summed over dimensions like the reconstruction.
-        dead_below: a code whose moving count per batch, as a share of an even one, falls below this restarts at a random residual.
+        hidden: width of the two hidden layers of encoder and decoder.
+        check_every: steps between two checkpoints that are compared.
     Raises:
-        MmsidError: not a matrix, or NaN or infinite values.
+        MmsidError: `x` is not a matrix, or has NaN or infinite values.
     """
-    from vector_quantize_pytorch import ResidualVQ  # takes seconds to import: only whoever trains one pays
+    from vector_quantize_pytorch import ResidualVQ  # imported here because the import takes seconds
 
     rows, inverse = distinct_rows(as_matrix(x))
     rows = rows - rows.mean(0)
@@ -64,49 +65,49 @@ def rq_vae(
             codebook_size=codebook_size,
             kmeans_init=True,
             kmeans_iters=10,
-            decay=decay,
-            threshold_ema_dead_code=dead_below * batch_rows / codebook_size,
-            commitment_weight=commitment * latent_dim,
+            decay=_DECAY,
+            threshold_ema_dead_code=_DEAD_BELOW * batch_rows / codebook_size,
+            commitment_weight=_COMMITMENT * latent_dim,
             rotation_trick=False,
         )
         model = nn.ModuleList([encoder, quantizer, decoder])
-        optimiser = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=1e-4)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, learning_rate, total_steps=steps, pct_start=0.1)
+        optimizer = torch.optim.AdamW(model.parameters(), _LEARNING_RATE, weight_decay=1e-4)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, total_steps=steps, pct_start=0.1)
         with torch.no_grad():
             quantizer(encoder(rows)[None])  # k-means start on the whole corpus
-        best, kept = np.inf, copy.deepcopy(model.state_dict())
-        order, place = torch.randperm(len(rows)), 0
+        best, best_state = np.inf, copy.deepcopy(model.state_dict())
+        order, start = torch.randperm(len(rows)), 0
         for step in range(1, steps + 1):
-            if place + batch_rows > len(rows):
-                order, place = torch.randperm(len(rows)), 0
-            batch = rows[order[place : place + batch_rows]]
-            place += batch_rows
-            quantised, _, committed = quantizer(encoder(batch)[None])
-            loss = (decoder(quantised[0]) - batch).square().sum(1).mean() + committed.sum()
-            optimiser.zero_grad()
+            if start + batch_rows > len(rows):
+                order, start = torch.randperm(len(rows)), 0
+            batch = rows[order[start : start + batch_rows]]
+            start += batch_rows
+            quantised, _, commitment_loss = quantizer(encoder(batch)[None])
+            loss = (decoder(quantised[0]) - batch).square().sum(1).mean() + commitment_loss.sum()
+            optimizer.zero_grad()
             loss.backward()
-            optimiser.step()
+            optimizer.step()
             schedule.step()
             if step % check_every == 0 or step == steps:
-                value = _shortfall(model, rows)
+                value = _selection_error(model, rows)
                 if value < best:
-                    best, kept = value, copy.deepcopy(model.state_dict())
-        model.load_state_dict(kept)
+                    best, best_state = value, copy.deepcopy(model.state_dict())
+        model.load_state_dict(best_state)
     model.eval()
     with torch.no_grad():
         return RqVaeFit(ResidualCodebooks(quantizer.codebooks.detach().clone()), encoder(rows)[inverse])
 
 
-def _mlp(inside: int, hidden: int, outside: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(inside, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, outside))
+def _mlp(in_dim: int, hidden: int, out_dim: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(in_dim, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, out_dim))
 
 
 @torch.no_grad()
-def _shortfall(model: nn.ModuleList, rows: Tensor) -> float:
-    """Share of distinct items lost to collisions + share of the variance not rebuilt: what a checkpoint is chosen by."""
+def _selection_error(model: nn.ModuleList, rows: Tensor) -> float:
+    """Criterion of checkpoint selection: share of distinct items lost to collisions + unexplained share of the variance."""
     encoder, quantizer, decoder = model.eval()
     quantised, codes, _ = quantizer(encoder(rows)[None])
     lost = 1 - len(torch.unique(codes[0], dim=0)) / len(rows)
-    missing = (decoder(quantised[0]) - rows).square().sum() / rows.square().sum().clamp_min(1e-12)
+    unexplained = (decoder(quantised[0]) - rows).square().sum() / rows.square().sum().clamp_min(1e-12)
     model.train()
-    return lost + float(missing)
+    return lost + float(unexplained)

@@ -1,8 +1,8 @@
-"""Residual codebooks as a policy: log pi of codes given a prefix, in the form that collision handling asks for."""
+"""Residual codebooks as a policy: log pi of codes given a prefix, as collision handling needs it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -13,34 +13,32 @@ _BEAMS = (16, 1024)
 
 
 def best_first(values: torch.Tensor, count: int) -> torch.Tensor:
-    """Places of the `count` greatest of (n,) values, greatest first, equal ones in their order: a stable sort without sorting all."""
+    """Indices of the `count` largest of (n,) values, largest first and stable; only the values above the threshold are sorted."""
     if len(values) > count:
-        places = (values >= torch.topk(values, count, sorted=False).values.min()).nonzero().flatten()
-        return places[torch.argsort(values[places], descending=True, stable=True)[:count]]
+        indices = (values >= torch.topk(values, count, sorted=False).values.min()).nonzero().flatten()
+        return indices[torch.argsort(values[indices], descending=True, stable=True)[:count]]
     return torch.argsort(values, descending=True, stable=True)
 
 
 class CodebookScores:
-    """log pi(c_l | x, c_<l) = log softmax(-|r_l - e|^2 / t_l) of a set of items, r_l = x - the vectors chosen before.
+    """Scores of codes: log pi(c_l | x, c_<l) = log softmax(-|r_l - e|^2 / t_l), where r_l is x minus the vectors of the codes before l.
 
-    Both methods are what `mmsid.sids.collisions.relocate` takes; a tokenizer head offers the same two.
+    `mmsid.sids.collisions.relocate` takes `last_scores` and `prefix_candidates`.
 
     Args:
         codebooks: L levels of K codes.
-        x: (N, D) item vectors, row i = item i of the table.
-        temperature: one per level, in squared distance; default: the mean squared residual that the level leaves behind.
+        x: (N, D) item vectors; row i is item i of the table.
+
+    Attributes:
+        temperature: t_l of each level, the mean squared residual after that level (in squared distance).
     """
 
-    def __init__(self, codebooks: ResidualCodebooks, x: np.ndarray | torch.Tensor, temperature: Sequence[float] | None = None) -> None:
+    def __init__(self, codebooks: ResidualCodebooks, x: np.ndarray | torch.Tensor) -> None:
         self.codebooks = codebooks
-        self.x = codebooks._checked(x)
+        self.x = codebooks.check(x)
         self._vectors = codebooks.vectors.double()
         self._norms = self._vectors.square().sum(-1)
-        if temperature is None:
-            temperature = self._default_temperature()
-        if len(temperature) != codebooks.num_levels or min(temperature) <= 0:
-            raise ValueError(f"need one positive temperature for each of {codebooks.num_levels} levels, got {list(temperature)}")
-        self.temperature = [float(value) for value in temperature]
+        self.temperature = self._residual_energies()
 
     def last_scores(self, rows: np.ndarray, prefixes: np.ndarray) -> np.ndarray:
         """(n,) item rows and (n, L-1) prefixes -> (n, K) float64 log pi of the last code."""
@@ -51,9 +49,9 @@ class CodebookScores:
         return self._log_pi(residual, self.codebooks.num_levels - 1).numpy()
 
     def prefix_candidates(self, row: int) -> Iterator[tuple[tuple[int, ...], float]]:
-        """The item's prefixes (L-1 codes) with their joint log probability, best first, found by beam.
+        """Yield prefixes (L-1 codes) of an item with their joint log probability, best first, by beam search.
 
-        Lazily: a narrow beam answers nearly always; a wide one is run only for a caller who finds all of those full.
+        The wide beam runs only if the caller needs more prefixes than the narrow beam finds.
         """
         seen: set[tuple[int, ...]] = set()
         for beam in _BEAMS:
@@ -75,9 +73,9 @@ class CodebookScores:
         return [(tuple(codes), float(value)) for codes, value in zip(prefixes.tolist(), log_prob.tolist(), strict=True)]
 
     def margin(self, codes: np.ndarray | torch.Tensor) -> np.ndarray:
-        """(N, L) codes -> (N,) float32: the least, over levels, of log pi(code) - log pi(best other code).
+        """Margin of (N, L) codes: the minimum over levels of log pi(code) - log pi(best other code), (N,) float32.
 
-        Negative where another code fits better than the chosen one.
+        It is negative where another code fits better.
         """
         codes = torch.as_tensor(codes).long()
         result = np.empty(len(codes), dtype=np.float32)
@@ -97,7 +95,7 @@ class CodebookScores:
         scores = (2 * residual @ self._vectors[level].T - self._norms[level]) / self.temperature[level]
         return torch.log_softmax(scores, dim=1)
 
-    def _default_temperature(self) -> list[float]:
+    def _residual_energies(self) -> list[float]:
         codes = self.codebooks.encode(self.x)
         energy, errors = 0.0, np.zeros(codes.shape[1])
         for rows in row_blocks(len(codes)):
