@@ -1,4 +1,4 @@
-"""The flat decoder and the encoder-decoder are trained by the same door as the instrument, and they learn."""
+"""The flat decoder and the encoder-decoder learn with the same training function as the SID transformer."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from test_recommend_train import BRIEF, config_for, write_arm, write_catalogue
+from test_recommend_train import BRIEF, config_for, write_catalogue, write_sids
 
 from mmsid.catalog.splits import Split
 from mmsid.errors import ConfigError
@@ -26,14 +26,14 @@ ITEMS = 30
 
 
 def circle_split(users: int = 120) -> Split:
-    """Item i is followed by item i + 1 (mod 30), always; 2 to 6 items before the two targets."""
+    """Histories where item i + 1 (mod 30) follows item i; 2 to 6 items precede the two targets."""
     rng = np.random.default_rng(0)
-    walks = [(np.arange(rng.integers(4, 9)) + rng.integers(ITEMS)) % ITEMS for _ in range(users)]
+    histories = [(np.arange(rng.integers(4, 9)) + rng.integers(ITEMS)) % ITEMS for _ in range(users)]
     return Split(
-        train=[walk[:-2] for walk in walks],
-        before_test=[walk[:-1] for walk in walks],
-        valid=np.array([walk[-2] for walk in walks]),
-        test=np.array([walk[-1] for walk in walks]),
+        train=[history[:-2] for history in histories],
+        before_test=[history[:-1] for history in histories],
+        valid=np.array([history[-2] for history in histories]),
+        test=np.array([history[-1] for history in histories]),
         held_out=np.zeros(users, dtype=bool),
     )
 
@@ -44,7 +44,7 @@ def circle_paths():
 
 
 @pytest.mark.parametrize("architecture", SHAPES)
-def test_a_deterministic_next_item_is_learnt(architecture):
+def test_a_deterministic_next_item_is_learned(architecture):
     split, paths = circle_split(), circle_paths()
     schedule = Schedule(epochs=30, batch_size=32, lr=LR[architecture], patience=30)
     fitted = fit(paths, split, shape=SHAPES[architecture], schedule=schedule, seed=0)
@@ -57,7 +57,7 @@ def test_a_deterministic_next_item_is_learnt(architecture):
 
 @pytest.mark.parametrize("architecture", SHAPES)
 def test_the_loss_is_the_likelihood_of_every_position_of_every_prefix(architecture):
-    """Padding, batching and the one-pass training change nothing: it is the sum over positions of one-by-one losses."""
+    """The batched one-pass loss equals the sum of the losses of single positions, despite padding."""
     torch.manual_seed(0)
     codes = np.array([[0, 1], [0, 1], [0, 2], [1, 1], [1, 0]])
     model = build(item_paths(codes, np.array([0, 1, -1, -1, -1]), (2, 3)), SHAPES[architecture]).eval()
@@ -78,9 +78,9 @@ def test_the_loss_is_the_likelihood_of_every_position_of_every_prefix(architectu
     assert torch.isfinite(model(torch.tensor([[2]])))  # one item, nothing before it
 
 
-def test_the_stage_trains_the_architecture_that_the_config_names(tmp_path):
+def test_the_stage_trains_the_configured_architecture(tmp_path):
     folder = tmp_path / "data"
-    write_arm(folder / "random.parquet", write_catalogue(folder))
+    write_sids(folder / "random.parquet", write_catalogue(folder))
     for architecture in SHAPES:
         train.run(
             config_for(
@@ -91,8 +91,8 @@ def test_the_stage_trains_the_architecture_that_the_config_names(tmp_path):
         assert 0 <= row["metrics"]["NDCG@10"]["mean"] <= 1 and row["seconds"] > 0
 
 
-def test_sizes_left_out_are_the_architecture_s_own():
+def test_omitted_sizes_are_the_defaults_of_the_architecture():
     assert ModelConfig(layers=3).shape("tiger") == TigerShape(layers=3)
     assert ModelConfig().shape("flat") == FlatShape()
-    with pytest.raises(ConfigError, match="d_model 130 is no multiple of heads 4"):
+    with pytest.raises(ConfigError, match="d_model 130 is not a multiple of heads 4"):
         ModelConfig(d_model=130).shape("tiger")

@@ -1,4 +1,4 @@
-"""The trie beam search, over all three architectures: exact with a full beam, legal with any, seen items masked inside."""
+"""Trie beam search with all three architectures: exact with a full beam, legal with any, seen items masked."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RAGGED = item_paths(np.array([[0, 1], [0, 1], [0, 1], [0, 2], [1, 1], [1, 0], [1
 
 
 def make(paths: ItemPaths, architecture: str) -> Recommender:
-    """Weights far from their start, so that scores differ by more than rounding."""
+    """A model with large random weights, so that scores differ by more than rounding."""
     torch.manual_seed(3)
     model = build(paths, SHAPES[architecture]).eval()
     for parameter in model.parameters():
@@ -32,7 +32,7 @@ def make(paths: ItemPaths, architecture: str) -> Recommender:
 
 
 def random_paths(num_items: int, sizes: tuple[int, ...], seed: int = 0) -> ItemPaths:
-    """Items 0 and 1 share a SID; the dense and the sparse way of the constraint both occur."""
+    """Random paths where items 0 and 1 share a SID; dense and sparse levels both occur."""
     rng = np.random.default_rng(seed)
     codes = np.stack([rng.integers(0, size, num_items) for size in sizes], 1)
     codes[1] = codes[0]
@@ -79,11 +79,11 @@ def test_a_full_beam_scores_the_whole_catalogue_exactly(architecture, paths):
         torch.testing.assert_close(mask_seen(found, histories), expected, atol=2e-4, rtol=2e-4)
     torch.testing.assert_close(found[2].exp()[np.unique(paths.tokens, axis=0, return_index=True)[1]].sum(), torch.tensor(1.0))
     same = (paths.tokens == paths.tokens[0]).all(1)
-    assert len(set(found[2][torch.from_numpy(same)].tolist())) == 1  # a bucket's items tie to the bit
+    assert len(set(found[2][torch.from_numpy(same)].tolist())) == 1  # items of one SID have bit-identical scores
 
 
 @pytest.mark.parametrize("architecture", SHAPES)
-def test_users_beside_each_other_do_not_touch(architecture):
+def test_users_of_a_batch_do_not_affect_each_other(architecture):
     paths = random_paths(40, (4, 4, 4))
     model, trie = make(paths, architecture), PathTrie.build(paths)
     histories = [np.arange(9), np.array([7]), np.zeros(0, np.int64), np.array([3, 30])]
@@ -94,13 +94,13 @@ def test_users_beside_each_other_do_not_touch(architecture):
 
 
 @pytest.mark.parametrize("architecture", SHAPES)
-def test_one_item_and_none_left(architecture):
+def test_one_item_and_no_unseen_item(architecture):
     paths = item_paths(np.array([[2, 1]]), None, (4, 4))
     model, trie = make(paths, architecture), PathTrie.build(paths)
-    nothing = pad_histories([np.zeros(0, np.int64)], 5)
-    beams = beam_search(model.steps(nothing), trie, nothing, 5)
+    empty = pad_histories([np.zeros(0, np.int64)], 5)
+    beams = beam_search(model.steps(empty), trie, empty, 5)
     assert beams.leaf.tolist() == [[0]] and beams.log_prob.tolist() == [[0.0]]
-    assert beam_search(model.steps(nothing), trie, torch.tensor([[0]]), 5).leaf.tolist() == [[-1]]
+    assert beam_search(model.steps(empty), trie, torch.tensor([[0]]), 5).leaf.tolist() == [[-1]]
 
 
 MODELS: dict[str, Recommender] = {}
@@ -126,5 +126,5 @@ def test_any_beam_returns_distinct_legal_unseen_leaves_best_first(architecture, 
         found = beams.leaf[user][beams.leaf[user] >= 0].tolist()
         assert set(found) <= unseen and len(found) == len(set(found)) and (beam < len(unseen) or set(found) == unseen)
         assert torch.isneginf(beams.log_prob[user][beams.leaf[user] < 0]).all()
-        held = beams.log_prob[user][beams.leaf[user] >= 0]
-        assert torch.isfinite(held).all() and (held.diff() <= 0).all()
+        log_prob = beams.log_prob[user][beams.leaf[user] >= 0]
+        assert torch.isfinite(log_prob).all() and (log_prob.diff() <= 0).all()

@@ -1,4 +1,4 @@
-"""Reinforcement of the flat decoder: rewards by hand; one distribution in sampling, scoring and search; train items alone."""
+"""Reinforcement of the flat decoder: rewards; equal distributions in sampling, scoring and search; train items only."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 import torch
 from datasets import Dataset
 from test_recommend_architectures import ITEMS, circle_paths, circle_split
-from test_recommend_train import SMALL, write_arm, write_catalogue
+from test_recommend_train import SMALL, write_catalogue, write_sids
 from transformers import GPT2LMHeadModel
 from trl import GRPOConfig
 
@@ -28,7 +28,7 @@ from mmsid.recommend.flat import FlatShape
 from mmsid.recommend.grpo import TrieGRPOTrainer, path_log_probs, sid_text_tokenizer
 from mmsid.recommend.history_encoder import pad_histories
 from mmsid.recommend.paths import PathTrie, item_paths
-from mmsid.recommend.reinforce import TrainRecommenderRLConfig, questions, run
+from mmsid.recommend.reinforce import TrainRecommenderRLConfig, run, train_examples
 from mmsid.recommend.rewards import PathRewards, reward_parts
 from mmsid.recommend.training import Schedule, fit
 from mmsid.recommend.trie_constraint import TrieConstraint
@@ -44,13 +44,13 @@ def test_rewards_by_hand():
     target = torch.tensor([[3, 1, 4, 2]]).expand(5, -1)
     drawn = torch.tensor([[3, 1, 4, 2], [3, 1, 4, 0], [3, 1, 0, 2], [0, 1, 4, 2], [3, 1, 4, 2]])
     parts = reward_parts(drawn, target, torch.tensor([1.0, 1, 1, 1, 2]), torch.tensor([0.5, 0.5, 0.5, 0.5, 0.8]), num_levels=3)
-    assert parts.exact.tolist() == [1, 0, 0, 0, 0.5]  # a SID that two items share means the target half of the time
-    assert parts.prefix.tolist() == pytest.approx([1, 1, 2 / 3, 0, 1])  # the suffix never counts; a later match does not either
+    assert parts.exact.tolist() == [1, 0, 0, 0, 0.5]  # two items share the SID, so it decodes to the target half of the time
+    assert parts.prefix.tolist() == pytest.approx([1, 1, 2 / 3, 0, 1])  # neither the suffix nor a later match counts
     assert parts.quality.tolist() == pytest.approx([0.5, 0, 0, 0, 0.4])  # no bonus for a well-described wrong item
 
 
 def test_path_log_probs_by_hand():
-    """Trie {(0,0), (0,2), (1,1)}: a level with one child costs nothing, illegal codes take no mass however high their logits."""
+    """Trie {(0,0), (0,2), (1,1)}: an only child has probability one, illegal codes get no mass even with high logits."""
     trie = Trie.from_codes(np.array([[0, 0], [0, 2], [1, 1]]), (2, 3))
     logits = torch.zeros(2, 2, 6)
     logits[:, 0, 1] = np.log(3.0)  # p(second code) = 3/4
@@ -59,13 +59,13 @@ def test_path_log_probs_by_hand():
     assert found.exp().flatten().tolist() == pytest.approx([1 / 4, 4 / 5, 3 / 4, 1.0])
     first = -(0.25 * np.log(0.25) + 0.75 * np.log(0.75))
     assert entropy.flatten().tolist() == pytest.approx([first, -(0.2 * np.log(0.2) + 0.8 * np.log(0.8)), first, 0.0])
-    with pytest.raises(ValueError, match="no path of the trie"):
+    with pytest.raises(ValueError, match="not a path of the trie"):
         path_log_probs(logits, torch.tensor([[0, 1], [1, 1]]), TrieConstraint.from_trie(trie), [0, 2])
 
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    """A flat decoder that has half learnt the circle, and its folder."""
+    """A partly trained flat decoder and its folder."""
     folder = tmp_path_factory.mktemp("start")
     schedule = Schedule(epochs=10, batch_size=32, lr=0.01, patience=10)
     fitted = fit(circle_paths(), circle_split(), shape=SHAPE, schedule=schedule, seed=0)
@@ -77,23 +77,23 @@ def trainer_of(folder, tmp_path, *, quality=None, published=False, steps=2, **ar
     paths, split = circle_paths(), circle_split()
     tokenizer = sid_text_tokenizer(paths.sizes)
     words = [f"<a_{a}> <b_{b}>" for a, b in paths.tokens]
-    asked = questions(split)
+    examples = train_examples(split)
     data = Dataset.from_dict(
         {
-            "prompt": [" ".join([tokenizer.bos_token, *(words[item] for item in history[:-1][-4:])]) for history in asked],
-            "target": [int(history[-1]) for history in asked],
+            "prompt": [" ".join([tokenizer.bos_token, *(words[item] for item in history[:-1][-4:])]) for history in examples],
+            "target": [int(history[-1]) for history in examples],
         }
     )
     rewards = PathRewards(paths, np.ones(ITEMS) if quality is None else quality, 2).functions(weighted=not published)
-    told = {"per_device_train_batch_size": 32, "num_generations": 8, "beta": 1e-3, "reward_weights": [1.0, 0.3, 0.5]} | arguments
+    settings = {"per_device_train_batch_size": 32, "num_generations": 8, "beta": 1e-3, "reward_weights": [1.0, 0.3, 0.5]} | arguments
     scale = "group" if published else "none"
     plain = plain_arguments(tmp_path / "trainer", steps=steps, lr=3e-3, seed=0, log_every=1)
-    config = GRPOConfig(**plain, **told, max_completion_length=2, loss_type="grpo", scale_rewards=scale)
+    config = GRPOConfig(**plain, **settings, max_completion_length=2, loss_type="grpo", scale_rewards=scale)
     return TrieGRPOTrainer(GPT2LMHeadModel.from_pretrained(folder), rewards, config, data, Trie.from_codes(paths.tokens, paths.sizes))
 
 
 def test_completions_are_scored_as_trie_search_scores_them(start, tmp_path):
-    """Prompts of unlike lengths, padded on the left: all paths get the log-probabilities of the exhaustive search, which sum to one."""
+    """With prompts of different lengths, padded on the left, all paths get the log-probabilities of exhaustive search."""
     fitted, folder = start
     trainer = trainer_of(folder, tmp_path)
     model, paths = fitted.model, circle_paths()
@@ -114,8 +114,8 @@ def test_completions_are_scored_as_trie_search_scores_them(start, tmp_path):
             assert found.sum(1).exp().sum().item() == pytest.approx(1, abs=1e-5)
 
 
-def test_rollouts_follow_the_policy_and_nothing_is_ever_illegal(start, tmp_path):
-    """Two histories of unlike length in one padded batch, 3,000 rollouts each: every path occurs about as often as its probability says."""
+def test_rollouts_follow_the_policy_and_are_always_legal(start, tmp_path):
+    """Two histories in one padded batch, 3,000 rollouts each: the share of every path matches its probability."""
     fitted, folder = start
     trainer, model, paths = trainer_of(folder, tmp_path), fitted.model, circle_paths()
     histories = [np.array([4]), np.array([1, 2, 3, 4])]
@@ -134,7 +134,7 @@ def test_rollouts_follow_the_policy_and_nothing_is_ever_illegal(start, tmp_path)
 
 
 def test_quality_weighs_our_advantages_and_cancels_under_the_published_normalisation(start, tmp_path):
-    """A = q (r - mean r), r including alpha q for a hit; divided by the deviation, q moves a hit by nothing that counts."""
+    """A = q (r - mean r), where r of a hit contains alpha q. Divided by the deviation, advantages hardly depend on q."""
     _, folder = start
     seen = {}
     for name, published, level in (("ours", False, 0.25), ("published", True, 1.0), ("published", True, 0.25)):
@@ -148,7 +148,7 @@ def test_quality_weighs_our_advantages_and_cancels_under_the_published_normalisa
     assert torch.allclose(seen["published", 1.0][1], seen["published", 0.25][1], atol=2e-3)
 
 
-def test_reinforcement_makes_the_answers_likelier_and_starts_from_the_reference(start, tmp_path):
+def test_reinforcement_makes_targets_likelier_and_starts_from_the_reference(start, tmp_path):
     fitted, folder = start
     trainer = trainer_of(folder, tmp_path, steps=20, per_device_train_batch_size=128)
     before = torch.get_rng_state()
@@ -157,33 +157,33 @@ def test_reinforcement_makes_the_answers_likelier_and_starts_from_the_reference(
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     steps = [line for line in log if "rewards/exact/mean" in line]
     assert len(steps) == 20 and steps[0]["kl"] == pytest.approx(0, abs=1e-6) and steps[-1]["kl"] > 1e-4
-    known = mean_probability(fitted.model)
+    supervised = mean_probability(fitted.model)
     moved = copy.deepcopy(fitted.model)
     moved.language_model.load_state_dict(trainer.model.state_dict())
-    assert mean_probability(moved) > known + 0.05
+    assert mean_probability(moved) > supervised + 0.05
 
 
 def mean_probability(model) -> float:
-    """Of the answers, over all questions, under the trie."""
-    asked, trie = questions(circle_split()), PathTrie.build(circle_paths())
+    """Mean probability of the target over all examples, under the trie."""
+    examples, trie = train_examples(circle_split()), PathTrie.build(circle_paths())
     with torch.no_grad():
-        steps = model.eval().steps(pad_histories([history[:-1] for history in asked], 4))
-        scores = beam_item_scores(beam_search(steps, trie, torch.full((len(asked), 1), -1), beam=ITEMS), trie)
-    return scores[torch.arange(len(asked)), torch.tensor([history[-1] for history in asked])].exp().mean().item()
+        steps = model.eval().steps(pad_histories([history[:-1] for history in examples], 4))
+        scores = beam_item_scores(beam_search(steps, trie, torch.full((len(examples), 1), -1), beam=ITEMS), trie)
+    return scores[torch.arange(len(examples)), torch.tensor([history[-1] for history in examples])].exp().mean().item()
 
 
-def test_questions_hide_the_last_train_item_and_know_nothing_of_valid_and_test():
+def test_train_examples_do_not_depend_on_valid_and_test():
     split = circle_split()
-    asked = questions(split)
-    assert len(asked) == sum(len(history) >= 2 for history in split.train)
+    examples = train_examples(split)
+    assert len(examples) == sum(len(history) >= 2 for history in split.train)
     split.valid[:], split.test[:] = -1, -1
-    assert all(np.array_equal(one, other) for one, other in zip(asked, questions(split), strict=True))
+    assert all(np.array_equal(one, other) for one, other in zip(examples, train_examples(split), strict=True))
 
 
 def _config(folder, **changes) -> TrainRecommenderRLConfig:
     catalog = {"items": folder / "items.parquet", "sequences": folder / "sequences.parquet"}
-    told = {"out": folder / "out", "catalog": catalog, "sids": folder / "random.parquet", "model": SMALL, "schedule": {"epochs": 2}}
-    return TrainRecommenderRLConfig(**told | {"reinforcement": {"steps": 2, "histories": 4, "group": 4}, "beam": 10} | changes)
+    settings = {"out": folder / "out", "catalog": catalog, "sids": folder / "random.parquet", "model": SMALL, "schedule": {"epochs": 2}}
+    return TrainRecommenderRLConfig(**settings | {"reinforcement": {"steps": 2, "histories": 4, "group": 4}, "beam": 10} | changes)
 
 
 def _write_quality(folder, ids) -> None:
@@ -191,10 +191,10 @@ def _write_quality(folder, ids) -> None:
         write_table(draft.path / "items.parquet", [{"item_id": name, "q": None if at % 2 else 0.5} for at, name in enumerate(ids)])
 
 
-def test_the_stage_writes_the_table_of_three_arms(tmp_path):
+def test_the_stage_writes_the_table_of_three_variants(tmp_path):
     folder = tmp_path / "data"
     numbers = write_catalogue(folder)
-    write_arm(folder / "random.parquet", numbers)
+    write_sids(folder / "random.parquet", numbers)
     out = run(_config(folder, seeds=[0, 1]))
     found = json.loads((out / "metrics.json").read_text())
     assert [row["arm"] for row in found["arms"]] == ["supervised", "rl", "rl_published"]
@@ -202,7 +202,7 @@ def test_the_stage_writes_the_table_of_three_arms(tmp_path):
     assert {row["baseline"] for row in found["differences"]} == {"supervised"} and len(found["differences"]) == 8
     manifest = read_manifest(out, "train_recommender_rl")
     assert "none" not in manifest["extra"]["text_quality"] and "1 for every item" in manifest["extra"]["text_quality"]
-    weights = [GPT2LMHeadModel.from_pretrained(out / "models" / arm / "1").lm_head.weight for arm in ("supervised", "rl")]
+    weights = [GPT2LMHeadModel.from_pretrained(out / "models" / name / "1").lm_head.weight for name in ("supervised", "rl")]
     assert not torch.equal(*weights) and not (out / "trainer").exists()
     _write_quality(folder / "quality", numbers)
     config = _config(folder, out=folder / "again", text_quality=folder / "quality", variants=["rl"])
@@ -210,20 +210,20 @@ def test_the_stage_writes_the_table_of_three_arms(tmp_path):
     assert read_manifest(folder / "again")["extra"]["text_quality"] == {"mean": 0.5, "deviation": 0.0}
 
 
-def test_what_cannot_be_trained_is_said(tmp_path):
+def test_untrainable_inputs_raise_errors(tmp_path):
     folder = tmp_path / "data"
     ids = list(numbers := write_catalogue(folder))
-    write_arm(folder / "random.parquet", numbers)
+    write_sids(folder / "random.parquet", numbers)
     with pytest.raises(ArtifactError, match="text_quality"):
         run(_config(folder, text_quality=folder / "none"))
     config = _config(folder)
-    pairs = [{"user_id": f"u{at}", "items": ids[:3]} for at in range(4)]  # nothing before the two targets but one item
+    pairs = [{"user_id": f"u{at}", "items": ids[:3]} for at in range(4)]  # a single item before the two targets
     pq.write_table(pa.Table.from_pylist(pairs), folder / "sequences.parquet")
     with pytest.raises(MmsidError, match="no user has two train items"):
         run(config)
 
 
-def test_a_suffix_level_is_written_and_never_counted():
+def test_a_suffix_level_counts_for_the_exact_reward_only():
     paths = item_paths(np.array([[0, 1], [0, 1], [1, 0]]), np.array([0, 1, -1]), (2, 2))
     rewards = PathRewards(paths, np.array([1.0, 1.0, 0.5]), num_levels=2)
     exact, prefix, quality = rewards.functions(weighted=True)
@@ -235,18 +235,18 @@ def test_a_suffix_level_is_written_and_never_counted():
 
 
 @pytest.mark.slow
-def test_the_road_from_drawn_ads_to_a_reinforced_recommender_by_two_processes(tmp_path):
-    """The shipped configuration by its scripts, made small: quality from known truth, then GRPO launched on two processes."""
+def test_pipeline_from_demo_ads_to_a_reinforced_recommender_on_two_processes(tmp_path):
+    """The shipped configuration through its scripts, made small: quality from known facts, then GRPO on two processes."""
     for name in ("configs", "scripts"):
         (tmp_path / name).symlink_to(ROOT / name)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
     def call(*command: str) -> str:
-        told = subprocess.run(
+        finished = subprocess.run(
             [sys.executable, *command], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900, check=False
         )
-        assert told.returncode == 0, f"{command}\n{told.stdout[-2000:]}\n{told.stderr[-4000:]}"
-        return told.stderr
+        assert finished.returncode == 0, f"{command}\n{finished.stdout[-2000:]}\n{finished.stderr[-4000:]}"
+        return finished.stderr
 
     write_demo_catalog(tmp_path / "demo" / "catalog", items=90, users=80, seed=0)
     for stage in ("caption", "interests", "baselines"):

@@ -1,4 +1,4 @@
-"""Scores are exact probabilities of paths, and the beam search agrees with them."""
+"""Item scores are exact log-probabilities of paths, and beam search agrees with them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SHAPE = SidTransformerShape(d_model=16, heads=2, hidden=24, layers=1, max_histor
 
 def build(paths: ItemPaths) -> tuple[SidTransformer, PathTrie]:
     torch.manual_seed(3)
-    model = SidTransformer(torch.from_numpy(paths.tokens), paths.sizes, torch.from_numpy(paths.decided), SHAPE).eval()
+    model = SidTransformer(paths, SHAPE).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.4)
     return model, PathTrie.build(paths)
@@ -55,7 +55,7 @@ def test_exact_scores_equal_brute_force_and_sum_to_one(sizes):
         torch.testing.assert_close(scores, brute_force(model, paths, states), atol=1e-4, rtol=1e-4)
     _, first = np.unique(paths.tokens, axis=0, return_index=True)
     torch.testing.assert_close(scores[:, first].exp().sum(1), torch.ones(3))
-    assert torch.equal(scores[:, 0], scores[:, 1])  # items of one path tie to the bit
+    assert torch.equal(scores[:, 0], scores[:, 1])  # items of one path have bit-identical scores
 
 
 @pytest.mark.parametrize("sizes", [(4, 3, 5), (6, 6, 2, 2)])
@@ -68,9 +68,9 @@ def test_a_full_beam_is_exact_with_seen_items_masked(sizes):
     exact = mask_seen(ItemScorer(model, trie)(states), histories)
     beams = beam_search(SidTransformerSteps(model, states), trie, pad_histories(histories, 99), beam=200)
     torch.testing.assert_close(mask_seen(beam_item_scores(beams, trie), histories), exact, atol=1e-4, rtol=1e-4)
-    # the third user has one unseen item left: one beam holds it, no other holds anything
-    held = beams.leaf[2] >= 0
-    assert held.sum() == 1 and trie.node_of[-1][59] == beams.leaf[2][0] and torch.isneginf(beams.log_prob[2][1:]).all()
+    # the third user has one unseen item left: one beam holds it, all others are empty
+    found = beams.leaf[2] >= 0
+    assert found.sum() == 1 and trie.node_of[-1][59] == beams.leaf[2][0] and torch.isneginf(beams.log_prob[2][1:]).all()
 
 
 def test_a_narrow_beam_returns_legal_unseen_leaves_in_order():
@@ -100,7 +100,7 @@ def test_single_item_and_all_seen():
     assert beam_search(SidTransformerSteps(model, states), trie, torch.tensor([[0]]), 5).leaf.tolist() == [[-1]]
 
 
-def test_a_ragged_suffix_is_one_more_level_and_a_choice_only_in_shared_buckets():
+def test_a_ragged_suffix_is_one_more_level_that_is_decided_only_for_shared_codes():
     codes = np.array([[0, 1], [0, 1], [0, 2], [1, 1]])
     paths = item_paths(codes, np.array([0, 1, -1, -1]), (2, 3))
     assert paths.sizes == (2, 3, 3) and paths.tokens[:, 2].tolist() == [1, 2, 0, 0]
@@ -114,7 +114,7 @@ def test_a_ragged_suffix_is_one_more_level_and_a_choice_only_in_shared_buckets()
     assert item_paths(codes, np.full(4, -1), (2, 3)).sizes == (2, 3)
 
 
-def test_a_state_depends_on_the_past_alone():
+def test_a_state_depends_on_earlier_items_only():
     paths = random_paths(30, (4, 3, 5))
     model, _ = build(paths)
     with torch.no_grad():

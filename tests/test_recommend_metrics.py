@@ -1,4 +1,4 @@
-"""Item-level metrics: golden values worked by hand, chance for one bucket, permutation, coverage, bootstrap."""
+"""Item-level metrics: values computed by hand, chance for one shared SID, permutation, coverage, bootstrap."""
 
 from __future__ import annotations
 
@@ -9,50 +9,50 @@ import pytest
 import torch
 
 from mmsid.errors import MmsidError
-from mmsid.recommend.metrics import Coverage, Ranks, hit_rate, ndcg, over_seeds, paired_bootstrap, per_position, rank_targets, summarise
+from mmsid.recommend.metrics import Coverage, Ranks, hit_rate, ndcg, over_seeds, paired_bootstraps, per_position, rank_targets, summarise
 
 
 def ranks(above, tied) -> Ranks:
     return Ranks(np.array([above]), np.array([tied]))
 
 
-def test_distinct_items_have_their_plain_rank():
+def test_without_ties_metrics_depend_on_the_rank():
     third = ranks(2, 1)
     assert hit_rate(third, 2)[0] == 0 and hit_rate(third, 3)[0] == 1
     assert ndcg(third, 10)[0] == pytest.approx(1 / math.log2(4))
     assert per_position(third, "MRR@50")[0] == pytest.approx(1 / 3)
 
 
-def test_a_bucket_of_three_takes_three_ranks():
-    """Target in a bucket of 3 after 4 others: ranks 5, 6, 7 with a third each."""
-    bucket = ranks(4, 3)
-    assert hit_rate(bucket, 5)[0] == pytest.approx(1 / 3)
-    assert hit_rate(bucket, 6)[0] == pytest.approx(2 / 3)
-    assert hit_rate(bucket, 10)[0] == 1
-    assert ndcg(bucket, 6)[0] == pytest.approx((1 / math.log2(6) + 1 / math.log2(7)) / 3)
-    assert per_position(bucket, "MRR@50")[0] == pytest.approx((1 / 5 + 1 / 6 + 1 / 7) / 3)
-    assert per_position(bucket, "MRR@6")[0] == pytest.approx((1 / 5 + 1 / 6) / 3)  # the third rank lies beyond the cutoff
+def test_a_sid_shared_by_three_items_occupies_three_ranks():
+    """A target that shares its SID with 2 items after 4 others has ranks 5, 6, 7 with probability 1/3 each."""
+    shared = ranks(4, 3)
+    assert hit_rate(shared, 5)[0] == pytest.approx(1 / 3)
+    assert hit_rate(shared, 6)[0] == pytest.approx(2 / 3)
+    assert hit_rate(shared, 10)[0] == 1
+    assert ndcg(shared, 6)[0] == pytest.approx((1 / math.log2(6) + 1 / math.log2(7)) / 3)
+    assert per_position(shared, "MRR@50")[0] == pytest.approx((1 / 5 + 1 / 6 + 1 / 7) / 3)
+    assert per_position(shared, "MRR@6")[0] == pytest.approx((1 / 5 + 1 / 6) / 3)  # the third rank is beyond the cutoff
 
 
-def test_never_a_candidate_earns_nothing():
+def test_a_target_that_is_not_a_candidate_earns_nothing():
     assert set(summarise(ranks(7, 0)).values()) == {0.0}
     assert set(summarise(Ranks(np.zeros(0, int), np.zeros(0, int))).values()) == {0.0}
 
 
-def test_one_bucket_for_all_items_gives_exactly_chance():
+def test_one_sid_for_all_items_gives_exactly_chance():
     scores = torch.zeros(6, 40)
     above, tied = rank_targets(scores, torch.arange(6))
     result = summarise(Ranks(above.numpy(), tied.numpy()))
     for cutoff in (1, 5, 10, 20):
         assert result[f"HR@{cutoff}"] == pytest.approx(cutoff / 40, abs=1e-12)
-    # SID-string scoring, which most peers use, would have counted a hit at rank 1 for every user
+    # scoring SID strings would count a hit at rank 1 for every user
     assert result["HR@1"] < 1
     coverage = Coverage(40)
     coverage.update(scores)
     assert coverage.value() == pytest.approx(1 - 0.75**6)
 
 
-def test_masked_items_are_no_candidates_and_nan_is_refused():
+def test_masked_items_are_not_candidates_and_nan_raises_an_error():
     scores = torch.tensor([[3.0, 2.0, 2.0, 1.0]])
     scores[0, 0] = -torch.inf
     above, tied = rank_targets(scores, torch.tensor([2]))
@@ -70,8 +70,8 @@ def test_permuting_rows_and_ids_changes_nothing():
     users, items = torch.randperm(50, generator=generator), torch.randperm(200, generator=generator)
     place = torch.argsort(items)
     results = []
-    for matrix, wanted in ((scores, targets), (scores[users][:, items], place[targets[users]])):
-        above, tied = rank_targets(matrix, wanted)
+    for matrix, chosen in ((scores, targets), (scores[users][:, items], place[targets[users]])):
+        above, tied = rank_targets(matrix, chosen)
         coverage = Coverage(200)
         coverage.update(matrix)
         results.append({**summarise(Ranks(above.numpy(), tied.numpy())), "coverage": coverage.value()})
@@ -87,16 +87,16 @@ def test_coverage_of_distinct_scores_and_of_few_candidates():
     assert few.value() == pytest.approx(2 / 5)
 
 
-def test_paired_bootstrap_finds_a_shift_and_not_noise():
+def test_paired_bootstrap_detects_a_shift_but_not_noise():
     rng = np.random.default_rng(1)
     base = rng.random((3, 400))
-    better = paired_bootstrap(base + 0.1 + 0.05 * rng.standard_normal((3, 400)), base)
+    shifted, noisy = (base + shift + 0.05 * rng.standard_normal((3, 400)) for shift in (0.1, 0.0))
+    better, same, one_seed = paired_bootstraps([(shifted, base), (noisy, base), (base, base[:1])], draws=2000)
     assert better.low > 0.08 and better.high < 0.12 and better.p < 0.01 and better.mean == pytest.approx(0.1, abs=0.01)
-    same = paired_bootstrap(base + 0.05 * rng.standard_normal((3, 400)), base)
     assert same.low < 0 < same.high and 0 < same.detectable < 0.02
-    assert paired_bootstrap(base, base[:1]).mean == pytest.approx((base - base[:1]).mean())
+    assert one_seed.mean == pytest.approx((base - base[:1]).mean())
     with pytest.raises(ValueError, match="pair"):
-        paired_bootstrap(base, base[:, :10])
+        paired_bootstraps([(base, base[:, :10])])
 
 
 def test_mean_and_deviation_over_seeds():

@@ -1,4 +1,4 @@
-"""The stage end to end on a tiny catalogue: what it writes, what it resumes, what it does not depend on."""
+"""The stage train_recommender on a tiny catalogue: files written, resumption, and independence of row order and ids."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ BRIEF = {"epochs": 3, "batch_size": 32, "lr": 0.02}
 
 
 def write_catalogue(folder, order_seed: int | None = None) -> dict[str, int]:
-    """Items in 4 groups; a user walks through one group in a circle. Returns id -> content number."""
+    """Write a catalogue with 4 groups of items; a user's history cycles through one group. Returns id -> content number."""
     folder.mkdir()
     rng = np.random.default_rng(0)
     histories = []
@@ -38,16 +38,16 @@ def write_catalogue(folder, order_seed: int | None = None) -> dict[str, int]:
     shuffle = np.random.default_rng(order_seed)
     names = {number: f"item{number:03d}" if order_seed is None else f"x{shuffle.integers(1 << 40):013d}" for number in range(ITEMS)}
     rows = np.arange(ITEMS) if order_seed is None else shuffle.permutation(ITEMS)
-    people = np.arange(USERS) if order_seed is None else shuffle.permutation(USERS)
+    user_order = np.arange(USERS) if order_seed is None else shuffle.permutation(USERS)
     words = ["alpha", "beta", "gamma", "delta"]
     items = [{"item_id": names[n], "title": f"thing {n} {words[n // 10]}", "description": f"a {words[n // 10]} thing"} for n in rows]
-    users = [{"user_id": f"u{place}", "items": [names[n] for n in histories[user]]} for place, user in enumerate(people)]
+    users = [{"user_id": f"u{place}", "items": [names[n] for n in histories[user]]} for place, user in enumerate(user_order)]
     pq.write_table(pa.Table.from_pylist(items), folder / "items.parquet")
     pq.write_table(pa.Table.from_pylist(users), folder / "sequences.parquet")
     return {names[number]: number for number in range(ITEMS)}
 
 
-def write_arm(path, numbers: dict[str, int], seed: int = 0):
+def write_sids(path, numbers: dict[str, int], seed: int = 0):
     codes = np.random.default_rng(seed).permutation(64)[:ITEMS]
     chosen = np.array([codes[number] for number in numbers.values()])
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -75,25 +75,25 @@ def figures(folder) -> dict:
 def catalogue(tmp_path):
     folder = tmp_path / "data"
     numbers = write_catalogue(folder)
-    write_arm(folder / "random.parquet", numbers)
+    write_sids(folder / "random.parquet", numbers)
     return folder, numbers
 
 
-def test_the_stage_writes_figures_table_ranks_and_differences(catalogue, tmp_path):
+def test_the_stage_writes_metrics_table_ranks_and_differences(catalogue, tmp_path):
     folder, numbers = catalogue
-    write_arm(folder / "other" / "sids.parquet", numbers, seed=5)
+    write_sids(folder / "other" / "sids.parquet", numbers, seed=5)
     best = {"HR@1": 0.5, "HR@10": 0.9, "NDCG@10": 0.7}
     (tmp_path / "best_achievable.json").write_text(json.dumps({"test": {"expected": best}, "valid": {"expected": best}}))
-    arms = {"random": folder / "random.parquet", "other": folder / "other"}
-    out = train.run(config_for(folder, variants=arms, seeds=[0, 1], best_achievable=tmp_path / "best_achievable.json"))
+    variants = {"random": folder / "random.parquet", "other": folder / "other"}
+    out = train.run(config_for(folder, variants=variants, seeds=[0, 1], best_achievable=tmp_path / "best_achievable.json"))
     assert read_manifest(out, "train_recommender")["counts"]["test_users"] == USERS
     written = json.loads((out / "metrics.json").read_text())
-    by_arm = {row["arm"]: row for row in written["arms"]}
+    rows = {row["arm"]: row for row in written["arms"]}
     assert [row["family"] for row in written["arms"]] == ["classical"] * 4 + ["sid"] * 2 + ["best_achievable"]
-    assert by_arm["random"]["seeds"] == [0, 1] and by_arm["random"]["collisions"] == 0
-    assert 0 <= by_arm["random"]["metrics"]["NDCG@10"]["mean"] <= 1 and by_arm["random"]["metrics"]["NDCG@10"]["std"] >= 0
-    assert by_arm["best achievable"]["metrics"]["NDCG@10"]["mean"] == 0.7
-    assert by_arm["item_knn"]["metrics"]["HR@5"]["mean"] > 0.8 > by_arm["popularity"]["metrics"]["HR@5"]["mean"]
+    assert rows["random"]["seeds"] == [0, 1] and rows["random"]["collisions"] == 0
+    assert 0 <= rows["random"]["metrics"]["NDCG@10"]["mean"] <= 1 and rows["random"]["metrics"]["NDCG@10"]["std"] >= 0
+    assert rows["best achievable"]["metrics"]["NDCG@10"]["mean"] == 0.7
+    assert rows["item_knn"]["metrics"]["HR@5"]["mean"] > 0.8 > rows["popularity"]["metrics"]["HR@5"]["mean"]
     assert {(row["arm"], row["baseline"]) for row in written["differences"]} >= {("other", "random"), ("item_knn", "random")}
     ranks = pq.read_table(out / "ranks" / "random" / "1.parquet")
     assert ranks.num_rows == 2 * USERS and set(ranks.column_names) == {"user_id", "part", "above", "tied"}
@@ -101,17 +101,17 @@ def test_the_stage_writes_figures_table_ranks_and_differences(catalogue, tmp_pat
     assert "| best achievable | best_achievable |" in table and "95 % interval" in table
 
 
-def test_a_finished_arm_is_not_run_again(catalogue, monkeypatch):
+def test_a_finished_seed_is_not_run_again(catalogue, monkeypatch):
     folder, _ = catalogue
     trained = []
-    whole = train.fit
+    original = train.fit
 
     def counting(*args, seed, **keywords):
         if len(trained) == 1 and trained == [0]:
             trained.append("killed")
             raise KeyboardInterrupt
         trained.append(seed)
-        return whole(*args, seed=seed, **keywords)
+        return original(*args, seed=seed, **keywords)
 
     monkeypatch.setattr(train, "fit", counting)
     config = config_for(folder, seeds=[0, 1], classical_baselines=False)
@@ -124,21 +124,21 @@ def test_a_finished_arm_is_not_run_again(catalogue, monkeypatch):
     assert figures(train.run(config)) == resumed
 
 
-def test_permuting_rows_and_ids_changes_no_figure(catalogue, tmp_path):
+def test_permuting_rows_and_ids_changes_no_metric(catalogue, tmp_path):
     folder, _ = catalogue
     other = tmp_path / "shuffled"
-    write_arm(other / "random.parquet", write_catalogue(other, order_seed=4))
-    first, second = (figures(train.run(config_for(where, eval="test"))) for where in (folder, other))
+    write_sids(other / "random.parquet", write_catalogue(other, order_seed=4))
+    first, second = (figures(train.run(config_for(source, eval="test"))) for source in (folder, other))
     assert first == second
 
 
-def test_wrong_configurations_name_the_key(catalogue):
+def test_invalid_configurations_raise_errors_with_the_key(catalogue):
     folder, _ = catalogue
-    arm = folder / "random.parquet"
+    sids = folder / "random.parquet"
     for changes, message in (
-        ({"variants": {"a/b": arm}}, "folder name"),
-        ({"variants": {"item_knn": arm}}, "classical baseline"),
-        ({"baseline": "missing"}, "no arm"),
+        ({"variants": {"a/b": sids}}, "folder name"),
+        ({"variants": {"item_knn": sids}}, "classical baseline"),
+        ({"baseline": "missing"}, "not a variant"),
         ({"seeds": [1, 1]}, "twice"),
         ({"model": {"d_model": 30, "heads": 4}}, "multiple of heads"),
     ):
@@ -146,17 +146,17 @@ def test_wrong_configurations_name_the_key(catalogue):
             train.run(config_for(folder, **changes))
 
 
-def test_the_quick_recommender_tells_good_codes_from_one_bucket(catalogue):
+def test_the_quick_recommender_distinguishes_good_codes_from_one_shared_code(catalogue):
     folder, numbers = catalogue
-    judge = quick_recommender(config_for(folder).catalog, epochs=12)
+    quick = quick_recommender(config_for(folder).catalog, epochs=12)
     chosen = np.array(list(numbers.values()))
     unique = SidTable.from_codes(list(numbers), np.stack([chosen // 10, chosen % 10], 1), (10, 10))
-    bucket = SidTable.from_codes(list(numbers), np.zeros((ITEMS, 2), int), (10, 10))
-    good, bad = judge(unique), judge(bucket)
+    shared = SidTable.from_codes(list(numbers), np.zeros((ITEMS, 2), int), (10, 10))
+    good, bad = quick(unique), quick(shared)
     assert {"HR@50", "NDCG@10", "coverage@10"} <= set(good)
     assert good["NDCG@10"] > bad["NDCG@10"] + 0.1
-    assert good == judge(unique)
-    # chance among the unseen items, whatever was trained
+    assert good == quick(unique)
+    # chance among the unseen items
     lengths = [len(history) for history in split_histories(*_read(folder)).train]
     assert bad["HR@10"] == pytest.approx(np.mean([10 / (ITEMS - length) for length in lengths]))
 
@@ -174,25 +174,25 @@ def test_classical_similarities_by_hand():
     assert weights.tolist() == [[1.0, 0.0, 0.5], [0.0, 0.0, 0.0]]
 
 
-def test_floors_rank_by_train_alone(catalogue):
-    """Whatever stands at valid and test, similarities and counts stay: with one decay and weight, so do the scores."""
+def test_classical_baselines_use_train_only(catalogue):
+    """Other valid and test items change neither similarities nor counts; with the same parameters the scores are equal."""
     folder, _ = catalogue
     catalog, split_config = _read(folder)
     split = split_histories(catalog, split_config)
     history = [split.train[0]]
-    before = {floor.name: (floor.parameters, floor.score(history)) for floor in classical_baselines(catalog.items, split)}
+    before = {one.name: (one.parameters, one.score(history)) for one in classical_baselines(catalog.items, split)}
     counts = np.bincount(np.concatenate(split.train), minlength=ITEMS)
     assert before["popularity"][1][0].tolist() == counts.tolist()
     rng = np.random.default_rng(0)
     split.valid[:], split.test[:] = rng.integers(0, ITEMS, USERS), rng.integers(0, ITEMS, USERS)
-    for floor in classical_baselines(catalog.items, split):
-        if floor.parameters == before[floor.name][0]:
-            assert torch.equal(floor.score(history), before[floor.name][1])
+    for one in classical_baselines(catalog.items, split):
+        if one.parameters == before[one.name][0]:
+            assert torch.equal(one.score(history), before[one.name][1])
 
 
 @pytest.mark.slow
 def test_two_processes_train_the_same_model_as_one(catalogue, tmp_path):
-    """Without dropout, splitting every batch over two processes changes the order of additions and nothing else."""
+    """Without dropout, splitting every batch over two processes changes only the order of additions."""
     folder, _ = catalogue
     model = SMALL | {"dropout": 0.0}
     alone = figures(train.run(config_for(folder, out=tmp_path / "alone", model=model, classical_baselines=False)))

@@ -1,4 +1,4 @@
-"""The masking step and the logits processor allow what the catalogue allows: no more, no less, and never everything."""
+"""The masking step and the logits processor allow exactly the continuations that exist in the catalogue."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mmsid.recommend.trie_constraint import TrieConstraint, TrieLogitsProcessor
 from mmsid.sids.trie import Trie
 
 END, BEGIN, VOCABULARY = 20, 21, 24
-# three levels (3, 4 and 5 codes, the last one a ragged suffix) in ranges that do not follow each other's order
+# three levels (3, 4 and 5 codes, the last one a ragged suffix); the token ranges are not in level order
 TOKEN_IDS = [[10, 11, 12], [0, 1, 2, 3], [4, 5, 6, 7, 8]]
 CODES = np.array([[0, 1, 0], [0, 1, 1], [0, 3, -1], [2, 0, -1], [2, 2, 4]])
 
@@ -24,7 +24,7 @@ def tokens_of(codes: np.ndarray) -> list[list[int]]:
 
 
 def following(prefix: list[int], codes: np.ndarray) -> set[int]:
-    """What may come after a prefix, read off the list of SIDs itself."""
+    """Tokens that may follow a prefix, from the list of SIDs."""
     sids = tokens_of(codes)
     allowed = {sid[len(prefix)] for sid in sids if len(sid) > len(prefix) and sid[: len(prefix)] == prefix}
     if prefix in sids or not any(sid[: len(prefix)] == prefix for sid in sids):
@@ -43,7 +43,7 @@ def allowed_rows(processor: TrieLogitsProcessor, input_ids: list[list[int]]) -> 
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
 @pytest.mark.parametrize("cells", [0, 1 << 22], ids=["sparse", "dense"])
-def test_every_prefix_allows_exactly_what_some_item_continues(cells, data):
+def test_every_prefix_allows_exactly_the_continuations_of_items(cells, data):
     rows = data.draw(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 3), st.integers(-1, 4)), min_size=1, max_size=12))
     codes = np.array(rows)
     with pytest.MonkeyPatch.context() as patch:
@@ -69,34 +69,34 @@ def test_rows_of_different_lengths_after_the_begin_token():
         processor(torch.tensor([[BEGIN, 10], [10, 1]]), torch.zeros(2, VOCABULARY))
 
 
-def test_a_row_that_can_only_end_ends_even_if_the_model_forbids_it():
+def test_a_row_that_can_only_end_ends_even_with_end_score_minus_infinity():
     processor = TrieLogitsProcessor(Trie.from_codes(CODES, (3, 4, 5)), TOKEN_IDS, prompt_length=0, end_token_id=END)
     scores = torch.full((1, VOCABULARY), -torch.inf)
-    for prefix in ([10, 2], [12, 2, 8], [10, 3]):  # no item's, whole, whole without a suffix
+    for prefix in ([10, 2], [12, 2, 8], [10, 3]):  # not a SID, complete, complete without a suffix
         assert torch.isfinite(processor(torch.tensor([prefix]), scores)).nonzero().tolist() == [[0, END]]
 
 
-def test_without_an_end_token_nothing_left_is_an_error_and_not_freedom():
+def test_without_an_end_token_a_row_without_continuation_is_an_error():
     trie = Trie.from_codes(CODES[:, :2], (3, 4))
     processor = TrieLogitsProcessor(trie, TOKEN_IDS[:2], prompt_length=1)
     assert allowed_rows(processor, [[9], [9]]) == [{10, 12}, {10, 12}]
-    with pytest.raises(ValueError, match=r"row 1 .*no item's SID begins like its prefix"):
+    with pytest.raises(ValueError, match=r"row 1 .*no SID has its prefix"):
         processor(torch.tensor([[9, 10], [9, 11]]), torch.zeros(2, VOCABULARY))
-    with pytest.raises(ValueError, match=r"row 0 .*its SID is whole"):
+    with pytest.raises(ValueError, match=r"row 0 .*its SID is complete"):
         processor(torch.tensor([[9, 10, 1]]), torch.zeros(1, VOCABULARY))
 
 
-def test_arguments_that_do_not_fit_are_named():
+def test_invalid_arguments_raise_errors_with_the_remedy():
     trie = Trie.from_codes(CODES, (3, 4, 5))
-    with pytest.raises(ValueError, match=r"names \[3, 4\] tokens per level, the trie has \[3, 4, 5\]"):
+    with pytest.raises(ValueError, match=r"has \[3, 4\] tokens per level, the trie has \[3, 4, 5\]"):
         TrieLogitsProcessor(trie, TOKEN_IDS[:2], prompt_length=1, end_token_id=END)
     with pytest.raises(ValueError, match="either prompt_length or begin_token_id"):
         TrieLogitsProcessor(trie, TOKEN_IDS, end_token_id=END)
-    with pytest.raises(ValueError, match="give end_token_id, or a short SID cannot end"):
+    with pytest.raises(ValueError, match="give end_token_id, otherwise a SID without suffix cannot end"):
         TrieLogitsProcessor(trie, TOKEN_IDS, prompt_length=1)
 
 
-def test_sparse_and_dense_levels_say_the_same(monkeypatch):
+def test_sparse_and_dense_levels_agree(monkeypatch):
     codes = np.random.default_rng(0).integers(0, [6, 5, 40], (80, 3))
     trie = Trie.from_codes(codes, (6, 5, 40))
     mixed = TrieConstraint.from_trie(trie)
@@ -107,8 +107,8 @@ def test_sparse_and_dense_levels_say_the_same(monkeypatch):
         nodes = torch.arange(len(level.first) - 1)
         logits = torch.randn(len(nodes), level.size)
         torch.testing.assert_close(level.mask(logits, nodes).logsumexp(1), other.mask(logits, nodes).logsumexp(1))
-        everything = torch.arange(level.size).expand(len(nodes), -1)
-        assert torch.equal(level.step(nodes[:, None], everything), other.step(nodes[:, None], everything))
+        all_codes = torch.arange(level.size).expand(len(nodes), -1)
+        assert torch.equal(level.step(nodes[:, None], all_codes), other.step(nodes[:, None], all_codes))
         for rule in (level, other):
             parent, child = nodes.repeat_interleave(level.first.diff()), torch.arange(len(level.code))
             assert torch.equal(rule.follow(parent, rule.candidate(parent, child)), child)
@@ -120,7 +120,7 @@ def model() -> GPT2LMHeadModel:
     return GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_positions=16, n_embd=16, n_layer=1, n_head=2, eos_token_id=END)).eval()
 
 
-def test_generate_returns_sids_and_all_of_them_with_more_beams_than_items(model):
+def test_generate_returns_all_sids_with_more_beams_than_items(model):
     processor = TrieLogitsProcessor(Trie.from_codes(CODES, (3, 4, 5)), TOKEN_IDS, prompt_length=2, end_token_id=END)
     prompts = torch.tensor([[9, BEGIN], [13, BEGIN]])
     found = model.generate(
@@ -138,11 +138,11 @@ def test_generate_returns_sids_and_all_of_them_with_more_beams_than_items(model)
         output_scores=True,
     )
     sids = {tuple(sid) for sid in tokens_of(CODES)}
-    held = found.sequences_scores.view(2, 8) > -1e8
+    finite = found.sequences_scores.view(2, 8) > -1e8
     for user in range(2):
-        rows = found.sequences.view(2, 8, -1)[user][held[user]][:, 2:].tolist()
+        rows = found.sequences.view(2, 8, -1)[user][finite[user]][:, 2:].tolist()
         assert {tuple(token for token in row if token != END) for row in rows} == sids
-        assert found.sequences_scores.view(2, 8)[user][held[user]].exp().sum().item() == pytest.approx(1.0, abs=1e-4)
+        assert found.sequences_scores.view(2, 8)[user][finite[user]].exp().sum().item() == pytest.approx(1.0, abs=1e-4)
 
 
 def test_sampling_with_left_padded_prompts_of_different_lengths(model):

@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from tiny_backbones import WORDS, tiny_bert
 
+from mmsid.recommend.paths import ItemPaths
 from mmsid.recommend.sid_transformer import SidTransformer, SidTransformerShape
 from mmsid.tokenizer.heads import ResidualHead
 from mmsid.tokenizer.inputs import ItemInput
@@ -39,7 +41,7 @@ def assert_repeatable(model: torch.nn.Module, loss) -> None:
 def test_the_recommender_that_measures_semantic_ids() -> None:
     generator = torch.Generator().manual_seed(0)
     paths = torch.randint(8, (2000, 3), generator=generator)
-    model = SidTransformer(paths, (8, 8, 8), torch.ones_like(paths, dtype=torch.bool), SidTransformerShape())
+    model = SidTransformer(ItemPaths(paths.numpy(), (8, 8, 8), np.ones((2000, 3), dtype=bool)), SidTransformerShape())
     histories = torch.randint(2000, (256, 12), generator=generator)
     assert_repeatable(model, lambda: model(histories))
 

@@ -1,1 +1,1 @@
-"""Generative recommenders over Semantic IDs, constrained decoding, item-level ranking metrics, classical baselines."""
+"""Generative recommenders over Semantic IDs, trie-constrained decoding, ranking metrics and classical baselines."""

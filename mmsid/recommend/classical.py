@@ -1,14 +1,14 @@
-"""Classical baselines without training: popularity, item-kNN, TF-IDF kNN, and their hybrid, tuned on valid.
+"""Classical baselines: popularity, item-kNN, TF-IDF kNN and the classical hybrid, tuned on valid.
 
-Similarities come from train prefixes alone; histories are weighted by recency, decay^(steps back). Item-kNN: items
-within 5 steps of each other, weight 1/distance, divided by the root of both items' train counts. TF-IDF: words and
-bigrams of title, brand and other attributes, categories and description, sublinear, in at least two items. The hybrid
-is kNN + weight x TF-IDF. Decays and weight are those with the best valid NDCG@10.
+Similarities use train prefixes alone, and histories are weighted by recency, decay^(steps back). Item-kNN counts pairs
+within 5 steps, weight 1 / distance, divided by the root of both items' train counts. TF-IDF uses words and bigrams of
+title, attributes, categories and description. The hybrid is kNN + weight x TF-IDF. Parameters maximise valid NDCG@10.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -27,12 +27,12 @@ WINDOW = 5
 DECAYS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 WEIGHTS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.8)
 TUNING_USERS = 10_000
-DENSE_UP_TO = 12_500  # items; the matrix of all text similarities takes 4 N^2 bytes
+DENSE_UP_TO = 12_500  # items; the dense matrix of text similarities takes 4 N^2 bytes
 
 
 @dataclass(frozen=True)
 class ClassicalBaseline:
-    """A tuned classical ranker: its scoring function, the parameters chosen on valid, and the seconds that took."""
+    """A classical ranker: its scoring function, the parameters tuned on valid, and the seconds of tuning."""
 
     name: str
     score: Score
@@ -40,17 +40,16 @@ class ClassicalBaseline:
     seconds: float
 
 
-class _Parts(NamedTuple):
+class _Similarities(NamedTuple):
     knn: sparse.csr_matrix  # (N, N)
-    text: sparse.csr_matrix  # (N, V), rows of length one or zero
-    text_similarity: np.ndarray | None  # (N, N) float32, where it fits
+    text: sparse.csr_matrix  # (N, V), rows of norm one or zero
+    text_similarity: np.ndarray | None  # (N, N) float32, None for a large catalogue
 
 
 def classical_baselines(items: list[Item], split: Split) -> list[ClassicalBaseline]:
-    """Popularity, item-kNN, TF-IDF and hybrid, tuned on valid and ready to score."""
+    """Fit and tune popularity, item-kNN, TF-IDF kNN and the classical hybrid."""
     started = time.perf_counter()
-    num_items, parts = len(items), _parts(items, split)
-    counts = np.bincount(np.concatenate([*split.train, np.zeros(0, np.int64)]), minlength=num_items)
+    num_items, similarities, counts = len(items), _similarities(items, split), item_counts(split.train, len(items))
     popularity = torch.from_numpy(counts.astype(np.float32))
     baselines = [ClassicalBaseline("popularity", lambda histories: popularity.repeat(len(histories), 1), {}, time.perf_counter() - started)]
     chosen: dict[str, float] = {}
@@ -61,67 +60,73 @@ def classical_baselines(items: list[Item], split: Split) -> list[ClassicalBaseli
     ):
         started = time.perf_counter()
         base = chosen if name == "hybrid_knn" else {}
-        found = [
-            (evaluate(_scorer(parts, base | point), split, "valid", num_items, TUNING_USERS).summary()["NDCG@10"], point) for point in grid
+        figures = [
+            evaluate(_scorer(similarities, base | point), split, "valid", num_items, TUNING_USERS).summary()["NDCG@10"] for point in grid
         ]
-        point = base | max(found, key=lambda pair: pair[0])[1]
+        point = base | grid[int(np.argmax(figures))]
         chosen |= point
-        baselines.append(ClassicalBaseline(name, _scorer(parts, point), point, time.perf_counter() - started))
+        baselines.append(ClassicalBaseline(name, _scorer(similarities, point), point, time.perf_counter() - started))
     return baselines
 
 
 def classical_scorer(items: list[Item], split: Split, parameters: dict[str, float]) -> Score:
-    """The scoring function of kNN, TF-IDF or hybrid with parameters that were tuned before."""
-    return _scorer(_parts(items, split), parameters)
+    """Scoring function of item-kNN, TF-IDF kNN or the hybrid with the given parameters."""
+    return _scorer(_similarities(items, split), parameters)
 
 
-def _parts(items: list[Item], split: Split) -> _Parts:
-    counts = np.bincount(np.concatenate([*split.train, np.zeros(0, np.int64)]), minlength=len(items))
+def item_counts(histories: Sequence[np.ndarray], num_items: int) -> np.ndarray:
+    """Number of occurrences (N,) of each item in the histories."""
+    return np.bincount(np.concatenate([*histories, np.zeros(0, np.int64)]), minlength=num_items)
+
+
+def _similarities(items: list[Item], split: Split) -> _Similarities:
     text = text_vectors(items)
-    # once all pairs cost far less than every user's profile against all items
-    return _Parts(item_similarity(split.train, counts), text, (text @ text.T).toarray() if len(items) <= DENSE_UP_TO else None)
+    # one product of all pairs is much cheaper than a product per user
+    dense = (text @ text.T).toarray() if len(items) <= DENSE_UP_TO else None
+    return _Similarities(item_similarity(split.train, item_counts(split.train, len(items))), text, dense)
 
 
-def item_similarity(histories: list[np.ndarray], counts: np.ndarray) -> sparse.csr_matrix:
+def item_similarity(histories: Sequence[np.ndarray], counts: np.ndarray) -> sparse.csr_matrix:
     """Co-engagement within `WINDOW` steps, weight 1/distance, cosine-normalised by popularity; (N, N), empty diagonal."""
     scale = sparse.diags(1 / np.sqrt(np.maximum(counts, 1)))
     return (scale @ co_engagement(histories, len(counts), window=WINDOW) @ scale).tocsr()
 
 
 def text_vectors(items: list[Item]) -> sparse.csr_matrix:
-    """TF-IDF rows (N, V) of unit length; items without known words have an empty row."""
+    """TF-IDF vectors (N, V) of unit norm, words and bigrams that occur in at least two items; an item without such words has a zero row."""
     texts = []
     for item in items:
         labels = [label for _, values in sorted(item.attributes.items()) for label in values]
-        further = [name for name in item.categories if name not in labels]  # a column may be mapped as both
-        texts.append(" ".join([item.title, *labels, *further, item.description]))
+        categories = [name for name in item.categories if name not in labels]  # a column may be mapped to both
+        texts.append(" ".join([item.title, *labels, *categories, item.description]))
     vectorizer = TfidfVectorizer(sublinear_tf=True, min_df=2, ngram_range=(1, 2), dtype=np.float32)
     try:
         return vectorizer.fit_transform(texts).tocsr()
-    except ValueError:  # scikit-learn's answer to an empty vocabulary: no word stands in two items
+    except ValueError:  # raised by scikit-learn for an empty vocabulary
         return sparse.csr_matrix((len(items), 1), dtype=np.float32)
 
 
 def history_weights(histories: list[np.ndarray], num_items: int, decay: float) -> sparse.csr_matrix:
-    """(B, N): decay^k at the item k steps back; an item that occurs twice adds up."""
+    """Recency weights (B, N): decay^k for the item k steps back. The weights of repeated items add up."""
     rows = np.repeat(np.arange(len(histories)), [len(history) for history in histories])
     steps = [np.arange(len(history) - 1, -1, -1) for history in histories]
     columns, back = (np.concatenate([*arrays, np.zeros(0, np.int64)]).astype(np.int64) for arrays in (histories, steps))
     return sparse.csr_matrix((decay**back, (rows, columns)), shape=(len(histories), num_items))
 
 
-def _scorer(parts: _Parts, point: dict[str, float]) -> Score:
-    num_items = parts.knn.shape[0]
-    text = parts.text.T.tocsr()
+def _scorer(similarities: _Similarities, point: dict[str, float]) -> Score:
+    num_items = similarities.knn.shape[0]
+    text = similarities.text.T.tocsr()
 
     def score(histories: list[np.ndarray]) -> torch.Tensor:
         total = np.zeros((len(histories), num_items))
         if "knn_decay" in point:
-            total += (history_weights(histories, num_items, point["knn_decay"]) @ parts.knn).toarray()
+            total += (history_weights(histories, num_items, point["knn_decay"]) @ similarities.knn).toarray()
         if "text_decay" in point:
             weights = history_weights(histories, num_items, point["text_decay"])
-            matched = weights @ parts.text_similarity if parts.text_similarity is not None else (weights @ parts.text @ text).toarray()
-            total += point.get("text_weight", 1.0) * matched
+            dense = similarities.text_similarity
+            matches = weights @ dense if dense is not None else (weights @ similarities.text @ text).toarray()
+            total += point.get("text_weight", 1.0) * matches
         return torch.from_numpy(total)
 
     return score

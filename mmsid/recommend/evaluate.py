@@ -1,4 +1,7 @@
-"""Rank the full catalogue for every user of a split part: one door for neural and classical recommenders alike."""
+"""Full-catalogue ranking of every user of a split part, for neural and classical recommenders.
+
+A recommender is a scoring function `Score`: histories -> (B, N). Seen items are masked, then the target is ranked.
+"""
 
 from __future__ import annotations
 
@@ -23,48 +26,51 @@ Part = Literal["valid", "test"]
 Decoding = Literal["auto", "exact", "beam"]
 Score = Callable[[list[np.ndarray]], torch.Tensor]
 Recommender = SidTransformer | FlatRecommender | TigerRecommender
-EXACT_UP_TO = 20_000  # items; above, a beam search is quicker and its misses are rare
-SCORES_AT_ONCE = 1 << 23  # floats of one (B, N) block
-BEAMS_AT_ONCE = 1 << 14  # users x beams of one search
+EXACT_UP_TO = 20_000  # items; a beam search is faster above this, and its search errors are rare
+MAX_SCORES = 1 << 23  # floats of one (B, N) block
+MAX_BEAMS = 1 << 14  # users x beams of one search
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Ranks of the targets of `users` (rows of the split), and the coverage of the recommendations made to them."""
+    """Ranks of the targets of `users` (rows of the split), and the catalogue coverage of their recommendations."""
 
     users: np.ndarray
     ranks: Ranks
     coverage: float
 
     def summary(self) -> dict[str, float]:
-        """All metrics by name, coverage included."""
+        """All metrics by name, including coverage."""
         return summarise(self.ranks) | {f"coverage@{COVERAGE_CUTOFF}": self.coverage}
 
 
 def evaluate(score: Score, split: Split, part: Part, num_items: int, limit: int | None = None) -> Evaluation:
-    """Score, mask what the user has seen, rank the target.
+    """Score all items, mask those that the user has seen, and rank the target.
 
     Args:
-        score: histories -> (B, N), higher is better, -inf where an item is no candidate.
-        limit: look at the first so many users only. The catalogue orders users by content hash, so this is a sample
-            that neither row order nor ids decide.
+        score: histories -> (B, N), higher is better, -inf where an item is not a candidate.
+        limit: evaluate only this many users, the first ones. The catalogue orders users by content hash, so the sample
+            does not depend on row order or ids.
+
+    Raises:
+        MmsidError: a score is NaN.
     """
     users = split.users(part)[:limit]
     targets = (split.valid if part == "valid" else split.test)[users]
     coverage, above, tied = Coverage(num_items), [], []
-    batch = max(1, min(256, SCORES_AT_ONCE // num_items))
+    batch = max(1, min(256, MAX_SCORES // num_items))
     for start in range(0, len(users), batch):
         histories = [split.history(int(user), part) for user in users[start : start + batch]]
         scores = mask_seen(score(histories), histories)
-        for found, into in zip(rank_targets(scores, torch.from_numpy(targets[start : start + batch]).to(scores.device)), (above, tied)):
-            into.append(found.cpu().numpy())
+        for counts, values in zip(rank_targets(scores, torch.from_numpy(targets[start : start + batch]).to(scores.device)), (above, tied)):
+            values.append(counts.cpu().numpy())
         coverage.update(scores)
     empty = [np.zeros(0, dtype=np.int64)]
     return Evaluation(users, Ranks(np.concatenate(above or empty), np.concatenate(tied or empty)), coverage.value() if len(users) else 0.0)
 
 
 def mask_seen(scores: torch.Tensor, histories: list[np.ndarray]) -> torch.Tensor:
-    """Scores (B, N) with -inf, in place, at every item of each user's whole history."""
+    """Set scores (B, N) to -inf, in place, at every item of each user's whole history."""
     rows = np.repeat(np.arange(len(histories)), [len(history) for history in histories])
     seen = np.concatenate(histories) if histories else np.zeros(0, np.int64)
     scores[torch.from_numpy(rows), torch.from_numpy(np.asarray(seen, dtype=np.int64))] = -torch.inf
@@ -72,34 +78,33 @@ def mask_seen(scores: torch.Tensor, histories: list[np.ndarray]) -> torch.Tensor
 
 
 def recommender_scores(model: Recommender, trie: PathTrie, decoding: Decoding = "auto", beam: int = 50) -> Score:
-    """The scoring function of a trained recommender, its weights frozen now.
+    """Scoring function of a trained recommender, with its current weights.
 
     Args:
-        decoding: `beam`: what a search with `beam` beams reaches. `exact`: every item; the instrument has a quick way, the
-            others search with as many beams as there are SIDs, which is for small catalogues. `auto`: exact for the
-            instrument up to 20,000 items, else beam.
+        decoding: `beam` scores the items that a search with `beam` beams reaches. `exact` scores every item: by
+            `ItemScorer` for the SID transformer, else by a search with one beam per SID, which suits small catalogues.
+            `auto` is exact for the SID transformer up to 20,000 items, else beam.
     """
     model.eval()
-    device, reach = next(model.parameters()).device, model.shape.max_history
-    quick = isinstance(model, SidTransformer)
-    if quick and (decoding == "exact" or (decoding == "auto" and trie.node_of.shape[1] <= EXACT_UP_TO)):
+    device, max_history = next(model.parameters()).device, model.shape.max_history
+    if isinstance(model, SidTransformer) and (decoding == "exact" or (decoding == "auto" and trie.num_items <= EXACT_UP_TO)):
         scorer = ItemScorer(model, trie)
-        return lambda histories: scorer(_states(model, histories, reach, device))
-    beams = len(trie.levels[-1].token) if decoding == "exact" else beam
+
+        @torch.no_grad()
+        def score(histories: list[np.ndarray]) -> torch.Tensor:
+            return scorer(model.last_states(pad_histories(histories, max_history).to(device)))
+
+        return score
+    beams = trie.num_leaves if decoding == "exact" else beam
 
     @torch.no_grad()
     def search(histories: list[np.ndarray]) -> torch.Tensor:
-        found, users = [], max(1, BEAMS_AT_ONCE // beams)
-        for start in range(0, len(histories), users):
-            some = histories[start : start + users]
-            seen = pad_histories(some, max(map(len, some))).to(device)
-            steps = model.steps(pad_histories(some, reach).to(device))
-            found.append(beam_item_scores(beam_search(steps, trie, seen, beams), trie))
-        return torch.cat(found)
+        scores, batch_size = [], max(1, MAX_BEAMS // beams)
+        for start in range(0, len(histories), batch_size):
+            batch = histories[start : start + batch_size]
+            seen = pad_histories(batch, max(map(len, batch))).to(device)
+            steps = model.steps(pad_histories(batch, max_history).to(device))
+            scores.append(beam_item_scores(beam_search(steps, trie, seen, beams), trie))
+        return torch.cat(scores)
 
     return search
-
-
-@torch.no_grad()
-def _states(model: SidTransformer, histories: list[np.ndarray], reach: int, device: torch.device) -> torch.Tensor:
-    return model.last_states(pad_histories(histories, reach).to(device))

@@ -1,44 +1,34 @@
-"""The flat decoder: a small Hugging Face causal model (GPT-2 from a config) over the SID tokens of a history.
+"""Flat decoder: a small Hugging Face GPT-2, built from a config, over the SID tokens of a history.
 
-The token before level l of an item predicts that level (tokens.py), so all levels of all items of a history are trained
-in one pass. GPT-2, because it has dropout on embeddings and residuals: without, a model of this size learns a small
-catalogue by heart.
-
-In a beam search the beams of a user are further *query positions* behind one shared history, told apart by a mask over
-ancestors: the history is computed and kept once per user, and no cache is ever copied or reordered.
+The token before level l of an item predicts that level (token_recommender.py), so one pass trains all levels of all
+items. GPT-2 is used for its dropout on embeddings and residuals; without it a model of this size overfits a small
+catalogue. In a beam search the beams of a user are query positions behind one shared history, separated by an attention
+mask over ancestors. The history is computed once per user, and no cache is copied or reordered.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
 from mmsid.recommend.paths import ItemPaths
+from mmsid.recommend.shape import RecommenderShape
 from mmsid.recommend.token_recommender import TokenRecommender
 
 
-@dataclass(frozen=True)
-class FlatShape:
-    """Sizes of the flat decoder; `hidden` is the width inside the feed-forward layers."""
+class FlatShape(RecommenderShape):
+    """Sizes of the flat decoder."""
 
     lr: ClassVar[float] = 1e-3
-
-    d_model: int = 128
-    layers: int = 2
-    heads: int = 4
-    hidden: int = 256
-    dropout: float = 0.15
-    max_history: int = 20
 
 
 class FlatRecommender(TokenRecommender):
     """GPT-2 over SID tokens.
 
     Attributes:
-        language_model: the Hugging Face model; `generate` with constrain.TrieLogitsProcessor works on it.
+        language_model: the Hugging Face model. Its `generate` works with `TrieLogitsProcessor`.
     """
 
     def __init__(self, paths: ItemPaths, shape: FlatShape) -> None:
@@ -54,7 +44,7 @@ class FlatRecommender(TokenRecommender):
             activation_function="relu",
             embd_pdrop=shape.dropout,
             resid_pdrop=shape.dropout,
-            attn_pdrop=0.0,  # it would leave the fused kernel, most of a layer's time on a CPU
+            attn_pdrop=0.0,  # attention dropout would disable the fused kernel
             bos_token_id=self.begin,
             eos_token_id=None,
             pad_token_id=None,
@@ -67,23 +57,23 @@ class FlatRecommender(TokenRecommender):
         return self.language_model.transformer.wte.weight[start : start + self.sizes[level]]
 
     def forward(self, histories: torch.Tensor) -> torch.Tensor:
-        """Sum of negative log-likelihoods of every item of `histories` (B, T), -1 pads on the right, given the items before it."""
+        """Sum of negative log-likelihoods of every item of `histories` (B, T) given the items before it; padded with -1 on the right."""
         real = histories >= 0
         ids, _ = self.sequences(histories)
-        hidden = self.language_model.transformer(ids[:, :-1]).last_hidden_state  # causal: no real position sees a pad
+        hidden = self.language_model.transformer(ids[:, :-1]).last_hidden_state  # causal: no item position attends to padding
         hidden = hidden.unflatten(1, (-1, len(self.sizes)))[real]  # (P, D, d)
         return self.loss(hidden, histories[real])
 
     def steps(self, histories: torch.Tensor) -> FlatSteps:
-        """The decoder of search.py after histories (B, T)."""
+        """Decoder for `beam_search` after histories (B, T)."""
         return FlatSteps(self, histories)
 
 
 class FlatSteps:
-    """A flat decoder in the middle of a search (search.LevelDecoder).
+    """Level-by-level decoding state of a flat decoder (`beam_search.LevelDecoder`).
 
-    The keys of a user are its history and then, block by block, the tokens of all beams of each level so far;
-    `ancestors` says for every beam which key of each block is its own.
+    The keys of a user are its history, followed by one block per level with the tokens of all beams. `ancestors` holds,
+    for every beam, the index of its own key in each block.
     """
 
     def __init__(self, model: FlatRecommender, histories: torch.Tensor) -> None:

@@ -1,11 +1,9 @@
-"""TRL's `GRPOTrainer` on a causal model over SID tokens, its rollouts and its log-probabilities confined to the trie.
+"""TRL's `GRPOTrainer` for a causal model over SID tokens, with rollouts and log-probabilities restricted to the trie.
 
-Two hooks do that. `rollout_func`, which TRL offers (as experimental), samples with `generate` under `TrieLogitsProcessor`. Scoring has
-no such hook: TRL's fused head runs its softmax over the whole vocabulary, and legal codes would be pressed down together with illegal
-ones that were never drawn; so `TrieGRPOTrainer` overrides the one method that scores completions. Policy, old policy and
-reference then are distributions over existing SIDs, the very ones that the rollouts were drawn from and that trie search ranks by.
-
-Positions count from the first real token: the prompts are padded on the left, and GPT-2 was trained without pads.
+`rollout_func` (experimental in TRL) samples with `generate` under `TrieLogitsProcessor`. TRL scores completions with a
+softmax over the whole vocabulary, so `TrieGRPOTrainer` overrides the scoring method. Policy, old policy and reference
+are then distributions over existing SIDs, the same that rollouts are sampled from and that beam search ranks by.
+Positions count from the first real token, because prompts are padded on the left and GPT-2 was trained without padding.
 """
 
 from __future__ import annotations
@@ -21,7 +19,7 @@ from transformers import GPT2LMHeadModel, LogitsProcessorList, PreTrainedTokeniz
 from trl import GRPOConfig, GRPOTrainer
 
 from mmsid.recommend.trie_constraint import TrieConstraint, TrieLogitsProcessor
-from mmsid.sids.exports import token
+from mmsid.sids.table import token
 from mmsid.sids.trie import Trie
 
 BEGIN = "<begin>"
@@ -29,7 +27,7 @@ Reward = Callable[..., list[float]]
 
 
 def sid_text_tokenizer(sizes: Sequence[int]) -> PreTrainedTokenizerFast:
-    """One word per token of `tokens.TokenRecommender`, in its order: level by level, `<begin>` last. Pads are `<begin>` on the left."""
+    """Word-level tokenizer with the vocabulary of `TokenRecommender`: codes level by level, then `<begin>`, which also pads on the left."""
     words = [token(level, code) for level, size in enumerate(sizes) for code in range(size)] + [BEGIN]
     raw = Tokenizer(models.WordLevel({word: at for at, word in enumerate(words)}))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -39,18 +37,19 @@ def sid_text_tokenizer(sizes: Sequence[int]) -> PreTrainedTokenizerFast:
 def path_log_probs(
     logits: torch.Tensor, codes: torch.Tensor, constraint: TrieConstraint, offsets: Sequence[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability of each code of a path given those before it, over the codes that the trie allows there.
+    """Log-probability of each code of a path given the codes before it, over the codes that the trie allows.
 
     Args:
-        logits: (B, D, V), at the places that predict the levels.
-        codes: int64 (B, D), whole paths of the trie.
+        logits: (B, D, V), at the positions that predict the levels.
+        codes: int64 (B, D), complete paths of the trie.
         offsets: token id of code 0 per level.
 
     Returns:
-        log-probabilities (B, D) and entropies (B, D) in nats. Their sum over D is what trie search scores the path with.
+        Log-probabilities (B, D) and entropies (B, D) in nats. The sum of the log-probabilities over D is the path's score
+        in beam search.
 
     Raises:
-        ValueError: a row is no path of the trie.
+        ValueError: a row is not a path of the trie.
     """
     node = torch.zeros(len(codes), dtype=torch.long, device=codes.device)
     log_probs, entropies = [], []
@@ -59,7 +58,7 @@ def path_log_probs(
         child = rule.step(node, codes[:, level])
         if bool((child < 0).any()):
             row = int((child < 0).nonzero()[0, 0])
-            raise ValueError(f"row {row} holds {codes[row].tolist()}, which is no path of the trie from level {level} on")
+            raise ValueError(f"row {row}: codes {codes[row].tolist()} are not a path of the trie, they leave it at level {level}")
         log_probs.append(scores.gather(1, rule.candidate(node, child)[:, None])[:, 0])
         entropies.append(-(scores.exp() * scores.masked_fill(torch.isneginf(scores), 0.0)).sum(-1))
         node = child
@@ -67,12 +66,12 @@ def path_log_probs(
 
 
 class TrieGRPOTrainer(GRPOTrainer):
-    """GRPO over paths of a trie. Completions are whole paths, D tokens each.
+    """GRPO over paths of a trie. Completions are complete paths of D tokens.
 
     Args:
         policy: loaded by `from_pretrained`, so that TRL can load the frozen reference from the same folder.
-        rewards: TRL reward functions, summed with `args.reward_weights`; each is given the data set's columns and `completion_ids`.
-        data: a column `prompt`, histories in the words of `sid_text_tokenizer`, and whatever the rewards read.
+        rewards: TRL reward functions, summed with `args.reward_weights`. Each receives the columns of `data` and `completion_ids`.
+        data: a column `prompt` with histories in the words of `sid_text_tokenizer`, and the columns that the rewards read.
         trie: of the paths of all items.
     """
 
@@ -99,26 +98,26 @@ class TrieGRPOTrainer(GRPOTrainer):
         compute_entropy: bool = False,
         **unused: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None, None]:
-        """TRL's scoring method, under the trie mask. -> log-probabilities (B, D), entropies (B, D) or None, no auxiliary loss."""
+        """TRL's scoring method under the trie mask. -> log-probabilities (B, D), entropies (B, D) or None, no auxiliary loss."""
         log_probs, entropies = [], []
         for rows in torch.arange(len(input_ids), device=input_ids.device).split(batch_size or len(input_ids)):
             ids, real = input_ids[rows], attention_mask[rows]
             positions = (real.cumsum(1) - 1).clamp_min(0)
             logits = model(ids, attention_mask=real, position_ids=positions, logits_to_keep=logits_to_keep + 1).logits[:, :-1]
             codes = ids[:, -logits_to_keep:] - torch.tensor(self.offsets, device=ids.device)
-            found = path_log_probs(logits / self.temperature, codes, self.constraint, self.offsets)
-            log_probs.append(found[0])
-            entropies.append(found[1])
+            log_prob, entropy = path_log_probs(logits / self.temperature, codes, self.constraint, self.offsets)
+            log_probs.append(log_prob)
+            entropies.append(entropy)
         return torch.cat(log_probs), torch.cat(entropies) if compute_entropy else None, None
 
 
 def _sample_paths(prompts: list[str], trainer: TrieGRPOTrainer) -> dict[str, list[list[int]]]:
-    """TRL's rollout function: one path drawn for every prompt (TRL repeats each prompt as often as its group is large)."""
+    """TRL's rollout function: sample one path per prompt. TRL repeats each prompt once per rollout of its group."""
     prompt_ids = trainer.processing_class(text=prompts)["input_ids"]
     padded = trainer.processing_class.pad({"input_ids": prompt_ids}, return_tensors="pt").to(trainer.accelerator.device)
     trainer.processor.prompt_length = padded["input_ids"].shape[1]
     with torch.no_grad():
-        drawn = trainer.accelerator.unwrap_model(trainer.model).generate(
+        sequences = trainer.accelerator.unwrap_model(trainer.model).generate(
             input_ids=padded["input_ids"],
             attention_mask=padded["attention_mask"],
             max_new_tokens=len(trainer.offsets),
@@ -127,6 +126,9 @@ def _sample_paths(prompts: list[str], trainer: TrieGRPOTrainer) -> dict[str, lis
             top_k=0,
             logits_processor=LogitsProcessorList([trainer.processor]),
         )
-    completions = drawn[:, trainer.processor.prompt_length :].tolist()
-    # log-probabilities of the sampler would only be read where another engine samples
-    return {"prompt_ids": prompt_ids, "completion_ids": completions, "logprobs": None}
+    completions = sequences[:, trainer.processor.prompt_length :].tolist()
+    return {
+        "prompt_ids": prompt_ids,
+        "completion_ids": completions,
+        "logprobs": None,
+    }  # TRL needs log-probabilities only if another engine samples

@@ -1,4 +1,4 @@
-"""What every recommender here that is not a language model reads a history with: a small causal transformer over items."""
+"""Causal transformer over the items of a history, shared by `SidTransformer` and `Sasrec`."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import nn
 
 
 class HistoryEncoder(nn.Module):
-    """States after each item of a history, from the items' vectors; only real positions pass through the layers.
+    """Pre-norm causal transformer: item vectors of a history -> hidden state after each item.
 
-    Histories are short and ragged: padding would triple the work.
+    Histories are short and of unequal length. Padding would triple the work, so only present positions pass through the layers.
 
     Args:
-        width: d, of vectors and states.
-        max_history: items read, the last ones.
+        width: d, of item vectors and states.
+        max_history: number of items that are read.
     """
 
     def __init__(self, width: int, layers: int, heads: int, dropout: float, max_history: int) -> None:
@@ -28,10 +28,11 @@ class HistoryEncoder(nn.Module):
         nn.init.normal_(self.positions, std=0.02)
 
     def forward(self, items: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
-        """States (P, d) of the positions `present` (B, 1 + T), position 0 standing before the first item.
+        """States (P, d) of the P positions where `present` is True.
 
         Args:
-            items: (B, T, d) vectors of the items of each history; what stands at absent positions is not read.
+            items: (B, T, d), item vectors of each history. Values at absent positions are ignored.
+            present: bool (B, 1 + T). Position 0 is the start state before the first item.
         """
         x = torch.cat([self.start.expand(len(items), 1, -1), items], 1) + self.positions[: present.shape[1]]
         x = self.dropout(x[present])
@@ -40,7 +41,12 @@ class HistoryEncoder(nn.Module):
         return self.norm(x)
 
     def last(self, items: torch.Tensor, histories: torch.Tensor) -> torch.Tensor:
-        """State (B, d) after the last item of each history (int64 (B, T), -1 pads on the right; an empty one is fine)."""
+        """State (B, d) after the last item of each history.
+
+        Args:
+            items: (B, T, d).
+            histories: int64 (B, T), padded with -1 on the right. Empty histories are allowed.
+        """
         present = torch.cat([torch.ones_like(histories[:, :1], dtype=torch.bool), histories >= 0], 1)
         return self(items, present)[present.sum(1).cumsum(0) - 1]
 
@@ -57,20 +63,20 @@ class _Block(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
-        """x (P, d) of the true positions of `present` (B, T); causal, so what pads the end is never attended to."""
+        """x (P, d) of the present positions (B, T). Padding is on the right, so causal attention never attends to it."""
         (batch, length), width = present.shape, x.shape[1]
         qkv = self.qkv(self.norm_attention(x))
         padded = qkv.new_zeros(batch, length, 3 * width)
         padded[present] = qkv
         q, k, v = padded.view(batch, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        # no dropout on the attention weights: it would leave the fused kernel, which is most of the layer's time on a CPU
+        # no dropout on the attention weights: it would disable the fused kernel, which takes most of the layer's time on a CPU
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.dropout(self.project(mixed.transpose(1, 2).reshape(batch, length, width)[present]))
         return x + self.dropout(self.feed(self.norm_feed(x)))
 
 
 def pad_histories(histories: list[np.ndarray], max_history: int) -> torch.Tensor:
-    """The last `max_history` rows of each history, int64 (B, T) padded with -1 on the right; T >= 1."""
+    """The last `max_history` items of each history as int64 (B, T), padded with -1 on the right; T >= 1."""
     recent = [np.asarray(history[-max_history:]) for history in histories]
     padded = np.full((len(recent), max(1, max((len(history) for history in recent), default=1))), -1, dtype=np.int64)
     for row, history in enumerate(recent):

@@ -1,10 +1,8 @@
-"""Exact scores of every item from the state of a history: the instrument's decoder run over the whole trie.
+"""Exact scores of all items by the SID transformer: its depth decoder evaluated on the whole trie.
 
-An item's score is the log-probability of its path under the *trie-masked* decoder: at each node the softmax runs over
-the children that exist, so illegal codes take no mass, a node with one child costs nothing, and the probabilities of
-all items' paths sum to one. `ItemScorer` computes every path (no search error); search.py keeps the best nodes per
-level and is equal to it when nothing is pruned. Items of one path share its log-probability exactly, which metrics.py
-reads as a bucket of tied ranks.
+An item's score is the log-probability of its path under the trie-masked decoder: at each node the softmax runs over the
+existing children, so invalid codes get no mass and the probabilities of all distinct paths sum to one. The result
+equals a beam search without pruning. Items that share a SID get bit-identical scores, which `metrics` treats as ties.
 """
 
 from __future__ import annotations
@@ -16,14 +14,14 @@ import torch
 from mmsid.recommend.paths import PathTrie
 from mmsid.recommend.sid_transformer import SidTransformer
 
-CHUNK = 1 << 20  # floats per temporary: small enough to stay in a core's cache, large enough to amortise the calls
+CHUNK = 1 << 20  # floats per temporary tensor: fits a core's cache and amortises the calls
 
 
 class ItemScorer:
-    """Exact log-probability of every item, the weights frozen at construction.
+    """Exact log-probability of every item. The weights are read once, at construction.
 
-    The decoder's first layer is a sum of a state part and a prefix part, so the prefix parts of all nodes are computed
-    once; its output layer is folded into the children's embeddings, so a child costs one dot product.
+    The first layer of the depth decoder is a sum of a state part and a prefix part, so the prefix parts of all nodes are
+    computed once. The output layer is folded into the children's embeddings, so a child costs one dot product.
     """
 
     @torch.no_grad()
@@ -34,24 +32,25 @@ class ItemScorer:
         for number, level in enumerate(trie.levels):
             table, output = model.level_table(number), model.level_table(number) @ model.out[number].weight
             hidden = model.from_prefix[number](prefix)
-            degree = level.first[1:] - level.first[:-1]
+            first, code = level.constraint.first, level.constraint.code
+            degree = first.diff()
             order = torch.argsort(degree, stable=True)
             order = order[degree[order] > 1]
             chunks = []
             for part in order.split(64) if len(order) else ():
-                children = level.first[part][:, None] + torch.arange(int(degree[part].max()), device=part.device)
-                real = children < level.first[part + 1][:, None]
-                children = children.clamp_max(len(level.token) - 1)
-                token = level.token[children]
+                children = first[part][:, None] + torch.arange(int(degree[part].max()), device=part.device)
+                real = children < first[part + 1][:, None]
+                children = children.clamp_max(len(code) - 1)
+                token = code[children]
                 constant = (table[token] * prefix[part][:, None]).sum(-1) + model.level_bias(number)[token]
                 constant = constant.masked_fill(~real, -torch.inf)
                 chunks.append(_Chunk(part, children, real, token, hidden[part], output[token].transpose(1, 2).contiguous(), constant))
             self.plans.append(chunks)
-            prefix = prefix[level.parent] + table[level.token]
+            prefix = prefix[level.parent] + table[code]
 
     @torch.no_grad()
     def __call__(self, states: torch.Tensor) -> torch.Tensor:
-        """Scores (B, N) for states (B, d): log p of each item's path, items of one path equal to the bit."""
+        """Log-probability (B, N) of each item's path from states (B, d)."""
         model = self.model
         log_prob = states.new_zeros(1, len(states))
         for number, (level, chunks) in enumerate(zip(self.trie.levels, self.plans, strict=True)):
@@ -72,6 +71,8 @@ class ItemScorer:
 
 
 class _Chunk(NamedTuple):
+    """Up to 64 nodes of similar degree and their children, at most C each; `real` is False for padding."""
+
     nodes: torch.Tensor  # (n,)
     children: torch.Tensor  # (n, C)
     real: torch.Tensor  # (n, C)

@@ -1,4 +1,4 @@
-"""Late fusion: a trained recommender's item scores beside the hybrid baseline's, two knobs, chosen on valid."""
+"""Late fusion of a trained recommender with the classical hybrid. Weight and power are tuned on valid."""
 
 from __future__ import annotations
 
@@ -21,31 +21,31 @@ TUNING_USERS = 4096
 
 @dataclass(frozen=True)
 class Fusion:
-    """The fused scoring function, histories -> (B, N), and the parameters chosen on valid (the baseline's own among them)."""
+    """Fused scoring function, histories -> (B, N), and its parameters, including those of the classical hybrid."""
 
     score: Score
     parameters: dict[str, float]
 
 
 def late_fusion(score: Score, hybrid: dict[str, float], items: list[Item], split: Split) -> Fusion:
-    """Fuse a recommender with the hybrid of item-kNN and TF-IDF.
+    """Fuse a recommender with the classical hybrid of item-kNN and TF-IDF.
 
     Args:
-        score: the recommender's log-probabilities or logits over all items; -inf where it scores none.
-        hybrid: the baseline's parameters as tuned on valid (baselines.classical_baselines).
+        score: log-probabilities or logits of all items, -inf where the recommender scores none.
+        hybrid: parameters of the classical hybrid, tuned on valid (`classical.classical_baselines`).
     """
     baseline = classical_scorer(items, split, hybrid)
     users = split.users("valid")[:TUNING_USERS]
-    found: dict[tuple[float, float], list[np.ndarray]] = {point: [] for point in product(WEIGHTS, POWERS)}
+    gains: dict[tuple[float, float], list[np.ndarray]] = {point: [] for point in product(WEIGHTS, POWERS)}
     for start in range(0, len(users), 256):
-        some = users[start : start + 256]
-        histories = [split.history(int(user), "valid") for user in some]
-        ours, theirs = mask_seen(score(histories), histories).cpu(), baseline(histories)
-        targets = torch.from_numpy(split.valid[some])
-        for point, gains in found.items():
-            above, tied = rank_targets(mask_seen(fuse_scores(ours, theirs, *point), histories), targets)
-            gains.append(ndcg(Ranks(above.numpy(), tied.numpy()), 10))
-    weight, power = max(found, key=lambda point: float(np.concatenate(found[point]).mean()))
+        batch = users[start : start + 256]
+        histories = [split.history(int(user), "valid") for user in batch]
+        logits, baseline_scores = mask_seen(score(histories), histories).cpu(), baseline(histories)
+        targets = torch.from_numpy(split.valid[batch])
+        for point, values in gains.items():
+            above, tied = rank_targets(mask_seen(fuse_scores(logits, baseline_scores, *point), histories), targets)
+            values.append(ndcg(Ranks(above.numpy(), tied.numpy()), 10))
+    weight, power = max(gains, key=lambda point: float(np.concatenate(gains[point]).mean()))
 
     def fused(histories: list[np.ndarray]) -> torch.Tensor:
         return fuse_scores(mask_seen(score(histories), histories).cpu(), baseline(histories), weight, power)
@@ -53,10 +53,10 @@ def late_fusion(score: Score, hybrid: dict[str, float], items: list[Item], split
     return Fusion(fused, {"fusion_weight": weight, "fusion_power": power} | hybrid)
 
 
-def fuse_scores(ours: torch.Tensor, baseline: torch.Tensor, weight: float, power: float) -> torch.Tensor:
-    """weight x (p / p_max)^power + baseline / floor_max, both (B, N), p = softmax(ours), maxima over each row.
+def fuse_scores(logits: torch.Tensor, baseline: torch.Tensor, weight: float, power: float) -> torch.Tensor:
+    """weight x (p / p_max)^power + baseline / baseline_max, with p = softmax(logits), inputs (B, N), maxima over each row.
 
-    Both parts lie in [0, 1], so one weight serves all users; a small power lets more than the first few items of `ours` speak.
+    Both parts are in [0, 1], so one weight suits all users. A small power lets more items than the first few contribute.
     """
-    share = (power * (ours.float() - ours.float().max(1, keepdim=True).values)).exp()
+    share = (power * (logits.float() - logits.float().max(1, keepdim=True).values)).exp()
     return weight * share + baseline.float() / baseline.float().max(1, keepdim=True).values.clamp_min(1e-12)

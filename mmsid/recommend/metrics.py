@@ -1,17 +1,8 @@
-"""Item-level ranking metrics that a collision cannot flatter, and the paired bootstrap that judges differences.
+"""Item-level ranking metrics with expected ranks under ties, and the paired bootstrap for differences.
 
-Everything is a pure function of two integers per evaluated position: `above`, the number of candidate items scored
-strictly higher than the target, and `tied`, the number of candidates with exactly the target's score, the target
-included. Items that share a Semantic ID share a score, so a bucket of n items takes n ranks, and the target stands on
-each of the ranks above+1 .. above+tied with probability 1/tied:
-
-    E[HR@K]   = clip(K - above, 0, tied) / tied
-    E[NDCG@K] = (G(min(above + tied, K)) - G(min(above, K))) / tied,   G(r) = sum_{i=1..r} 1 / log2(i + 1)
-    E[MRR@K]  = (H(min(above + tied, K)) - H(min(above, K))) / tied,   H(r) = sum_{i=1..r} 1 / i
-
-One bucket for the whole catalogue therefore earns exactly chance, K/N. (Scoring SID strings instead, as most published
-tables do, would give it HR@1 = 1.) `tied = 0` marks a target that was never a candidate (not decoded, or already in the
-history): it earns nothing.
+Metrics are functions of two integers per target: `above`, the candidates scored strictly higher, and `tied`, those with
+the same score, target included. Items that share a SID share a score: the target has each of the ranks above + 1 ..
+above + tied with probability 1 / tied, and a SID shared by n items occupies n ranks. One SID for all items earns chance.
 """
 
 from __future__ import annotations
@@ -27,32 +18,34 @@ from mmsid.errors import MmsidError
 
 HIT_CUTOFFS = (1, 5, 10, 20, 50)
 NDCG_CUTOFFS = (5, 10)
-MRR_CUTOFF = 50  # the usual beam: exact ranking and a beam search are then scored alike
+MRR_CUTOFF = 50  # the default beam width, so that exact ranking and beam search are comparable
 COVERAGE_CUTOFF = 10
 
 
 class Ranks(NamedTuple):
-    """Where the targets stand: `above` and `tied`, both int64 (P,). `tied == 0`: never a candidate."""
+    """Ranks of P targets: `above` and `tied`, both int64 (P,). `tied == 0`: the target was not a candidate and earns nothing."""
 
     above: np.ndarray
     tied: np.ndarray
 
 
 def rank_targets(scores: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Count the candidates above and level with each target.
+    """Count the candidates above each target and those tied with it.
 
     Args:
-        scores: (B, N), -inf for every item that is no candidate (seen, or not decoded); NaN is refused.
+        scores: (B, N), -inf for every item that is not a candidate (seen, or not decoded).
         targets: int64 (B,), item rows.
 
     Returns:
-        (above, tied), int64 (B,) each; tied is 0 and above the number of candidates where the target is no candidate.
+        (above, tied), int64 (B,) each. For a target that is not a candidate, tied is 0 and above counts all candidates.
 
     Raises:
         MmsidError: a score is NaN.
     """
     if torch.isnan(scores).any():
-        raise MmsidError("scores hold NaN: the recommender diverged or its weights are damaged; lower its learning rate or restore them")
+        raise MmsidError(
+            "scores contain NaN: the recommender diverged or its weights are damaged; lower the learning rate or restore the weights"
+        )
     own = scores.gather(1, targets[:, None])
     above = (scores > own).sum(1)
     tied = (scores == own).sum(1)
@@ -60,45 +53,45 @@ def rank_targets(scores: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Ten
 
 
 def hit_rate(ranks: Ranks, cutoff: int) -> np.ndarray:
-    """Expected HR@cutoff per position, float64 (P,)."""
+    """Expected HR@K per target, float64 (P,): clip(K - above, 0, tied) / tied."""
     tied = np.maximum(ranks.tied, 1)
     return np.where(ranks.tied > 0, np.clip(cutoff - ranks.above, 0, tied) / tied, 0.0)
 
 
 def ndcg(ranks: Ranks, cutoff: int) -> np.ndarray:
-    """Expected NDCG@cutoff per position with one relevant item, float64 (P,)."""
+    """Expected NDCG@K per target with one relevant item, float64 (P,)."""
     return _expected_gain(ranks, 1.0 / np.log2(np.arange(2, cutoff + 2)))
 
 
 def reciprocal_rank(ranks: Ranks, cutoff: int) -> np.ndarray:
-    """Expected reciprocal rank per position, 0 beyond the cutoff (which is what a beam of that width sees), float64 (P,)."""
+    """Expected reciprocal rank per target, 0 beyond the cutoff, float64 (P,)."""
     return _expected_gain(ranks, 1.0 / np.arange(1, cutoff + 1))
 
 
 def _expected_gain(ranks: Ranks, gain: np.ndarray) -> np.ndarray:
-    """Mean of `gain` (K,) over the ranks above+1 .. above+tied, nothing beyond K."""
+    """Mean of `gain` (K,) over the ranks above + 1 .. above + tied; 0 beyond rank K."""
     total = np.concatenate([[0.0], np.cumsum(gain)])
     first, last = np.minimum(ranks.above, len(gain)), np.minimum(ranks.above + ranks.tied, len(gain))
     return np.where(ranks.tied > 0, (total[last] - total[first]) / np.maximum(ranks.tied, 1), 0.0)
 
 
 def per_position(ranks: Ranks, metric: str) -> np.ndarray:
-    """One metric by name (`HR@10`, `NDCG@5`, `MRR@50`), float64 (P,)."""
+    """One metric per target by name (`HR@10`, `NDCG@5`, `MRR@50`), float64 (P,)."""
     name, _, cutoff = metric.partition("@")
     return {"HR": hit_rate, "NDCG": ndcg, "MRR": reciprocal_rank}[name](ranks, int(cutoff))
 
 
 def summarise(ranks: Ranks) -> dict[str, float]:
-    """Means over positions: HR@{1,5,10,20,50}, NDCG@{5,10}, MRR@50. Empty input gives zeros."""
+    """Means over targets: HR@{1,5,10,20,50}, NDCG@{5,10}, MRR@50. Empty input gives zeros."""
     names = [f"HR@{k}" for k in HIT_CUTOFFS] + [f"NDCG@{k}" for k in NDCG_CUTOFFS] + [f"MRR@{MRR_CUTOFF}"]
     return {name: float(per_position(ranks, name).mean()) if len(ranks.above) else 0.0 for name in names}
 
 
 @dataclass
 class Coverage:
-    """Expected share of the catalogue that reaches at least one user's first `cutoff` ranks.
+    """Expected share of the catalogue that appears in the first `cutoff` ranks of at least one user.
 
-    Ties are broken anew for each user, uniformly, so item i is shown to somebody with probability 1 - prod_u (1 - p_ui).
+    Ties are broken uniformly and independently per user, so item i appears with probability 1 - prod_u (1 - p_ui).
     """
 
     num_items: int
@@ -109,26 +102,33 @@ class Coverage:
         self._log_missed = torch.zeros(self.num_items, dtype=torch.float64)
 
     def update(self, scores: torch.Tensor) -> None:
-        """Add the users of `scores` (B, N); -inf marks items that are no candidates."""
+        """Add B users by their scores (B, N), -inf for items that are not candidates."""
         shown = top_probabilities(scores, self.cutoff)
         self._log_missed += torch.log1p(-shown.double()).sum(0).cpu()
 
     def value(self) -> float:
-        """The share, in [0, 1]."""
+        """Coverage in [0, 1]."""
         return float((1.0 - self._log_missed.exp()).mean())
 
 
 def top_probabilities(scores: torch.Tensor, cutoff: int) -> torch.Tensor:
-    """Probability (B, N) that each item stands in the first `cutoff` ranks, ties broken uniformly; rows sum to min(cutoff, candidates)."""
+    """Probability (B, N) that each item is in the first `cutoff` ranks, ties broken uniformly; rows sum to min(cutoff, candidates)."""
     threshold = scores.topk(min(cutoff, scores.shape[1]), dim=1).values[:, -1:]
-    over, level = scores > threshold, (scores == threshold) & ~torch.isneginf(scores)
-    room = cutoff - over.sum(1, keepdim=True)
-    share = (room / level.sum(1, keepdim=True).clamp_min(1)).clamp(max=1.0)
-    return over.double() + level * share.double()
+    above, tied = scores > threshold, (scores == threshold) & ~torch.isneginf(scores)
+    remaining = cutoff - above.sum(1, keepdim=True)
+    share = (remaining / tied.sum(1, keepdim=True).clamp_min(1)).clamp(max=1.0)
+    return above.double() + tied * share.double()
 
 
 class Difference(NamedTuple):
-    """Mean of arm minus baseline, its 95 % bootstrap interval, two-sided p, and the smallest effect seen with 80 % power."""
+    """Comparison of a method with a baseline.
+
+    Attributes:
+        mean: mean of method minus baseline.
+        low, high: 95 % bootstrap interval.
+        p: two-sided p value, uncorrected.
+        detectable: smallest effect detected with 80 % power, (1.96 + 0.84) standard errors.
+    """
 
     mean: float
     low: float
@@ -137,42 +137,34 @@ class Difference(NamedTuple):
     detectable: float
 
 
-def paired_bootstrap(arm: np.ndarray, baseline: np.ndarray, draws: int = 2000, seed: int = 0) -> Difference:
-    """Bootstrap one difference over users and seeds, paired on both; see `paired_bootstraps`."""
-    return paired_bootstraps([(arm, baseline)], draws, seed)[0]
-
-
 def paired_bootstraps(pairs: Sequence[tuple[np.ndarray, np.ndarray]], draws: int = 10_000, seed: int = 0) -> list[Difference]:
-    """Bootstrap differences over users and seeds, paired on both. All pairs share the same draws of users, which costs them once.
+    """Bootstrap differences over users and seeds, paired on both. All pairs share the same draws of users.
 
     Args:
-        pairs: (arm, baseline), per-position metric values (S, P) each; S = 1 (a deterministic arm) is compared with every seed of
-            the other. Seeds and users are each resampled with replacement. P is the same for all pairs.
-        draws: bootstrap samples; the smallest p that can be told is 2 / (draws + 1).
-
-    Returns:
-        One Difference per pair; `detectable` = (1.96 + 0.84) standard errors.
+        pairs: (method, baseline), metric values per seed and user (S, P) each. S = 1 (a deterministic method) is compared with
+            every seed of the other. Seeds and users are each resampled with replacement. P is the same for all pairs.
+        draws: bootstrap samples; the smallest possible p value is 2 / (draws + 1).
 
     Raises:
-        ValueError: shapes cannot be paired.
+        ValueError: the shapes cannot be paired.
     """
     gaps = []
-    for arm, baseline in pairs:
-        arm, baseline = np.atleast_2d(arm), np.atleast_2d(baseline)
-        if arm.shape[1] != baseline.shape[1] or (arm.shape[0] != baseline.shape[0] and 1 not in (arm.shape[0], baseline.shape[0])):
+    for values, baseline in pairs:
+        values, baseline = np.atleast_2d(values), np.atleast_2d(baseline)
+        if values.shape[1] != baseline.shape[1] or (len(values) != len(baseline) and 1 not in (len(values), len(baseline))):
             raise ValueError(
-                f"cannot pair values of shapes {arm.shape} and {baseline.shape}; evaluate both arms on the same users and seeds"
+                f"cannot pair values of shapes {values.shape} and {baseline.shape}; evaluate both methods on the same users and seeds"
             )
-        gaps.append(arm - baseline)
+        gaps.append(values - baseline)
     if len({gap.shape[1] for gap in gaps}) > 1:
-        raise ValueError(f"pairs of {sorted({gap.shape[1] for gap in gaps})} positions; compare arms on the same users")
+        raise ValueError(f"the pairs have {sorted({gap.shape[1] for gap in gaps})} users; evaluate all methods on the same users")
     if not gaps:
         return []
     users = gaps[0].shape[1]
     means = np.empty((len(gaps), draws))
     rows, ends = np.concatenate(gaps), np.cumsum([len(gap) for gap in gaps])[:-1]
     user_rng = np.random.default_rng([seed, 0])
-    # one generator per number of seeds: a comparison must not depend on which others stand in the table
+    # one generator per number of seeds, so that a comparison does not depend on the other pairs
     seed_rngs = {len(gap): np.random.default_rng([seed, len(gap)]) for gap in gaps}
     for start in range(0, draws, 256):
         count = min(256, draws - start)
@@ -191,7 +183,7 @@ def _difference(gaps: np.ndarray, means: np.ndarray) -> Difference:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p values corrected for the number of comparisons (Holm 1979): the i-th smallest of m times (m - i + 1), made monotone, at most 1."""
+    """Holm-corrected p values (Holm 1979): the i-th smallest of m values times (m - i + 1), made monotone and capped at 1."""
     corrected, highest = [1.0] * len(p_values), 0.0
     for place, index in enumerate(np.argsort(p_values, kind="stable")):
         highest = max(highest, min(1.0, (len(p_values) - place) * p_values[index]))
@@ -200,7 +192,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def over_seeds(values: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
-    """`{"NDCG@10": {"mean", "std"}}` over seeds; the deviation is the sample's (n - 1), 0 for one seed."""
+    """Mean and sample standard deviation of each metric over seeds, `{"NDCG@10": {"mean", "std"}}`; std is 0 for one seed."""
     table = {}
     for name in values[0]:
         column = np.array([value[name] for value in values], dtype=np.float64)

@@ -1,4 +1,4 @@
-"""What a recommender reads of a SID table: every item's path of tokens, and the trie of all paths."""
+"""Paths of items through the levels of a SID table, and the trie of all paths."""
 
 from __future__ import annotations
 
@@ -8,12 +8,18 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from mmsid.recommend.trie_constraint import TrieConstraint
+from mmsid.recommend.trie_constraint import LevelConstraint, TrieConstraint
 from mmsid.sids.trie import Trie
 
 
 class ItemPaths(NamedTuple):
-    """What a recommender reads of a SID table: tokens (N, D) int64, codes per level, decided (N, D) bool."""
+    """Paths of N items over D levels.
+
+    Attributes:
+        tokens: int64 (N, D), the code of each item at each level. A collision suffix is one more level.
+        sizes: codes per level, length D.
+        decided: bool (N, D), False where a level offers the item no choice (an absent suffix). Such levels are not trained.
+    """
 
     tokens: np.ndarray
     sizes: tuple[int, ...]
@@ -21,9 +27,12 @@ class ItemPaths(NamedTuple):
 
 
 def item_paths(codes: np.ndarray, suffix: np.ndarray | None, codebook_sizes: tuple[int, ...]) -> ItemPaths:
-    """Paths of all items: codes (N, L), and one more level for a ragged suffix (N,), -1 = none, token 0 there.
+    """Build the paths of all items from their codes and collision suffixes.
 
-    The suffix is no decision where an item has its raw code to itself.
+    Args:
+        codes: (N, L).
+        suffix: (N,), -1 for no suffix. If any item has one, the paths get one more level whose code is suffix + 1. That level is
+            decided only for items that share their codes with another item.
     """
     codes = np.asarray(codes, dtype=np.int64)
     decided = np.ones_like(codes, dtype=bool)
@@ -37,33 +46,52 @@ def item_paths(codes: np.ndarray, suffix: np.ndarray | None, codebook_sizes: tup
 
 @dataclass(frozen=True)
 class TrieLevel:
-    """One level as the search reads it: children of node p are first[p] .. first[p + 1] - 1, sorted by token."""
+    """Edges from one depth of the trie to the next. `constraint.code[n]` is the code that leads to node n of the next depth.
 
-    first: torch.Tensor  # (parents + 1,)
-    token: torch.Tensor  # (nodes,)
-    parent: torch.Tensor  # (nodes,)
-    items: torch.Tensor  # (nodes,) items below each node
+    Attributes:
+        constraint: the children of every node as a mask over codes.
+        parent: (nodes,) int64, parent of each node of the next depth.
+        items: (nodes,) int64, number of items below each node of the next depth.
+    """
+
+    constraint: LevelConstraint
+    parent: torch.Tensor
+    items: torch.Tensor
 
 
 @dataclass(frozen=True)
 class PathTrie:
-    """The trie of all paths, level by level; `node_of` (D, N) is the node of each item per level (last row: its leaf)."""
+    """The trie of all paths, level by level.
+
+    Attributes:
+        levels: D levels, from the root down.
+        node_of: int64 (D, N), the node of each item after each level. The last row holds the leaves.
+    """
 
     levels: tuple[TrieLevel, ...]
     node_of: torch.Tensor
-    constraint: TrieConstraint
+
+    @property
+    def num_items(self) -> int:
+        """Number of items N."""
+        return self.node_of.shape[1]
+
+    @property
+    def num_leaves(self) -> int:
+        """Number of distinct paths. Items that share a SID share a leaf."""
+        return len(self.levels[-1].parent)
 
     @classmethod
     def build(cls, paths: ItemPaths, device: torch.device | str = "cpu") -> PathTrie:
-        """From the paths of all items; nodes are numbered in the lexicographic order of their prefixes."""
+        """Build the trie of the paths of all items. Nodes are numbered in the lexicographic order of their prefixes."""
         trie = Trie.from_codes(paths.tokens, paths.sizes).to(device)
-        levels, places = [], []
-        for depth in range(trie.depth):
-            first, token = trie.child_offsets[depth], trie.child_codes[depth]
-            parent = torch.repeat_interleave(torch.arange(len(first) - 1, device=device), first.diff())
+        levels, nodes_of_items = [], []
+        for depth, constraint in enumerate(TrieConstraint.from_trie(trie).levels):
+            children = constraint.first.diff()
+            parent = torch.repeat_interleave(torch.arange(len(children), device=device), children)
             items = trie.item_end[depth + 1] - trie.item_start[depth + 1]
-            levels.append(TrieLevel(first, token, parent, items))
-            place = torch.empty_like(trie.items)
-            place[trie.items] = torch.repeat_interleave(torch.arange(len(token), device=device), items)
-            places.append(place)
-        return cls(tuple(levels), torch.stack(places), TrieConstraint.from_trie(trie))
+            levels.append(TrieLevel(constraint, parent, items))
+            node = torch.empty_like(trie.items)
+            node[trie.items] = torch.repeat_interleave(torch.arange(len(parent), device=device), items)
+            nodes_of_items.append(node)
+        return cls(tuple(levels), torch.stack(nodes_of_items))

@@ -1,18 +1,15 @@
-"""Stage `train_recommender_rl`: GRPO on the flat decoder after a supervised start, and the table that shows what it trades.
+"""Stage `train_recommender_rl`: GRPO of the flat decoder after supervised training (arXiv 2604.20861, section 2.4).
 
-The second paper's reinforcement (arXiv 2604.20861, section 2.4): not the quantizer but the recommender is moved, on one question per
-user: the train history without its last item, whose answer is that item. Nothing of valid or test is a question or an answer. Two
-arms start from the same supervised weights of a seed: `rl`, whose advantages are weighted by the target's text quality and divided by
-nothing, and `rl_published`, whose advantages are divided by the group's deviation, which cancels the quality (see rewards.py).
-
-Writes metrics.json, ranking.md, ranks/<arm>/<seed>.parquet (as train_recommender does), models/<arm>/<seed>/ (plain Hugging Face
-folders) and logs/<arm>/<seed>.jsonl (what TRL logs: every part of the reward, KL, entropy, share of groups without a difference).
+Each example is a train history; its last item is the target. Valid and test items are never prompts or targets. Variant
+`rl` weights advantages by the target's text quality; `rl_published` divides them by the group's standard deviation, which
+cancels the quality (rewards.py). Both start from the supervised weights of a seed. The stage writes metrics.json,
+ranking.md, ranks/<variant>/, models/<variant>/<seed>/ (Hugging Face folders) and logs/<variant>/<seed>.jsonl.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -32,7 +29,7 @@ from mmsid.catalog import Catalog, CatalogConfig, Split, read_catalog, split_his
 from mmsid.config import Section, StageConfig
 from mmsid.errors import ConfigError, MmsidError
 from mmsid.progress import done
-from mmsid.recommend.evaluate import evaluate, recommender_scores
+from mmsid.recommend.evaluate import Part, evaluate, recommender_scores
 from mmsid.recommend.flat import FlatRecommender
 from mmsid.recommend.grpo import TrieGRPOTrainer, sid_text_tokenizer
 from mmsid.recommend.metrics import over_seeds
@@ -48,25 +45,24 @@ from mmsid.sids.trie import Trie
 from mmsid.trl_training import plain_arguments, train_quietly
 
 START = "supervised"
-Arm = Literal["rl", "rl_published"]
-SHOWN = {"reward": "reward", "kl": "KL", "entropy": "entropy"}
+PARTS: tuple[Part, ...] = ("valid", "test")
+Variant = Literal["rl", "rl_published"]
+SHOWN = {"reward": "reward", "kl": "KL", "entropy": "entropy"}  # logged by TRL -> shown in the progress bar
 
 
 class ReinforcementConfig(Section):
-    """How the policy is moved.
+    """Settings of GRPO.
 
     Attributes:
-        steps: optimiser steps; each draws `group` rollouts for each of `histories` users.
-        updates: optimiser steps per batch of rollouts; above 1 the ratio is clipped at `clip`.
-        kl: weight of the KL to the supervised start.
-        prefix_weight, quality_weight: of the parts of the reward beside the exact hit (rewards.py).
+        steps: optimiser steps; each samples `group` rollouts for each of `histories` users.
+        lr: peak learning rate.
+        kl: weight of the KL divergence from the supervised weights.
+        prefix_weight, quality_weight: weights of these parts of the reward; the exact hit has weight 1 (rewards.py).
     """
 
     steps: int = Field(default=60, gt=0)
     histories: int = Field(default=32, gt=0)
     group: int = Field(default=8, gt=1)
-    updates: int = Field(default=1, gt=0)
-    clip: float = Field(default=0.2, gt=0)
     lr: float = Field(default=1e-4, gt=0)
     kl: float = Field(default=1e-3, ge=0)
     prefix_weight: float = Field(default=0.3, ge=0)
@@ -78,10 +74,11 @@ class TrainRecommenderRLConfig(StageConfig):
 
     Attributes:
         sids: SID folder (or a sids.parquet).
-        text_quality: a finished `text_quality` folder; without one the quality of every item is 1, and the manifest says so.
-        seeds: of the supervised start and of its reinforcement; default: the run's seed.
-        model, schedule: of the supervised start, the flat decoder.
-        beam: beams of the search that ranks.
+        text_quality: a finished `text_quality` folder. Without one the quality of every item is 1, which the manifest records.
+        seeds: of supervised training and reinforcement. Default: the run's seed.
+        variants: normalisations of the advantage that are trained.
+        model, schedule: of supervised training of the flat decoder.
+        beam: beams of the search that ranks items.
     """
 
     renamed_keys: ClassVar[dict[str, str]] = {"arms": "variants"}
@@ -90,27 +87,25 @@ class TrainRecommenderRLConfig(StageConfig):
     sids: Path
     text_quality: Path | None = None
     seeds: list[int] | None = Field(default=None, min_length=1)
-    variants: tuple[Arm, ...] = Field(default=("rl", "rl_published"), min_length=1)
+    variants: tuple[Variant, ...] = Field(default=("rl", "rl_published"), min_length=1)
     model: ModelConfig = ModelConfig()
     schedule: Schedule = Schedule()
     reinforcement: ReinforcementConfig = ReinforcementConfig()
-    eval: Literal["valid", "test", "both"] = "both"
     beam: int = Field(default=50, gt=0)
 
 
 def run(config: TrainRecommenderRLConfig) -> Path:
-    """Train, reinforce and rank; returns the folder written. A finished seed in the draft is not run again.
+    """Train, reinforce and rank. -> the folder written. Finished seeds of an interrupted run are not run again.
 
     Raises:
         ArtifactError: an item has no SID, or `text_quality` is unfinished.
         ConfigError: no user can be ranked.
-        MmsidError: no user has two train items to make a question of.
+        MmsidError: no user has two train items.
     """
     accelerator = make_accelerator()
     catalog = read_catalog(config.catalog)
     split = split_histories(catalog, config.catalog.split)
-    parts = ("valid", "test") if config.eval == "both" else (config.eval,)
-    if any(not len(split.users(part)) for part in parts):
+    if any(not len(split.users(part)) for part in PARTS):
         raise ConfigError("train_recommender_rl: no user has an item to rank; give catalog.sequences with histories of 3 items or more")
     item_ids = [item.item_id for item in catalog.items]
     table = read_sid_folder(config.sids).align(item_ids)
@@ -118,151 +113,152 @@ def run(config: TrainRecommenderRLConfig) -> Path:
     inputs = {"sids": config.sids if config.sids.suffix == ".parquet" else config.sids / "sids.parquet"}
     inputs |= {"items": config.catalog.items, "sequences": config.catalog.sequences, "text_quality": config.text_quality}
     seeds = config.seeds or [config.seed]
-    if not questions(split):
-        raise MmsidError("train_recommender_rl: no user has two train items, so there is no question to learn from; give longer sequences")
+    examples = train_examples(split)
+    if not examples:
+        raise MmsidError("train_recommender_rl: no user has two train items, so there are no training examples; give longer sequences")
     with writing(config.out, stage="train_recommender_rl", config=config, inputs=inputs, resume=True) as draft:
         accelerator.wait_for_everyone()
         for seed in seeds:
             marker = draft.path / "ranks" / f"{seed}.json"
-            # rank 0 alone looks at the disk: the processes must agree on what is left to do
+            # rank 0 checks the disk for all processes, so that they agree on the remaining work
             if not broadcast_object_list([marker.is_file() if accelerator.is_main_process else None])[0]:
-                _Seed(config, seed, table, quality, catalog, split, parts, draft.path, accelerator).run()
+                _SeedRun(config, seed, table, quality, catalog, split, draft.path, accelerator).run()
         if accelerator.is_main_process:
-            rows, differences = _results(config, seeds, table, parts, draft.path)
+            rows, differences = _results(config, seeds, table, draft.path)
             write_json(draft.path / "metrics.json", {"dataset": dataset_facts(catalog, split), "arms": rows, "differences": differences})
             (draft.path / "ranking.md").write_text(ranking_table(rows, differences), encoding="utf-8")
-            draft.counts |= {"arms": len(rows), "items": len(item_ids), "questions": len(questions(split))}
+            draft.counts |= {"arms": len(rows), "items": len(item_ids), "questions": len(examples)}
             spread = {"mean": float(quality.mean()), "deviation": float(quality.std())}
             draft.extra["text_quality"] = spread if config.text_quality else "1 for every item: no text_quality was given"
         accelerator.wait_for_everyone()
-    note = "" if config.text_quality else " (text quality 1 for every item: none was given)"
+    note = "" if config.text_quality else " (text quality 1 for every item, because text_quality is not set)"
     done(f"train_recommender_rl: wrote {', '.join((START, *config.variants))} x {len(seeds)} seeds to {config.out / 'ranking.md'}{note}")
     return config.out
 
 
-def questions(split: Split) -> list[np.ndarray]:
-    """Train histories of two items or more: the last is the answer."""
+def train_examples(split: Split) -> list[np.ndarray]:
+    """Train histories with at least two items. The last item is the target, the items before it are the prompt."""
     return [history for history in split.train if len(history) >= 2]
 
 
-class _Seed:
-    """One seed: the supervised start and every arm from it."""
+@dataclass
+class _SeedRun:
+    """Supervised training and all reinforced variants of one seed."""
 
-    def __init__(
-        self,
-        config: TrainRecommenderRLConfig,
-        seed: int,
-        table: SidTable,
-        quality: np.ndarray,
-        catalog: Catalog,
-        split: Split,
-        parts: Sequence[str],
-        folder: Path,
-        accelerator: Accelerator,
-    ) -> None:
-        self.config, self.seed, self.table, self.catalog, self.split, self.parts = config, seed, table, catalog, split, parts
-        self.folder, self.accelerator = folder, accelerator
-        self.paths = table_paths(table)
-        self.rewards = PathRewards(self.paths, quality, len(table.codebook_sizes))
+    config: TrainRecommenderRLConfig
+    seed: int
+    table: SidTable
+    quality: np.ndarray
+    catalog: Catalog
+    split: Split
+    folder: Path
+    accelerator: Accelerator
+
+    def __post_init__(self) -> None:
+        self.shape = self.config.model.shape("flat")
+        self.paths = table_paths(self.table)
+        self.rewards = PathRewards(self.paths, self.quality, len(self.table.codebook_sizes))
 
     def run(self) -> None:
-        """Train, rank and save; the marker says that the seed is whole."""
-        config = self.config
-        shape = config.model.shape("flat")
-        what = f"{START}, seed {self.seed}"
-        fitted = fit(self.paths, self.split, shape=shape, schedule=config.schedule, seed=self.seed, accelerator=self.accelerator, what=what)
+        """Train, rank and save. The file of metrics, written last, marks the seed as complete."""
+        fitted = fit(
+            self.paths,
+            self.split,
+            shape=self.shape,
+            schedule=self.config.schedule,
+            seed=self.seed,
+            accelerator=self.accelerator,
+            what=f"{START}, seed {self.seed}",
+        )
         model, seconds = fitted.model, {START: fitted.seconds}
         self._save(model.language_model, START)
         summaries = {START: self._rank(model, fitted.trie, START)}
-        for arm in config.variants:
+        for variant in self.config.variants:
             started = time.perf_counter()
-            policy = self._reinforce(arm)
-            seconds[arm] = fitted.seconds + time.perf_counter() - started
-            self._save(policy, arm)
+            policy = self._reinforce(variant)
+            seconds[variant] = fitted.seconds + time.perf_counter() - started
+            self._save(policy, variant)
             model.language_model.load_state_dict(policy.state_dict())
-            summaries[arm] = self._rank(model, fitted.trie, arm)
+            summaries[variant] = self._rank(model, fitted.trie, variant)
         if self.accelerator.is_main_process:
             write_json(self.folder / "ranks" / f"{self.seed}.json", {"summaries": summaries, "seconds": seconds})
 
-    def _model_folder(self, arm: str) -> Path:
-        return self.folder / "models" / arm / str(self.seed)
+    def _model_folder(self, variant: str) -> Path:
+        return self.folder / "models" / variant / str(self.seed)
 
-    def _save(self, policy: GPT2LMHeadModel, arm: str) -> None:
+    def _save(self, policy: GPT2LMHeadModel, variant: str) -> None:
         if self.accelerator.is_main_process:
             with no_loading_bar():
-                policy.save_pretrained(self._model_folder(arm))
-            sid_text_tokenizer(self.paths.sizes).save_pretrained(self._model_folder(arm))
+                policy.save_pretrained(self._model_folder(variant))
+            sid_text_tokenizer(self.paths.sizes).save_pretrained(self._model_folder(variant))
         self.accelerator.wait_for_everyone()
 
-    def _reinforce(self, arm: Arm) -> GPT2LMHeadModel:
-        """GRPO from the supervised weights; -> the moved policy."""
-        told, scratch = self.config.reinforcement, self.folder / "trainer"
+    def _dataset(self) -> Dataset:
+        """Columns `prompt` (text of the history's SIDs) and `target` (item row)."""
         tokenizer = sid_text_tokenizer(self.paths.sizes)
         names = np.array(tokenizer.convert_ids_to_tokens(range(len(tokenizer))))
         offsets = np.cumsum([0, *self.paths.sizes[:-1]])
         words = [" ".join(row) for row in names[self.paths.tokens + offsets]]
-        reach = self.config.model.shape("flat").max_history
-        asked = questions(self.split)
-        data = Dataset.from_dict(
-            {
-                "prompt": [" ".join([tokenizer.bos_token, *(words[item] for item in history[:-1][-reach:])]) for history in asked],
-                "target": [int(history[-1]) for history in asked],
-            }
-        )
-        size = told.histories * told.group
-        if size % self.accelerator.num_processes:
+        examples, length = train_examples(self.split), self.shape.max_history
+        prompts = [" ".join([tokenizer.bos_token, *(words[item] for item in history[:-1][-length:])]) for history in examples]
+        return Dataset.from_dict({"prompt": prompts, "target": [int(history[-1]) for history in examples]})
+
+    def _reinforce(self, variant: Variant) -> GPT2LMHeadModel:
+        """GRPO from the supervised weights. -> the trained policy."""
+        settings, processes = self.config.reinforcement, self.accelerator.num_processes
+        batch_size = settings.histories * settings.group
+        if batch_size % processes:
             raise ConfigError(
-                f"reinforcement: {told.histories} histories x {told.group} rollouts do not divide among "
-                f"{self.accelerator.num_processes} processes; change one"
+                f"train_recommender_rl.reinforcement: histories {settings.histories} x group {settings.group} is not divisible by "
+                f"{processes} processes; change one of them"
             )
-        device, published = self.accelerator.device, arm == "rl_published"
+        device, published = self.accelerator.device, variant == "rl_published"
         arguments = GRPOConfig(  # resets accelerate's state; the trainer sets it up again
-            **plain_arguments(scratch, steps=told.steps, lr=told.lr, seed=self.seed),
-            per_device_train_batch_size=size // self.accelerator.num_processes,
-            num_generations=told.group,
-            num_iterations=told.updates,
+            **plain_arguments(self.folder / "trainer", steps=settings.steps, lr=settings.lr, seed=self.seed),
+            per_device_train_batch_size=batch_size // processes,
+            num_generations=settings.group,
             max_completion_length=len(self.paths.sizes),
-            epsilon=told.clip,
-            beta=told.kl,
+            beta=settings.kl,
             loss_type="grpo",
             scale_rewards="group" if published else "none",
-            reward_weights=[1.0, told.prefix_weight, told.quality_weight],
+            reward_weights=[1.0, settings.prefix_weight, settings.quality_weight],
         )
         trie = Trie.from_codes(self.paths.tokens, self.paths.sizes).to(device)
         with no_loading_bar():
             policy = GPT2LMHeadModel.from_pretrained(self._model_folder(START)).to(device)
-            trainer = TrieGRPOTrainer(policy, self.rewards.functions(weighted=not published), arguments, data, trie)
-        log = self.folder / "logs" / arm / f"{self.seed}.jsonl"
+            trainer = TrieGRPOTrainer(policy, self.rewards.functions(weighted=not published), arguments, self._dataset(), trie)
+        log = self.folder / "logs" / variant / f"{self.seed}.jsonl"
         log.parent.mkdir(parents=True, exist_ok=True)
         log.unlink(missing_ok=True)
-        train_quietly(trainer, f"{arm}, seed {self.seed}", log, SHOWN)
+        train_quietly(trainer, f"{variant}, seed {self.seed}", log, SHOWN)
         return self.accelerator.unwrap_model(trainer.model).eval()
 
-    def _rank(self, model: FlatRecommender, trie: PathTrie, arm: str) -> dict[str, dict[str, float]]:
+    def _rank(self, model: FlatRecommender, trie: PathTrie, variant: str) -> dict[str, dict[str, float]]:
+        """Rank on every part and write the ranks. -> metrics by part, on the main process."""
         if not self.accelerator.is_main_process:
             return {}
         scores = recommender_scores(model, trie, "beam", self.config.beam)
-        found = {part: evaluate(scores, self.split, part, len(self.catalog.items)) for part in self.parts}
-        path = self.folder / "ranks" / arm / f"{self.seed}.parquet"
+        evaluations = {part: evaluate(scores, self.split, part, trie.num_items) for part in PARTS}
+        path = self.folder / "ranks" / variant / f"{self.seed}.parquet"
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_ranks(path, found, self.catalog)
-        return {part: evaluation.summary() for part, evaluation in found.items()}
+        write_ranks(path, evaluations, self.catalog)
+        return {part: evaluation.summary() for part, evaluation in evaluations.items()}
 
 
 def _results(
-    config: TrainRecommenderRLConfig, seeds: list[int], table: SidTable, parts: Sequence[str], folder: Path
+    config: TrainRecommenderRLConfig, seeds: list[int], table: SidTable, folder: Path
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """One row per arm over all seeds, and the paired differences from the supervised start."""
-    found = [read_json(folder / "ranks" / f"{seed}.json") for seed in seeds]
-    arms = (START, *config.variants)
+    """One row per variant over all seeds, and the paired differences from supervised training."""
+    results = [read_json(folder / "ranks" / f"{seed}.json") for seed in seeds]
+    variants = (START, *config.variants)
     rows = []
-    for arm in arms:
-        figures = {part: over_seeds([one["summaries"][arm][part] for one in found]) for part in parts}
-        seconds = round(float(np.mean([one["seconds"][arm] for one in found])), 2)
-        row = {"arm": arm, "family": "sid", "seeds": seeds, "metrics": figures.get("test", {}), "valid": figures.get("valid", {})}
+    for variant in variants:
+        figures = {part: over_seeds([result["summaries"][variant][part] for result in results]) for part in PARTS}
+        seconds = round(float(np.mean([result["seconds"][variant] for result in results])), 2)
+        row = {"arm": variant, "family": "sid", "seeds": seeds, "metrics": figures["test"], "valid": figures["valid"]}
         rows.append(row | {"collisions": lost_to_collisions(table), "seconds": seconds})
     differences = []
-    for part in parts:
-        ranks = {arm: {seed: read_ranks(folder / "ranks" / arm / f"{seed}.parquet", part).ranks for seed in seeds} for arm in arms}
+    for part in PARTS:
+        ranks = {name: {seed: read_ranks(folder / "ranks" / name / f"{seed}.parquet", part).ranks for seed in seeds} for name in variants}
         differences += difference_rows(ranks, [START], part)
     return rows, differences

@@ -1,7 +1,7 @@
-"""What an evaluated arm leaves on disk, and the rows that a ranking table is made of: one place for stage and bench.
+"""Ranks on disk and the rows of a ranking table, shared by the stages and the bench.
 
-Ranks are the record: one row per user, from which every figure and every paired difference can be computed again. The ids of users
-stay in these files (a run's folder) and never enter a table of results.
+The ranks of every user are stored, so that each metric and each paired difference can be computed again. User ids stay
+in these files and never enter a results table.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from mmsid.artifacts import read_json, read_table, write_table
 from mmsid.catalog import Catalog, Split
 from mmsid.errors import ConfigError
 from mmsid.recommend.evaluate import Evaluation, Part
-from mmsid.recommend.metrics import COVERAGE_CUTOFF, Difference, Ranks, holm, paired_bootstraps, per_position, summarise
+from mmsid.recommend.metrics import COVERAGE_CUTOFF, Ranks, holm, paired_bootstraps, per_position, summarise
 from mmsid.sids.table import SidTable
 
 COMPARED = ("NDCG@10", "HR@10")
@@ -25,31 +25,31 @@ SIGNIFICANT = 0.05
 
 
 class ReadRanks(NamedTuple):
-    """Ranks of one part as they were written, and the coverage that was measured with them."""
+    """Ranks of one part and the coverage measured with them, read from disk."""
 
     ranks: Ranks
     coverage: float
 
     def summary(self) -> dict[str, float]:
-        """All metrics by name, coverage included."""
+        """All metrics by name, including coverage."""
         return summarise(self.ranks) | {f"coverage@{COVERAGE_CUTOFF}": self.coverage}
 
 
-def write_ranks(path: Path, found: Mapping[Part, Evaluation], catalog: Catalog) -> None:
-    """Columns user_id, part, above, tied; the coverage of each part stands in the schema's metadata."""
+def write_ranks(path: Path, evaluations: Mapping[Part, Evaluation], catalog: Catalog) -> None:
+    """Write columns user_id, part, above, tied. The coverage of each part is stored in the schema's metadata."""
     columns: dict[str, list[Any]] = {"user_id": [], "part": [], "above": [], "tied": []}
-    for part, evaluation in found.items():
+    for part, evaluation in evaluations.items():
         columns["user_id"] += [catalog.histories[user].user_id for user in evaluation.users]
         columns["part"] += [part] * len(evaluation.users)
         columns["above"] += evaluation.ranks.above.tolist()
         columns["tied"] += evaluation.ranks.tied.tolist()
     types = {"user_id": pa.string(), "part": pa.string(), "above": pa.int64(), "tied": pa.int64()}
     table = pa.table({name: pa.array(values, types[name]) for name, values in columns.items()})
-    write_table(path, table, {f"coverage_{part}": repr(evaluation.coverage) for part, evaluation in found.items()})
+    write_table(path, table, {f"coverage_{part}": repr(evaluation.coverage) for part, evaluation in evaluations.items()})
 
 
 def read_ranks(path: Path, part: Part) -> ReadRanks:
-    """One part of what `write_ranks` wrote, users in the order of the split."""
+    """Read one part of a file of `write_ranks`, with users in the order of the split."""
     table = read_table(path)
     rows = np.array(table["part"].to_pylist()) == part
     coverage = float((table.schema.metadata or {})[f"coverage_{part}".encode()])
@@ -57,21 +57,23 @@ def read_ranks(path: Path, part: Part) -> ReadRanks:
 
 
 def lost_to_collisions(table: SidTable) -> int:
-    """Items minus distinct published SIDs."""
+    """Number of items minus number of distinct published SIDs."""
     return len(table) - len(np.unique(table.full_codes(), axis=0))
 
 
 def best_achievable_row(path: Path) -> dict[str, Any]:
-    """The best achievable figures, in expectation, as the demo catalogue's best_achievable.json gives them.
+    """Row of the best achievable metrics, in expectation, from the best_achievable.json of the demo catalogue.
 
     Raises:
-        ConfigError: the file holds no such figures.
+        ConfigError: the file does not contain these metrics.
     """
-    truth = read_json(path)
+    best = read_json(path)
     try:
-        test, valid = ({name: {"mean": value, "std": 0.0} for name, value in truth[part]["expected"].items()} for part in ("test", "valid"))
+        test, valid = ({name: {"mean": value, "std": 0.0} for name, value in best[part]["expected"].items()} for part in ("test", "valid"))
     except (KeyError, TypeError) as error:
-        raise ConfigError(f"truth: {path} has no figures under test.expected; name the demo catalogue's file") from error
+        raise ConfigError(
+            f"best_achievable: {path} lacks the keys test.expected and valid.expected; give the best_achievable.json of a demo catalogue"
+        ) from error
     return {
         "arm": "best achievable",
         "family": "best_achievable",
@@ -84,7 +86,7 @@ def best_achievable_row(path: Path) -> dict[str, Any]:
 
 
 def dataset_facts(catalog: Catalog, split: Split) -> dict[str, Any]:
-    """What every table says of its data: the catalogue's hash, items, users ranked, and how often a test item was seen before."""
+    """Facts about the data: catalogue hash, numbers of items and ranked users, and how many test items occur in the user's history."""
     return {
         "catalog_sha256": catalog.sha256,
         "items": len(catalog.items),
@@ -95,40 +97,39 @@ def dataset_facts(catalog: Catalog, split: Split) -> dict[str, Any]:
 
 
 def difference_rows(ranks: Mapping[str, Mapping[int | None, Ranks]], baselines: Sequence[str], part: Part) -> list[dict[str, Any]]:
-    """Every arm against every baseline on the metrics of `COMPARED`, by paired bootstrap over users and shared seeds.
+    """Compare every method with every baseline on the metrics of `COMPARED` by a paired bootstrap over users and shared seeds.
 
     Args:
-        ranks: arm -> seed -> ranks of this part; a deterministic arm has the one seed None and is paired with every seed of the
-            other. Pairs of arms without a shared seed are left out.
+        ranks: method -> seed -> ranks of this part. A deterministic method has the single seed None and is paired with every seed of
+            the other. Pairs without a shared seed are left out.
 
     Returns:
-        Rows arm, baseline, part, metric, seeds (how many were paired; 0 for two deterministic arms), the fields of `Difference`,
-        `p_holm` (corrected by Holm over all comparisons of this part and metric), `exceeds_noise` (p_holm below 0.05).
+        Rows with arm, baseline, part, metric, seeds (number of paired seeds; 0 for two deterministic methods), the fields of
+        `Difference`, `p_holm` (Holm-corrected over all comparisons of this part and metric) and `exceeds_noise` (p_holm < 0.05).
     """
     rows: list[dict[str, Any]] = []
     for metric in COMPARED:
         pairs, labels = [], []
         for baseline in baselines:
-            for arm in ranks:
-                seeds = None if arm == baseline or baseline not in ranks else _paired_seeds(ranks[arm], ranks[baseline])
+            for method in ranks:
+                seeds = None if method == baseline or baseline not in ranks else _paired_seeds(ranks[method], ranks[baseline])
                 if seeds:
-                    named = zip((arm, baseline), seeds, strict=True)
+                    named = zip((method, baseline), seeds, strict=True)
                     pairs.append(tuple(np.stack([per_position(ranks[name][seed], metric) for seed in used]) for name, used in named))
-                    labels.append(
-                        {"arm": arm, "baseline": baseline, "part": part, "metric": metric, "seeds": len(set().union(*seeds) - {None})}
-                    )
-        found: list[Difference] = paired_bootstraps(pairs)
-        corrected = holm([difference.p for difference in found])
+                    count = len(set().union(*seeds) - {None})
+                    labels.append({"arm": method, "baseline": baseline, "part": part, "metric": metric, "seeds": count})
+        differences = paired_bootstraps(pairs)
+        corrected = holm([difference.p for difference in differences])
         rows += [
             label | difference._asdict() | {"p_holm": p, "exceeds_noise": p < SIGNIFICANT}
-            for label, difference, p in zip(labels, found, corrected, strict=True)
+            for label, difference, p in zip(labels, differences, corrected, strict=True)
         ]
     return rows
 
 
-def _paired_seeds(arm: Mapping[int | None, Ranks], baseline: Mapping[int | None, Ranks]) -> tuple[list[int | None], ...] | None:
-    """The seeds of each of two arms that are compared with one another; None where none is shared."""
-    if None in arm or None in baseline:
-        return [*arm], [*baseline]
-    shared = [seed for seed in arm if seed in baseline]
+def _paired_seeds(method: Mapping[int | None, Ranks], baseline: Mapping[int | None, Ranks]) -> tuple[list[int | None], ...] | None:
+    """Seeds of a method and of its baseline that are compared; None if they share none."""
+    if None in method or None in baseline:
+        return [*method], [*baseline]
+    shared = [seed for seed in method if seed in baseline]
     return (shared, shared) if shared else None

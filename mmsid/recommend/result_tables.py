@@ -1,4 +1,4 @@
-"""The ranking table as a person reads it."""
+"""Ranking tables in Markdown."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ FAMILIES = ("classical", "sid", "fusion", "best_achievable")
 
 
 def ranking_table(rows: Sequence[dict[str, Any]], differences: Sequence[dict[str, Any]]) -> str:
-    """Markdown: one row per arm in the order given, then the paired differences on the same part."""
-    return arm_table(rows) + difference_table(differences, _part(rows))
+    """Markdown: one row per method in the given order, then the paired differences on the same part."""
+    return method_table(rows) + difference_table(differences, _part(rows))
 
 
-def arm_table(rows: Sequence[dict[str, Any]], *, best_first: bool = False) -> str:
-    """Markdown, one row per arm: test figures; valid where test was not ranked.
+def method_table(rows: Sequence[dict[str, Any]], *, best_first: bool = False) -> str:
+    """Markdown with one row per method: test metrics, or valid metrics if test was not ranked.
 
     Args:
-        best_first: sort by family, then NDCG@10, and print the best figure of each family bold. Otherwise rows keep their order.
+        best_first: sort by family, then by NDCG@10, and print the best value of each family in bold. Otherwise rows keep their order.
     """
     part = _part(rows)
     key = "metrics" if part == "test" else "valid"
     if best_first:
         rows = sorted(rows, key=lambda row: (FAMILIES.index(row["family"]), -_mean(row, key, "NDCG@10")))
     lines = [
-        f"Item-level ranking of the full catalogue on {part}; seen items masked, a bucket of n items takes n ranks at expectation.",
+        f"Item-level ranking of the full catalogue on {part}. Seen items are masked; a SID shared by n items takes n expected ranks.",
         "",
-        f"| arm | family | seeds | {' | '.join(COLUMNS)} | valid NDCG@10 | items lost to collisions | seconds |",
+        f"| method | family | seeds | {' | '.join(COLUMNS)} | valid NDCG@10 | items lost to collisions | seconds |",
         f"|---|---|---|{'---|' * (len(COLUMNS) + 3)}",
     ]
     for row in rows:
@@ -44,7 +44,7 @@ def arm_table(rows: Sequence[dict[str, Any]], *, best_first: bool = False) -> st
 
 
 def difference_table(differences: Sequence[dict[str, Any]], part: str) -> str:
-    """Markdown, one table per baseline; empty where nothing was compared on this part."""
+    """Markdown with one table per baseline; empty if nothing was compared on this part."""
     lines: list[str] = []
     shown = [row for row in differences if row["part"] == part]
     for baseline in dict.fromkeys(row["baseline"] for row in shown):
@@ -52,9 +52,9 @@ def difference_table(differences: Sequence[dict[str, Any]], part: str) -> str:
             "",
             f"Difference from `{baseline}` on {part}, paired bootstrap over users and seeds. p is uncorrected; p (Holm) is corrected for "
             f"all {len(shown) // len({row['metric'] for row in shown})} comparisons of a metric, and a difference exceeds noise where it "
-            "is below 0.05. An arm that was trained at one seed only is compared over users alone, which understates the noise.",
+            "is below 0.05. A method that was trained with one seed only is compared over users alone, which understates the noise.",
             "",
-            "| arm | metric | seeds | difference | 95 % interval | p | p (Holm) | exceeds noise | smallest effect it could have seen |",
+            "| method | metric | seeds | difference | 95 % interval | p | p (Holm) | exceeds noise | smallest detectable effect |",
             "|---|---|---|---|---|---|---|---|---|",
         ]
         for row in (row for row in shown if row["baseline"] == baseline):

@@ -1,16 +1,8 @@
-"""What a recommended SID earns in reinforcement: the reward of QARM (arXiv 2604.20861, equation of r) in parts, as pure functions.
+"""Rewards of recommended SIDs for reinforcement, after arXiv 2604.20861: exact hit, common prefix and text quality.
 
-    r = exact + prefix_weight * prefix + quality_weight * quality
-
-    exact    1 where the path decodes to the target; 1 / n where n items share it, because then it is that often meant
-    prefix   length of the common prefix with the target over the number of levels; a collision suffix never counts
-    quality  q of the target, paid with `exact` only (the relevance gate): a well-described wrong item earns nothing
-
-The paper's reward for being a valid SID is left out: rollouts through the trie are valid, and a constant has no advantage.
-
-q is one number per target, so inside the group of rollouts for one history it only scales the hit. Division of the advantages by the
-group's deviation cancels that scale (reference figures: a hit among eight earns 2.646 whatever q is). Here q weighs the advantage
-instead: A = q * (r - mean r), which is what multiplying all parts by q and dividing by nothing gives.
+r = exact + prefix_weight * prefix + quality_weight * quality. The paper's reward for a valid SID is omitted, because
+rollouts through the trie are always valid. The quality q of a target only scales the reward inside a group of rollouts,
+and dividing advantages by the group's standard deviation cancels it. Here q weights the advantage: A = q * (r - mean r).
 """
 
 from __future__ import annotations
@@ -25,7 +17,13 @@ from mmsid.recommend.paths import ItemPaths
 
 
 class RewardParts(NamedTuple):
-    """Parts of the reward of B rollouts, each (B,) float."""
+    """Parts of the reward of B rollouts, each float (B,).
+
+    Attributes:
+        exact: 1 / n if the path is the target's and n items share it, else 0.
+        prefix: length of the common prefix with the target / number of levels, without the collision suffix.
+        quality: q of the target times `exact`; a well-described wrong item earns nothing.
+    """
 
     exact: torch.Tensor
     prefix: torch.Tensor
@@ -38,9 +36,9 @@ def reward_parts(
     """Score rollouts against their targets.
 
     Args:
-        paths, target_paths: int64 (B, D) codes of the rollouts and of their targets; D = num_levels, or one more with a suffix level.
-        sharing: (B,) items that have the target's path, the target included.
-        quality: (B,) q of the targets, in [0, 1].
+        paths, target_paths: int64 (B, D), codes of the rollouts and of their targets; D = num_levels, plus one with a suffix level.
+        sharing: (B,), number of items with the target's path, including the target.
+        quality: (B,), q of the targets, in [0, 1].
     """
     same = paths == target_paths
     exact = same.all(1).float() / sharing
@@ -49,22 +47,22 @@ def reward_parts(
 
 
 class PathRewards:
-    """The parts of the reward as TRL reward functions, each logged by name.
+    """Parts of the reward as TRL reward functions, each logged under its own name.
 
     Args:
-        quality: (N,) text quality of the items, in [0, 1].
-        num_levels: levels that count for the prefix; a suffix level beyond them does not.
+        quality: (N,), text quality of the items, in [0, 1].
+        num_levels: number of levels that count for the prefix, without a suffix level.
     """
 
     def __init__(self, paths: ItemPaths, quality: np.ndarray, num_levels: int) -> None:
         self.paths, self.num_levels = torch.from_numpy(paths.tokens), num_levels
         self.offsets = torch.from_numpy(np.cumsum([0, *paths.sizes[:-1]]))
         self.quality = torch.from_numpy(quality).float()
-        _, which, counts = np.unique(paths.tokens, axis=0, return_inverse=True, return_counts=True)
-        self.sharing = torch.from_numpy(counts[which.reshape(-1)]).float()
+        _, group, counts = np.unique(paths.tokens, axis=0, return_inverse=True, return_counts=True)
+        self.sharing = torch.from_numpy(counts[group.reshape(-1)]).float()
 
     def functions(self, *, weighted: bool) -> list[Callable[..., list[float]]]:
-        """One function per part, in the order exact, prefix, quality; `weighted` multiplies each by the target's quality."""
+        """One function per part, in the order exact, prefix, quality. `weighted` multiplies each by the target's quality."""
 
         def part(name: str) -> Callable[..., list[float]]:
             def reward(completion_ids: list[list[int]], target: list[int], **unused: Any) -> list[float]:

@@ -1,7 +1,7 @@
-"""SASRec on item ids: the baseline that knows no Semantic IDs (Kang & McAuley 2018, with what later tuning found).
+"""SASRec on item ids, the baseline without Semantic IDs (Kang and McAuley 2018).
 
-A causal transformer over item embeddings, tied output, and the full softmax over the catalogue instead of one sampled
-negative (the change that makes SASRec hard to beat: Petrov & Macdonald 2023, Klenitskiy & Vasilev 2023).
+A causal transformer over item embeddings with tied output and a full softmax over the catalogue instead of one sampled
+negative, which makes SASRec a strong baseline (Petrov and Macdonald 2023, Klenitskiy and Vasilev 2023).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mmsid.recommend.training import Schedule, train
 
 @dataclass(frozen=True)
 class SasrecShape:
-    """Sizes and the regularisation that served best on amazon_scientific's valid part (LOG.md)."""
+    """Sizes of SASRec, tuned on the valid part of amazon_scientific."""
 
     lr: ClassVar[float] = 4e-3
 
@@ -36,33 +36,37 @@ class SasrecShape:
 
 
 class Sasrec(nn.Module):
-    """Item embeddings (N, d), a causal transformer, and the scores h E^T of all items."""
+    """Item embeddings E (N, d), a causal transformer with states h, and the scores h E^T of all items.
+
+    Attributes:
+        window: items of a train history that are read at once. The last one is only a target, so that every position is trained.
+    """
 
     def __init__(self, num_items: int, shape: SasrecShape) -> None:
         super().__init__()
         self.shape = shape
-        self.window = shape.max_history + 1  # of a train history: the last one is only a target, so that every position is trained
+        self.window = shape.max_history + 1
         self.items = nn.Embedding(num_items, shape.d_model)
-        self.read = HistoryEncoder(shape.d_model, shape.layers, shape.heads, shape.dropout, shape.max_history)
+        self.encoder = HistoryEncoder(shape.d_model, shape.layers, shape.heads, shape.dropout, shape.max_history)
         self.dropout = nn.Dropout(shape.dropout)
         nn.init.normal_(self.items.weight, std=0.05)
 
     def forward(self, histories: torch.Tensor) -> torch.Tensor:
-        """Sum of negative log-likelihoods of every item of `histories` (B, T) given the items before it."""
+        """Sum of the negative log-likelihoods of every item of `histories` (B, T) given the items before it."""
         real = histories >= 0
-        states = self.dropout(self.read(self.items(histories[:, :-1].clamp_min(0)), real))
+        states = self.dropout(self.encoder(self.items(histories[:, :-1].clamp_min(0)), real))
         return F.cross_entropy(states @ self.items.weight.T, histories[real], reduction="sum")
 
     @torch.no_grad()
     def score(self, histories: list[np.ndarray]) -> torch.Tensor:
-        """Logits (B, N) of the next item."""
+        """Logits (B, N) of the next item after each history."""
         padded = pad_histories(histories, self.shape.max_history).to(self.items.weight.device)
-        return self.read.last(self.items(padded.clamp_min(0)), padded) @ self.items.weight.T
+        return self.encoder.last(self.items(padded.clamp_min(0)), padded) @ self.items.weight.T
 
 
 @dataclass(frozen=True)
 class FittedSasrec:
-    """A trained SASRec, the epochs run, the best valid NDCG@10 seen, and the seconds it took."""
+    """A trained SASRec, the epochs run, the best valid NDCG@10 and the training time in seconds."""
 
     model: Sasrec
     epochs: int
@@ -71,18 +75,18 @@ class FittedSasrec:
 
     @property
     def score(self) -> Score:
-        """histories -> (B, N)."""
+        """Scoring function: histories -> (B, N)."""
         return self.model.eval().score
 
-    def evaluate(self, split: Split, part: Part, limit: int | None = None) -> Evaluation:
+    def evaluate(self, split: Split, part: Part) -> Evaluation:
         """Item-level ranks on one part of the split."""
-        return evaluate(self.score, split, part, self.model.items.num_embeddings, limit)
+        return evaluate(self.score, split, part, self.model.items.num_embeddings)
 
 
 def fit_sasrec(
     num_items: int, split: Split, *, shape: SasrecShape | None = None, schedule: Schedule | None = None, seed: int = 0, what: str = "sasrec"
 ) -> FittedSasrec:
-    """Train a SASRec by the loop that trains every recommender.
+    """Train a SASRec with the training loop of all recommenders (`training.train`).
 
     Raises:
         MmsidError: no user has a train history, or the loss became NaN.
@@ -94,9 +98,7 @@ def fit_sasrec(
         torch.manual_seed(seed)
         wrapped = accelerator.prepare(Sasrec(num_items, shape))
         model = accelerator.unwrap_model(wrapped)
-
-        def scores() -> Score:
-            return model.eval().score
-
-        epochs, best = train(wrapped, scores, split, schedule, num_items=num_items, seed=seed, accelerator=accelerator, what=what)
+        epochs, best = train(
+            wrapped, lambda: model.eval().score, split, schedule, num_items=num_items, seed=seed, accelerator=accelerator, what=what
+        )
     return FittedSasrec(model.eval(), epochs, best, time.perf_counter() - started)

@@ -1,18 +1,13 @@
-"""The instrument: a small generative recommender that measures Semantic IDs, all arms under one budget.
+"""SID transformer: the RQ-Transformer (Lee et al. 2022) for recommendation. It compares tokenizers under one budget.
 
-An item-level causal transformer reads a history (one position per item: the sum of its level-specific SID-token
-embeddings); from the state h of a position a depth decoder spells the next item's codes, level by level:
-
-    u_l = h + s_l + W2_l relu(W1_l h + V1_l s_l + b),   s_l = sum of the embeddings of the codes chosen before level l
-    p(c_l | history, c_<l) = softmax(E_l u_l + bias_l)
-
-with E_l the same table that embeds the codes at the input (tied). Nothing of an item is read but its path. The
-first-layer split and the skip are what lets decode.py score whole levels of the trie cheaply.
+An item-level causal transformer reads a history, one position per item: the sum of the embeddings of the item's codes.
+A depth decoder predicts the next item's codes level by level from the state h of a position:
+u_l = h + s_l + W2_l relu(W1_l h + V1_l s_l + b), s_l = sum of the embeddings of the codes before level l,
+p(c_l | history, c_<l) = softmax(E_l u_l + bias_l), E_l tied with the input embeddings. It reads codes alone.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -21,42 +16,41 @@ import torch.nn.functional as F
 from torch import nn
 
 from mmsid.recommend.history_encoder import HistoryEncoder
+from mmsid.recommend.paths import ItemPaths
+from mmsid.recommend.shape import RecommenderShape
 
 
-@dataclass(frozen=True)
-class SidTransformerShape:
-    """Sizes of the instrument; the defaults are those that every published figure of the bench uses."""
+class SidTransformerShape(RecommenderShape):
+    """Sizes of the SID transformer. All published comparisons use the defaults."""
 
     lr: ClassVar[float] = 4e-3
 
-    d_model: int = 128
-    layers: int = 2
-    heads: int = 4
-    hidden: int = 256
-    dropout: float = 0.15
-    max_history: int = 20
-
 
 class SidTransformer(nn.Module):
-    """Transformer over items and depth decoder over the levels of their paths.
+    """Causal transformer over items with a depth decoder over the levels of their paths.
+
+    The first layer of the depth decoder is a sum of a state part and a prefix part, and it has a skip connection. Both
+    let `ItemScorer` score whole levels of the trie at low cost.
 
     Args:
-        paths: int64 (N, D), the token of every item at every level (a ragged suffix is a level of its own, decode.item_paths).
-        sizes: codes per level, length D.
-        decided: bool (N, D), False where the level is no choice for the item (an absent suffix): not trained there.
+        paths: of all N items.
+
+    Attributes:
+        window: items of a train history that are read at once. The last one is only a target, so that every position is trained.
     """
 
-    def __init__(self, paths: torch.Tensor, sizes: tuple[int, ...], decided: torch.Tensor, shape: SidTransformerShape) -> None:
+    def __init__(self, paths: ItemPaths, shape: SidTransformerShape) -> None:
         super().__init__()
-        self.sizes, self.shape = tuple(int(size) for size in sizes), shape
-        self.window = shape.max_history + 1  # of a train history: the last one is only a target, so that every position is trained
-        offsets = torch.tensor(np.concatenate([[0], np.cumsum(self.sizes)[:-1]]), dtype=torch.long)
-        self.register_buffer("paths", paths.long(), persistent=False)
-        self.register_buffer("tokens", paths.long() + offsets, persistent=False)
-        self.register_buffer("decided", decided, persistent=False)
+        self.sizes, self.shape = tuple(int(size) for size in paths.sizes), shape
+        self.window = shape.max_history + 1
+        self.offsets = [0, *np.cumsum(self.sizes)[:-1].tolist()]
+        codes = torch.from_numpy(paths.tokens).long()
+        self.register_buffer("paths", codes, persistent=False)
+        self.register_buffer("tokens", codes + torch.tensor(self.offsets), persistent=False)
+        self.register_buffer("decided", torch.from_numpy(paths.decided), persistent=False)
         width = shape.d_model
         self.codes = nn.Embedding(sum(self.sizes), width)
-        self.read = HistoryEncoder(width, shape.layers, shape.heads, shape.dropout, shape.max_history)
+        self.encoder = HistoryEncoder(width, shape.layers, shape.heads, shape.dropout, shape.max_history)
         self.dropout = nn.Dropout(shape.dropout)
         self.from_state = nn.ModuleList(nn.Linear(width, shape.hidden) for _ in self.sizes)
         self.from_prefix = nn.ModuleList(nn.Linear(width, shape.hidden, bias=False) for _ in self.sizes)
@@ -67,25 +61,25 @@ class SidTransformer(nn.Module):
             nn.init.normal_(layer.weight, std=0.02)
 
     def last_states(self, histories: torch.Tensor) -> torch.Tensor:
-        """State (B, d) after the last item of each history (int64 (B, T), -1 pads on the right; an empty one is fine)."""
-        return self.read.last(self.item_vectors(histories.clamp_min(0)), histories)
+        """State (B, d) after the last item of each history (int64 (B, T), padded with -1 on the right; empty ones are allowed)."""
+        return self.encoder.last(self.item_vectors(histories.clamp_min(0)), histories)
 
     def steps(self, histories: torch.Tensor) -> SidTransformerSteps:
-        """The decoder of search.py after histories (B, T)."""
+        """Decoder for `beam_search` after histories (B, T)."""
         return SidTransformerSteps(self, self.last_states(histories))
 
     def item_vectors(self, rows: torch.Tensor) -> torch.Tensor:
-        """What the transformer reads of items (any shape of rows) -> (..., d): the sum of the embeddings of their codes."""
+        """Input vectors (..., d) of items (...): the sum of the embeddings of their codes."""
         return self.codes(self.tokens[rows]).sum(-2)
 
     def level_table(self, level: int) -> torch.Tensor:
         """Embeddings (K_l, d) of one level's codes, a view of the tied table."""
-        start = sum(self.sizes[:level])
+        start = self.offsets[level]
         return self.codes.weight[start : start + self.sizes[level]]
 
     def level_bias(self, level: int) -> torch.Tensor:
         """Output bias (K_l,) of one level's codes."""
-        start = sum(self.sizes[:level])
+        start = self.offsets[level]
         return self.bias[start : start + self.sizes[level]]
 
     def level_logits(self, level: int, state: torch.Tensor, prefix: torch.Tensor) -> torch.Tensor:
@@ -95,24 +89,27 @@ class SidTransformer(nn.Module):
         return mixed @ self.level_table(level).T + self.level_bias(level)
 
     def path_log_prob(self, state: torch.Tensor, paths: torch.Tensor, decided: torch.Tensor) -> torch.Tensor:
-        """log p (P, D) of each code of `paths` (P, D) given states (P, d); softmax over all K_l codes, 0 where not decided."""
+        """Log-probability (P, D) of each code of `paths` (P, D) given states (P, d).
+
+        The softmax runs over all K_l codes of a level. The result is 0 where `decided` (P, D) is False.
+        """
         prefix, columns = torch.zeros_like(state), []
         for level in range(len(self.sizes)):
             logits = self.level_logits(level, state, prefix)
             columns.append(-F.cross_entropy(logits, paths[:, level], reduction="none") * decided[:, level])
-            prefix = prefix + F.embedding(paths[:, level], self.level_table(level))  # indexing would add gradients up in any order
+            prefix = prefix + F.embedding(paths[:, level], self.level_table(level))  # indexing would sum gradients in a random order
         return torch.stack(columns, 1)
 
     def forward(self, histories: torch.Tensor) -> torch.Tensor:
-        """Sum of negative log-likelihoods of every item of `histories` (B, T) given the items before it."""
+        """Sum of the negative log-likelihoods of every item of `histories` (B, T) given the items before it."""
         real = histories >= 0
         targets = histories[real]
-        states = self.dropout(self.read(self.item_vectors(histories[:, :-1].clamp_min(0)), real))
+        states = self.dropout(self.encoder(self.item_vectors(histories[:, :-1].clamp_min(0)), real))
         return -self.path_log_prob(states, self.paths[targets], self.decided[targets]).sum()
 
 
 class SidTransformerSteps:
-    """The depth decoder of an instrument, level by level (search.LevelDecoder), from states (B, d)."""
+    """Depth decoder of a SID transformer from states (B, d), level by level (`beam_search.LevelDecoder`)."""
 
     def __init__(self, model: SidTransformer, states: torch.Tensor) -> None:
         self.model, self.states = model, states[:, None]

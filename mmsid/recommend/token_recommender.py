@@ -1,8 +1,8 @@
-"""What recommenders over SID tokens share: one vocabulary for all levels, histories as token sequences, the loss per level.
+"""Base class of the token-level recommenders: vocabulary, token sequences of histories, and the loss per level.
 
-Tokens of the levels have ranges of their own: code c of level l is token `offsets[l] + c`; the one other token, `begin`,
-is last. A history of T items of D tokens is `begin i1_1 .. i1_D i2_1 .. iT_D`: no separators, the position says the
-level. So the softmax of a level runs over that level's range only, in training as in decoding.
+Each level has its own token range: code c of level l is token `offsets[l] + c`. The one other token, `begin`, is last. A
+history of T items with D tokens each is `begin i1_1 .. i1_D i2_1 .. iT_D`, without separators. The softmax of a level
+runs over that level's range only, in training and in decoding.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ class TokenRecommender(nn.Module, ABC):
     """Base of the flat decoder and of the encoder-decoder.
 
     Attributes:
-        window: items of a train history that are read at once: `max_history` and the target after them, so that the
-            longest history that is ever decoded was also trained on.
+        window: items of a train history that are read at once: `max_history` and the target after them. Histories of the
+            maximum length therefore occur in training too.
 
     Args:
-        paths: of all items; a ragged suffix is a level of its own (paths.item_paths).
+        paths: of all items.
     """
 
     def __init__(self, paths: ItemPaths, max_history: int) -> None:
@@ -44,14 +44,18 @@ class TokenRecommender(nn.Module, ABC):
         """Output vectors (K_l, d) of one level's tokens."""
 
     def sequences(self, histories: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Histories (B, T) of item rows, -1 pads on the right -> ids (B, 1 + T D), `begin` where padded; and which are real."""
+        """Token ids (B, 1 + T D) of histories (B, T) and the mask of real tokens. Histories are padded with -1, ids with `begin`."""
         real = histories >= 0
         ids = torch.where(real[..., None], self.tokens[histories.clamp_min(0)], self.begin).flatten(1)
         real = real[..., None].expand(*real.shape, len(self.sizes)).flatten(1)
         return F.pad(ids, (1, 0), value=self.begin), F.pad(real, (1, 0), value=True)
 
     def loss(self, hidden: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
-        """Sum of -log p of the paths of items (P,), from the states (P, D, d) that predict their levels; 0 where not decided."""
+        """Sum of the negative log-likelihoods of the paths of items (P,), over decided levels.
+
+        Args:
+            hidden: (P, D, d), the states that predict the levels.
+        """
         total = hidden.new_zeros(())
         for level in range(len(self.sizes)):
             logits = hidden[:, level] @ self.level_table(level).T

@@ -1,8 +1,8 @@
-"""Stage `train_recommender`: every SID arm under one recommender, classical baselines beside, one ranking table.
+"""Stage `train_recommender`: one recommender per SID table and seed, classical baselines, and one ranking table.
 
-Reads sids.parquet of each arm and the catalogue's sequences; knows nothing else of how the SIDs were made. Writes
-metrics.json, ranking.md, and ranks/<arm>/<seed>.parquet (one row per user and part), from which every figure and every
-paired difference can be computed again. A finished arm and seed in the draft is not run again.
+The stage reads sids.parquet of each variant and the catalogue's sequences, not how the SIDs were made. It writes
+metrics.json, ranking.md and ranks/<variant>/<seed>.parquet (one row per user and part), from which every metric and
+every paired difference can be computed again. Finished variants and seeds are not run again.
 """
 
 from __future__ import annotations
@@ -36,10 +36,11 @@ from mmsid.sids.folder import read_sid_folder
 from mmsid.sids.table import SidTable
 
 Architecture = Literal["sid_transformer", "flat", "tiger"]
+SHAPES: dict[str, type[Shape]] = {"sid_transformer": SidTransformerShape, "flat": FlatShape, "tiger": TigerShape}
 
 
 class ModelConfig(Section):
-    """Sizes of the recommender, each by default the architecture's own; change them for every arm or for none."""
+    """Sizes of the recommender. None uses the default of the architecture. The sizes apply to all variants."""
 
     d_model: int | None = Field(default=None, gt=0)
     layers: int | None = Field(default=None, gt=0)
@@ -49,11 +50,14 @@ class ModelConfig(Section):
     max_history: int | None = Field(default=None, gt=0)
 
     def shape(self, architecture: Architecture = "sid_transformer") -> Shape:
-        """The same sizes, as the model reads them."""
-        kind = SidTransformerShape if architecture == "sid_transformer" else FlatShape if architecture == "flat" else TigerShape
-        shape = kind(**self.model_dump(exclude_none=True))
+        """Shape of the architecture with these sizes.
+
+        Raises:
+            ConfigError: d_model is not a multiple of heads.
+        """
+        shape = SHAPES[architecture](**self.model_dump(exclude_none=True))
         if shape.d_model % shape.heads:
-            raise ConfigError(f"train_recommender.model: d_model {shape.d_model} is no multiple of heads {shape.heads}; change one")
+            raise ConfigError(f"train_recommender.model: d_model {shape.d_model} is not a multiple of heads {shape.heads}; change one")
         return shape
 
 
@@ -61,16 +65,16 @@ class TrainRecommenderConfig(StageConfig):
     """Configuration of the stage.
 
     Attributes:
-        arms: name -> SID folder (or a sids.parquet).
-        seeds: recommender seeds, each arm trained once per seed; default: the run's seed.
-        baselines: add popularity, item-kNN, TF-IDF and their hybrid.
-        truth: best_achievable.json of the demo catalogue; adds the row of the best achievable figures.
-        eval: which parts are ranked at the end. Early stopping and tuning read valid in any case, never test.
-        architecture: `instrument` (the one that compares tokenizers), `flat` (a decoder over SID tokens) or `tiger` (an
+        variants: name -> SID folder (or a sids.parquet).
+        seeds: recommender seeds; each variant is trained once per seed. Default: the run's seed.
+        architecture: `sid_transformer` (used to compare tokenizers), `flat` (a decoder over SID tokens) or `tiger` (an
             encoder-decoder over SID tokens).
-        decoding: `exact` scores every item, `beam` searches with `beam` beams; `auto` is exact for the instrument up to
+        classical_baselines: add popularity, item-kNN, TF-IDF kNN and the classical hybrid.
+        best_achievable: best_achievable.json of a demo catalogue; adds its row to the table.
+        eval: parts that are ranked at the end. Early stopping and tuning use valid, never test.
+        decoding: `exact` scores every item, `beam` searches with `beam` beams, `auto` is exact for the SID transformer up to
             20,000 items, else beam.
-        baseline: the arm that the others are compared with; default: `balanced_rq` where it is an arm, else the first.
+        baseline: variant that the others are compared with. Default: `balanced_rq` if it is a variant, else the first one.
     """
 
     renamed_keys: ClassVar[dict[str, str]] = {"arms": "variants", "floors": "classical_baselines", "truth": "best_achievable"}
@@ -89,30 +93,39 @@ class TrainRecommenderConfig(StageConfig):
     beam: int = Field(default=50, gt=0)
     baseline: str | None = None
 
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """Parts that are ranked."""
+        return ("valid", "test") if self.eval == "both" else (self.eval,)
+
+    @property
+    def recommender_seeds(self) -> list[int]:
+        """`seeds`, or the run's seed."""
+        return self.seeds if self.seeds is not None else [self.seed]
+
 
 def run(config: TrainRecommenderConfig) -> Path:
-    """Train and rank every arm; returns the folder written.
+    """Train and rank every variant. -> the folder written.
 
     Raises:
-        ConfigError: an arm's name is no folder name, or the baseline is no arm.
-        ArtifactError: an arm lacks a SID for an item of the catalogue.
-        MmsidError: the catalogue has no sequences to train or to rank on.
+        ConfigError: a variant's name is not a folder name, the baseline is not a variant, or no user can be ranked.
+        ArtifactError: a variant has no SID for an item of the catalogue.
+        MmsidError: no user has a train history.
     """
     _check(config)
     accelerator = make_accelerator()
     catalog = read_catalog(config.catalog)
     split = split_histories(catalog, config.catalog.split)
-    if any(not len(split.users(part)) for part in _parts(config)):
+    if any(not len(split.users(part)) for part in config.parts):
         raise ConfigError("train_recommender: no user has an item to rank; give catalog.sequences with histories of 3 items or more")
     item_ids = [item.item_id for item in catalog.items]
-    tables = {arm: read_sid_folder(path).align(item_ids) for arm, path in config.variants.items()}
-    files = {f"arm {arm}": path if path.suffix == ".parquet" else path / "sids.parquet" for arm, path in config.variants.items()}
-    with writing(
-        config.out, stage="train_recommender", config=config, inputs=files | {"best_achievable": config.best_achievable}, resume=True
-    ) as draft:
-        for arm, table in tables.items():
-            for seed in _seeds(config):
-                _run_arm(config, arm, table, seed, catalog, split, draft.path, accelerator)
+    tables = {name: read_sid_folder(path).align(item_ids) for name, path in config.variants.items()}
+    inputs = {f"arm {name}": path if path.suffix == ".parquet" else path / "sids.parquet" for name, path in config.variants.items()}
+    inputs["best_achievable"] = config.best_achievable
+    with writing(config.out, stage="train_recommender", config=config, inputs=inputs, resume=True) as draft:
+        for name, table in tables.items():
+            for seed in config.recommender_seeds:
+                _run_variant(config, name, table, seed, catalog, split, draft.path, accelerator)
         if accelerator.is_main_process:
             if config.classical_baselines:
                 _run_classical(config, catalog, split, draft.path)
@@ -123,62 +136,51 @@ def run(config: TrainRecommenderConfig) -> Path:
             draft.counts |= {"arms": len(rows), "items": len(catalog.items), "test_users": len(split.users("test"))}
         accelerator.wait_for_everyone()
     done(
-        f"train_recommender: wrote figures of {len(config.variants)} SID arms x {len(_seeds(config))} seeds to {config.out / 'ranking.md'}"
+        f"train_recommender: wrote metrics of {len(tables)} variants x {len(config.recommender_seeds)} seeds to {config.out / 'ranking.md'}"
     )
     return config.out
 
 
-def quick_recommender(catalog: CatalogConfig, epochs: int = 8, users: int | None = 4096) -> Callable[[SidTable, int], dict[str, float]]:
-    """A function that judges a SID table by a short training run from a seed: valid HR@50, NDCG@10, coverage@10, and all the rest.
+def quick_recommender(catalog: CatalogConfig, epochs: int = 8) -> Callable[[SidTable, int], dict[str, float]]:
+    """Function that trains a SID transformer on a SID table for a few epochs and returns its valid metrics.
 
-    Made for gates: the same catalogue, users and few epochs for every table, valid only.
-
-    Args:
-        users: valid users ranked (a fixed sample by content hash); None: all.
+    Acceptance gates use it: every table gets the same catalogue, epochs and 4,096 valid users (a fixed sample by content
+    hash). The model is trained by the calling process alone. The function takes a table and a seed.
     """
-    known = read_catalog(catalog)
-    split = split_histories(known, catalog.split)
-    item_ids = [item.item_id for item in known.items]
-
-    def judge(table: SidTable, seed: int = 0) -> dict[str, float]:
-        return quick_valid_figures(table.align(item_ids), split, seed=seed, epochs=epochs, users=users)
-
-    return judge
-
-
-def quick_valid_figures(table: SidTable, split: Split, *, seed: int = 0, epochs: int = 8, users: int | None = 4096) -> dict[str, float]:
-    """Valid figures of an instrument that this process trains alone, for a few epochs, on a table whose rows are the catalogue's rows."""
+    items = read_catalog(catalog)
+    split = split_histories(items, catalog.split)
+    item_ids = [item.item_id for item in items.items]
     schedule = Schedule(epochs=epochs, patience=epochs, stop_users=512)
-    fitted = fit(table_paths(table), split, schedule=schedule, seed=seed, accelerator=OneProcess(), what="quick recommender")
-    return fitted.evaluate(split, "valid", limit=users).summary()
 
+    def valid_metrics(table: SidTable, seed: int = 0) -> dict[str, float]:
+        paths = table_paths(table.align(item_ids))
+        fitted = fit(paths, split, schedule=schedule, seed=seed, accelerator=OneProcess(), what="quick recommender")
+        return fitted.evaluate(split, "valid", limit=4096).summary()
 
-def _seeds(config: TrainRecommenderConfig) -> list[int]:
-    return config.seeds if config.seeds is not None else [config.seed]
-
-
-def _parts(config: TrainRecommenderConfig) -> tuple[Part, ...]:
-    return ("valid", "test") if config.eval == "both" else (config.eval,)
+    return valid_metrics
 
 
 def _check(config: TrainRecommenderConfig) -> None:
     config.model.shape(config.architecture)
-    for arm in config.variants:
-        if not arm or arm != Path(arm).name or arm.startswith("."):
-            raise ConfigError(f"train_recommender.variants: {arm!r} must be usable as a folder name; rename it")
-        if config.classical_baselines and arm in CLASSICAL_NAMES:
+    for name in config.variants:
+        if not name or name != Path(name).name or name.startswith("."):
+            raise ConfigError(f"train_recommender.variants: {name!r} is not usable as a folder name; rename it")
+        if config.classical_baselines and name in CLASSICAL_NAMES:
             raise ConfigError(
-                f"train_recommender.variants: {arm!r} is the name of a classical baseline; rename it, or set classical_baselines: false"
+                f"train_recommender.variants: {name!r} is the name of a classical baseline; rename it, or set classical_baselines: false"
             )
     if config.baseline is not None and config.baseline not in config.variants:
-        raise ConfigError(f"train_recommender.baseline: {config.baseline!r} is no arm; the arms are {', '.join(config.variants)}")
-    if len(set(_seeds(config))) < len(_seeds(config)):
-        raise ConfigError(f"train_recommender.seeds: {_seeds(config)} names a seed twice; each seed is one run")
+        raise ConfigError(
+            f"train_recommender.baseline: {config.baseline!r} is not a variant; the variants are {', '.join(config.variants)}"
+        )
+    seeds = config.recommender_seeds
+    if len(set(seeds)) < len(seeds):
+        raise ConfigError(f"train_recommender.seeds: {seeds} contains a seed twice; remove the repetition")
 
 
-def _run_arm(
+def _run_variant(
     config: TrainRecommenderConfig,
-    arm: str,
+    name: str,
     table: SidTable,
     seed: int,
     catalog: Catalog,
@@ -186,8 +188,8 @@ def _run_arm(
     folder: Path,
     accelerator: Accelerator,
 ) -> None:
-    marker = folder / "ranks" / arm / f"{seed}.json"
-    # rank 0 alone looks at the disk: the processes must agree on what is left to do
+    marker = folder / "ranks" / name / f"{seed}.json"
+    # rank 0 checks the disk for all processes, so that they agree on the remaining work
     if broadcast_object_list([marker.is_file() if accelerator.is_main_process else None])[0]:
         return
     fitted = fit(
@@ -197,13 +199,13 @@ def _run_arm(
         schedule=config.schedule,
         seed=seed,
         accelerator=accelerator,
-        what=f"{arm}, seed {seed}",
+        what=f"{name}, seed {seed}",
     )
     if not accelerator.is_main_process:
         return
-    found = {part: fitted.evaluate(split, part, config.decoding, config.beam) for part in _parts(config)}
+    evaluations = {part: fitted.evaluate(split, part, config.decoding, config.beam) for part in config.parts}
     extra = {"seconds": fitted.seconds, "epochs": fitted.epochs, "stopped_at_valid": fitted.best}
-    _finish(marker, found, extra, catalog)
+    _write_result(marker, evaluations, extra, catalog)
 
 
 def _run_classical(config: TrainRecommenderConfig, catalog: Catalog, split: Split, folder: Path) -> None:
@@ -212,45 +214,45 @@ def _run_classical(config: TrainRecommenderConfig, catalog: Catalog, split: Spli
         return
     for baseline in classical_baselines(catalog.items, split):
         started = time.perf_counter()
-        found = {part: evaluate(baseline.score, split, part, len(catalog.items)) for part in _parts(config)}
+        evaluations = {part: evaluate(baseline.score, split, part, len(catalog.items)) for part in config.parts}
         extra = {"seconds": baseline.seconds + time.perf_counter() - started, "parameters": baseline.parameters}
-        _finish(markers[baseline.name], found, extra, catalog)
+        _write_result(markers[baseline.name], evaluations, extra, catalog)
 
 
-def _finish(marker: Path, found: dict[Part, Evaluation], extra: dict[str, Any], catalog: Catalog) -> None:
-    """The ranks, then the marker that says that they are whole."""
+def _write_result(marker: Path, evaluations: dict[Part, Evaluation], extra: dict[str, Any], catalog: Catalog) -> None:
+    """Write the ranks, then the metrics, whose file marks the result as complete."""
     marker.parent.mkdir(parents=True, exist_ok=True)
-    write_ranks(marker.with_suffix(".parquet"), found, catalog)
-    write_json(marker, {part: evaluation.summary() for part, evaluation in found.items()} | extra)
+    write_ranks(marker.with_suffix(".parquet"), evaluations, catalog)
+    write_json(marker, {part: evaluation.summary() for part, evaluation in evaluations.items()} | extra)
 
 
 def _rows(config: TrainRecommenderConfig, tables: dict[str, SidTable], folder: Path) -> list[dict[str, Any]]:
-    """One row per arm: classical baselines first, then the SID arms in the order of the configuration, the optimum last."""
-    arms = [(name, "classical", [config.seed]) for name in CLASSICAL_NAMES if config.classical_baselines]
-    arms += [(name, "sid", _seeds(config)) for name in tables]
+    """One row per method: classical baselines, then the variants in the order of the configuration, then the best achievable."""
+    methods = [(name, "classical", [config.seed]) for name in CLASSICAL_NAMES if config.classical_baselines]
+    methods += [(name, "sid", config.recommender_seeds) for name in tables]
     rows = []
-    for arm, family, seeds in arms:
-        found = [read_json(folder / "ranks" / arm / f"{seed}.json") for seed in seeds]
-        row = {"arm": arm, "family": family, "seeds": seeds, "metrics": {}, "valid": {}}
+    for name, family, seeds in methods:
+        results = [read_json(folder / "ranks" / name / f"{seed}.json") for seed in seeds]
+        row = {"arm": name, "family": family, "seeds": seeds, "metrics": {}, "valid": {}}
         for part, key in (("test", "metrics"), ("valid", "valid")):
-            if part in found[0]:
-                row[key] = over_seeds([result[part] for result in found])
-        row["collisions"] = lost_to_collisions(tables[arm]) if arm in tables else None
-        row["seconds"] = round(float(np.mean([result["seconds"] for result in found])), 2)
-        rows.append(row | ({"parameters": found[0]["parameters"]} if family == "classical" else {}))
+            if part in results[0]:
+                row[key] = over_seeds([result[part] for result in results])
+        row["collisions"] = lost_to_collisions(tables[name]) if name in tables else None
+        row["seconds"] = round(float(np.mean([result["seconds"] for result in results])), 2)
+        rows.append(row | ({"parameters": results[0]["parameters"]} if family == "classical" else {}))
     return rows + ([best_achievable_row(config.best_achievable)] if config.best_achievable is not None else [])
 
 
 def _differences(config: TrainRecommenderConfig, rows: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
-    """Every arm against the baseline, paired over users and seeds, on each part that was ranked."""
+    """Every method against the baseline, paired over users and seeds, on each ranked part."""
     baseline = config.baseline or ("balanced_rq" if "balanced_rq" in config.variants else next(iter(config.variants)))
-    found = []
-    for part in _parts(config):
+    differences = []
+    for part in config.parts:
         ranks = {}
         for row in rows:
             if row["family"] == "best_achievable":
                 continue
-            read = [read_ranks(folder / "ranks" / row["arm"] / f"{seed}.parquet", part).ranks for seed in row["seeds"]]
-            ranks[row["arm"]] = {None: read[0]} if row["family"] == "classical" else dict(zip(row["seeds"], read, strict=True))
-        found += difference_rows(ranks, [baseline], part)
-    return found
+            by_seed = {seed: read_ranks(folder / "ranks" / row["arm"] / f"{seed}.parquet", part).ranks for seed in row["seeds"]}
+            ranks[row["arm"]] = {None: by_seed[config.seed]} if row["family"] == "classical" else by_seed
+        differences += difference_rows(ranks, [baseline], part)
+    return differences

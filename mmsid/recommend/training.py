@@ -1,4 +1,4 @@
-"""Train one recommender on one SID table: all positions of all train prefixes, early stopping on valid NDCG@10."""
+"""Training of a recommender on one SID table: all positions of all train prefixes, early stopping on valid NDCG@10."""
 
 from __future__ import annotations
 
@@ -28,17 +28,20 @@ from mmsid.recommend.tiger import TigerRecommender, TigerShape
 from mmsid.sids.table import SidTable
 
 Shape = SidTransformerShape | FlatShape | TigerShape
+_ARCHITECTURES = {SidTransformerShape: SidTransformer, FlatShape: FlatRecommender, TigerShape: TigerRecommender}
 
 
 class Schedule(Section):
-    """How a recommender is trained. Equal for every arm of a comparison.
+    """Training schedule of a recommender, the same for every method of a comparison.
 
     Attributes:
-        epochs: at most; the learning rate falls to zero over them (cosine, after `warmup` steps).
+        epochs: maximum number of epochs; the learning rate decays to zero over them (cosine).
         batch_size: users per step over all processes.
-        lr: None: the architecture's own (instrument 4e-3, flat 1e-3, tiger 3e-4).
-        patience: epochs without a better valid NDCG@10 before stopping; the best epoch's weights are kept.
-        stop_users: users that early stopping looks at (a fixed sample by content hash); None: all.
+        lr: None uses the default of the architecture (sid_transformer 4e-3, flat 1e-3, tiger 3e-4).
+        weight_decay: of AdamW.
+        warmup: steps of linear warm-up, at most a tenth of all steps.
+        patience: epochs without a better valid NDCG@10 before training stops; the best epoch's weights are kept.
+        stop_users: valid users evaluated for early stopping (a fixed sample by content hash); None: all.
     """
 
     epochs: int = Field(default=16, gt=0)
@@ -52,7 +55,7 @@ class Schedule(Section):
 
 @dataclass(frozen=True)
 class Fitted:
-    """A trained recommender with its trie, the epochs run, the best valid NDCG@10 seen, and the seconds it took."""
+    """A trained recommender with its trie, the epochs run, the best valid NDCG@10 and the training time in seconds."""
 
     model: Recommender
     trie: PathTrie
@@ -62,27 +65,23 @@ class Fitted:
 
     @property
     def score(self) -> Score:
-        """histories -> (B, N), decoded as is usual for the architecture."""
+        """Scoring function with the default decoding of the architecture: histories -> (B, N)."""
         return recommender_scores(self.model, self.trie)
 
     def evaluate(self, split: Split, part: Part, decoding: Decoding = "auto", beam: int = 50, limit: int | None = None) -> Evaluation:
         """Item-level ranks of the model on one part of the split."""
         scores = recommender_scores(self.model, self.trie, decoding, beam)
-        return evaluate(scores, split, part, self.trie.node_of.shape[1], limit)
+        return evaluate(scores, split, part, self.trie.num_items, limit)
 
 
 def table_paths(table: SidTable) -> ItemPaths:
-    """The paths of a SID table, rows as in the table (align it with the catalogue first)."""
+    """Paths of the rows of a SID table. Align the table with the catalogue first."""
     return item_paths(table.codes, table.suffix, table.codebook_sizes)
 
 
 def build(paths: ItemPaths, shape: Shape) -> Recommender:
-    """An untrained recommender of the architecture that the shape belongs to, weights from torch's generator."""
-    if isinstance(shape, FlatShape):
-        return FlatRecommender(paths, shape)
-    if isinstance(shape, TigerShape):
-        return TigerRecommender(paths, shape)
-    return SidTransformer(torch.from_numpy(paths.tokens), paths.sizes, torch.from_numpy(paths.decided), shape)
+    """An untrained recommender of the shape's architecture, initialised from torch's global generator."""
+    return _ARCHITECTURES[type(shape)](paths, shape)
 
 
 def fit(
@@ -99,9 +98,10 @@ def fit(
 
     Args:
         paths: of all N items, in catalogue order.
-        shape: its sizes, and by their type the architecture; default: the instrument.
-        accelerator: for several processes; each takes its share of every batch, rank 0 evaluates and decides to stop. `OneProcess`:
-            this process trains alone, whatever the others do.
+        shape: sizes of the recommender; their type selects the architecture. Default: the SID transformer.
+        accelerator: with several processes, each takes its share of every batch, and rank 0 evaluates and decides when to stop.
+            `OneProcess` trains in this process alone.
+        what: label of the progress bar.
 
     Raises:
         MmsidError: no user has a train history, or the loss became NaN.
@@ -113,7 +113,7 @@ def fit(
         torch.manual_seed(seed)
         wrapped = accelerator.prepare(build(paths, shape))
         model, trie = accelerator.unwrap_model(wrapped), PathTrie.build(paths, accelerator.device)
-        torch.manual_seed(seed + 1_000_003 * accelerator.process_index)  # dropout differs between processes, weights do not
+        torch.manual_seed(seed + 1_000_003 * accelerator.process_index)  # processes share the weights but not the dropout masks
         scores = partial(recommender_scores, model, trie)
         epochs, best = train(wrapped, scores, split, schedule, num_items=len(paths.tokens), seed=seed, accelerator=accelerator, what=what)
     return Fitted(model.eval(), trie, epochs, best, time.perf_counter() - started)
@@ -130,11 +130,14 @@ def train(
     accelerator: Accelerator | OneProcess,
     what: str,
 ) -> tuple[int, float]:
-    """The one training loop of all recommenders; leaves the weights of the best epoch. -> (epochs run, best valid NDCG@10).
+    """Training loop of all recommenders. Restores the weights of the best epoch.
 
     Args:
-        wrapped: a prepared module: histories (B, T) -> summed loss over their items; `shape` names its lr and max_history.
-        scores: makes the scoring function of the weights as they stand.
+        wrapped: a prepared module, histories (B, T) -> loss summed over their items, with attributes `shape` and `window`.
+        scores: returns the scoring function of the current weights.
+
+    Returns:
+        The number of epochs run and the best valid NDCG@10.
 
     Raises:
         MmsidError: no user has a train history, or the loss became NaN.
@@ -147,30 +150,30 @@ def train(
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=schedule.weight_decay)
     steps = schedule.epochs * math.ceil(len(histories) / schedule.batch_size)
     warmup = min(schedule.warmup, max(1, steps // 10))
-    rate = torch.optim.lr_scheduler.LambdaLR(
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / max(1, warmup)) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
     )
-    order = np.random.default_rng(seed)
-    best, kept, waited, note = -1.0, None, 0, {}
+    rng = np.random.default_rng(seed)
+    best, best_state, epochs_without_gain, note = -1.0, None, 0, {}
     epoch = 0
     for epoch in track(range(1, schedule.epochs + 1), what=what, unit="epochs", note=note):
-        loss = _epoch(wrapped, histories, order.permutation(len(histories)), schedule.batch_size, optimizer, rate, accelerator)
+        loss = _epoch(wrapped, histories, rng.permutation(len(histories)), schedule.batch_size, optimizer, scheduler, accelerator)
         verdict = [None]
         if accelerator.is_main_process:
             found = evaluate(scores(), split, "valid", num_items, schedule.stop_users).summary()["NDCG@10"]
             verdict = [(found, math.isfinite(loss))]
-        # one process judges for all: figures that differ in the last bit must not let the processes part ways
+        # rank 0 decides for all processes: their own figures may differ in the last bit
         found, finite = (verdict if accelerator.num_processes == 1 else broadcast_object_list(verdict))[0]
         if not finite:
             raise MmsidError(f"{what}: the loss is {loss} after epoch {epoch}; lower lr (now {lr})")
         note |= {"loss": loss, "valid NDCG@10": found}
-        waited += 1
+        epochs_without_gain += 1
         if found > best:
-            best, waited = found, 0
-            kept = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-        if waited >= schedule.patience:
+            best, epochs_without_gain = found, 0
+            best_state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+        if epochs_without_gain >= schedule.patience:
             break
-    model.load_state_dict(kept)
+    model.load_state_dict(best_state)
     return epoch, best
 
 
@@ -180,25 +183,25 @@ def _epoch(
     order: np.ndarray,
     batch_size: int,
     optimizer: torch.optim.Optimizer,
-    rate: torch.optim.lr_scheduler.LRScheduler,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
     accelerator: Accelerator | OneProcess,
 ) -> float:
-    """One pass; the mean negative log-likelihood per item (of this process's share), in nats."""
+    """Train for one epoch. -> mean negative log-likelihood per item of this process's share, in nats."""
     wrapped.train()
     window = accelerator.unwrap_model(wrapped).window
     total, count = 0.0, 0
     for start in range(0, len(order), batch_size):
         users = order[start : start + batch_size]
         positions = sum(min(len(histories[user]), window) for user in users)
-        mine = users[accelerator.process_index :: accelerator.num_processes]
-        batch = pad_histories([histories[user] for user in mine], window).to(accelerator.device)
+        share = users[accelerator.process_index :: accelerator.num_processes]
+        batch = pad_histories([histories[user] for user in share], window).to(accelerator.device)
         optimizer.zero_grad(set_to_none=True)
         loss = wrapped(batch)
-        # gradients are averaged over processes, so each share is weighted by the whole batch's positions
+        # gradients are averaged over processes, so each share is divided by the positions of the whole batch
         accelerator.backward(loss * (accelerator.num_processes / positions))
         accelerator.clip_grad_norm_(wrapped.parameters(), 1.0)
         optimizer.step()
-        rate.step()
+        scheduler.step()
         total += float(loss.detach())
         count += int((batch >= 0).sum())
     return total / max(1, count)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mmsid.recommend.result_tables import arm_table, difference_table
+from mmsid.recommend.result_tables import method_table, difference_table
 
 
 def bench_table(written: dict[str, Any]) -> str:
@@ -23,7 +23,7 @@ def bench_table(written: dict[str, Any]) -> str:
         f"Compute: {compute['core_minutes_of_all_jobs']:.0f} core minutes in all, {compute['processes']} processes of one thread, budget "
         f"{compute['budget_minutes']:g} minutes a call.",
         "",
-        arm_table(rows, best_first=True),
+        method_table(rows, best_first=True),
     ]
     intrinsic = [row for row in rows if "intrinsic" in row]
     if intrinsic:
