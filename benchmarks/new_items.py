@@ -1,20 +1,17 @@
-"""What are Semantic IDs worth on the day an item arrives? New items appended, against retraining and against a clustering.
+"""Recommendation of new items: SIDs appended to a published table, against retraining and against clustering.
 
     python benchmarks/new_items.py --dataset demo
     python benchmarks/new_items.py --dataset amazon_scientific
 
-A tenth of the items, drawn at random, is hidden with all their interactions. Our tokenizer is trained on the rest and publishes; then
-the hidden items arrive and are appended (`assign.append`): no published code may move. Balanced RQ on MiniLM does the same: codebooks
-fitted on the rest, new items encoded with them and appended by the same rule. Against both stand their retrained selves, fitted on all
-items and all train interactions.
-
-A recommender (the instrument) is trained on each table. Where it stands `appended`, it never saw an interaction with a new item, so
-that it can only find one through the codes it shares with others; `retrained tokenizer` changes the codes alone; `retrained, both` has
-the recommender read the new items' train interactions too. What counts is HR and NDCG for test users whose next item is a new one,
-seen items masked, the whole catalogue competing; beside it all test users. Test is read once per call.
-
-Prints Markdown; writes benchmarks/results/new_items_<dataset>.json. Finished tokenizers are kept below --work and used again.
+A random tenth of the items is held out with all interactions, then appended to the published SIDs of our tokenizer and of
+balanced RQ on MiniLM (`append_codes`; no published code may change). Both are also retrained on all items. Prints
+Markdown and writes benchmarks/results/new_items_<dataset>.json. Finished tokenizers below --work are reused.
 """
+
+# A SID transformer is trained on each table. In the rows `appended` and `retrained tokenizer` it sees no interaction with a
+# new item, so it reaches new items only through codes that they share with others; in `retrained, both` it also reads the
+# new items' train interactions. Metrics cover test users whose next item is new, and all test users, on the full catalogue
+# with seen items masked. Test is read once per call.
 
 from __future__ import annotations
 
@@ -44,24 +41,24 @@ SHOWN = ("HR@10", "HR@50", "NDCG@10")
 
 
 def main() -> None:
-    """Make the tables, train a recommender on each, print, write."""
+    """Build the SID tables, train a recommender on each, write the JSON and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dataset", default="demo", help="a shipped data set (configs/bench/datasets), or a YAML of your own")
-    parser.add_argument("--share", type=float, default=0.1, help="of the items that are new")
-    parser.add_argument("--seed", type=int, default=0, help="of the draw, the tokenizers and the recommenders")
-    parser.add_argument("--steps", type=int, default=100, help="of our tokenizer's training")
-    parser.add_argument("--epochs", type=int, default=16, help="of the recommender's")
+    parser.add_argument("--dataset", default="demo", help="a shipped data set (configs/bench/datasets) or the path of a YAML")
+    parser.add_argument("--share", type=float, default=0.1, help="share of the items that are new")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the draw, the tokenizers and the recommenders")
+    parser.add_argument("--steps", type=int, default=100, help="training steps of our tokenizer")
+    parser.add_argument("--epochs", type=int, default=16, help="training epochs of the recommenders")
     parser.add_argument("--work", type=Path, default=Path("runs/new_items"))
     parser.add_argument("--out", type=Path)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the data set, e.g. captions=runs/demo/caption")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the data set, e.g. captions=runs/demo/caption")
     parsed = parser.parse_args()
     torch.set_num_threads(1)
     dataset = load_dataset(parsed.dataset, parsed.overrides)
-    world = World(dataset, parsed.share, parsed.seed, parsed.work / f"{dataset.name}-{parsed.seed}")
-    ours, retrained = world.ours(parsed.steps)
-    clustered, clustered_anew = world.balanced_rq()
-    hidden, whole = world.without_new(), world.split
-    arms = {
+    study = NewItemStudy(dataset, parsed.share, parsed.seed, parsed.work / f"{dataset.name}-{parsed.seed}")
+    ours, retrained = study.ours(parsed.steps)
+    clustered, clustered_anew = study.balanced_rq()
+    hidden, whole = study.without_new(), study.split
+    variants = {
         "ours, appended": (ours, hidden),
         "ours, retrained tokenizer": (retrained, hidden),
         "ours, retrained, both": (retrained, whole),
@@ -72,11 +69,11 @@ def main() -> None:
     results = {
         "dataset": dataset.name,
         "seed": parsed.seed,
-        "items": len(world.catalog.items),
-        "new_items": len(world.new),
-        "users_whose_test_item_is_new": len(world.asked_for_new().users("test")),
-        "published_codes_moved": world.moved,
-        "arms": {name: world.judge(table, split, schedule, name) for name, (table, split) in arms.items()},
+        "items": len(study.catalog.items),
+        "new_items": len(study.new),
+        "users_whose_test_item_is_new": len(study.new_test_targets().users("test")),
+        "published_codes_moved": study.moved,
+        "arms": {name: study.evaluate(table, split, schedule, name) for name, (table, split) in variants.items()},
     }
     out = parsed.out or Path(__file__).parent / "results" / f"new_items_{dataset.name}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -84,8 +81,13 @@ def main() -> None:
     print(table_of(results))
 
 
-class World:
-    """The catalogue with and without its new items."""
+class NewItemStudy:
+    """SID tables and recommenders of a catalogue with and without its new items.
+
+    Attributes:
+        new: item rows of the new items.
+        moved: published codes that changed when new items were appended, by method.
+    """
 
     def __init__(self, dataset: DatasetConfig, share: float, seed: int, work: Path) -> None:
         self.dataset, self.seed, self.work = dataset, seed, work
@@ -98,20 +100,21 @@ class World:
         self.moved: dict[str, int] = {}
 
     def without_new(self) -> Split:
-        """The split with the new items out of all that is trained on and stopped by; what precedes a test item stays whole."""
+        """The split without new items in train and valid. Histories before test items are unchanged."""
         train_rows = [rows[~self.is_new[rows]] for rows in self.split.train]
         return replace(self.split, train=train_rows, valid=self._only(self.split.valid, ~self.is_new))
 
-    def asked_for_new(self) -> Split:
-        """The split whose test users are those whose test item is new."""
+    def new_test_targets(self) -> Split:
+        """The split restricted to test users whose test item is new."""
         return replace(self.split, test=self._only(self.split.test, self.is_new))
 
     @staticmethod
-    def _only(targets: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-        return np.where((targets >= 0) & wanted[targets], targets, -1)
+    def _only(targets: np.ndarray, allowed: np.ndarray) -> np.ndarray:
+        """Targets that are allowed, -1 for the others."""
+        return np.where((targets >= 0) & allowed[targets], targets, -1)
 
     def ours(self, steps: int) -> tuple[SidTable, SidTable]:
-        """Tables of all items: new ones appended to what was published without them, and all from a tokenizer retrained on all."""
+        """SID tables of our tokenizer: new items appended to the published SIDs, and all items after retraining on all."""
         known = self._known_catalogue()
         tokenizer = self._trained("known_tokenizer", known, steps)
         published = self._assigned("published", tokenizer, known)
@@ -121,7 +124,7 @@ class World:
         return grown, self._assigned("retrained", whole, self.dataset.catalog)
 
     def balanced_rq(self) -> tuple[SidTable, SidTable]:
-        """The same two tables of a Sinkhorn-balanced residual clustering of the texts that ours reads."""
+        """The same two tables from Sinkhorn-balanced residual k-means on the texts that our tokenizer reads."""
         dataset = self.dataset
         sources = MethodSources(self.catalog, None, dataset.captions, dataset.interests, dataset.use, cache=self.work / "text")
         x, sizes = sources.text, (dataset.codebook_size,) * dataset.num_levels
@@ -142,17 +145,17 @@ class World:
         self._count_moved("balanced RQ", before.align([self.item_ids[row] for row in known]), after)
         return after, SidTable.from_codes(self.item_ids, clustered(np.arange(len(x)))[2], sizes)
 
-    def judge(self, table: SidTable, split: Split, schedule: Schedule, name: str) -> dict[str, Any]:
-        """Figures of a recommender trained on `split`: users whose test item is new, and all users."""
+    def evaluate(self, table: SidTable, split: Split, schedule: Schedule, name: str) -> dict[str, Any]:
+        """Metrics of a recommender trained on `split`, for users whose test item is new and for all users."""
         fitted = fit(table_paths(table.align(self.item_ids)), split, schedule=schedule, seed=self.seed, what=name)
         found = {}
-        for who, asked in (("new", self.asked_for_new()), ("all", self.split)):
-            ranks = evaluate(fitted.score, asked, "test", len(self.item_ids)).ranks
+        for who, test_split in (("new", self.new_test_targets()), ("all", self.split)):
+            ranks = evaluate(fitted.score, test_split, "test", len(self.item_ids)).ranks
             found[who] = {metric: value for metric, value in summarise(ranks).items() if metric in SHOWN}
         return found
 
     def _known_catalogue(self) -> CatalogConfig:
-        """The items file without the new items; interactions with items that are not there are dropped by the reader."""
+        """Catalogue without the new items. The reader drops interactions with missing items."""
         config = self.dataset.catalog
         column = config.fields.group_by or config.fields.item_id
         items = read_table(config.items)
@@ -178,11 +181,11 @@ class World:
 
 
 def table_of(results: dict[str, Any]) -> str:
-    """Markdown, one row per arm."""
+    """Markdown with one row per method."""
     moved = ", ".join(f"{name} {count}" for name, count in results["published_codes_moved"].items())
     lines = [
         f"{results['dataset']}, seed {results['seed']}: {results['new_items']:,} of {results['items']:,} items new, "
-        f"{results['users_whose_test_item_is_new']:,} users whose test item is one. Published codes moved by the append: {moved}.",
+        f"{results['users_whose_test_item_is_new']:,} users whose test item is new. Published codes changed by the append: {moved}.",
         "",
         "| Semantic IDs | " + " | ".join(f"{metric}, {who}" for who in ("next item new", "all users") for metric in SHOWN) + " |",
         "|" + "---|" * (1 + 2 * len(SHOWN)),
