@@ -7,7 +7,7 @@ import pytest
 
 from mmsid.artifacts import read_json, read_tensors
 from mmsid.errors import ArtifactError
-from mmsid.sids.exports import token_ids, vocabulary, write_allowed_tokens, write_sid_items
+from mmsid.sids.exports import token_ids, write_allowed_tokens, write_sid_items
 from mmsid.sids.table import SidTable
 
 CODES = np.array([[0, 1], [0, 1], [0, 0], [1, 1]])
@@ -84,9 +84,9 @@ def test_items_of_each_sid(tmp_path):
 
 
 def test_token_ids_of_a_text_tokenizer():
-    assert token_ids(Words(vocabulary(table())), table()) == [[50, 51], [52, 53], [54, 55]]
+    assert token_ids(Words(table().vocabulary()), table()) == [[50, 51], [52, 53], [54, 55]]
     with pytest.raises(ArtifactError, match=r"lacks 2 SID tokens \(first: <c_0>\)"):
-        token_ids(Words(vocabulary(table(None))), table())
+        token_ids(Words(table(None).vocabulary()), table())
 
 
 def test_export_errors(tmp_path):

@@ -9,7 +9,7 @@ import torch
 
 from mmsid.errors import ArtifactError
 from mmsid.sids import SidTable, Trie, read_sid_folder, write_sid_folder
-from mmsid.sids.exports import import_index_json, import_reference_sids, sid_tokens, vocabulary
+from mmsid.sids.exports import import_index_json, import_reference_sids
 
 
 def make(suffix=None, codes=((0, 1), (2, 3), (0, 2), (2, 3))):
@@ -137,13 +137,13 @@ def test_exports_and_back(tmp_path):
         "i2": ["<a_0>", "<b_2>"],
         "i3": ["<a_2>", "<b_3>", "<c_0>"],
     }
-    assert (tmp_path / "sids" / "tokens.txt").read_text().split() == vocabulary(table)
-    assert vocabulary(table) == ["<a_0>", "<a_1>", "<a_2>", "<b_0>", "<b_1>", "<b_2>", "<b_3>", "<c_0>", "<c_1>"]
+    assert (tmp_path / "sids" / "tokens.txt").read_text().split() == table.vocabulary()
+    assert table.vocabulary() == ["<a_0>", "<a_1>", "<a_2>", "<b_0>", "<b_1>", "<b_2>", "<b_3>", "<c_0>", "<c_1>"]
     back = import_index_json(tmp_path / "sids" / "index.json", codebook_sizes=(3, 4))
     assert np.array_equal(back.codes, table.codes) and np.array_equal(back.suffix, table.suffix) and back.item_ids == table.item_ids
     assert import_index_json(tmp_path / "sids" / "index.json").codebook_sizes == (4, 4)
     assert read_sid_folder(tmp_path / "sids").codes.tolist() == table.codes.tolist()
-    with pytest.raises(ArtifactError, match=r"contains no sids\.parquet"):
+    with pytest.raises(ArtifactError, match=r"sids\.parquet does not exist"):
         read_sid_folder(tmp_path)
 
 
@@ -156,7 +156,7 @@ def test_import_reference_strings(tmp_path):
     )
     table = import_reference_sids(path, "letter")
     assert table.codes.tolist() == [[53, 82, 7], [1, 2, 255]] and table.codebook_sizes == (256,) * 3
-    assert sid_tokens(table)[0] == ["<a_53>", "<b_82>", "<c_7>"]
+    assert table.sid_tokens()[0] == ["<a_53>", "<b_82>", "<c_7>"]
     with pytest.raises(ArtifactError, match="item 'y': token 1 is '<b_1>'"):
         import_reference_sids(path, "bad")
     with pytest.raises(ArtifactError, match="column 'none' missing"):

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from mmsid.catalog.config import CatalogConfig
 from mmsid.catalog.items import Item, read_items, require_column
 from mmsid.catalog.tables import Cells, read_table_rows
+from mmsid.config import build
 from mmsid.errors import CatalogError
 
 
@@ -46,6 +50,20 @@ class Catalog:
     histories: list[UserHistory]
     sha256: str
     problems: Counter[str]
+
+    @classmethod
+    def read(cls, catalog: CatalogConfig | Mapping[str, Any] | str | Path) -> Catalog:
+        """Read a catalogue from the keys of a `catalog:` section, or from the path of its items table.
+
+        Raises:
+            ConfigError: an unknown key or a value of the wrong type.
+            CatalogError: as `read_catalog`.
+        """
+        if isinstance(catalog, (str, Path)):
+            catalog = {"items": catalog}
+        if not isinstance(catalog, CatalogConfig):
+            catalog = build(CatalogConfig, dict(catalog), source="Catalog.read", section="catalog")
+        return read_catalog(catalog)
 
     def content_hash(self, rows: np.ndarray) -> str:
         """SHA-256 (hex) of the content of the items `rows`, in the given order. It identifies a history without ids."""

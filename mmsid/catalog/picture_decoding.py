@@ -46,13 +46,18 @@ def decode(data: bytes, limits: PictureLimits, path: str | Path) -> Image.Image:
             if is_truncated(data):  # decoders repair some truncated files, but the catalogue refuses all of them
                 raise refusal("truncated", path)
             picture.load()
-            return _rgb(_upright(picture))
+            return to_rgb(picture)
     except PictureError:
         raise
     except MemoryError:
         raise refusal("too_much_memory", path) from None
     except Exception:  # decoders raise many types, and their texts are not passed on
         raise refusal("corrupt", path) from None
+
+
+def to_rgb(picture: Image.Image) -> Image.Image:
+    """Convert a decoded picture to 8-bit RGB, upright by its EXIF orientation, transparency on white."""
+    return _rgb(_upright(picture))
 
 
 def refusal(reason: str, path: str | Path) -> PictureError:

@@ -6,7 +6,6 @@ For serving engines it also writes the allowed next tokens of every prefix and t
 from __future__ import annotations
 
 import re
-import string
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,34 +16,10 @@ import torch.nn.functional as F
 
 from mmsid.artifacts import read_json, read_table, write_json, write_tensors
 from mmsid.errors import ArtifactError
-from mmsid.sids.table import SidTable
+from mmsid.sids.table import LETTERS, SidTable, token
 from mmsid.sids.trie import Trie
 
-LETTERS = string.ascii_lowercase
 _TOKEN = re.compile(r"<([a-z])_([0-9]{1,9})>")
-
-
-def token(level: int, code: int) -> str:
-    """SID token of a code, for example `<a_12>`; level 0 is `a`."""
-    return f"<{LETTERS[level]}_{code}>"
-
-
-def sid_tokens(table: SidTable) -> list[list[str]]:
-    """SID tokens of each item, in table order: one per level, and one more for an item with a suffix."""
-    return [[token(level, code) for level, code in enumerate(row) if code >= 0] for row in table.full_codes().tolist()]
-
-
-def vocabulary(table: SidTable) -> list[str]:
-    """All SID tokens that a text tokenizer needs. Unused codes are included, so that the vocabulary does not grow with the catalogue."""
-    return [text for level in _level_tokens(table) for text in level]
-
-
-def _level_tokens(table: SidTable) -> list[list[str]]:
-    """Tokens per level, indexed by code; a suffix is one more level."""
-    sizes = list(table.codebook_sizes)
-    if table.suffix is not None:
-        sizes.append(max(int(table.suffix.max(initial=-1)) + 1, 1))
-    return [[token(level, code) for code in range(size)] for level, size in enumerate(sizes)]
 
 
 def token_ids(text_tokenizer: Any, table: SidTable) -> list[list[int]]:
@@ -54,15 +29,15 @@ def token_ids(text_tokenizer: Any, table: SidTable) -> list[list[int]]:
         ArtifactError: a SID token is missing from the vocabulary.
     """
     known = text_tokenizer.get_vocab()
-    missing = [text for text in vocabulary(table) if text not in known]
+    missing = [text for text in table.vocabulary() if text not in known]
     if missing:
         raise ArtifactError(f"the text tokenizer lacks {len(missing)} SID tokens (first: {missing[0]}); add tokens.txt to it first")
-    return [[known[text] for text in level] for level in _level_tokens(table)]
+    return [[known[text] for text in level] for level in table.level_tokens()]
 
 
 def write_index_json(path: Path, table: SidTable) -> None:
     """Write index.json: `{"item": ["<a_12>", "<b_7>", "<c_201>"], ...}`."""
-    write_json(path, dict(zip(table.item_ids, sid_tokens(table), strict=True)))
+    write_json(path, dict(zip(table.item_ids, table.sid_tokens(), strict=True)))
 
 
 def write_tokens(path: Path, table: SidTable) -> None:
@@ -70,7 +45,7 @@ def write_tokens(path: Path, table: SidTable) -> None:
 
     `tokenizer.add_tokens(Path(path).read_text().split())` adds the tokens to a Hugging Face tokenizer.
     """
-    Path(path).write_text("\n".join(vocabulary(table)) + "\n", encoding="utf-8")
+    Path(path).write_text("\n".join(table.vocabulary()) + "\n", encoding="utf-8")
 
 
 def write_allowed_tokens(path: Path, table: SidTable, ids: Sequence[Sequence[int]], end_token_id: int | None = None) -> None:
@@ -138,7 +113,7 @@ def _allowed_tensors(trie: Trie, ids: Sequence[Sequence[int]]) -> dict[str, torc
 def write_sid_items(path: Path, table: SidTable) -> None:
     """Write the items of each SID, in table order: `{"<a_12><b_7><c_201>": ["item", ...], ...}` (sid2item of FlashRec)."""
     items: dict[str, list[str]] = {}
-    for item_id, tokens in zip(table.item_ids, sid_tokens(table), strict=True):
+    for item_id, tokens in zip(table.item_ids, table.sid_tokens(), strict=True):
         items.setdefault("".join(tokens), []).append(item_id)
     write_json(path, items)
 

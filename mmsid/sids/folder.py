@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mmsid.artifacts import verify_file, write_json
-from mmsid.errors import ArtifactError
+from mmsid.artifacts import write_json
 from mmsid.sids.exports import write_index_json, write_tokens
 from mmsid.sids.table import SidTable
 from mmsid.sids.trie import Trie
@@ -33,9 +32,4 @@ def read_sid_folder(path: Path) -> SidTable:
     Raises:
         ArtifactError: no table at this path, a file that was changed after the stage wrote it, or an error of `SidTable.load`.
     """
-    path = Path(path)
-    file = path if path.suffix == ".parquet" else path / TABLE
-    if not file.is_file():
-        raise ArtifactError(f"{path} contains no {TABLE}; run `mmsid assign` or `mmsid baselines`, or correct the path")
-    verify_file(file)
-    return SidTable.load(file)
+    return SidTable.load(path)

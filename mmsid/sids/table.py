@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,10 +10,17 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from mmsid.artifacts import read_table, write_table
+from mmsid.artifacts import read_table, verify_file, write_table
 from mmsid.errors import ArtifactError
 
 SCHEMA_VERSION = 1
+FILE_NAME = "sids.parquet"
+LETTERS = string.ascii_lowercase
+
+
+def token(level: int, code: int) -> str:
+    """SID token of a code, for example `<a_12>`; level 0 is `a`."""
+    return f"<{LETTERS[level]}_{code}>"
 
 
 @dataclass
@@ -71,6 +79,30 @@ class SidTable:
         """(N, L) codes, or (N, L + 1) with the suffix as last column (-1: no suffix)."""
         return self.codes if self.suffix is None else np.concatenate([self.codes, self.suffix[:, None]], axis=1)
 
+    def sid(self, item_id: str) -> tuple[str, ...]:
+        """SID tokens of one item, for example `("<a_12>", "<b_7>", "<c_201>")`.
+
+        Raises:
+            ArtifactError: the item has no SID.
+        """
+        (row,) = self.align([item_id]).sid_tokens()
+        return tuple(row)
+
+    def sid_tokens(self) -> list[list[str]]:
+        """SID tokens of each item, in table order: one per level, and one more for an item with a suffix."""
+        return [[token(level, code) for level, code in enumerate(row) if code >= 0] for row in self.full_codes().tolist()]
+
+    def level_tokens(self) -> list[list[str]]:
+        """SID tokens per level, indexed by code; a suffix is one more level."""
+        sizes = list(self.codebook_sizes)
+        if self.suffix is not None:
+            sizes.append(max(int(self.suffix.max(initial=-1)) + 1, 1))
+        return [[token(level, code) for code in range(size)] for level, size in enumerate(sizes)]
+
+    def vocabulary(self) -> list[str]:
+        """All SID tokens that a text tokenizer needs, unused codes included, so that the vocabulary does not grow."""
+        return [text for level in self.level_tokens() for text in level]
+
     def align(self, item_ids: Sequence[str]) -> SidTable:
         """Select and reorder rows by `item_ids`.
 
@@ -116,13 +148,18 @@ class SidTable:
         write_table(path, pa.table(columns), metadata)
 
     @classmethod
-    def load(cls, path: Path) -> SidTable:
-        """Read and validate a table.
+    def load(cls, path: str | Path) -> SidTable:
+        """Read and validate a table: a SID folder, or its `sids.parquet`.
 
         Raises:
-            ArtifactError: not a SID table, another schema version, wrong number of levels, a code out of range, or a duplicate id.
-                The message names the file, the row and both values.
+            ArtifactError: no table at this path, a file that was changed after the stage wrote it, another schema version, wrong
+                number of levels, a code out of range, or a duplicate id. The message names the file, the row and both values.
         """
+        path = Path(path)
+        path = path if path.suffix == ".parquet" else path / FILE_NAME
+        if not path.is_file():
+            raise ArtifactError(f"{path} does not exist; run `mmsid assign` or `mmsid baselines`, or correct the path")
+        verify_file(path)
         table = read_table(path)
         metadata = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
         version = metadata.get("mmsid_sids_version")
