@@ -1,1 +1,1 @@
-"""Encoders: text encoder, vision-language model, query tokens, LoRA, and plain embeddings for baselines."""
+"""Backbones of the item tokenizer: text encoders and vision-language models with query tokens, LoRA, and sentence embeddings."""

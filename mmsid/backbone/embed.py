@@ -1,4 +1,4 @@
-"""Plain sentence embeddings of the packaged MiniLM: what baselines cluster and what the tokenizer starts from."""
+"""Sentence embeddings of the packaged MiniLM, used by baselines and for the initialization of the tokenizer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from mmsid.backbone.packaged_weights import minilm_path
 from mmsid.backbone.text import no_loading_bar
 from mmsid.progress import track
 
-WIDTH = 384
+_DIM = 384
+_BATCH_SIZE = 32
 
 
 @lru_cache(maxsize=1)
@@ -25,26 +26,25 @@ def _minilm() -> tuple[Any, Any]:
 
 
 @torch.no_grad()
-def embed_texts(texts: Sequence[str], *, batch_size: int = 32, max_length: int = 128, what: str | None = None) -> np.ndarray:
-    """Mean-pooled MiniLM states, rows of unit length: (N, 384) float32, rows in the order of `texts`.
+def embed_texts(texts: Sequence[str], *, max_length: int = 128, what: str = "texts") -> np.ndarray:
+    """Mean-pooled MiniLM states: (N, 384) float32 rows of unit length, in the order of `texts`.
 
-    Equal texts get equal rows: each distinct text is embedded once. Batches hold texts of like length.
+    Each distinct text is embedded once, so equal texts get equal rows. Texts of similar length are batched together.
 
     Args:
-        max_length: most tokens read of a text.
-        what: name for a progress bar; none by default.
+        max_length: maximum number of tokens per text.
+        what: label of the progress bar.
     """
     if not len(texts):
-        return np.zeros((0, WIDTH), np.float32)
+        return np.zeros((0, _DIM), np.float32)
     text_tokenizer, model = _minilm()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
-    distinct, where = np.unique(np.asarray(list(texts), dtype=object).astype(str), return_inverse=True)
+    distinct, inverse = np.unique(np.asarray(list(texts), dtype=object).astype(str), return_inverse=True)
     order = np.argsort([-len(text) for text in distinct], kind="stable")
-    out = np.zeros((len(distinct), WIDTH), np.float32)
-    starts = range(0, len(order), batch_size)
-    for start in track(starts, what=what, unit="batches") if what else starts:
-        rows = order[start : start + batch_size]
+    out = np.zeros((len(distinct), _DIM), np.float32)
+    for start in track(range(0, len(order), _BATCH_SIZE), what=what, unit="batches"):
+        rows = order[start : start + _BATCH_SIZE]
         encoded = text_tokenizer(
             [str(distinct[row]) for row in rows], padding=True, truncation=True, max_length=max_length, return_tensors="pt"
         )
@@ -53,4 +53,4 @@ def embed_texts(texts: Sequence[str], *, batch_size: int = 32, max_length: int =
         mask = encoded["attention_mask"][..., None].to(states.dtype)
         pooled = torch.nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=-1)
         out[rows] = pooled.cpu().numpy()
-    return out[where.reshape(-1)]
+    return out[inverse.reshape(-1)]

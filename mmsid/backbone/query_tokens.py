@@ -1,14 +1,8 @@
-"""Query tokens: `num_levels` learnable SID tokens and one EMB token, read by any Hugging Face model after the item's content.
+"""Query tokens: learnable SID tokens and one EMB token that a Hugging Face model reads after the content of an item.
 
-Route B of the two known ways: the ids are extended by placeholder ids, and a forward hook on `get_input_embeddings()` puts the
-learnable vectors in their place, so that the model itself merges its image features. Building `inputs_embeds` by hand is
-silently wrong on models with multi-axis rotary positions or deep-stacked image features (Qwen-VL).
-
-Layout of a row: `[content][SID_1 .. SID_L][EMB][padding]`. Padding stands last, so that in a causal model nothing sees it.
-
-Attention rule: content never sees a query token; SID token l sees content and the SID tokens up to l; EMB sees content and all
-SID tokens. A causal model obeys it by itself. A bidirectional one gets a four-dimensional mask, and its query tokens get fixed
-position ids (the last ones the model has), so that neither padding nor the content's length moves them.
+The input gets placeholder ids, and a forward hook on the input embeddings replaces them by the learnable vectors.
+They are not passed through `inputs_embeds`, because the position ids of Qwen-VL models would be wrong.
+Row layout: `[content][SID_1 .. SID_L][EMB][padding]`; the attention rule is documented in `QueryBackbone`.
 """
 
 from __future__ import annotations
@@ -19,20 +13,18 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from mmsid.errors import ConfigError
-
 Batch = dict[str, Tensor]
 
 
 class BackboneInput(Protocol):
-    """What a backbone reads of an item: one text and any number of pictures."""
+    """Input of a backbone: one text and any number of pictures."""
 
     text: str
     pictures: tuple[Any, ...]
 
 
 class TokenStates(NamedTuple):
-    """Last hidden states by role: `content` (B, T, H) with `content_mask` (B, T) bool; `queries` (B, L + 1, H): SID_1..SID_L, EMB."""
+    """Last hidden states: `content` (B, T, H) with `content_mask` (B, T) bool; `queries` (B, L + 1, H) of SID_1..SID_L and EMB."""
 
     content: Tensor
     content_mask: Tensor
@@ -40,28 +32,35 @@ class TokenStates(NamedTuple):
 
 
 class QueryStates(NamedTuple):
-    """What the heads read: `states` (B, L + 1, H), query state + mean content state; `pooled` (B, H), the mean content state alone."""
+    """Inputs of the heads: `states` (B, L + 1, H), query state + mean content state; `pooled` (B, H), the mean content state."""
 
     states: Tensor
     pooled: Tensor
 
 
 class QueryBackbone(nn.Module):
-    """A Hugging Face body (no LM head) that reads items and answers at its query tokens.
+    """Hugging Face model without LM head, with `num_levels` SID tokens and one EMB token.
 
-    The state handed to the heads is the query token's last hidden state *plus the mean content state*: the query tokens start
-    untrained, and with the sum the tokenizer carries the encoder's ordinary sentence embedding from step 0. Content never sees
-    a query token, so that the mean is exactly what the plain model gives.
+    Attention rule: content tokens never attend to query tokens. SID token l attends to content and SID tokens up to l, EMB to content
+    and all SID tokens. A causal model fulfils this rule without a mask, because padding comes last. A bidirectional model gets a
+    four-dimensional mask, and its query tokens get the last position ids of the model, so that neither padding nor content length
+    changes their states.
+
+    The output state of a query token is its last hidden state plus the mean content state. With this sum, the untrained tokens carry
+    the sentence embedding of the plain model from step 0. Content does not attend to query tokens, so the mean equals that of the plain
+    model.
 
     Args:
-        model: the body, called with `input_ids` and friends, answering with `last_hidden_state`.
+        model: takes `input_ids`, `attention_mask` and processor outputs, returns `last_hidden_state`.
         num_levels: L.
-        seed_token: id whose embedding the query vectors start from (plus small noise).
+        seed_token: id whose embedding, plus noise, initialises the query vectors; also the placeholder id.
+        pad_token: id of padding.
+        seed: of the noise.
         position_offset: first position id of the content in a bidirectional model (2 for RoBERTa, 0 for BERT).
     """
 
     extra_fill: dict[str, int]
-    look_ahead = 1  # batches whose tokens may be held at once, to put items of like length together
+    look_ahead = 1  # number of batches tokenized at once, so that items of similar length are batched together
 
     def __init__(
         self, model: nn.Module, *, num_levels: int, seed_token: int, pad_token: int, seed: int = 0, position_offset: int = 0
@@ -83,16 +82,16 @@ class QueryBackbone(nn.Module):
 
     @property
     def num_queries(self) -> int:
-        """L + 1: the SID tokens and the EMB token."""
+        """L + 1: SID tokens and EMB token."""
         return self.num_levels + 1
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return self.queries.device
 
     def train(self, mode: bool = True) -> QueryBackbone:
-        """The frozen body stays in evaluation mode, so that its dropout never runs: what is trained is what is encoded."""
+        """Set the mode of LoRA dropout and of subclasses; the frozen model stays in evaluation mode, so that its dropout never runs."""
         super().train(mode)
         self.model.eval()
         for name, module in self.model.named_modules():
@@ -101,24 +100,23 @@ class QueryBackbone(nn.Module):
         return self
 
     def tokens(self, item: BackboneInput) -> Batch:
-        """One item's model inputs without query tokens, batch axis of 1; `input_ids` (1, T) among them."""
-        raise TypeError(f"{type(self).__name__} does not say how it reads an item")
+        """Model inputs of one item without query tokens, with a batch axis of 1; includes `input_ids` (1, T)."""
+        raise NotImplementedError(f"{type(self).__name__} does not implement `tokens`")
 
     def tokens_of(self, items: Sequence[BackboneInput]) -> list[Batch]:
         """`tokens` of several items."""
         return [self.tokens(item) for item in items]
 
     def collate(self, items: Sequence[BackboneInput], pad_to: int | None = None) -> Batch:
-        """Model inputs of a batch with placeholder ids for the query tokens; row length padded to a multiple of `pad_to`, by
-        default 8 on a GPU, whose tensor cores want it, and 1 elsewhere.
+        """Tokenize items into a batch of model inputs with placeholder ids for the query tokens.
 
-        Per-token inputs are (B, T); pictures are stacked along their first axis. `query_mask` (B, T) marks the query tokens,
-        `content_mask` (B, T) the content.
+        Rows are padded to a multiple of `pad_to` (default: 8 on a GPU, for its tensor cores, otherwise 1). Per-token inputs are (B, T);
+        pictures are stacked along their first axis. `query_mask` (B, T) marks query tokens, `content_mask` (B, T) content tokens.
         """
         return self.stack(self.tokens_of(items), pad_to)
 
     def stack(self, encoded: Sequence[Batch], pad_to: int | None = None) -> Batch:
-        """Put already tokenised items (`tokens`) into one batch."""
+        """Batch items that were tokenized by `tokens`; see `collate`."""
         lengths = [row["input_ids"].shape[1] for row in encoded]
         longest = max(lengths) + self.num_queries
         pad_to = pad_to or (8 if self.device.type == "cuda" else 1)
@@ -145,56 +143,55 @@ class QueryBackbone(nn.Module):
             batch[key] = _stack_pictures([row[key] for row in encoded if key in row])
         return batch
 
-    def token_states(self, batch: Batch, *, with_queries: bool = True) -> TokenStates:
-        """Run the body; `with_queries=False` leaves the placeholders' own embeddings in place (for tests of the hook)."""
+    def token_states(self, batch: Batch) -> TokenStates:
+        """Run the model with the learnable vectors in place of the placeholder embeddings."""
         inputs = {key: value for key, value in batch.items() if key not in ("query_mask", "content_mask")}
         mask = batch["query_mask"]
         if not self.causal:
             inputs["attention_mask"] = self._bidirectional_mask(batch)
             inputs["position_ids"] = self._positions(batch)
 
-        def place_queries(module: nn.Module, arguments: tuple, output: Tensor) -> Tensor:
+        def insert_queries(module: nn.Module, arguments: tuple, output: Tensor) -> Tensor:
             if output.shape[:2] != mask.shape:
                 return output
-            which = (mask.cumsum(1) - 1).clamp_min(0)
-            # embedding, not indexing: with several threads that adds gradients up in any order, and no run is like another
-            return torch.where(mask[..., None], nn.functional.embedding(which, self.queries.to(output.dtype)), output)
+            index = (mask.cumsum(1) - 1).clamp_min(0)
+            # `embedding` sums gradients in a fixed order; indexing does not with several threads, so runs would not be repeatable
+            return torch.where(mask[..., None], nn.functional.embedding(index, self.queries.to(output.dtype)), output)
 
-        handle = self.model.get_input_embeddings().register_forward_hook(place_queries) if with_queries else None
+        handle = self.model.get_input_embeddings().register_forward_hook(insert_queries)
         try:
             states = self.model(**inputs, **({"use_cache": False} if self.causal else {})).last_hidden_state
         finally:
-            if handle is not None:
-                handle.remove()
+            handle.remove()
         queries = states[mask].view(len(mask), self.num_queries, -1)
         return TokenStates(states, batch["content_mask"], queries)
 
     def read(self, batch: Batch) -> QueryStates:
-        """States for the heads and the mean content state, both in fp32."""
-        with_roles = self.token_states(batch)
-        weights = with_roles.content_mask[..., None].float()
-        pooled = (with_roles.content.float() * weights).sum(1) / weights.sum(1).clamp_min(1.0)
-        return QueryStates(with_roles.queries.float() + pooled[:, None], pooled)
+        """Compute the states for the heads and the mean content state, both in fp32."""
+        found = self.token_states(batch)
+        weights = found.content_mask[..., None].float()
+        pooled = (found.content.float() * weights).sum(1) / weights.sum(1).clamp_min(1.0)
+        return QueryStates(found.queries.float() + pooled[:, None], pooled)
 
     def forward(self, batch: Batch) -> Tensor:
-        """States (B, L + 1, H) of SID_1..SID_L and EMB, the mean content state folded in."""
+        """States (B, L + 1, H) of SID_1..SID_L and EMB, mean content state included."""
         return self.read(batch).states
 
     def _bidirectional_mask(self, batch: Batch) -> Tensor:
-        """Who may see whom, (B, 1, T, T). Padding sees itself only, so that no softmax is empty."""
+        """Attention mask (B, 1, T, T) of the attention rule. Padding attends to itself only, so that no softmax is empty."""
         content, query = batch["content_mask"], batch["query_mask"]
         order = torch.where(query, query.cumsum(1), 0)  # 0 content and padding, 1..L+1 the query tokens
-        sees_content = (content | query)[:, :, None] & content[:, None, :]
-        sees_query = query[:, :, None] & query[:, None, :] & (order[:, :, None] >= order[:, None, :])
-        itself = torch.eye(content.shape[1], dtype=torch.bool, device=content.device)
-        allowed = (sees_content | sees_query | itself)[:, None]
+        to_content = (content | query)[:, :, None] & content[:, None, :]
+        to_query = query[:, :, None] & query[:, None, :] & (order[:, :, None] >= order[:, None, :])
+        to_itself = torch.eye(content.shape[1], dtype=torch.bool, device=content.device)
+        allowed = (to_content | to_query | to_itself)[:, None]
         if getattr(self.model.config, "_attn_implementation", "sdpa") == "sdpa":
             return allowed
         dtype = self.model.get_input_embeddings().weight.dtype
         return torch.zeros(allowed.shape, dtype=dtype, device=content.device).masked_fill(~allowed, torch.finfo(dtype).min)
 
     def _positions(self, batch: Batch) -> Tensor:
-        """Content counts from its start; query tokens stand at the model's last positions whatever the content's length."""
+        """Position ids: content counts from `position_offset`, query tokens get the last positions of the model."""
         content, query = batch["content_mask"], batch["query_mask"]
         counted = torch.arange(content.shape[1], device=content.device).expand(content.shape) + self.position_offset
         first = self.max_positions - self.num_queries
@@ -202,52 +199,25 @@ class QueryBackbone(nn.Module):
 
     @torch.no_grad()
     def _is_causal(self) -> bool:
-        """Probe the body: in a causal model the first token's state does not depend on the third token."""
+        """Test the model: in a causal model, the states of the first two tokens do not depend on the third token."""
         device = self.model.get_input_embeddings().weight.device
         vocabulary = self.model.get_input_embeddings().weight.shape[0]
         ids = torch.tensor([[self.seed_token] * 3, [self.seed_token] * 2 + [(self.seed_token + 1) % vocabulary]], device=device)
         extra = {key: torch.full_like(ids, value) for key, value in self.probe_fill().items()}
-        was = self.model.training
+        training = self.model.training
         self.model.eval()
         states = self.model(input_ids=ids, attention_mask=torch.ones_like(ids), **extra).last_hidden_state
-        self.model.train(was)
+        self.model.train(training)
         return bool((states[0, :2] - states[1, :2]).abs().max() < 1e-5)
 
     def probe_fill(self) -> dict[str, int]:
-        """Extra per-token inputs, and their value at the query tokens, that make the body causal there."""
+        """Extra per-token inputs and their values at query tokens that make the model causal there."""
         return {}
 
 
-def check_attention_rule(backbone: QueryBackbone, item: BackboneInput, tolerance: float = 1e-4) -> None:
-    """Three forwards that prove the attention rule on this body: a changed query vector moves nothing that may not see it.
-
-    Raises:
-        ConfigError: the body ignores the mask (for example attention written without one).
-    """
-    batch = {key: value.to(backbone.device) for key, value in backbone.collate([item]).items()}
-    with torch.no_grad():
-        before = backbone.token_states(batch)
-        kept = backbone.queries.detach().clone()
-        moved = torch.randn(kept.shape, generator=torch.Generator().manual_seed(1)).to(kept)
-        try:
-            for changed in (backbone.num_levels, min(1, backbone.num_levels - 1)):  # EMB, then a SID token
-                backbone.queries.data[changed] = moved[changed]
-                after = backbone.token_states(batch)
-                backbone.queries.data.copy_(kept)
-                content = (after.content - before.content)[before.content_mask].abs().max().item() if before.content_mask.any() else 0.0
-                earlier = (after.queries - before.queries)[:, :changed].abs()
-                if content > tolerance or (earlier.numel() and earlier.max().item() > tolerance):
-                    raise ConfigError(
-                        f"{type(backbone.model).__name__} lets content or an earlier SID token see query token {changed + 1} "
-                        f"(content moved by {content:.1e}); load it with attn_implementation='sdpa' or choose another backbone"
-                    )
-        finally:
-            backbone.queries.data.copy_(kept)
-
-
 def _stack_pictures(parts: list[Tensor]) -> Tensor:
-    """Join pixel inputs along the first axis; a second axis counting pictures per item (idefics3) is zero-padded to the longest."""
+    """Concatenate pixel inputs along the first axis; a second axis of pictures per item (idefics3) is zero-padded to the longest."""
     if parts[0].dim() >= 4 and len({part.shape[1] for part in parts}) > 1:
-        most = max(part.shape[1] for part in parts)
-        parts = [torch.cat([part, part.new_zeros(part.shape[0], most - part.shape[1], *part.shape[2:])], 1) for part in parts]
+        longest = max(part.shape[1] for part in parts)
+        parts = [torch.cat([part, part.new_zeros(part.shape[0], longest - part.shape[1], *part.shape[2:])], 1) for part in parts]
     return torch.cat(parts, 0)

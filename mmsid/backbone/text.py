@@ -1,4 +1,4 @@
-"""Text backbones: the packaged MiniLM (real weights, no hub) or any Hugging Face encoder or decoder body."""
+"""Text backbones: the packaged MiniLM (no download), or any Hugging Face text encoder or causal model."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from mmsid.backbone.packaged_weights import MINILM, resolve
 from mmsid.backbone.query_tokens import BackboneInput, Batch, QueryBackbone
 from mmsid.errors import ConfigError
 
-_OFFSET_BY_PADDING = {"roberta", "xlm-roberta", "camembert", "mpnet"}  # their position ids start at padding_idx + 1
+_OFFSET_BY_PADDING = {"roberta", "xlm-roberta", "camembert", "mpnet"}  # position ids start at padding_idx + 1
 
 
 @contextlib.contextmanager
 def no_loading_bar() -> Iterator[None]:
-    """transformers draws a bar for every set of weights it loads; a stage shows its own."""
+    """Switch off the weight-loading progress bar of transformers."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -29,24 +29,26 @@ def no_loading_bar() -> Iterator[None]:
 
 
 def hidden_size_of(path: str) -> int:
-    """H of a backbone, from its configuration alone.
+    """Hidden size H of a backbone, read from its configuration.
 
     Raises:
-        ConfigError: no model configuration there.
+        ConfigError: no model configuration at `path`.
     """
     try:
         config = AutoConfig.from_pretrained(resolve(path))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"backbone {path!r} has no readable configuration ({error}); give a folder or hub id, or `minilm`") from error
+        raise ConfigError(f"backbone {path!r} has no readable configuration ({error}); use a folder, a hub id or `minilm`") from error
     return (config.get_text_config() if hasattr(config, "get_text_config") else config).hidden_size
 
 
 class TextBackbone(QueryBackbone):
-    """Reads `item.text` (pictures are not looked at), truncated to `max_length` tokens.
+    """Query backbone that encodes `item.text`, truncated to `max_length` tokens. Pictures are ignored.
 
     Args:
-        path: "minilm", a folder, or a hub id of an encoder (BERT, MPNet, ...) or a causal body (Qwen, Llama, ...).
-        max_length: most content tokens; at most the model's positions less the query tokens.
+        path: "minilm", or a folder or hub id of an encoder (BERT, MPNet, ...) or a causal model (Qwen, Llama, ...).
+        max_length: maximum number of content tokens; content and query tokens must fit the positions of the model.
+    Raises:
+        ConfigError: the model cannot be loaded, or `max_length` is too large.
     """
 
     look_ahead = 64
@@ -59,26 +61,26 @@ class TextBackbone(QueryBackbone):
                 model = AutoModel.from_pretrained(folder, attn_implementation="sdpa")
         except (OSError, ValueError) as error:
             raise ConfigError(
-                f"backbone {path!r} cannot be loaded as a text model ({error}); give a folder or hub id, or `minilm`"
+                f"backbone {path!r} cannot be loaded as a text model ({error}); use a folder, a hub id or `minilm`"
             ) from error
         seed_token = next((t for t in (text_tokenizer.cls_token_id, text_tokenizer.eos_token_id) if t is not None), 0)
         pad_token = text_tokenizer.pad_token_id if text_tokenizer.pad_token_id is not None else seed_token
         offset = pad_token + 1 if model.config.model_type in _OFFSET_BY_PADDING else 0
         super().__init__(model, num_levels=num_levels, seed_token=seed_token, pad_token=pad_token, seed=seed, position_offset=offset)
-        room = self.max_positions - self.num_queries - offset
-        if max_length > room:
-            raise ConfigError(f"max_length is {max_length}, but {path!r} has room for {room} content tokens; lower max_length")
+        limit = self.max_positions - self.num_queries - offset
+        if max_length > limit:
+            raise ConfigError(f"max_length is {max_length}, but {path!r} has positions for {limit} content tokens; lower max_length")
         self.path, self.text_tokenizer, self.max_length = path, text_tokenizer, max_length
         model.requires_grad_(False)
 
     def tokens(self, item: BackboneInput) -> Batch:
-        """Ids of the text, (1, T), special tokens included; an empty text gives at least one token."""
+        """Token ids of the text, (1, T), special tokens included; an empty text gives at least one token."""
         return self.tokens_of([item])[0]
 
     def tokens_of(self, items: Sequence[BackboneInput]) -> list[Batch]:
-        """`tokens` of several items, in one call: the text tokenizer takes longer to be called than to read a title."""
+        """`tokens` of several items in one tokenizer call, because the call overhead exceeds the time for one title."""
         rows = self.text_tokenizer([item.text for item in items], truncation=True, max_length=self.max_length)["input_ids"] if items else []
         if not all(rows):
-            least = self.text_tokenizer(self.text_tokenizer.decode([self.seed_token]), add_special_tokens=False)["input_ids"]
-            rows = [row or least for row in rows]
+            fallback = self.text_tokenizer(self.text_tokenizer.decode([self.seed_token]), add_special_tokens=False)["input_ids"]
+            rows = [row or fallback for row in rows]
         return [{"input_ids": torch.tensor([row], dtype=torch.int64)} for row in rows]

@@ -1,14 +1,12 @@
-"""Vision-language backbones: any model that AutoModelForImageTextToText loads, read through its own processor.
+"""Vision-language backbones: any model that AutoModelForImageTextToText loads, with its own processor.
 
-Works on llava, paligemma, idefics3 and gemma3 stubs built from config (tests) and on the demo captioner; Qwen-VL needs
-torchvision for its processor (extra `gpu`) and is unmeasured here. The vision tower is frozen like the rest of the body; LoRA
-goes on the language part only.
+Tested on llava, paligemma, idefics3 and gemma3 models built from configurations and on the demo captioner. Qwen-VL needs torchvision
+for its processor (extra `gpu`) and has not been measured. The vision tower is frozen; LoRA applies to the language part only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,19 +21,21 @@ INSTRUCTION = "Given the following ad, generate its Semantic IDs and embedding."
 
 
 def open_as_is(picture: Any) -> Any:
-    """Pictures handed over as PIL images need no opening."""
+    """Default of `open_picture`: pictures are PIL images already."""
     return picture
 
 
 class VlmBackbone(QueryBackbone):
-    """Reads an instruction, the item's pictures and its text in one chat turn.
+    """Query backbone that encodes an instruction, the pictures of an item and its text in one chat turn.
 
     Args:
-        path: folder or hub id of an image-text-to-text model, or `demo`, the shipped one.
-        open_picture: turns an entry of `item.pictures` into an RGB PIL image; a PictureError means the picture is left out
-            (a fact about the item, not an error).
-        max_pictures: most pictures read of one item.
-        max_length: most tokens of the item's text (instruction and picture tokens come on top).
+        path: folder or hub id of an image-text-to-text model, or `demo`, the packaged demo captioner.
+        max_length: maximum number of text tokens per item; instruction and picture tokens are not counted.
+        max_pictures: maximum number of pictures per item.
+        open_picture: turns an entry of `item.pictures` into an RGB PIL image; pictures that raise a PictureError are skipped.
+        instruction: text before the text of every item.
+    Raises:
+        ConfigError: the model or its processor cannot be loaded.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class VlmBackbone(QueryBackbone):
                 model = AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="sdpa").model
         except (OSError, ValueError, AttributeError, ImportError) as error:
             raise ConfigError(
-                f"backbone {path!r} cannot be loaded as a vision-language model ({error}); give the folder or hub id of an "
+                f"backbone {path!r} cannot be loaded as a vision-language model ({error}); use the folder or hub id of an "
                 "image-text-to-text model (Qwen-VL needs the extra `gpu`)"
             ) from error
         text_tokenizer = processor.tokenizer
@@ -70,11 +70,11 @@ class VlmBackbone(QueryBackbone):
         model.requires_grad_(False)
 
     def probe_fill(self) -> dict[str, int]:
-        """PaliGemma reads tokens of type 0 in both directions and tokens of type 1 causally; the other families need nothing."""
+        """PaliGemma attends to tokens of type 0 in both directions and to tokens of type 1 causally; other models need no extra input."""
         return {"token_type_ids": 1} if self._is_paligemma else {}
 
     def tokens(self, item: BackboneInput) -> Batch:
-        """The processor's own inputs for one chat turn: ids (1, T), per-token types, pixels."""
+        """Processor outputs of one chat turn: ids (1, T), token types, pixel values."""
         pictures = self._open(item)
         text = "\n".join(part for part in (self.instruction, self._truncate(item.text)) if part)
         content = [{"type": "image"} for _ in pictures] + [{"type": "text", "text": text}]
@@ -84,13 +84,14 @@ class VlmBackbone(QueryBackbone):
             prompt = getattr(self.processor, "image_token", "<image>") * len(pictures) + text
         encoded = self.processor(text=[prompt], images=[pictures] if pictures else None, return_tensors="pt")
         encoded.pop("labels", None)
-        encoded.pop("attention_mask", None)  # made anew, with the query tokens in it
+        encoded.pop("attention_mask", None)  # `stack` makes one that includes the query tokens
         batch = {key: value for key, value in encoded.items() if isinstance(value, torch.Tensor)}
         if self._is_paligemma:
             batch["token_type_ids"] = torch.zeros_like(batch["input_ids"])
         return batch
 
     def _open(self, item: BackboneInput) -> list[Any]:
+        """The first `max_pictures` readable pictures of an item."""
         opened = []
         for picture in item.pictures:
             if len(opened) == self.max_pictures:
@@ -104,8 +105,3 @@ class VlmBackbone(QueryBackbone):
     def _truncate(self, text: str) -> str:
         offsets = self.processor.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
         return text if len(offsets) <= self.max_length else text[: offsets[self.max_length - 1][1]]
-
-
-def is_vlm(path: str) -> bool:
-    """True for a local folder that carries a processor or image-processor configuration."""
-    return any((Path(path) / name).is_file() for name in ("preprocessor_config.json", "processor_config.json"))
