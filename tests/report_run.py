@@ -1,4 +1,4 @@
-"""A finished run folder as the stages would leave it, made of drawn codes: the page's tests need no training."""
+"""Finished run folder with generated codes, in the format of the stages, for tests of the report without training."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ KINDS = {"wear": ["shoe", "bag", "scarf", "glove"], "home": ["lamp", "chair", "t
 
 
 class SomeStage(StageConfig):
-    """What a stage's manifest says of the catalogue."""
+    """Stage configuration with a catalogue, for manifests."""
 
     catalog: CatalogConfig
 
 
 def write_catalog(folder: Path, items: int, words: int = 6, pictures: int | None = None, picture_size: int = 120) -> CatalogConfig:
-    """Items of two roots and eight things; item 0 carries markup in its title, every third item has no picture of its own."""
+    """Write items of two roots and eight things. The title of item 0 contains markup, and every third item has no picture."""
     rng = np.random.default_rng(0)
     (folder / "images").mkdir(parents=True)
     rows = []
@@ -47,8 +47,8 @@ def write_catalog(folder: Path, items: int, words: int = 6, pictures: int | None
     return CatalogConfig(items=folder / "items.parquet")
 
 
-def write_run(run: Path, config: CatalogConfig, accepted: bool = True) -> Path:
-    """Captions, interests, assign, refine and train_recommender of a run; codes follow the categories, some raw codes collide."""
+def write_run(run: Path, config: CatalogConfig, accepted: bool = True, seeds: int = 2) -> Path:
+    """Write captions, interests, assign, refine and train_recommender. Codes follow the categories, and some raw codes collide."""
     catalog = read_catalog(config)
     ids = [item.item_id for item in catalog.items]
     stage = {name: SomeStage(out=run / name, catalog=config) for name in ("caption", "interests", "assign", "refine", "train_recommender")}
@@ -70,13 +70,13 @@ def write_run(run: Path, config: CatalogConfig, accepted: bool = True) -> Path:
     with writing(run / "refine", stage="refine", config=stage["refine"]) as draft:
         _write_refine(draft.path, start, refined, accepted)
     with writing(run / "train_recommender", stage="train_recommender", config=stage["train_recommender"]) as draft:
-        write_json(draft.path / "metrics.json", results())
+        write_json(draft.path / "metrics.json", results(seeds))
         (draft.path / "ranking.md").write_text("| arm |\n|---|\n| ours |\n")
     return run
 
 
 def _tables(catalog) -> tuple[SidTable, SidTable]:
-    """A start whose first code is the root, second the thing, last drawn; and the same with every tenth item moved."""
+    """Initial codes (root, thing, random code), and the same codes with every tenth item moved."""
     rng = np.random.default_rng(1)
     roots = list(KINDS)
     codes = np.array(
@@ -108,7 +108,7 @@ def _write_refine(folder: Path, start: SidTable, refined: SidTable, accepted: bo
             "item_id": [start.item_ids[n] for n in moved],
             "codes_before": start.codes[moved].tolist(),
             "codes_after": refined.codes[moved].tolist(),
-            "reward_gained": [0.5 - 0.01 * place for place in range(len(moved))],
+            "reward_gained": [0.5 - 0.01 * rank for rank in range(len(moved))],
         }
     )
     write_table(folder / "moved.parquet", table)
@@ -116,8 +116,8 @@ def _write_refine(folder: Path, start: SidTable, refined: SidTable, accepted: bo
     write_sid_folder(folder / "sids", published, intrinsic_metrics(published))
 
 
-def results() -> dict:
-    """Figures of four arms, two seeds for the SIDs, as `train_recommender` and `bench` write them."""
+def results(seeds: int = 2) -> dict:
+    """Results of four methods, with `seeds` seeds for the SIDs, as `train_recommender` and `bench` write them."""
     figures = {
         "popularity": ("classical", 0.02),
         "hybrid": ("classical", 0.081),
@@ -128,9 +128,9 @@ def results() -> dict:
         {
             "arm": arm,
             "family": family,
-            "seeds": [0, 1] if family == "sid" else [0],
+            "seeds": list(range(seeds)) if family == "sid" else [0],
             "metrics": {
-                metric: {"mean": factor * mean, "std": 0.004 if family == "sid" else 0.0}
+                metric: {"mean": factor * mean, "std": 0.004 if family == "sid" and seeds > 1 else 0.0}
                 for metric, factor in (("HR@10", 1.6), ("NDCG@10", 1.0))
             },
             "collisions": 3 if family == "sid" else None,

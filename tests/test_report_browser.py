@@ -1,4 +1,4 @@
-"""A real browser, headless and without network, walks the page: chart, tree, search, telephone width, strangers' markup."""
+"""Report page in a headless browser without network: charts, tree, search, narrow screens, untrusted markup."""
 
 import shutil
 
@@ -40,7 +40,7 @@ def page(tmp_path_factory):
 
 @pytest.fixture
 def opened(browser, page):
-    """The page at desktop width, freshly loaded."""
+    """The page at desktop width, newly loaded."""
     width(browser, 1200)
     browser.get(page.as_uri())
     yield browser
@@ -48,7 +48,7 @@ def opened(browser, page):
 
 
 def width(browser, pixels: int) -> None:
-    """As a device of that width: a headless window itself cannot be made as narrow as a telephone."""
+    """Emulate a device of this width, because a headless window cannot be as narrow as a phone."""
     size = {"width": pixels, "height": 844, "deviceScaleFactor": 1, "mobile": pixels < 500}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
 
@@ -72,12 +72,12 @@ def test_it_loads_and_the_chart_changes_its_metric(opened):
     charts = {table.get_attribute("data-metric"): table for table in all_of(opened, "table[data-metric]")}
     assert charts["NDCG@10"].is_displayed() and not charts["HR@10"].is_displayed()
     bars = charts["NDCG@10"].find_elements("css selector", ".error")
-    assert len(bars) == 3 and bars[0].rect["width"] > 5  # one arm has two seeds: a bar with two ends
+    assert len(bars) == 3 and bars[0].rect["width"] > 5  # one method has two seeds: a bar with two ends
     one(opened, "#metric").send_keys("HR@10")
     assert charts["HR@10"].is_displayed() and not charts["NDCG@10"].is_displayed()
 
 
-def test_the_tree_is_walked_down_two_levels_by_keyboard(opened):
+def test_the_tree_is_navigated_by_keyboard(opened):
     from selenium.webdriver import Keys
 
     branches = all_of(opened, "#branches > .branch")
@@ -87,7 +87,7 @@ def test_the_tree_is_walked_down_two_levels_by_keyboard(opened):
     shoes = one(opened, '#branches > [data-branch="0.2"]')
     assert "shoe" in shoes.text
     shoes.send_keys(Keys.ENTER)
-    assert opened.switch_to.active_element.text == "b_2"  # the focus follows to where one stands
+    assert opened.switch_to.active_element.text == "b_2"  # the focus moves to the open branch
     cards = all_of(opened, "#leaves li")
     assert cards and all("shoe" in card.find_element("css selector", ".title").text for card in cards)
     assert all([chip.text for chip in card.find_elements("css selector", ".same")] == ["a_0", "b_2"] for card in cards)
@@ -95,7 +95,7 @@ def test_the_tree_is_walked_down_two_levels_by_keyboard(opened):
     assert len(all_of(opened, "#branches > .branch")) == 2
 
 
-def test_long_lists_come_piece_by_piece(opened):
+def test_long_lists_are_loaded_in_steps(opened):
     one(opened, "#branches > .branch").click()
     assert len(all_of(opened, "#leaves li")) == 12
     more = one(opened, "#leaves .more")
@@ -110,7 +110,7 @@ def test_an_item_is_found_with_its_neighbours(opened):
     until(opened, lambda: one(opened, "#found-count").text.endswith("found"))
     one(opened, "#found button").click()
     assert one(opened, "#chosen h3").text == "bag number 18" and not one(opened, "#found").is_displayed()
-    # the code of wear, and that of a bag, unless it is one of those that refinement moved to the seventh
+    # the code of wear, and the code of bags, or 7 for an item that refinement moved
     prefix = [chip.text for chip in all_of(opened, "#chosen .self .codes > span")][:2]
     assert prefix[0] == "a_0" and prefix[1] in ("b_3", "b_7")
     for same in (1, 2):
@@ -125,7 +125,7 @@ def test_pictures_decode(opened):
     until(opened, lambda: opened.execute_script("return arguments[0].complete && arguments[0].naturalWidth", image) == 96)
 
 
-def test_code_usage_tells_what_a_code_stands_for(opened):
+def test_code_usage_describes_a_code(opened):
     from selenium.webdriver import Keys
 
     cells = all_of(opened, "#heat .level:first-child .cell")
@@ -138,20 +138,21 @@ def test_code_usage_tells_what_a_code_stands_for(opened):
     assert opened.switch_to.active_element.text == "a_1"
 
 
-def test_another_arm_can_be_explored(opened):
-    assert "0 items got other codes" in one(opened, "#collisions-summary").text
-    one(opened, "#arm").send_keys("ours")
-    until(opened, lambda: "0 items got other codes" not in one(opened, "#collisions-summary").text)
+def test_another_method_can_be_explored(opened):
+    unchanged = "0 items with published codes that differ"
+    assert unchanged in one(opened, "#collisions-summary").text
+    one(opened, "#method").send_keys("ours")
+    until(opened, lambda: unchanged not in one(opened, "#collisions-summary").text)
     assert all_of(opened, "#buckets .bucket")
 
 
-def test_moved_items_show_both_places(opened):
+def test_moved_items_show_both_codes(opened):
     moved = all_of(opened, "#moved li")
     assert len(moved) == 6 and "reward +0.500" in moved[0].text
     assert [chip.text for chip in moved[0].find_elements("css selector", ".changed")] == ["b_7"]
 
 
-def test_a_telephone_needs_no_sideways_scrolling(opened):
+def test_a_narrow_screen_needs_no_sideways_scrolling(opened):
     width(opened, 390)
     opened.refresh()
     one(opened, "#branches > .branch").click()
@@ -172,7 +173,7 @@ def test_markup_in_a_title_stays_text(opened):
     assert opened.execute_script("return window.attacked === undefined && document.querySelectorAll('img[onerror]').length === 0")
 
 
-def test_results_of_a_benchmark_stand_alone(browser, tmp_path):
+def test_results_of_a_benchmark_have_a_page_without_explorers(browser, tmp_path):
     write_json(tmp_path / "x.json", results())
     browser.get(write_results_page(tmp_path / "x.json", tmp_path / "x.html").as_uri())
     assert all_of(browser, "table[data-difference] .better") and not all_of(browser, "#tree")

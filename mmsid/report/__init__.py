@@ -1,1 +1,1 @@
-"""What a person looks at in the end."""
+"""Report of a run or of benchmark results: an HTML page and a Markdown summary."""

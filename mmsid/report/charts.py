@@ -1,8 +1,7 @@
-"""Where the marks of a chart stand: arms with error bars, differences with intervals, gate figures against their margins.
+"""Positions of the marks of the report's charts: metrics with error bars, differences with intervals, gate figures with margins.
 
-The page draws each row as a label, a strip and a figure; the strip is an inline SVG whose places are percentages of its width, so that
-text keeps its size on a telephone and colours follow the reader's light or dark theme. A chart library's script would be 4.8 MB in every
-page and carry some forty addresses of tile servers and shops into a file that must hold none.
+The page draws each row as a label, an inline SVG strip and a figure. Positions are percentages of the strip's width, so that text keeps its
+size on narrow screens. No chart library is used, because its script would add megabytes and external addresses to every page.
 """
 
 from __future__ import annotations
@@ -13,23 +12,41 @@ from dataclasses import dataclass
 from typing import Any
 
 FIRST_METRICS = ("NDCG@10", "HR@10", "HR@50", "NDCG@5", "HR@1", "HR@5", "HR@20")
+SINGLE_SEED_NOTE = (
+    "One seed on this machine: another processor changes these figures by more than many of the differences shown; "
+    "run several seeds before you compare."
+)
 
 
 @dataclass(frozen=True)
 class Mark:
-    """One row of figure `text`: `low`, `at`, `high` in percent of the strip (low == high: no error bar), `family` names its colour."""
+    """One row of a chart.
+
+    Attributes:
+        label: name of the method.
+        family: CSS class of the row's colour.
+        low, mean, high: positions in percent of the strip. There is no error bar when low == high.
+        text: the figure as text.
+    """
 
     label: str
     family: str
     low: float
-    at: float
+    mean: float
     high: float
     text: str
 
 
 @dataclass(frozen=True)
 class Chart:
-    """Rows under one axis. `ticks` are (place in percent, label); `zero` is the place of 0, or None when it is the left edge."""
+    """Rows with a common axis.
+
+    Attributes:
+        metric: name of the metric.
+        marks: the rows.
+        ticks: (position in percent, label) of each tick.
+        zero: position of 0 in percent, or None when it is the left end.
+    """
 
     metric: str
     marks: list[Mark]
@@ -39,42 +56,55 @@ class Chart:
 
 @dataclass(frozen=True)
 class GateMark:
-    """One figure of the gate. `at`: its change in percent of the strip, right of 50 is better; `limit`: how far left it may fall;
-    `source`: where the margin comes from."""
+    """One figure of the acceptance gate.
+
+    Attributes:
+        metric: name of the figure.
+        before, after, margin: values as text.
+        passed: whether the figure keeps its margin.
+        change: position of the change in percent of the strip. Values above 50 are better.
+        limit: position of the largest allowed loss in percent of the strip.
+        source: how the margin is computed.
+    """
 
     metric: str
     before: str
     after: str
     margin: str
     passed: bool
-    at: float
+    change: float
     limit: float
     source: str
 
 
-def metric_names(arms: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Every metric that an arm has: the familiar ones first, the rest in their own order."""
-    found = dict.fromkeys(name for arm in arms for name in arm["metrics"])
+def metric_names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """All metrics of the rows: those of FIRST_METRICS first, then the others in order of occurrence."""
+    found = dict.fromkeys(name for row in rows for name in row["metrics"])
     return [name for name in FIRST_METRICS if name in found] + [name for name in found if name not in FIRST_METRICS]
 
 
-def metric_charts(arms: Sequence[Mapping[str, Any]]) -> list[Chart]:
-    """One chart per metric, the best arm on top; error bars are the deviation over seeds (none for a single seed)."""
+def seed_count(rows: Iterable[Mapping[str, Any]]) -> int:
+    """Largest number of seeds of a row whose figures depend on the seed, or 0 when there is no such row."""
+    return max((len(row.get("seeds") or [0]) for row in rows if row["family"] not in ("classical", "best_achievable")), default=0)
+
+
+def metric_charts(rows: Sequence[Mapping[str, Any]]) -> list[Chart]:
+    """One chart per metric, best method first. Error bars are standard deviations over seeds (none for a single seed)."""
     charts = []
-    for metric in metric_names(arms):
-        rows = sorted((arm for arm in arms if metric in arm["metrics"]), key=lambda arm: (-arm["metrics"][metric]["mean"], arm["arm"]))
-        spans = [_span(arm["metrics"][metric]) for arm in rows]
+    for metric in metric_names(rows):
+        ranked = sorted((row for row in rows if metric in row["metrics"]), key=lambda row: (-row["metrics"][metric]["mean"], row["arm"]))
+        spans = [_span(row["metrics"][metric]) for row in ranked]
         axis = _Axis.over([0.0, *(end for span in spans for end in span)])
         marks = [
-            Mark(arm["arm"], arm["family"], *map(axis.place, (low, mean, high)), _with_deviation(arm["metrics"][metric]))
-            for arm, (low, mean, high) in zip(rows, spans, strict=True)
+            Mark(row["arm"], row["family"], *map(axis.position, span), _with_deviation(row["metrics"][metric]))
+            for row, span in zip(ranked, spans, strict=True)
         ]
         charts.append(Chart(metric, marks, axis.ticks()))
     return charts
 
 
 def difference_charts(differences: Iterable[Mapping[str, Any]], part: str) -> dict[str, list[Chart]]:
-    """Baseline -> one chart per metric of the other arms' differences to it on `part`, with 95 % intervals of the paired bootstrap."""
+    """Baseline -> one chart per metric of the differences of the other methods on `part`, with 95 % paired bootstrap intervals."""
     groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for row in differences:
         if row["part"] == part:
@@ -83,23 +113,23 @@ def difference_charts(differences: Iterable[Mapping[str, Any]], part: str) -> di
     for (baseline, metric), rows in groups.items():
         axis = _Axis.over([0.0, *(row[end] for row in rows for end in ("low", "high"))])
         marks = [
-            Mark(row["arm"], _verdict(row), *map(axis.place, (row["low"], row["mean"], row["high"])), f"{row['mean']:+.4f}")
+            Mark(row["arm"], _verdict(row), *map(axis.position, (row["low"], row["mean"], row["high"])), f"{row['mean']:+.4f}")
             for row in sorted(rows, key=lambda row: (-row["mean"], row["arm"]))
         ]
-        charts.setdefault(baseline, []).append(Chart(metric, marks, axis.ticks(), axis.place(0.0)))
+        charts.setdefault(baseline, []).append(Chart(metric, marks, axis.ticks(), axis.position(0.0)))
     return charts
 
 
 def gate_marks(rows: Iterable[Mapping[str, Any]]) -> list[GateMark]:
-    """Each figure on a strip of its own scale: what it gained or lost, and the margin that it had to keep."""
+    """Change and margin of each figure of the gate. Each strip has its own scale, and positive changes are improvements."""
     marks = []
     for row in rows:
-        gained = row["after"] - row["before"] if row["better"] == "higher" else row["before"] - row["after"]
-        scale = max(abs(gained), row["margin"], 1e-12) * 1.1
-        places = [50 + 50 * value / scale for value in (gained, -row["margin"])]
+        gain = row["after"] - row["before"] if row["better"] == "higher" else row["before"] - row["after"]
+        scale = max(abs(gain), row["margin"], 1e-12) * 1.1
+        positions = [round(50 + 50 * value / scale, 2) for value in (gain, -row["margin"])]
         figures = [f"{row[name]:.4g}" for name in ("before", "after", "margin")]
         metric, source = row["metric"].replace("_", " "), row.get("source", "")
-        marks.append(GateMark(metric, *figures, row["passed"], *(round(place, 2) for place in places), source))
+        marks.append(GateMark(metric, *figures, row["passed"], *positions, source))
     return marks
 
 
@@ -113,7 +143,7 @@ def _with_deviation(figure: Mapping[str, float]) -> str:
 
 
 def _verdict(row: Mapping[str, Any]) -> str:
-    """Above noise by the verdict that comes with the row (corrected for many comparisons), else when the interval leaves out 0."""
+    """`better`, `worse` or `noise`. The row's own verdict (corrected for multiple comparisons) precedes its interval."""
     above_noise = row.get("exceeds_noise", row["low"] > 0 or row["high"] < 0)
     return ("better" if row["mean"] > 0 else "worse") if above_noise else "noise"
 
@@ -126,18 +156,18 @@ class _Axis:
 
     @classmethod
     def over(cls, values: Sequence[float]) -> _Axis:
-        """An axis with about four steps of 1, 2 or 5 times a power of ten that covers all `values`."""
+        """Axis that covers all `values` with about four steps of 1, 2 or 5 times a power of ten."""
         low, high = min(values), max(values)
         rough = max(high - low, 1e-9) / 4
         power = 10.0 ** math.floor(math.log10(rough))
         step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * (1 - 1e-9))
         return cls(math.floor(low / step + 1e-9) * step, max(math.ceil(high / step - 1e-9), math.floor(low / step + 1e-9) + 1) * step, step)
 
-    def place(self, value: float) -> float:
-        # the outermost marks need room for their own width
+    def position(self, value: float) -> float:
+        # 2 % at each end are left for the width of the marks
         return round(2 + 96 * (value - self.low) / (self.high - self.low), 2)
 
     def ticks(self) -> list[tuple[float, str]]:
         decimals = max(0, -math.floor(math.log10(self.step) + 1e-9))
         count = round((self.high - self.low) / self.step)
-        return [(self.place(self.low + n * self.step), f"{self.low + n * self.step + 0.0:.{decimals}f}") for n in range(count + 1)]
+        return [(self.position(self.low + n * self.step), f"{self.low + n * self.step + 0.0:.{decimals}f}") for n in range(count + 1)]

@@ -1,20 +1,20 @@
-// Code usage, collisions, and what refinement moved; then the page is drawn for the arm that is chosen.
+// Code usage, collisions and items moved by refinement. Draws the page for the selected method.
 
-/** One level: a row of cells to walk with the arrow keys, and what the code under the cursor stands for. */
+/** One level: a grid of cells with keyboard navigation, and a description of the selected code. */
 function heatLevel(level) {
-  const counts = arm.counts[level];
+  const counts = method.counts[level];
   const total = counts.reduce((sum, count) => sum + count, 0);
   const largest = Math.max(...counts, 1);
   const used = counts.filter((count) => count > 0);
   const perplexity = Math.exp(-used.reduce((sum, count) => sum + (count / total) * Math.log(count / total), 0));
   const about = make("div", { className: "about", role: "status" });
   const show = (code) => {
-    const rows = rowsAll().filter((row) => arm.codes[row][level] === code);
-    const seen = rows.length ? common(rows, level + 1, 3) : "";
-    const fair = (total / counts.length).toFixed(1);
-    const share = `${amount(counts[code], "item")}, ${percent(counts[code] / total)}; a fair share is ${fair}`;
+    const rows = rowsAll().filter((row) => method.codes[row][level] === code);
+    const frequent = rows.length ? common(rows, level + 1, 3) : "";
+    const uniform = (total / counts.length).toFixed(1);
+    const share = `${amount(counts[code], "item")}, ${percent(counts[code] / total)}; uniform use is ${uniform}`;
     about.replaceChildren(make("p", {}, sidToken(level, code), ` ${share}`),
-      seen ? make("p", { dir: "auto" }, `Most often: ${seen}`) : make("p", {}, counts[code] ? "" : "No item carries this code."),
+      frequent ? make("p", { dir: "auto" }, `Most frequent: ${frequent}`) : make("p", {}, counts[code] ? "" : "No item has this code."),
       make("p", { className: "quiet clamped", dir: "auto" }, rows.slice(0, 3).map(titleOf).join(" · ")));
   };
   const cells = counts.map((count, code) => {
@@ -25,7 +25,7 @@ function heatLevel(level) {
     cell.style.setProperty("--share", `${Math.round((90 * count) / largest)}%`);
     return cell;
   });
-  const at = (cell) => cells.indexOf(cell);
+  const codeOf = (cell) => cells.indexOf(cell);
   const select = (code) => {
     cells.forEach((cell, other) => {
       cell.tabIndex = other === code ? 0 : -1;
@@ -34,15 +34,15 @@ function heatLevel(level) {
     show(code);
   };
   const grid = make("div", { className: "cells", role: "listbox", "aria-label": `Codes of level ${level + 1}` }, ...cells);
-  grid.addEventListener("mouseover", (event) => at(event.target) >= 0 && select(at(event.target)));
-  grid.addEventListener("focusin", (event) => at(event.target) >= 0 && select(at(event.target)));
-  grid.addEventListener("click", (event) => at(event.target) >= 0 && cells[at(event.target)].focus());
+  grid.addEventListener("mouseover", (event) => codeOf(event.target) >= 0 && select(codeOf(event.target)));
+  grid.addEventListener("focusin", (event) => codeOf(event.target) >= 0 && select(codeOf(event.target)));
+  grid.addEventListener("click", (event) => codeOf(event.target) >= 0 && event.target.focus());
   grid.addEventListener("keydown", (event) => {
-    const here = at(document.activeElement);
-    const across = cells.findIndex((cell) => cell.offsetTop > cells[0].offsetTop);
-    const steps = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: across < 0 ? 0 : across, ArrowUp: across < 0 ? 0 : -across };
-    if (event.key in steps) cells[Math.max(0, Math.min(cells.length - 1, here + steps[event.key]))].focus();
-    else if (event.key === "Enter" && level === 0 && counts[here]) walk([here], true);
+    const current = codeOf(document.activeElement);
+    const columns = Math.max(0, cells.findIndex((cell) => cell.offsetTop > cells[0].offsetTop)); // 0: there is one line only
+    const steps = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: columns, ArrowUp: -columns };
+    if (event.key in steps) cells[Math.max(0, Math.min(cells.length - 1, current + steps[event.key]))].focus();
+    else if (event.key === "Enter" && level === 0 && counts[current]) showBranch([current], true);
     else return;
     event.preventDefault();
   });
@@ -55,11 +55,11 @@ function heatLevel(level) {
 const sidToken = (level, code) => make("span", { className: "codes" }, make("span", { className: "same" }, token(level, code)));
 
 function drawCollisions() {
-  const found = arm.collisions;
+  const found = method.collisions;
   const lost = (sizes) => Object.entries(sizes).reduce((sum, [size, count]) => sum + (size - 1) * count, 0);
-  const twins = found.duplicates ? ` ${amount(found.duplicates, "item")} of the very same content as another may share a SID.` : "";
-  $("collisions-summary").textContent = `Before collision handling ${amount(lost(found.raw), "item")} had no SID of their own, after it ` +
-    `${amount(lost(found.published), "item")}; ${amount(found.changed, "item")} got other codes than the model's first choice.${twins}`;
+  const copies = found.duplicates ? ` ${amount(found.duplicates, "item")} with the same content as another may share a SID.` : "";
+  $("collisions-summary").textContent = `${amount(lost(found.raw), "item")} without a unique SID before collision handling, ` +
+    `${amount(lost(found.published), "item")} after it. ${amount(found.changed, "item")} with published codes that differ from the raw codes.${copies}`;
   const sizes = [...new Set([...Object.keys(found.raw), ...Object.keys(found.published)])].sort((a, b) => a - b);
   const head = make("tr", {}, ...["items in a bucket", ...sizes].map((name) => make("th", { scope: "col" }, name)));
   const line = (name, of) => {
@@ -71,19 +71,19 @@ function drawCollisions() {
   $("collisions-sizes").replaceChildren(
     sizes.length ? make("div", { className: "wide", tabIndex: 0, role: "region", "aria-label": "Buckets by size" }, table) : "");
   fill($("buckets"), found.buckets, (rows) => {
-    const raw = arm.raw[rows[0]] ?? arm.codes[rows[0]];
+    const raw = method.raw[rows[0]] ?? method.codes[rows[0]];
     const list = make("ul", { className: "cards" });
     const bucket = make("div", { className: "bucket" }, make("div", {}, "Raw codes ", sid(raw), ` ${amount(rows.length, "item")}`), list);
-    fill(list, rows, (row) => itemCard(row, sidOf(row, { before: raw }), arm.raw[row] ? "moved to other codes" : "kept its codes"), 6);
+    fill(list, rows, (row) => itemCard(row, sidOf(row, { before: raw }), method.raw[row] ? "moved to other codes" : "kept its codes"), 6);
     return bucket;
   }, 4);
 }
 
 function drawMoved() {
   const moved = data.moved;
-  const facts = moved.count ? `, ${percent(moved.share_gaining)} of them to a higher reward; on average it changes by ` +
-    `${moved.mean_gain.toFixed(3)}, and ${moved.first_level.toLocaleString("en")} change their first code` : "";
-  const part = moved.rows.length < moved.count ? ` The ${moved.rows.length} with the largest gain:` : "";
+  const facts = moved.count ? `, ${percent(moved.share_gaining)} of them with a higher reward. The mean change of the reward is ` +
+    `${moved.mean_gain.toFixed(3)}, and ${amount(moved.first_level, "first code")} changed` : "";
+  const part = moved.rows.length < moved.count ? ` The list shows the ${moved.rows.length} items with the largest gain.` : "";
   $("moved-summary").textContent = `${amount(moved.count, "item")}${facts}.${part}`;
   fill($("moved"), moved.rows, ({ row, before, after, gain }) => {
     const move = make("span", { className: "move" }, sid(before), "→", sid(after, { before }));
@@ -91,18 +91,18 @@ function drawMoved() {
   }, 12);
 }
 
-/** Draw every explorer for the chosen arm: the item stays, the tree starts anew, for its codes mean something else. */
+/** Draw all explorers for the selected method. The chosen item is kept, and the tree is reset because its codes differ. */
 function draw() {
-  $("heat").replaceChildren(...arm.sizes.map((_, level) => heatLevel(level)));
+  $("heat").replaceChildren(...method.sizes.map((_, level) => heatLevel(level)));
   drawCollisions();
-  walk([]);
+  showBranch([]);
   if (data.items.id.length) choose(chosen ?? example(), false);
   if ($("query").value) search($("query").value);
 }
 
 if (data) {
-  $("arm").addEventListener("change", (event) => {
-    arm = data.arms[event.target.value];
+  $("method").addEventListener("change", (event) => {
+    method = data.methods[event.target.value];
     draw();
   });
   draw();

@@ -1,14 +1,14 @@
-// The SID tree, walked level by level, and the search for an item with its SID neighbours.
+// The SID tree, and the search for an item and its SID neighbours.
 
 let chosen = null; // the row of the item shown in the search section
 
-const under = (prefix) => rowsAll().filter((row) => prefix.every((code, level) => arm.codes[row][level] === code));
+const under = (prefix) => rowsAll().filter((row) => prefix.every((code, level) => method.codes[row][level] === code));
 
 function branchCard(prefix, rows, total) {
   const titles = [...new Set(rows.slice(0, 12).map(titleOf))].slice(0, 2);
   pictures ??= read("pictures");
   const shown = rows.filter((row) => pictures[row]).slice(0, 4);
-  return make("button", { type: "button", className: "branch", "data-branch": prefix.join("."), onclick: () => walk(prefix, true) },
+  return make("button", { type: "button", className: "branch", "data-branch": prefix.join("."), onclick: () => showBranch(prefix, true) },
     make("span", { className: "top" }, sid(prefix),
       make("span", { className: "quiet" }, `${amount(rows.length, "item")}, ${percent(rows.length / total)}`)),
     make("span", { className: "common", dir: "auto" }, common(rows, prefix.length)),
@@ -16,19 +16,19 @@ function branchCard(prefix, rows, total) {
     ...titles.map((title) => make("span", { className: "words clamped", dir: "auto" }, title)));
 }
 
-/** Stand at a prefix: breadcrumbs, its branches (largest first), and the items below it. */
-function walk(prefix, focus = false) {
+/** Show a branch of the tree: breadcrumbs, sub-branches (largest first) and items. */
+function showBranch(prefix, focus = false) {
   const rows = under(prefix);
-  const crumbs = [make("button", { type: "button", onclick: () => walk([], true) }, "all items")];
+  const crumbs = [make("button", { type: "button", onclick: () => showBranch([], true) }, "all items")];
   prefix.forEach((code, level) => {
-    crumbs.push(make("button", { type: "button", onclick: () => walk(prefix.slice(0, level + 1), true) }, token(level, code)));
+    crumbs.push(make("button", { type: "button", onclick: () => showBranch(prefix.slice(0, level + 1), true) }, token(level, code)));
   });
   crumbs.at(-1).setAttribute("aria-current", "location");
   $("crumbs").replaceChildren(...crumbs, make("span", { className: "quiet", role: "status" }, amount(rows.length, "item")));
   const children = new Map();
-  if (prefix.length < arm.sizes.length) {
+  if (prefix.length < method.sizes.length) {
     for (const row of rows) {
-      const code = arm.codes[row][prefix.length];
+      const code = method.codes[row][prefix.length];
       if (!children.has(code)) children.set(code, []);
       children.get(code).push(row);
     }
@@ -57,26 +57,26 @@ function search(text) {
   showFound(true);
 }
 
-/** The list of what was found, or, once one of it is chosen, the way back to it. */
+/** Show the search results, or, when an item is chosen, the button that returns to them. */
 function showFound(open) {
   $("found-list").hidden = !open;
   $("back").hidden = open || !$("found").children.length;
 }
 
-/** Show one item with the items that share its prefix, the longest first. */
+/** Show one item and the items that share a prefix with it, longest prefix first. */
 function choose(row, scroll = true) {
   chosen = row;
   const { id, title, caption, interest } = data.items;
   const facts = [["id", id[row]], ["caption", caption[row]], ["interests", interest[row]], ["category", pathOf(row).join(" › ")]];
-  if (arm.raw[row]) facts.push(["raw codes", sid(arm.raw[row])]);
+  if (method.raw[row]) facts.push(["raw codes", sid(method.raw[row])]);
   const self = make("div", { className: "self" }, picture(row), make("div", {},
     make("h3", { dir: "auto", tabIndex: -1 }, title[row] || id[row]), sidOf(row),
     make("dl", {}, ...facts.flatMap(([name, value]) => (value ? [make("dt", {}, name), make("dd", { dir: "auto" }, value)] : [])))));
   $("chosen").replaceChildren(self);
   if (scroll) showFound(false);
-  const groups = arm.sizes.map(() => []);
+  const groups = method.sizes.map(() => []);
   for (const other of rowsAll()) {
-    const same = commonPrefix(arm.codes[row], arm.codes[other]);
+    const same = commonPrefix(method.codes[row], method.codes[other]);
     if (same && other !== row) groups[same - 1].push(other);
   }
   for (let same = groups.length; same > 0; same -= 1) {
@@ -84,11 +84,11 @@ function choose(row, scroll = true) {
     if (!rows.length) continue;
     const what = same === groups.length ? "the whole SID" : `${amount(same, "code")} of ${groups.length}`;
     const list = make("ul", { className: "cards", "data-common": same });
-    const prefix = sid(arm.codes[row].slice(0, same), { same });
+    const prefix = sid(method.codes[row].slice(0, same), { same });
     $("chosen").append(make("h3", {}, `Shares ${what} `, prefix, ` ${amount(rows.length, "item")}`), list);
     fill(list, rows, (other) => itemCard(other, sidOf(other, { same })), 6);
   }
-  if (!groups.some((rows) => rows.length)) $("chosen").append(make("p", { className: "quiet" }, "No other item begins with this code."));
+  if (!groups.some((rows) => rows.length)) $("chosen").append(make("p", { className: "quiet" }, "No other SID begins with this code."));
   if (scroll) {
     $("search").scrollIntoView();
     self.querySelector("h3").focus({ preventScroll: true });
@@ -100,11 +100,11 @@ $("back")?.addEventListener("click", () => {
   $("found").querySelector("button").focus();
 });
 
-/** An item to begin with: one whose last branch has the most company, with a picture where there is any. */
+/** The item that is shown first: an item of the largest branch, with a picture if possible. */
 function example() {
   const branches = new Map();
   for (const row of rowsAll()) {
-    const branch = arm.codes[row].slice(0, -1).join(".");
+    const branch = method.codes[row].slice(0, -1).join(".");
     if (!branches.has(branch)) branches.set(branch, []);
     branches.get(branch).push(row);
   }

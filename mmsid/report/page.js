@@ -1,13 +1,13 @@
 "use strict";
-// What all explorers share: the data, elements made from text only, and how an item and a SID look.
+// Shared by all explorers: the data, elements made from text only, and the display of items and SIDs.
 
 const read = (id) => JSON.parse(document.getElementById(id).textContent);
 const data = read("data");
 const $ = (id) => document.getElementById(id);
-let pictures = null; // parsed when the first one is wanted: megabytes of them may lie in the page
-let arm = data && data.arms[data.arms.length - 1];
+let pictures = null; // parsed on first use, because they can be megabytes
+let method = data && data.methods[data.methods.length - 1];
 
-/** An element; `options` are properties, `data-`/`aria-` names are attributes, children are nodes or text (never markup). */
+/** Create an element. `options` are properties (`data-` and `aria-` names are attributes), children are nodes or text, never markup. */
 function make(tag, options = {}, ...children) {
   const element = document.createElement(tag);
   for (const [name, value] of Object.entries(options)) {
@@ -25,24 +25,24 @@ const rowsAll = () => [...data.items.id.keys()];
 const titleOf = (row) => data.items.title[row] || data.items.id[row];
 const pathOf = (row) => data.categories.paths[data.categories.of[row]];
 
-/** How many codes two SIDs share from the left. */
+/** Length of the common prefix of two SIDs. */
 function commonPrefix(one, other) {
   let length = 0;
   while (length < one.length && one[length] === other[length]) length += 1;
   return length;
 }
 
-/** A SID as chips: the first `same` filled, those that differ from `before` outlined. */
+/** A SID as chips. The first `same` codes are filled, and codes that differ from `before` are outlined. */
 function sid(codes, { same = 0, before = null, suffix = -1 } = {}) {
   const chips = codes.map((code, level) => {
-    const look = level < same ? "same" : before && before[level] !== code ? "changed" : "";
-    return make("span", { className: look }, token(level, code));
+    const className = level < same ? "same" : before && before[level] !== code ? "changed" : "";
+    return make("span", { className }, token(level, code));
   });
   if (suffix >= 0) chips.push(make("span", { title: "suffix: number within its bucket" }, `#${suffix}`));
   return make("span", { className: "codes" }, ...chips);
 }
 
-const sidOf = (row, options = {}) => sid(arm.codes[row], { suffix: arm.suffix ? arm.suffix[row] : -1, ...options });
+const sidOf = (row, options = {}) => sid(method.codes[row], { suffix: method.suffix ? method.suffix[row] : -1, ...options });
 
 function picture(row) {
   pictures ??= read("pictures");
@@ -51,7 +51,7 @@ function picture(row) {
   return make("img", { className: "picture", alt: "", loading: "lazy", decoding: "async", src: `data:image/webp;base64,${found}` });
 }
 
-/** A card that opens the item in the search section. */
+/** Card of an item. A click shows the item in the search section. */
 function itemCard(row, chips = sidOf(row), note = null) {
   const [words, interest, path] = [data.items.caption[row], data.items.interest[row], pathOf(row)];
   const text = make("span", {},
@@ -64,7 +64,7 @@ function itemCard(row, chips = sidOf(row), note = null) {
   return make("li", { "data-row": row }, button);
 }
 
-/** Put the elements of `list` into `parent`, `step` at a time, with a button for more behind it (so it must stand somewhere already). */
+/** Render `list` into `parent`, `step` elements at a time, with a button for more after it. `parent` must be in the document. */
 function fill(parent, list, render, step = 24) {
   parent.replaceChildren();
   if (parent.nextElementSibling?.classList.contains("more")) parent.nextElementSibling.remove();
@@ -87,7 +87,7 @@ function fill(parent, list, render, step = 24) {
 
 const WORD = /\p{L}{3,}/gu;
 
-/** What items have in common: the most frequent category at a depth, or words of the titles where there are no categories. */
+/** Most frequent category of the items at a depth, or words of the titles for items without categories. */
 function common(rows, depth, most = 1) {
   const counts = new Map();
   for (const row of rows) {

@@ -1,7 +1,7 @@
-"""The page: one HTML file with its style, script, data and pictures inside, opened from disk without server or network.
+"""HTML report: one self-contained file with style, script, data and pictures, which opens without server or network.
 
-Text from a catalogue is a stranger's: the template escapes all of it, data for the script is JSON that cannot leave its element, the script
-writes text and never markup, and a content security policy lets nothing run or load but what this file was written with.
+Texts of a catalogue are untrusted. The template escapes them, data for the script is JSON that cannot end its element, the script inserts
+text nodes only, and a content security policy forbids every other script and all external resources.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from mmsid.artifacts import is_complete, read_json, write_text
 from mmsid.catalog import CatalogConfig, read_catalog
 from mmsid.errors import ArtifactError
-from mmsid.report.charts import difference_charts, gate_marks, metric_charts, metric_names
-from mmsid.report.explore import MOST_ITEMS, embedded_json, explore
+from mmsid.report.charts import SINGLE_SEED_NOTE, difference_charts, gate_marks, metric_charts, metric_names, seed_count
+from mmsid.report.explore import embedded_json, explore
 from mmsid.report.run_folder import manifests, sid_folders
 from mmsid.sids.folder import INTRINSIC
 from mmsid.sids.intrinsic_table import intrinsic_columns
@@ -27,21 +27,20 @@ HERE = Path(__file__).parent
 SCRIPTS = ("page.js", "explore.js", "codes.js")
 
 
-def write_run_page(run: Path, config: CatalogConfig, out: Path, most_items: int = MOST_ITEMS) -> Path:
+def write_run_page(run: Path, config: CatalogConfig, out: Path) -> Path:
     """Write the page of a run folder to `out`.
 
     Raises:
-        ArtifactError: `run` holds no finished stage, or one is damaged.
+        ArtifactError: `run` has no finished stage, or a stage is damaged.
         CatalogError: the catalogue cannot be read.
     """
     stages = manifests(run)
-    arms = sid_folders(run)
+    folders = sid_folders(run)
     metrics = read_json(run / "train_recommender" / "metrics.json") if is_complete(run / "train_recommender") else None
-    explored = explore(run, read_catalog(config), config, arms, most_items) if arms else None
     page = {
         "title": run.resolve().name,
-        "explored": explored,
-        "intrinsic": intrinsic_columns({arm: read_json(folder / INTRINSIC) for arm, folder in arms.items()}),
+        "explored": explore(run, read_catalog(config), config, folders) if folders else None,
+        "intrinsic": intrinsic_columns({name: read_json(folder / INTRINSIC) for name, folder in folders.items()}),
         "refinement": _refinement(run),
         "stages": [
             {"stage": name, "seconds": manifest["wall_seconds"], "counts": manifest["counts"], "version": manifest["package_version"]}
@@ -53,15 +52,15 @@ def write_run_page(run: Path, config: CatalogConfig, out: Path, most_items: int 
 
 
 def write_results_page(results: Path, out: Path) -> Path:
-    """Write the page of a benchmark's results (JSON with `arms`) to `out`: chart and tables only.
+    """Write the page of benchmark results (a JSON file with a list `arms`) to `out`. It has charts and tables only.
 
     Raises:
-        ArtifactError: the file cannot be read or holds no results.
+        ArtifactError: the file cannot be read or has no results.
     """
     found = read_json(results)
-    arms = found.get("arms") if isinstance(found, dict) else None
-    if not isinstance(arms, list) or not all(isinstance(arm, dict) and {"arm", "family", "metrics"} <= set(arm) for arm in arms):
-        raise ArtifactError(f"{results} holds no list `arms` of entries with arm, family and metrics; name a file that `mmsid bench` wrote")
+    rows = found.get("arms") if isinstance(found, dict) else None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and {"arm", "family", "metrics"} <= set(row) for row in rows):
+        raise ArtifactError(f"{results} holds no list `arms` of entries with arm, family and metrics; give a file that `mmsid bench` wrote")
     dataset = found.get("dataset")
     title = dataset["name"] if isinstance(dataset, dict) and "name" in dataset else dataset if isinstance(dataset, str) else results.stem
     empty = {"title": title, "explored": None, "intrinsic": {}, "refinement": None, "stages": []}
@@ -70,18 +69,19 @@ def write_results_page(results: Path, out: Path) -> Path:
 
 
 def _results(found: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Charts and tables of the arms: test figures, or valid ones where test was not ranked."""
+    """Charts and tables of the methods: test figures, or valid figures when test was not evaluated."""
     found = found or {"arms": []}
-    part = "test" if any(arm["metrics"] for arm in found["arms"] if arm["family"] != "best_achievable") else "valid"
-    arms = [arm | {"metrics": arm["metrics"] if part == "test" else arm.get("valid", {})} for arm in found["arms"]]
+    part = "test" if any(row["metrics"] for row in found["arms"] if row["family"] != "best_achievable") else "valid"
+    rows = [row | {"metrics": row["metrics"] if part == "test" else row.get("valid", {})} for row in found["arms"]]
     dataset = found.get("dataset")
     return {
         "part": part,
-        "arms": arms,
-        "metrics": metric_names(arms),
-        "charts": metric_charts(arms),
+        "rows": rows,
+        "metrics": metric_names(rows),
+        "charts": metric_charts(rows),
         "differences": difference_charts(found.get("differences", []), part),
-        "most_seeds": max((len(arm.get("seeds", [])) for arm in arms), default=0),
+        "seeds": seed_count(rows),
+        "single_seed_note": SINGLE_SEED_NOTE,
         "not_run": dataset.get("not_run", []) if isinstance(dataset, dict) else [],
     }
 

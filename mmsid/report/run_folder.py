@@ -1,4 +1,4 @@
-"""What a run folder tells by itself: its arms, its finished stages, and the catalogue that it was made from."""
+"""Contents of a run folder: SID folders of its methods, manifests of its finished stages, and its catalogue."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mmsid.annotate.readers import ItemInterests, read_captions, read_interests
 from mmsid.artifacts import MANIFEST, is_complete, read_manifest
 from mmsid.catalog import CatalogConfig
 from mmsid.config import apply_override, build
@@ -14,7 +15,7 @@ from mmsid.sids.folder import TABLE
 
 
 def sid_folders(run: Path) -> dict[str, Path]:
-    """Arm name -> SID folder, for every arm that a run has finished: baselines first, then ours, then ours refined."""
+    """Method -> SID folder, for every method that the run has finished: baselines, `ours`, `ours_refined`."""
     found = {path.parent.name: path.parent for path in sorted((run / "baselines").glob(f"*/{TABLE}")) if is_complete(run / "baselines")}
     if is_complete(run / "assign"):
         found["ours"] = run / "assign"
@@ -23,47 +24,54 @@ def sid_folders(run: Path) -> dict[str, Path]:
     return found
 
 
+def annotations(run: Path) -> tuple[dict[str, str], dict[str, ItemInterests]]:
+    """Captions and mined interests by item id. Each is empty when the run has not finished the stage."""
+    captions = read_captions(run / "caption") if is_complete(run / "caption") else {}
+    return captions, read_interests(run / "interests") if is_complete(run / "interests") else {}
+
+
 def manifests(run: Path) -> dict[str, dict[str, Any]]:
-    """Stage -> manifest of every finished stage but the report itself, in the order in which they were finished.
+    """Stage -> manifest of every finished stage except the report, in the order in which they finished.
 
     Raises:
-        ArtifactError: no finished stage in `run`, or one of another schema version.
+        ArtifactError: `run` has no finished stage, or a manifest has another schema version.
     """
     found = [(path.parent.name, read_manifest(path.parent)) for path in sorted(run.glob(f"*/{MANIFEST}")) if path.parent.name != "report"]
     if not found:
-        raise ArtifactError(f"{run} holds no finished stage; name the folder of a run, e.g. runs/demo, or start one with `mmsid run`")
+        raise ArtifactError(f"{run} holds no finished stage; give the folder of a run, e.g. runs/demo, or start one with `mmsid run`")
     return dict(sorted(found, key=lambda entry: (entry[1]["finished_unix"], entry[0])))
 
 
 def catalog_of_run(run: Path, overrides: Sequence[str] = ()) -> CatalogConfig:
-    """The catalogue that the run's manifests name; relative paths start where the run was started.
+    """Catalogue in the manifests of the run. Relative paths start at the working folder of the run.
 
     Args:
-        overrides: `catalog.items=PATH` and the like, for a run folder or a catalogue that was moved.
+        overrides: `catalog.items=PATH` and similar, for a run folder or a catalogue that was moved.
+
     Raises:
-        ArtifactError: no stage names a catalogue, or its items are not where they were.
+        ArtifactError: no manifest has a catalogue, or the items file does not exist.
         ConfigError: an override is wrong.
     """
-    named = [(stage, manifest) for stage, manifest in manifests(run).items() if manifest["config"].get("catalog")]
-    if not named:
-        raise ArtifactError(f"{run}: no finished stage names a catalogue; write its page with `mmsid report --config CONFIG`")
-    stage, manifest = named[0]
-    started_in = _started_in(run / stage, Path(manifest["config"]["out"]))
-    found = manifest["config"]["catalog"]
-    found |= {name: str(started_in / found[name]) for name in ("items", "image_root", "sequences") if found.get(name)}
-    data = {"catalog": found}
+    with_catalog = [(stage, manifest) for stage, manifest in manifests(run).items() if manifest["config"].get("catalog")]
+    if not with_catalog:
+        raise ArtifactError(f"{run}: no finished stage has a catalogue; write the page with `mmsid report --config CONFIG`")
+    stage, manifest = with_catalog[0]
+    working_folder = _working_folder(run / stage, Path(manifest["config"]["out"]))
+    catalog = manifest["config"]["catalog"]
+    catalog |= {name: str(working_folder / catalog[name]) for name in ("items", "image_root", "sequences") if catalog.get(name)}
+    data = {"catalog": catalog}
     for override in overrides:
         apply_override(data, override, source=str(run / stage / MANIFEST))
     config = build(CatalogConfig, data["catalog"], source=str(run / stage / MANIFEST), section="catalog")
     if not config.items.is_file():
         raise ArtifactError(
-            f"{run} was made from the catalogue {config.items}, which is not there; name it: `mmsid report {run} catalog.items=FILE` "
-            "(and catalog.sequences, catalog.image_root where the catalogue has them)"
+            f"{run} was made from the catalogue {config.items}, which does not exist; give its path: "
+            f"`mmsid report {run} catalog.items=FILE` (and catalog.sequences, catalog.image_root where the catalogue has them)"
         )
     return config
 
 
-def _started_in(folder: Path, out: Path) -> Path:
-    """The working folder of the run: what is left of the stage's path when its configured `out` is taken off the end."""
+def _working_folder(folder: Path, out: Path) -> Path:
+    """Working folder in which the run was started: the path of the stage folder without the configured `out` at its end."""
     parts = folder.resolve().parts
     return Path(*parts[: -len(out.parts)]) if not out.is_absolute() and parts[-len(out.parts) :] == out.parts else Path.cwd()

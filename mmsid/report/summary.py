@@ -1,7 +1,7 @@
-"""Stage `report`: one run on one HTML page to walk through, and its figures in Markdown, printed too. Reads finished folders only.
+"""Stage `report`: the HTML page of a run (`page.py`), and a summary in Markdown that is also printed. It reads finished stages only.
 
-The Markdown shows where the Semantic IDs are, the intrinsic table and the ranking table of every arm, the verdict of the refinement
-gate, and a few example items with picture, caption, interests and SID. The page is `mmsid.report.page`'s.
+The summary lists the Semantic ID files, the intrinsic table, the verdict of the acceptance gate, the ranking table, and a few items with
+picture, caption, interests and SID.
 """
 
 from __future__ import annotations
@@ -9,66 +9,81 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
 from rich.console import Console
 from rich.markdown import Markdown
 
-from mmsid.annotate.readers import read_captions, read_interests
 from mmsid.artifacts import is_complete, read_json, writing
 from mmsid.catalog import CatalogConfig, Item, read_catalog
 from mmsid.config import StageConfig
 from mmsid.progress import done, is_main_process
-from mmsid.report.explore import MOST_ITEMS
+from mmsid.report.charts import SINGLE_SEED_NOTE, seed_count
 from mmsid.report.page import write_run_page
-from mmsid.report.run_folder import sid_folders
+from mmsid.report.run_folder import annotations, sid_folders
 from mmsid.sids.folder import INTRINSIC, TABLE, read_sid_folder
 from mmsid.sids.intrinsic_table import intrinsic_table
 from mmsid.sids.table import SidTable
+
+EXAMPLES = 3  # items that the summary shows
 
 
 class ReportConfig(StageConfig):
     """Configuration of the stage.
 
     Attributes:
-        run: the folder that holds the run's stage folders.
-        examples: how many items summary.md shows.
-        most_items: how many items report.html shows, an even sample where the catalogue has more; 10,000 stay under 20 MB.
+        catalog: catalogue of the run.
+        run: folder of the run, which contains the stage folders.
     """
 
     catalog: CatalogConfig
     run: Path
-    examples: int = Field(default=3, ge=0)
-    most_items: int = Field(default=MOST_ITEMS, gt=0, le=MOST_ITEMS)
 
 
 def run(config: ReportConfig) -> Path:
-    """Write report.html and summary.md into `config.out` and print the latter.
+    """Write report.html and summary.md into `config.out`, and print the summary.
+
+    Returns:
+        `config.out`.
 
     Raises:
-        ArtifactError: the run has no finished stage, or one is damaged.
+        ArtifactError: the run has no finished stage, or a stage is damaged.
     """
-    arms = sid_folders(config.run)
+    folders = sid_folders(config.run)
     inputs = {stage: config.run / stage for stage in ("assign", "refine", "train_recommender") if is_complete(config.run / stage)}
     with writing(config.out, stage="report", config=config, inputs=inputs) as draft:
-        page = "\n".join([*_where(arms), *_intrinsic(arms), *_gate(config.run), *_ranking(config.run), *_examples(config, arms)])
-        (draft.path / "summary.md").write_text(page, encoding="utf-8")
-        write_run_page(config.run, config.catalog, draft.path / "report.html", config.most_items)
-        draft.counts["arms"] = len(arms)
+        summary = "\n".join(
+            [
+                *_sid_tables(folders),
+                *_single_seed(config.run),
+                *_intrinsic(folders),
+                *_gate(config.run),
+                *_ranking(config.run),
+                *_examples(config, folders),
+            ]
+        )
+        (draft.path / "summary.md").write_text(summary, encoding="utf-8")
+        write_run_page(config.run, config.catalog, draft.path / "report.html")
+        draft.counts["methods"] = len(folders)
     if is_main_process():
         console = Console()
-        # A table wider than the terminal would be cut to ellipses: raw Markdown stays whole
-        console.print(Markdown(page)) if console.is_terminal and console.width >= 150 else print(page)
+        # rich would truncate tables in a narrow terminal, so those get the raw Markdown
+        console.print(Markdown(summary)) if console.is_terminal and console.width >= 150 else print(summary)
     done(f"report: wrote {config.out / 'summary.md'}, and {config.out / 'report.html'} to open in a browser")
     return config.out
 
 
-def _where(arms: dict[str, Path]) -> list[str]:
-    return ["## Semantic IDs", "", *[f"- {arm}: `{folder / TABLE}`" for arm, folder in arms.items()], ""]
+def _sid_tables(folders: dict[str, Path]) -> list[str]:
+    return ["## Semantic IDs", "", *[f"- {name}: `{folder / TABLE}`" for name, folder in folders.items()], ""]
 
 
-def _intrinsic(arms: dict[str, Path]) -> list[str]:
-    metrics = {arm: read_json(folder / INTRINSIC) for arm, folder in arms.items()}
-    return ["## Intrinsic figures (held-out users of train; no single one is a goal)", "", intrinsic_table(metrics)] if metrics else []
+def _single_seed(run: Path) -> list[str]:
+    """The note on a single seed, when no figure of the run is a mean over seeds."""
+    several = is_complete(run / "train_recommender") and seed_count(read_json(run / "train_recommender" / "metrics.json")["arms"]) > 1
+    return [] if several else [SINGLE_SEED_NOTE, ""]
+
+
+def _intrinsic(folders: dict[str, Path]) -> list[str]:
+    metrics = {name: read_json(folder / INTRINSIC) for name, folder in folders.items()}
+    return ["## Intrinsic metrics (held-out users of train; none of them is an objective)", "", intrinsic_table(metrics)] if metrics else []
 
 
 def _gate(run: Path) -> list[str]:
@@ -76,8 +91,13 @@ def _gate(run: Path) -> list[str]:
         return []
     gate: dict[str, Any] = read_json(run / "refine" / "gate.json")
     if gate["accepted"]:
-        return ["## Refinement", "", "The gate accepted the refined codes.", ""]
-    return ["## Refinement", "", f"The gate refused, the start was kept: {'; '.join(gate['reasons'])}", ""]
+        return ["## Refinement", "", "The acceptance gate accepted the refined codes.", ""]
+    return [
+        "## Refinement",
+        "",
+        f"The acceptance gate refused the refined codes, the initial codes are kept: {'; '.join(gate['reasons'])}",
+        "",
+    ]
 
 
 def _ranking(run: Path) -> list[str]:
@@ -86,16 +106,15 @@ def _ranking(run: Path) -> list[str]:
     return ["## Ranking", "", (run / "train_recommender" / "ranking.md").read_text(encoding="utf-8")]
 
 
-def _examples(config: ReportConfig, arms: dict[str, Path]) -> list[str]:
-    """The first items of the catalogue's own (content-hash) order that have a picture where any has."""
-    if not arms or not config.examples:
+def _examples(config: ReportConfig, folders: dict[str, Path]) -> list[str]:
+    """The first items in canonical order, items with pictures before items without."""
+    if not folders:
         return []
-    arm, folder = list(arms.items())[-1]
+    name, folder = list(folders.items())[-1]
     table = read_sid_folder(folder)
-    captions = read_captions(config.run / "caption") if is_complete(config.run / "caption") else {}
-    interests = read_interests(config.run / "interests") if is_complete(config.run / "interests") else {}
-    items = sorted(read_catalog(config.catalog).items, key=lambda item: not item.images)[: config.examples]
-    lines = [f"## Examples ({arm})", ""]
+    captions, interests = annotations(config.run)
+    items = sorted(read_catalog(config.catalog).items, key=lambda item: not item.images)[:EXAMPLES]
+    lines = [f"## Examples ({name})", ""]
     for item in items:
         mined = interests.get(item.item_id)
         lines += [

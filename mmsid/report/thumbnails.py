@@ -1,4 +1,4 @@
-"""Small pictures for the page: WebP as base64, decoded through the catalogue's safe door, capped in number and in bytes together."""
+"""Thumbnails for the page: base64 WebP, limited in number and total size. Pictures are decoded with the catalogue's limits."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from mmsid.progress import track
 
 SIZE = 96
 QUALITY = 60
-MOST = 4000
-MOST_CHARACTERS = 7_500_000
+MAX_PICTURES = 4000
+MAX_CHARACTERS = 7_500_000
 
 
 def thumbnails(items: list[Item], order: Sequence[int], config: CatalogConfig) -> dict[int, str]:
-    """Row -> base64 WebP of the first picture that can be decoded, at most SIZE pixels wide and high.
+    """Row -> base64 WebP of the item's first picture that can be decoded, at most SIZE px wide and high.
 
     Args:
-        items: the items that the page shows.
-        order: their rows, those that need a picture most first: when MOST pictures or MOST_CHARACTERS are reached, the rest have none.
+        items: the items of the page.
+        order: their rows by decreasing priority. Rows beyond MAX_PICTURES or MAX_CHARACTERS get no thumbnail.
     """
-    wanted = [row for row in order if items[row].images][:MOST]
+    rows = [row for row in order if items[row].images][:MAX_PICTURES]
     found: dict[int, str] = {}
-    left = MOST_CHARACTERS
-    for row in track(wanted, what="report: thumbnails", unit="pictures"):
+    left = MAX_CHARACTERS
+    for row in track(rows, what="report: thumbnails", unit="pictures"):
         picture = _thumbnail(items[row], config)
         if picture is None:
             continue
@@ -41,7 +41,7 @@ def _thumbnail(item: Item, config: CatalogConfig) -> str | None:
     for path in item.images:
         try:
             picture = load_picture(path, config.pictures, config.root)
-        except PictureError:  # a picture may fail once its pixels are read: the page can do without
+        except PictureError:  # a picture that passed the header checks can still fail when it is decoded
             continue
         picture.thumbnail((SIZE, SIZE))
         data = io.BytesIO()
