@@ -1,17 +1,8 @@
-"""Is assignment fast, and does it scale? One thread, ratios within one run.
+"""Speed and scaling of code assignment on one thread: encoders for given codebooks, and encoding, relocation and trie by catalogue size.
 
     python benchmarks/assignment.py --out benchmarks/results/assignment.json
 
-1. Codes of 10^5 vectors (d = 384) with GIVEN codebooks (3 x 256): `ResidualCodebooks.encode` against the greedy faiss
-   `ResidualQuantizer` (max_beam_size 1) and, where they can be imported, `semantic-id` and `rectokens`, all with the same codebooks.
-   Runs are interleaved and the fastest of each counts, in seconds of the one thread's own CPU time (another job on the machine does
-   not count); the error is the mean squared distance to the decoded vector.
-2. Time (likewise) and memory of encoding, relocation and the trie at 10^4, 10^5 and 10^6 synthetic items (d = 64), each size in a
-   process of its own; the vectors lie in a memory-mapped file. Memory is the anonymous resident memory at its peak, less what the
-   process held before; `codes` is what the table itself needs (8 bytes per code).
-
-The vectors are a mixture of clusters of very unequal size with noise around them, so that codes collide, prefix groups overflow and
-relocation has work to do. In part 2 the number of clusters grows with the catalogue: ten items each on average.
+Times are CPU seconds of the thread. Prints Markdown and writes the results as JSON.
 """
 
 from __future__ import annotations
@@ -41,25 +32,25 @@ BLOCK = 50_000
 
 
 def main() -> None:
-    """Both parts, one JSON, one table."""
+    """Run both parts, print a table and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=100_000, help="vectors of part 1")
     parser.add_argument("--dim", type=int, default=384, help="dimensions of part 1")
     parser.add_argument("--sizes", type=int, nargs="+", default=[10**4, 10**5, 10**6], help="items of part 2")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/assignment.json"))
-    parser.add_argument("--one", type=Path, help=argparse.SUPPRESS)  # part 2 calls itself: the folder with vectors and codebooks
+    parser.add_argument("--one", type=Path, help=argparse.SUPPRESS)  # process of part 2: folder of vectors and codebooks
     parsed = parser.parse_args()
     threadpool_limits(1)
     torch.set_num_threads(1)
     faiss.omp_set_num_threads(1)
     if parsed.one is not None:
-        print(json.dumps(one_size(parsed.one)))
+        print(json.dumps(measure_size(parsed.one)))
         return
     results = {
         "threads": 1,
         "encode": compare_encoders(parsed.rows, parsed.dim, parsed.repeats),
-        "scale": [in_a_process_of_its_own(size) for size in parsed.sizes],
+        "scale": [measure_in_new_process(size) for size in parsed.sizes],
     }
     parsed.out.parent.mkdir(parents=True, exist_ok=True)
     write_json(parsed.out, results)
@@ -67,9 +58,12 @@ def main() -> None:
 
 
 def synthetic(rows: int, dim: int, seed: int, clusters: int = 4096) -> np.ndarray:
-    """(rows, dim) float32 of unit length. Two levels of cluster centres, sizes falling off like 1 / rank^0.7, and noise."""
-    world = np.random.default_rng(0)
-    coarse, fine = world.normal(size=(64, dim)), world.normal(size=(clusters, dim)) * 0.7
+    """Unit vectors (rows, dim) float32 around two levels of cluster centres, with cluster sizes proportional to 1 / rank^0.7.
+
+    Codes of such vectors collide, prefix groups overflow, and items are relocated.
+    """
+    centres = np.random.default_rng(0)
+    coarse, fine = centres.normal(size=(64, dim)), centres.normal(size=(clusters, dim)) * 0.7
     share = np.arange(1, clusters + 1) ** -0.7
     rng = np.random.default_rng([1, seed])
     chosen = rng.choice(clusters, rows, p=share / share.sum())
@@ -78,7 +72,14 @@ def synthetic(rows: int, dim: int, seed: int, clusters: int = 4096) -> np.ndarra
 
 
 def compare_encoders(rows: int, dim: int, repeats: int) -> list[dict[str, Any]]:
-    """Part 1: one record per encoder: seconds, times as fast as faiss, mean squared error, share of codes equal to faiss'."""
+    """Part 1: codes for given codebooks by `ResidualCodebooks.encode`, faiss and, if installed, `semantic-id` and `rectokens`.
+
+    Runs are interleaved, and the fastest of each encoder counts.
+
+    Returns:
+        One record per encoder: seconds, speed relative to faiss, mean squared distance to the decoded vectors, share of codes equal to
+        those of faiss.
+    """
     x = synthetic(rows, dim, seed=0)
     codebooks = rq_kmeans(synthetic(20_000, dim, seed=1), LEVELS, SIZE, 0, iterations=10)
     encoders = {"mmsid": lambda: codebooks.encode(x).numpy(), "faiss": faiss_encoder(codebooks, x)}
@@ -86,7 +87,7 @@ def compare_encoders(rows: int, dim: int, repeats: int) -> list[dict[str, Any]]:
         try:
             encoders[name] = build(codebooks, x)
         except ImportError as error:
-            print(f"{name} is left out: {error}", file=sys.stderr)
+            print(f"{name} is skipped: {error}", file=sys.stderr)
     seconds, codes = dict.fromkeys(encoders, np.inf), {}
     for _ in range(repeats):
         for name, encode in encoders.items():
@@ -108,7 +109,7 @@ def compare_encoders(rows: int, dim: int, repeats: int) -> list[dict[str, Any]]:
 
 
 def faiss_encoder(codebooks: ResidualCodebooks, x: np.ndarray) -> Callable[[], np.ndarray]:
-    """Greedy residual quantizer with our codebooks; 256 codes are one byte each, so its packed codes are the codes."""
+    """Greedy residual quantizer of faiss with the given codebooks. With 256 codes per level, one byte of its packed codes is one code."""
     quantizer = faiss.ResidualQuantizer(codebooks.dim, LEVELS, 8)
     quantizer.max_beam_size = 1
     faiss.copy_array_to_vector(codebooks.vectors.numpy().ravel(), quantizer.codebooks)
@@ -117,7 +118,7 @@ def faiss_encoder(codebooks: ResidualCodebooks, x: np.ndarray) -> Callable[[], n
 
 
 def semantic_id_encoder(codebooks: ResidualCodebooks, x: np.ndarray) -> Callable[[], np.ndarray]:
-    """`semantic-id`'s RQKMeans, its centroids set to ours."""
+    """RQKMeans of `semantic-id` with the given codebooks."""
     from semantic_id.algorithms.rq_kmeans import RQKMeans
 
     encoder = RQKMeans(n_levels=LEVELS, n_clusters=SIZE)
@@ -127,11 +128,11 @@ def semantic_id_encoder(codebooks: ResidualCodebooks, x: np.ndarray) -> Callable
 
 
 def rectokens_encoder(codebooks: ResidualCodebooks, x: np.ndarray) -> Callable[[], np.ndarray]:
-    """`rectokens`' residual quantizer without its torch.compile wrapper (which needs a compiler), its centroids set to ours."""
+    """Residual quantizer of `rectokens` with the given codebooks, without its torch.compile wrapper (which needs a compiler)."""
     from rectokens.quantizers.kmeans import KMeansQuantizer
     from rectokens.quantizers.residual import ResidualQuantizer
 
-    torch.set_float32_matmul_precision("highest")  # importing it lowers the precision of the whole process
+    torch.set_float32_matmul_precision("highest")  # the import lowers the precision for the whole process
     levels = [KMeansQuantizer(SIZE, codebooks.dim) for _ in range(LEVELS)]
     for quantizer, vectors in zip(levels, codebooks.vectors, strict=True):
         quantizer.codebook.update(torch.arange(SIZE), vectors)
@@ -140,8 +141,8 @@ def rectokens_encoder(codebooks: ResidualCodebooks, x: np.ndarray) -> Callable[[
     return lambda: quantizer.quantize(rows).codes.numpy()
 
 
-def in_a_process_of_its_own(items: int, dim: int = 64) -> dict[str, Any]:
-    """Write vectors and codebooks, then measure in a fresh process."""
+def measure_in_new_process(items: int, dim: int = 64) -> dict[str, Any]:
+    """Part 2: write vectors of one cluster per ten items and codebooks, and run `measure_size` in a new process."""
     with tempfile.TemporaryDirectory() as folder:
         vectors = np.lib.format.open_memmap(Path(folder) / "x.npy", "w+", np.float32, (items, dim))
         for start in range(0, items, BLOCK):
@@ -154,20 +155,20 @@ def in_a_process_of_its_own(items: int, dim: int = 64) -> dict[str, Any]:
     return json.loads(finished.stdout.splitlines()[-1])
 
 
-def one_size(folder: Path) -> dict[str, Any]:
-    """Encode, relocate, build the trie; seconds and peak memory of each step."""
+def measure_size(folder: Path) -> dict[str, Any]:
+    """CPU seconds and peak RAM of encoding, relocation and the trie; `codes_mb` is the size of the codes (8 bytes each)."""
     x = np.lib.format.open_memmap(folder / "x.npy", "r+")
     codebooks = ResidualCodebooks.load(folder / "codebooks.safetensors")
     hashes = [sha256(str(row)) for row in range(len(x))]
-    codebooks.encode(x[:1000])  # libraries are loaded before anything is measured
+    codebooks.encode(x[:1000])  # loads libraries before the measurement
     record: dict[str, Any] = {"items": len(x), "dim": x.shape[1], "codes_mb": 8 * LEVELS * len(x) / 2**20}
 
     def measured(step: str, work: Callable[[], Any]) -> Any:
-        with PeakMemory() as memory:
+        with PeakRam() as ram:
             started = time.thread_time()
             result = work()
             record[f"{step}_seconds"] = round(time.thread_time() - started, 3)
-        record[f"{step}_mb"] = round(memory.grown / 2**20, 1)
+        record[f"{step}_mb"] = round(ram.grown / 2**20, 1)
         return result
 
     raw = measured("encode", lambda: codebooks.encode(x).numpy())
@@ -181,13 +182,13 @@ def one_size(folder: Path) -> dict[str, Any]:
     return record
 
 
-class PeakMemory:
-    """Peak of the anonymous resident memory (not the mapped vectors) above its value at the start; a thread looks every 5 ms."""
+class PeakRam:
+    """Growth of anonymous resident RAM (without the mapped vectors), in bytes, sampled every 5 ms by a thread."""
 
-    def __enter__(self) -> PeakMemory:
+    def __enter__(self) -> PeakRam:
         self.start = self.peak = self._now()
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch)
+        self._thread = threading.Thread(target=self._sample)
         self._thread.start()
         return self
 
@@ -196,7 +197,7 @@ class PeakMemory:
         self._thread.join()
         self.grown = max(self.peak, self._now()) - self.start
 
-    def _watch(self) -> None:
+    def _sample(self) -> None:
         while not self._stop.wait(0.005):
             self.peak = max(self.peak, self._now())
 
@@ -207,7 +208,7 @@ class PeakMemory:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Both parts in Markdown."""
+    """Results in Markdown."""
     lines = [
         "| encoder, given codebooks | seconds | speed over faiss | mean squared error | codes equal to faiss |",
         "|---|---|---|---|---|",

@@ -1,19 +1,9 @@
-"""What does the tokenizer cost on top of its backbone? Encoding and a training step, ratios within one run, on one thread.
+"""Cost of the item tokenizer relative to its bare backbone: encoding and training steps, on one thread.
 
     OMP_NUM_THREADS=1 python benchmarks/encoding.py
 
-Items are synthetic texts of very unequal length for MiniLM. The rival is the bare body: the same rows with as many tokens more as there
-are SID and EMB tokens, its own attention mask, nothing else.
-
-- Encoding: `ItemTokenizer.encode` (tokenising, batching, query tokens, heads, doubtful items read again) against forwards of the bare
-  body over token ids that lie ready, sorted by their count and padded to the longest row of each batch. Throughput of ours over the
-  bare body's; wanted: .95 at least.
-- A training step without reconstruction (batching, forward, losses, backward, clipping, optimiser) against forward and backward of
-  the bare body with the same LoRA over the same batch. Time of ours over the bare body's; wanted: 1.15 at most.
-- Reconstruction: what it adds to such a step, timed apart.
-
-Seconds are those that the process spent computing, so that other work on the machine counts little; ways are interleaved, a ratio is
-taken within each repetition, and the median is reported. Prints Markdown; writes benchmarks/results/encoding.json.
+Items are synthetic texts for MiniLM. Times are CPU seconds of the process; variants are interleaved, and ratios are medians over
+repetitions. Prints Markdown and writes benchmarks/results/encoding.json.
 """
 
 from __future__ import annotations
@@ -33,7 +23,7 @@ from mmsid.backbone.query_tokens import Batch
 from mmsid.tokenizer import initialization
 from mmsid.tokenizer.behaviour_regression import BehaviourRegression
 from mmsid.tokenizer.inputs import ItemInput
-from mmsid.tokenizer.model import DOUBTFUL, ItemTokenizer, TokenizerSettings
+from mmsid.tokenizer.model import ROUNDING_MARGIN, ItemTokenizer, TokenizerSettings
 from mmsid.tokenizer.objective import Labels, LossWeights, Objective
 from mmsid.tokenizer.reconstruction import train_decoder
 
@@ -45,12 +35,12 @@ BEHAVIOUR = 64
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Run the benchmark, print and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--items", type=int, default=1024)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--codes", type=int, default=32, help="per level; as many items to a code as in a catalogue")
-    parser.add_argument("--memory", type=int, default=4096, help="items that the tokenizer remembers when it encodes")
+    parser.add_argument("--codes", type=int, default=32, help="codes per level; 1,024 items on 32 codes are as dense as a catalogue")
+    parser.add_argument("--behaviour-rows", type=int, default=4096, help="keys of the behaviour regression during encoding")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "encoding.json")
     parsed = parser.parse_args()
@@ -60,15 +50,13 @@ def main() -> None:
     tokenizer = ItemTokenizer(TokenizerSettings(codebook_size=parsed.codes, code_dim=width + 3, embedding_dim=width))
     labels = start(tokenizer, items, parsed.batch)
     trained = compare_training(tokenizer, items, labels, parsed.batch, parsed.repeats)
-    if parsed.memory:
-        tokenizer.add_behaviour(
-            BehaviourRegression(parsed.memory, width + 3)
-        )  # remembers nothing: it costs what a fitted one costs, and moves no code
+    if parsed.behaviour_rows:  # all values are 0: same cost as a fitted regression, same codes
+        tokenizer.add_behaviour(BehaviourRegression(parsed.behaviour_rows, width + 3))
     results = {
         "threads": 1,
         "items": parsed.items,
         "batch": parsed.batch,
-        "memory": parsed.memory,
+        "behaviour_rows": parsed.behaviour_rows,
         "encode": compare_encoding(tokenizer, items, parsed.batch, parsed.repeats),
         "train": trained,
     }
@@ -78,46 +66,52 @@ def main() -> None:
 
 
 def synthetic_items(count: int) -> list[ItemInput]:
-    """Texts of 5 to 60 words, short ones more often."""
+    """Texts of 5 to 60 words, log-normally distributed."""
     rng = np.random.default_rng(0)
     lengths = np.clip(rng.lognormal(3.0, 0.6, count), 5, 60).astype(int)
     return [ItemInput(f"item {number}: {' '.join(rng.choice(WORDS, length))}") for number, length in enumerate(lengths)]
 
 
 def start(tokenizer: ItemTokenizer, items: list[ItemInput], batch: int) -> Tensor:
-    """The closed-form start that training begins with, on random behaviour: margins as real codes have them. -> target codes (N, L)."""
-    readings = initialization.read_states(tokenizer, items, batch, 0)
+    """Closed-form initialization on random behaviour, for margins like those of real codes; returns target codes (N, L)."""
+    content = initialization.read_states(tokenizer, items, batch, 0)
     vectors = np.random.default_rng(1).normal(size=(len(items), BEHAVIOUR)).astype(np.float32) / BEHAVIOUR**0.5
-    fused = initialization.fused_space(readings.pooled, initialization.Behaviour(None, vectors, np.zeros(len(items))), 1.0, centre=False)
-    return initialization.balanced_start(tokenizer, readings, fused, 0)
+    fused = initialization.fused_space(content.pooled, initialization.Behaviour(None, vectors, np.zeros(len(items))), 1.0, centre=False)
+    return initialization.balanced_start(tokenizer, content, fused, 0)
 
 
 def compare_encoding(tokenizer: ItemTokenizer, items: list[ItemInput], batch: int, repeats: int) -> dict[str, Any]:
-    """Items per second of both ways, and the median ratio."""
+    """Throughput of `ItemTokenizer.encode` relative to forward passes of the bare backbone. Target: at least .95.
+
+    The backbone reads prepared token ids, sorted by length, with placeholders for the SID and EMB tokens.
+    """
     encoded = tokenizer.backbone.tokens_of(items)
     counts = [row["input_ids"].shape[1] for row in encoded]
     order = np.argsort(counts, kind="stable")
-    ready = [tokenizer.backbone.stack([encoded[row] for row in order[first : first + batch]], 1) for first in range(0, len(items), batch)]
+    batches = [tokenizer.backbone.stack([encoded[row] for row in order[first : first + batch]], 1) for first in range(0, len(items), batch)]
 
     @torch.no_grad()
     def bare() -> None:
-        for one in ready:
-            body_states(tokenizer, one)
+        for prepared in batches:
+            backbone_states(tokenizer, prepared)
 
     tokenizer.eval()
-    ours, theirs = interleaved([lambda: tokenizer.encode(items, batch), bare], repeats)
+    encode_seconds, bare_seconds = interleaved([lambda: tokenizer.encode(items, batch), bare], repeats)
     scores = tokenizer.encode(items, batch).scores
     return {
         "tokens_per_item": float(np.mean(counts)) + tokenizer.backbone.num_queries,
-        "ours_items_per_second": len(items) / float(np.median(ours)),
-        "bare_items_per_second": len(items) / float(np.median(theirs)),
-        "throughput_over_bare": float(np.median(theirs / ours)),
-        "read_again": float((tokenizer.head.greedy(scores).relative < DOUBTFUL).float().mean()),
+        "ours_items_per_second": len(items) / float(np.median(encode_seconds)),
+        "bare_items_per_second": len(items) / float(np.median(bare_seconds)),
+        "throughput_over_bare": float(np.median(bare_seconds / encode_seconds)),
+        "encoded_again": float((tokenizer.head.greedy(scores).relative_margin < ROUNDING_MARGIN).float().mean()),
     }
 
 
 def compare_training(tokenizer: ItemTokenizer, items: list[ItemInput], codes: Tensor, batch: int, repeats: int) -> dict[str, Any]:
-    """Seconds of a step: bare forward and backward, ours without reconstruction, ours with it."""
+    """Time of a training step, without and with reconstruction, relative to a forward and backward pass of the bare backbone.
+
+    The backbone has the same LoRA. Target without reconstruction: at most 1.15.
+    """
     rows = np.argsort([len(item.text) for item in items], kind="stable")[len(items) // 2 :][:batch]
     texts = [" ".join(item.text.split()[:20]) for item in items]
     decoder = train_decoder(texts, prompt_length=tokenizer.num_levels + 1, steps=2)
@@ -135,29 +129,29 @@ def compare_training(tokenizer: ItemTokenizer, items: list[ItemInput], codes: Te
         ids,
         mask,
     )
-    ready = tokenizer.backbone.collate([items[row] for row in rows])
-    body = [weight for weight in tokenizer.backbone.parameters() if weight.requires_grad]
+    prepared = tokenizer.backbone.collate([items[row] for row in rows])
+    trainable = [weight for weight in tokenizer.backbone.parameters() if weight.requires_grad]
 
     def bare() -> None:
-        body_states(tokenizer, ready).float().sum().backward()
-        for weight in body:
+        backbone_states(tokenizer, prepared).float().sum().backward()
+        for weight in trainable:
             weight.grad = None
 
-    ways = [bare, stepper(plain, items, rows, labels), stepper(whole, items, rows, labels)]
+    variants = [bare, stepper(plain, items, rows, labels), stepper(whole, items, rows, labels)]
     tokenizer.train()
-    theirs, ours, with_reconstruction = interleaved(ways, repeats)
+    bare_seconds, step_seconds, whole_seconds = interleaved(variants, repeats)
     return {
-        "tokens": int(ready["attention_mask"].sum()),
-        "bare_seconds": float(np.median(theirs)),
-        "step_seconds": float(np.median(ours)),
-        "step_over_bare": float(np.median(ours / theirs)),
-        "reconstruction_seconds": float(np.median(with_reconstruction - ours)),
-        "reconstruction_over_bare": float(np.median((with_reconstruction - ours) / theirs)),
+        "tokens": int(prepared["attention_mask"].sum()),
+        "bare_seconds": float(np.median(bare_seconds)),
+        "step_seconds": float(np.median(step_seconds)),
+        "step_over_bare": float(np.median(step_seconds / bare_seconds)),
+        "reconstruction_seconds": float(np.median(whole_seconds - step_seconds)),
+        "reconstruction_over_bare": float(np.median((whole_seconds - step_seconds) / bare_seconds)),
     }
 
 
 def stepper(objective: Objective, items: list[ItemInput], rows: np.ndarray, labels: Labels) -> Callable[[], None]:
-    """One whole optimiser step, as in training."""
+    """Function that runs one optimiser step as in training."""
     optimizer = torch.optim.AdamW([weight for weight in objective.parameters() if weight.requires_grad], lr=1e-6)
 
     def step() -> None:
@@ -170,38 +164,38 @@ def stepper(objective: Objective, items: list[ItemInput], rows: np.ndarray, labe
     return step
 
 
-def body_states(tokenizer: ItemTokenizer, batch: Batch) -> Tensor:
-    """The bare body over the same rows: plain ids at the query places, the padding mask, nothing read off."""
+def backbone_states(tokenizer: ItemTokenizer, batch: Batch) -> Tensor:
+    """Bare backbone over the same rows, with placeholder ids instead of query tokens and a plain padding mask."""
     return tokenizer.backbone.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
 
 
-def interleaved(ways: list[Callable[[], Any]], repeats: int) -> list[np.ndarray]:
-    """Seconds of the process per way, (repeats,) each; one repetition more goes first and is not counted."""
-    seconds = np.zeros((repeats + 1, len(ways)))
+def interleaved(variants: list[Callable[[], Any]], repeats: int) -> list[np.ndarray]:
+    """CPU seconds (repeats,) of each variant, run in turn; a first repetition is warm-up and left out."""
+    seconds = np.zeros((repeats + 1, len(variants)))
     for row in seconds:
-        for place, way in enumerate(ways):
+        for index, variant in enumerate(variants):
             started = time.process_time()
-            way()
-            row[place] = time.process_time() - started
+            variant()
+            row[index] = time.process_time() - started
     return list(seconds[1:].T)
 
 
 def table(results: dict[str, Any]) -> str:
-    """Both comparisons in Markdown."""
+    """Results in Markdown."""
     encode, train = results["encode"], results["train"]
     return "\n".join(
         [
-            "| encoding | items per second | over the bare body |",
+            "| encoding | items per second | over the bare backbone |",
             "|---|---|---|",
-            f"| bare body, {encode['tokens_per_item']:.0f} tokens an item | {encode['bare_items_per_second']:.1f} | 1 |",
-            f"| encode ({encode['read_again']:.1%} read again) | {encode['ours_items_per_second']:.1f} | "
+            f"| bare backbone, {encode['tokens_per_item']:.0f} tokens per item | {encode['bare_items_per_second']:.1f} | 1 |",
+            f"| encode ({encode['encoded_again']:.1%} encoded again) | {encode['ours_items_per_second']:.1f} | "
             f"{encode['throughput_over_bare']:.3f} |",
             "",
-            f"| training, {train['tokens']:,} tokens | seconds | over the bare body |",
+            f"| training, {train['tokens']:,} tokens | seconds | over the bare backbone |",
             "|---|---|---|",
             f"| bare forward and backward | {train['bare_seconds']:.3f} | 1 |",
             f"| a step without reconstruction | {train['step_seconds']:.3f} | {train['step_over_bare']:.3f} |",
-            f"| reconstruction, on top | {train['reconstruction_seconds']:.3f} | {train['reconstruction_over_bare']:.3f} |",
+            f"| reconstruction, additional | {train['reconstruction_seconds']:.3f} | {train['reconstruction_over_bare']:.3f} |",
         ]
     )
 

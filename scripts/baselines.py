@@ -1,8 +1,8 @@
-"""SIDs that any tokenizer must beat: random, RQ-KMeans, Sinkhorn-balanced RQ.
+"""Semantic IDs of baseline methods: random, RQ-KMeans, Sinkhorn-balanced RQ.
 
-Reads: the catalogue named in the configuration and its annotations. Writes: `runs/<name>/baselines/<arm>/` (SID folders).
-Command: python scripts/baselines.py --config configs/demo.yaml [baselines.arms=[random]]
-Departure from the papers: RQ-KMeans reads the same [text ; train co-engagement] vectors as ours, so that only the quantizer differs.
+Reads: the catalogue of the configuration and its annotations. Writes: `runs/<name>/baselines/<method>/` (SID folders).
+Command: python scripts/baselines.py --config configs/demo.yaml [baselines.methods=[random]]
+Departure from the papers: RQ-KMeans is fitted on the tokenizer's [text ; train co-engagement] vectors, so that only the quantizer differs.
 """
 
 from mmsid.cli import main_stage

@@ -1,4 +1,4 @@
-"""`assign --append` end to end on a tiny encoder: a catalogue that grows, loses items, is shuffled; and what is refused."""
+"""`assign --append` end to end on a tiny encoder: growing, shrinking and shuffled catalogues, and refused inputs."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ def world(tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("append")
     catalog = write_catalog(folder)
     rows = pq.read_table(catalog.items).to_pylist()
-    rows.append(rows[5] | {"item_id": "twin"})  # new, with the content of a published item
+    rows.append(rows[5] | {"item_id": "twin"})  # a new item with the content of a published one
     backbone = BackboneSettings(path=tiny_bert(folder / "bert"), max_length=40, lora=LoraSettings(r=2))
     settings = {"codebook_size": 6, "num_levels": 2, "steps": 2, "batch_size": 8, "backbone": backbone, "reconstruct": "off"}
     tokenizer = train.run(train.TrainTokenizerConfig(out=folder / "tokenizer", catalog=subset(folder, "train", rows[:24]), **settings))
@@ -45,18 +45,18 @@ def by_id(table: SidTable, column: str = "codes") -> dict[str, tuple]:
     return dict(zip(table.item_ids, map(tuple, np.asarray(getattr(table, column)).reshape(len(table), -1).tolist())))
 
 
-def test_new_items_beside_published_ones(world, tmp_path) -> None:
-    rows = [*world["rows"][:33], world["rows"][-1]]  # 36 SIDs, 33 distinct items: nearly full, prefixes overflow
+def test_new_items_are_added_and_published_codes_stay(world, tmp_path) -> None:
+    rows = [*world["rows"][:33], world["rows"][-1]]  # 33 distinct items on 36 SIDs, so that prefixes overflow
     first = assigned(world, tmp_path, "first", rows[:20])
     grown = assigned(world, tmp_path, "grown", rows, append=first)
-    batch = assigned(world, tmp_path, "batch", rows)
-    old, new, whole = (read_sid_folder(path) for path in (first, grown, batch))
+    scratch = assigned(world, tmp_path, "scratch", rows)
+    old, new, whole = (read_sid_folder(path) for path in (first, grown, scratch))
     assert read_manifest(grown)["counts"] == {"items": 34, "read": 14}
     for column in ("codes", "raw_codes", "margin"):
         published = by_id(old, column)
         assert {name: by_id(new, column)[name] for name in published} == published
     assert np.array_equal(new.raw_codes, whole.raw_codes) and new.item_ids == whole.item_ids
-    assert np.allclose(*(read_tensors(path / "embeddings.safetensors")["embeddings"] for path in (grown, batch)), atol=1e-5)
+    assert np.allclose(*(read_tensors(path / "embeddings.safetensors")["embeddings"] for path in (grown, scratch)), atol=1e-5)
     assert by_id(new)["twin"] == by_id(new)["i5"]
     assert len(np.unique(new.codes, axis=0)) == 33
     assert read_json(grown / "intrinsic.json")["published"]["items"] == 34
@@ -69,7 +69,7 @@ def test_new_items_beside_published_ones(world, tmp_path) -> None:
     assert {name: by_id(stepwise)[name] for name in by_id(old)} == by_id(old)
 
 
-def test_what_left_keeps_its_codes_and_comes_back_to_them(world, tmp_path) -> None:
+def test_codes_of_removed_items_stay_reserved_for_them(world, tmp_path) -> None:
     rows = world["rows"][:36]
     first = assigned(world, tmp_path, "first", rows[:34])
     shrunk = assigned(world, tmp_path, "shrunk", rows[2:35], append=first)
@@ -80,7 +80,7 @@ def test_what_left_keeps_its_codes_and_comes_back_to_them(world, tmp_path) -> No
     assert by_id(SidTable.load(back / "retired.parquet")) == {"i0": retired["i0"]}
 
 
-def test_refusals(world, tmp_path) -> None:
+def test_refused_inputs(world, tmp_path) -> None:
     rows = world["rows"][:26]
     first = assigned(world, tmp_path, "first", rows[:24])
     with pytest.raises(ConfigError, match="published with collisions: relocate, now it is none"):
@@ -88,8 +88,8 @@ def test_refusals(world, tmp_path) -> None:
     table = read_sid_folder(first)
     table.tokenizer_sha256 = "f" * 64
     table.save(first / "sids.parquet")
-    (first / "SHA256SUMS").unlink()  # else the folder would be refused as damaged
+    (first / "SHA256SUMS").unlink()  # otherwise the folder is refused as damaged
     with pytest.raises(ArtifactError, match="was made by tokenizer ffffffffffff"):
         assigned(world, tmp_path, "other", rows, append=first)
-    with pytest.raises(ValidationError, match="the folder that is to be written"):
+    with pytest.raises(ValidationError, match="also the output folder"):
         assigned(world, tmp_path, "first", rows, append=first)

@@ -1,4 +1,4 @@
-"""`mmsid assign --engine ray`: the SIDs, margins and embeddings of this process, and its errors, from the actors of a real Ray."""
+"""`mmsid assign --engine ray` on a local Ray cluster gives the SIDs, margins, embeddings and errors of a single process."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,11 @@ from mmsid.sids.folder import INTRINSIC
 from mmsid.tokenizer import assign, train
 from mmsid.tokenizer.model import BackboneSettings, ItemTokenizer
 
-RAY = {"actors": 2, "cpus_per_actor": 0.5, "rows_per_task": 30}  # tasks take whole windows: here three, of 64 batches of one
+RAY = {
+    "actors": 2,
+    "cpus_per_actor": 0.5,
+    "rows_per_task": 30,
+}  # three tasks: whole windows of 64 items
 
 
 @pytest.fixture(scope="module")
@@ -28,37 +32,35 @@ def config(tmp_path_factory) -> assign.AssignConfig:
 
 
 @pytest.mark.slow
-def test_on_ray_every_item_gets_the_sid_it_gets_here(ray, config, tmp_path):
-    # `suffix`, since two items that fit a code equally well may change places with the rounding of an actor's threads
-    here = assign.run(config)
-    there = assign.run(config.model_copy(update={"out": tmp_path / "sids"}), engine="ray")
-    ours, theirs = read_sid_folder(here), read_sid_folder(there)
-    assert ours.item_ids == theirs.item_ids and np.array_equal(ours.raw_codes, theirs.raw_codes)
-    assert np.array_equal(ours.suffix, theirs.suffix) and len(np.unique(theirs.raw_codes, axis=0)) > 1
-    assert np.allclose(ours.margin, theirs.margin, atol=1e-5)
-    assert read_table(here / "overruled.parquet") == read_table(there / "overruled.parquet")
-    assert read_manifest(here)["config"]["free_text_nats"] == 0.01 and "ray" not in read_manifest(there)["config"]
-    embeddings = [read_tensors(path / "embeddings.safetensors")["embeddings"] for path in (here, there)]
+def test_sids_equal_those_of_a_single_process(ray, config, tmp_path):
+    # policy `suffix`: with `relocate`, items that fit a code equally well may be swapped by rounding in an actor's threads
+    local = assign.run(config)
+    ray_out = assign.run(config.model_copy(update={"out": tmp_path / "sids"}), engine="ray")
+    expected, found = read_sid_folder(local), read_sid_folder(ray_out)
+    assert expected.item_ids == found.item_ids and np.array_equal(expected.raw_codes, found.raw_codes)
+    assert np.array_equal(expected.suffix, found.suffix) and len(np.unique(found.raw_codes, axis=0)) > 1
+    assert np.allclose(expected.margin, found.margin, atol=1e-5)
+    assert read_table(local / "overruled.parquet") == read_table(ray_out / "overruled.parquet")
+    assert read_manifest(local)["config"]["free_text_nats"] == 0.01 and "ray" not in read_manifest(ray_out)["config"]
+    embeddings = [read_tensors(path / "embeddings.safetensors")["embeddings"] for path in (local, ray_out)]
     assert np.allclose(*embeddings, atol=1e-5)
-    rebuilt = [
-        [level["mse"] for level in read_json(path / INTRINSIC)["fidelity"]] for path in (here, there)
-    ]  # of what the head scores with, row by row
-    assert rebuilt[0] == pytest.approx(rebuilt[1], rel=1e-4)
+    errors = [[level["mse"] for level in read_json(path / INTRINSIC)["fidelity"]] for path in (local, ray_out)]  # of the head scores
+    assert errors[0] == pytest.approx(errors[1], rel=1e-4)
 
 
 @pytest.mark.slow
-def test_a_damaged_tokenizer_is_told_of_as_it_is_here(ray, config, tmp_path):
+def test_a_damaged_tokenizer_raises_the_same_error(ray, config, tmp_path):
     tokenizer = ItemTokenizer.from_pretrained(config.tokenizer)
     tokenizer.head.projection.weight.data.fill_(float("nan"))
     tokenizer.head.bias.data.fill_(float("nan"))
-    told = []
+    messages = []
     for engine in ("local", "ray"):
         broken = _saved(tokenizer, tmp_path / f"broken_{engine}")
         with pytest.raises(MmsidError, match="NaN or infinite") as error:
             assign.run(config.model_copy(update={"out": tmp_path / engine, "tokenizer": broken}), engine=engine)
-        told.append(str(error.value).replace(f"broken_{engine}", "broken"))
+        messages.append(str(error.value).replace(f"broken_{engine}", "broken"))
         assert not is_complete(tmp_path / engine)
-    assert told[0] == told[1]
+    assert messages[0] == messages[1]
 
 
 def _saved(tokenizer, folder):

@@ -1,4 +1,4 @@
-"""From retraining to upload: codes renamed to the published ones, the bundle, and a fresh process that gives the published raw codes."""
+"""Code renaming after retraining, bundles, and equal raw codes in a new process."""
 
 import json
 import os
@@ -44,13 +44,13 @@ def published(world: dict, name: str, **changes) -> tuple[Path, Path]:
 
 
 @pytest.mark.parametrize("head", ["residual", "parallel"])
-def test_a_retrained_tokenizer_keeps_the_old_names(world, head, capsys) -> None:
+def test_a_retrained_tokenizer_agrees_with_published_codes(world, head, capsys) -> None:
     changes = {"seed": 3, "steps": 6, "head": head}
     free, free_sids = published(world, f"{head}-free", **changes)
     bound, bound_sids = published(world, f"{head}-bound", align_codes_to=world["sids"], **changes)
     old, loose, renamed = (read_sid_folder(path) for path in (world["sids"], free_sids, bound_sids))
     unnamed, named = churn_report(old, loose), churn_report(old, renamed)
-    assert named["kept_together"] == unnamed["kept_together"], "the same groups under other names"
+    assert named["kept_together"] == unnamed["kept_together"], "renaming does not change the groups"
     assert named["changed"]["levels"] == named["changed_if_renamed"]["levels"] == unnamed["changed_if_renamed"]["levels"]
     assert all(a < b for a, b in zip(named["changed"]["levels"], unnamed["changed"]["levels"]))
     found = read_json(bound / "training.json")["figures"]["renamed"]
@@ -89,7 +89,7 @@ def test_a_fresh_process_gives_the_published_raw_codes(world) -> None:
     assert json.loads(done.stdout.splitlines()[-1]) == table.raw_codes.tolist()
 
 
-def test_the_bundle_is_a_model_folder_without_paths_of_this_machine(world) -> None:
+def test_the_bundle_is_a_model_folder_without_local_paths(world) -> None:
     folder = world["bundle"]
     bundle = read_bundle(folder)
     assert bundle.table.tokenizer_sha256 == bundle.tokenizer.sha256()

@@ -1,4 +1,4 @@
-"""The quantizer policy: hand-worked residual logits, ties, exact enumeration, and both heads behind the same doors."""
+"""SID heads: residual logits by hand, ties, exact enumeration of paths, and the common interface of both heads."""
 
 import math
 
@@ -9,7 +9,7 @@ from mmsid.tokenizer.heads import ParallelHead, ResidualHead
 
 
 def one_dimensional() -> ResidualHead:
-    """Two levels, two codes, a line: level 1 at {0, 4}, level 2 at {-1, +1}; t = 1 and 2."""
+    """Two levels of two codes in one dimension: level 1 at {0, 4}, level 2 at {-1, +1}; t = 1 and 2."""
     head = ResidualHead(hidden_size=1, num_levels=2, codebook_size=2, code_dim=1)
     with torch.no_grad():
         head.vectors.copy_(torch.tensor([[[0.0], [4.0]], [[-1.0], [1.0]]]))
@@ -28,7 +28,7 @@ def test_residual_logits_by_hand() -> None:
     greedy = head.greedy(s)
     assert greedy.codes.tolist() == [[1, 0]]
     assert greedy.margin.item() == pytest.approx(1.0)
-    assert greedy.relative.item() == pytest.approx(8.0 / (9.0 + 16.0))  # the first level: gap 8 over |r|^2 + |e|^2
+    assert greedy.relative_margin.item() == pytest.approx(8.0 / (9.0 + 16.0))  # level 1: gap 8 over |r|^2 + |e|^2
     lp = head.log_prob(s, torch.tensor([[1, 0]]))
     assert lp[0, 0].item() == pytest.approx(-math.log1p(math.exp(-8.0)), abs=1e-6)
     assert lp[0, 1].item() == pytest.approx(-math.log1p(math.exp(-1.0)), abs=1e-6)
@@ -57,7 +57,7 @@ def test_full_tree_is_the_whole_policy(kind: str) -> None:
     assert torch.allclose(joint.exp().sum(1), torch.ones(7), atol=1e-5)
     assert torch.allclose(joint, paths.log_prob, atol=1e-5)
     assert torch.equal(paths.codes[:, 0], head.greedy(s).codes)
-    # the tree door and the flat door agree on a single path
+    # scoring one path alone gives the same as scoring it among all paths
     assert torch.allclose(head.log_prob(s, paths.codes[:, 9]), head.log_prob(s, paths.codes)[:, 9], atol=1e-6)
     assert torch.allclose(head.teacher_logits(s, paths.codes[:, 9])[:, 2], head.level_logits(s, paths.codes[:, 9, :2]))
 
@@ -73,16 +73,16 @@ def test_truncated_tree_is_renormalised() -> None:
     assert head.top_paths(s, 99).codes.shape == (3, 64, 2)
 
 
-def test_proposed_codes_take_the_place_of_the_least_likely() -> None:
+def test_proposed_codes_replace_the_least_likely() -> None:
     torch.manual_seed(0)
     head = ResidualHead(4, 2, 8, 5)
     s = head.project(torch.randn(3, 2, 4))
     likely = head.level_logits(s, torch.zeros(3, 0, dtype=torch.int64)).argsort(1, descending=True)
-    wanted = torch.stack([likely[:, 7], torch.tensor([-1, int(likely[1, 0]), -1])], 1)
-    paths = head.top_paths(s, 3, lambda kept: (wanted if kept.shape[-1] == 0 else wanted[:, :0])[:, None].expand(-1, kept.shape[1], -1))
+    proposed = torch.stack([likely[:, 7], torch.tensor([-1, int(likely[1, 0]), -1])], 1)
+    paths = head.top_paths(s, 3, lambda kept: (proposed if kept.shape[-1] == 0 else proposed[:, :0])[:, None].expand(-1, kept.shape[1], -1))
     firsts = paths.codes[:, ::3, 0]
-    assert firsts[0].tolist() == likely[0, [0, 1, 7]].tolist(), "best first; -1 wants nothing"
-    assert firsts[1].tolist() == likely[1, [0, 1, 7]].tolist(), "one that is there anyway takes no second place"
+    assert firsts[0].tolist() == likely[0, [0, 1, 7]].tolist(), "best first; -1 proposes nothing"
+    assert firsts[1].tolist() == likely[1, [0, 1, 7]].tolist(), "a code that is kept anyway appears once"
     slow = head.log_prob(s, paths.codes).sum(-1).log_softmax(-1)
     torch.testing.assert_close(paths.log_prob, slow)
     assert torch.equal(

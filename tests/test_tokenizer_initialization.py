@@ -1,4 +1,4 @@
-"""The start: ridge, balanced codes, category ids, and the batch plan as a pure function."""
+"""Closed-form initialization: ridge regression, balanced codes, category ids; and the repeatable batch plan."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ def test_ridge_finds_a_linear_map() -> None:
     x, w = torch.randn(200, 6, generator=rng), torch.randn(3, 6, generator=rng)
     weight, bias = initialization.ridge(x, x @ w.T + 2.0)
     assert torch.allclose(weight, w, atol=1e-3) and torch.allclose(bias, torch.full((3,), 2.0), atol=1e-3)
-    # with noise to predict from few rows, a strong penalty wins and less is believed than least squares would
+    # for noise and few rows, a strong penalty is chosen and the weights shrink
     x, noise = torch.randn(12, 6, generator=rng), torch.randn(12, 3, generator=rng)
     weight, _ = initialization.ridge(x, noise)
     assert weight.norm() < 0.5 * torch.linalg.lstsq(x - x.mean(0), noise).solution.norm()
@@ -24,7 +24,7 @@ def test_ridge_finds_a_linear_map() -> None:
 
 @pytest.mark.parametrize("kind", ["residual", "parallel"])
 def test_start_head_reproduces_learnable_codes(kind: str) -> None:
-    """States that hold the fused vector up to a linear map and a constant per level: the started head gives the target codes."""
+    """If states are a linear map of the fused vector plus a constant per level, the initialized head gives the target codes."""
     torch.manual_seed(0)
     centres = 4 * torch.randn(2, 5, 6)
     codes = torch.randint(0, 5, (300, 2))
@@ -39,14 +39,14 @@ def test_start_head_reproduces_learnable_codes(kind: str) -> None:
 
 
 def test_greedy_codes_of_priced_codebooks_are_balanced() -> None:
-    """Skewed items: the argmax of distances alone crowds a few codes; with the prices in the vectors it gives the balanced codes."""
+    """Skewed items: greedy codes with the prices are the balanced ones; without the prices they crowd a few codes."""
     torch.manual_seed(0)
     x = torch.randn(480, 5).abs().pow(2)
     vectors, codes = initialization.priced_codebooks(x, 2, 8, seed=0)
     assert vectors.shape == (2, 8, 7) and (vectors[0, :, 6] == 0).all() and (vectors[1, :, 5] == 0).all()
     head = ResidualHead(5, 2, 8, 7)
     head.vectors.data.copy_(vectors)
-    s = initialization.with_price_places(x, 2)[:, None].expand(-1, 2, -1)
+    s = initialization.append_price_coordinates(x, 2)[:, None].expand(-1, 2, -1)
     assert (head.greedy(s).codes == codes).float().mean() > 0.99
     for level in range(2):
         priced = torch.bincount(codes[:, level], minlength=8)
@@ -55,14 +55,14 @@ def test_greedy_codes_of_priced_codebooks_are_balanced() -> None:
     assert torch.bincount(head.greedy(s).codes[:, 0], minlength=8).max() > torch.bincount(codes[:, 0], minlength=8).max()
 
 
-def test_refit_head_follows_the_states() -> None:
+def test_refit_head_gives_the_new_balanced_codes() -> None:
     torch.manual_seed(0)
     head = ResidualHead(4, 2, 6, 5)
     s = head.project(torch.randn(120, 2, 4)).detach()
     codes = initialization.refit_head(head, s, seed=0)
-    again = head.greedy(initialization.with_price_places(s[..., :-2], 2)).codes
+    again = head.greedy(initialization.append_price_coordinates(s[..., :-2], 2)).codes
     assert (again == codes).float().mean() > 0.99
-    assert head.log_prob(initialization.with_price_places(s[..., :-2], 2), codes)[:, 0].mean() > -1.0
+    assert head.log_prob(initialization.append_price_coordinates(s[..., :-2], 2), codes)[:, 0].mean() > -1.0
 
 
 def test_category_ids_of_ragged_paths() -> None:
@@ -75,9 +75,9 @@ def test_category_ids_of_ragged_paths() -> None:
     assert ids[0, 2] != ids[4, 2]
 
 
-def plan(pairs: sparse.csr_matrix | None, **options) -> PairPlan:
+def plan(pairs: sparse.csr_matrix | None) -> PairPlan:
     category = np.array([0, 0, 1, -1, -1, 1, 1, 0, 2, -1])
-    return PairPlan(list(range(10)), category, pairs, batch_size=4, seed=3, **options)
+    return PairPlan(list(range(10)), category, pairs, batch_size=4, seed=3)
 
 
 def test_batches_are_a_pure_function_of_seed_step_and_rank() -> None:
@@ -85,7 +85,7 @@ def test_batches_are_a_pure_function_of_seed_step_and_rank() -> None:
     one, two = plan(pairs), plan(pairs)
     assert np.array_equal(one.batch(7).rows, two.batch(7).rows)
     steps = [two.batch(step) for step in range(5)]
-    assert sorted(row for batch in steps for row in batch.rows[:2]) == list(range(10)), "an epoch reads every anchor once"
+    assert sorted(row for batch in steps for row in batch.rows[:2]) == list(range(10)), "every item is an anchor once per epoch"
     for batch in steps:
         for anchor, partner, engaged, paired in zip(batch.rows[:2], batch.rows[2:], batch.engaged, batch.paired):
             assert engaged == (anchor in (3, 4)) and (not engaged or partner == 7 - anchor)

@@ -1,4 +1,4 @@
-"""What the encoder may read, and what it must never read."""
+"""Inputs of the tokenizer: the text of an item, annotation folders, and interests that must not be read."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ def item(**facts) -> Item:
 def test_text_of_an_item() -> None:
     full = item(
         title="Red shoe.",
-        description="For the road",
+        description="For the city",
         categories=("wear", "shoes"),
         attributes={"season": ("summer", "spring"), "brand": ("Velo",)},
         images=(Path("a.jpg"),),
@@ -27,7 +27,7 @@ def test_text_of_an_item() -> None:
     read = build_inputs([full], {"a": "a red shoe"}, mined)[0]
     assert read.text == (
         "title: Red shoe. caption: a red shoe. interests: runs daily; saves money. categories: wear > shoes. "
-        "attributes: brand: Velo; season: summer, spring. description: For the road."
+        "attributes: brand: Velo; season: summer, spring. description: For the city."
     )
     assert read.pictures == (Path("a.jpg"),)
     assert build_inputs([full], {"a": "a red shoe"}, mined, ["title", "caption"])[0] == type(read)("title: Red shoe. caption: a red shoe.")
@@ -46,7 +46,7 @@ def test_annotation_folders(tmp_path) -> None:
     captions, interests = write_annotations(tmp_path, write_catalog(tmp_path, items=6, sequences=False))
     texts, mined = read_caption_texts(captions), read_mined_interests(interests)
     assert set(texts) == set(mined) == {"i1", "i2", "i3", "i4"}, "quarantined and sensitive rows are left out"
-    assert mined["i1"].descriptors[0].startswith("likes"), "the strongest first"
+    assert mined["i1"].descriptors[0].startswith("likes"), "highest confidence first"
     inputs, fields = load_inputs(catalog, captions, interests)
     row = catalog.row_of["i2"]
     assert "caption: a plain blue" in inputs[row].text or "caption: a plain" in inputs[row].text

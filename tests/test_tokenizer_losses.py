@@ -1,4 +1,4 @@
-"""Losses against values worked by hand."""
+"""Losses against values computed by hand."""
 
 import math
 
@@ -6,14 +6,6 @@ import pytest
 import torch
 
 from mmsid.tokenizer import losses
-
-
-def test_category_positives() -> None:
-    ids = torch.tensor([[0, 5], [0, 6], [1, 7], [-1, -1], [-1, -1]])
-    positives = losses.category_positives(ids)
-    assert positives.shape == (2, 5, 5)
-    assert positives[0].nonzero().tolist() == [[0, 1], [1, 0]], "no path, no positives; an item is not its own positive"
-    assert not positives[1].any()
 
 
 def test_supervised_contrast_by_hand() -> None:
@@ -35,7 +27,8 @@ def test_supervised_contrast_by_hand() -> None:
 def test_gathered_candidates_give_the_same_value() -> None:
     torch.manual_seed(0)
     z = torch.randn(6, 2, 4)
-    positives = losses.category_positives(torch.tensor([[0, 0], [0, 1], [1, 2], [1, 2], [0, 1], [1, 3]]))
+    categories = torch.tensor([[0, 0], [0, 1], [1, 2], [1, 2], [0, 1], [1, 3]])
+    positives = (categories[:, None] == categories[None]).permute(2, 0, 1) & ~torch.eye(6, dtype=torch.bool)
     whole = losses.multi_granularity_contrast(z, z, positives)
     first = losses.supervised_contrast(z[3:, 0], z[:, 0], positives[0, 3:], own=torch.arange(3, 6))
     by_hand = losses.supervised_contrast(z[:3, 0], z[:, 0], positives[0, :3])

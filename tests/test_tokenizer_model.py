@@ -1,4 +1,4 @@
-"""Encode: the same raw codes alone, in company, in any order, after a save; and what a tokenizer folder refuses."""
+"""`ItemTokenizer`: raw codes that do not depend on batch, order or saving; and refused tokenizer folders."""
 
 import random
 
@@ -24,7 +24,7 @@ def some_items(count: int, seed: int = 0) -> list[ItemInput]:
 def tiny(path: str, **settings) -> ItemTokenizer:
     backbone = BackboneSettings(path=path, max_length=48, lora=LoraSettings(r=2), kind=settings.pop("kind", "text"))
     tokenizer = ItemTokenizer(TokenizerSettings(backbone=backbone, codebook_size=16, code_dim=8, **settings))
-    with torch.no_grad():  # a trained adapter: at its start LoRA is the identity
+    with torch.no_grad():  # imitates a trained adapter: LoRA is the identity before training
         for name, weight in tokenizer.named_parameters():
             if "lora_B" in name:
                 weight.add_(0.2 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)))
@@ -32,7 +32,7 @@ def tiny(path: str, **settings) -> ItemTokenizer:
 
 
 @pytest.mark.parametrize("head", ["residual", "parallel"])
-def test_codes_do_not_depend_on_company_order_or_disk(head: str, tmp_path) -> None:
+def test_codes_do_not_depend_on_batch_order_or_saving(head: str, tmp_path) -> None:
     tokenizer, items = tiny(tiny_bert(tmp_path / "bert"), head=head), some_items(64)
     together = tokenizer.encode(items)
     assert together.raw_codes.shape == (64, 3) and together.margin.min() >= 0
@@ -51,27 +51,27 @@ def test_codes_do_not_depend_on_company_order_or_disk(head: str, tmp_path) -> No
     assert tokenizer.encode([]).raw_codes.shape == (0, 3)
 
 
-def test_doubtful_codes_are_read_alone(tmp_path, monkeypatch) -> None:
-    """With the threshold at infinity, every item takes the canonical path: bit for bit what it gives alone and unpadded."""
+def test_codes_within_rounding_are_encoded_alone(tmp_path, monkeypatch) -> None:
+    """With an infinite threshold, every item is encoded again: scores equal those of the item alone and unpadded, bit for bit."""
     tokenizer, items = tiny(tiny_bert(tmp_path / "bert")), some_items(6)
-    monkeypatch.setattr(model, "DOUBTFUL", float("inf"))
+    monkeypatch.setattr(model, "ROUNDING_MARGIN", float("inf"))
     together = tokenizer.encode(items)
     for i, item in enumerate(items):
-        assert torch.equal(tokenizer._read(tokenizer.backbone.tokens_of([item]))[3][0], together.scores[i])
+        assert torch.equal(tokenizer._encode_batch(tokenizer.backbone.tokens_of([item]))[3][0], together.scores[i])
 
 
 def test_batches_hold_items_of_like_token_count(tmp_path, monkeypatch) -> None:
-    """Texts of one length in characters and very unequal ones in tokens: hardly any padding is read."""
+    """Texts of equal length in characters and unequal length in tokens: batches have no padding."""
     tokenizer = tiny(tiny_bert(tmp_path / "bert"))
     items = [ItemInput(("striped " * (n % 5) + "q" * 40)[:40]) for n in range(40)]
     read, stack = [], tokenizer.backbone.stack
-    monkeypatch.setattr(model, "DOUBTFUL", 0.0)
+    monkeypatch.setattr(model, "ROUNDING_MARGIN", 0.0)
     monkeypatch.setattr(
         tokenizer.backbone, "stack", lambda rows, *pad: read.append(stack(rows, *pad)["attention_mask"]) or stack(rows, *pad)
     )
     codes = tokenizer.encode(items, batch_size=8).raw_codes
     assert len(read) == 5 and len({mask.shape[1] for mask in read}) == 5
-    assert all(mask.all() for mask in read), "eight items of each count: nothing is padding"
+    assert all(mask.all() for mask in read), "eight items of each count: no padding"
     assert torch.equal(codes[0], codes[5]) and torch.equal(codes[4], codes[39])
 
 
@@ -88,12 +88,12 @@ def test_vlm_tokenizer_saves_and_loads(tmp_path) -> None:
     assert (codes.scores[0] - codes.scores[1]).abs().max() > 1e-4
 
 
-def test_folder_refusals(tmp_path) -> None:
+def test_refused_folders(tmp_path) -> None:
     with pytest.raises(ArtifactError, match=r"no config\.json"):
         ItemTokenizer.from_pretrained(tmp_path)
     tokenizer = tiny(tiny_bert(tmp_path / "bert"))
     tokenizer.save_pretrained(tmp_path / "saved")
-    tiny_bert(tmp_path / "bert", hidden=64)  # other weights at the same place
+    tiny_bert(tmp_path / "bert", hidden=64)  # other weights at the same path
     with pytest.raises(ArtifactError, match="other weights"):
         ItemTokenizer.from_pretrained(tmp_path / "saved")
     config = read_json(tmp_path / "saved" / "config.json") | {"format": 99}
@@ -103,7 +103,7 @@ def test_folder_refusals(tmp_path) -> None:
 
 
 def test_minilm_starts_as_its_own_sentence_embedding() -> None:
-    """The packaged encoder: content never sees the query tokens, so the pooled content is MiniLM's embedding; and codes hold."""
+    """The packaged encoder: content never sees the query tokens, so the pooled content is the embedding of MiniLM."""
     texts = ["a red running shoe", "a guitar for beginners", "acoustic guitar"]
     embedded = embed_texts([*texts, texts[0]])
     assert np.array_equal(embedded[0], embedded[3]) and embedded[1] @ embedded[2] > 0.6 > embedded[0] @ embedded[1]

@@ -1,4 +1,4 @@
-"""Arms: every method through its one door, the category path by hand, published sets, the text cache."""
+"""SID methods: all quantizers and collision policies, the category path by hand, published sets, the text cache."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from mmsid.sids import read_sid_folder
 from mmsid.tokenizer import baselines, sid_methods
 from mmsid.tokenizer.sid_methods import MethodSources, MethodSpec, category_codes, import_published, make_sids
 
-PUBLISHED = {  # items minus distinct SIDs, as the README of amazon_scientific states them; those not named lose none
+PUBLISHED = {  # items minus distinct SIDs, from the README of amazon_scientific; 0 for the other sets
     "rkmeans_native": 875,
     "rqvae_native": 554,
     "quasid_native": 122,
@@ -27,7 +27,7 @@ PUBLISHED = {  # items minus distinct SIDs, as the README of amazon_scientific s
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory) -> MethodSources:
-    folder = tmp_path_factory.mktemp("arms")
+    folder = tmp_path_factory.mktemp("methods")
     config = write_catalog(folder)
     catalog = read_catalog(config)
     return MethodSources(catalog, split_histories(catalog, config.split), max_length=16, cache=folder / "cache")
@@ -35,7 +35,7 @@ def sources(tmp_path_factory) -> MethodSources:
 
 def quick_rq_vae(monkeypatch) -> None:
     fit = sid_methods.rq_vae
-    monkeypatch.setattr(sid_methods, "rq_vae", lambda *given: fit(*given, steps=20, latent_dim=8, hidden=16))
+    monkeypatch.setattr(sid_methods, "rq_vae", lambda *args: fit(*args, steps=20, latent_dim=8, hidden=16))
 
 
 @pytest.mark.parametrize("method", ["rq_kmeans", "balanced_rq", "rq_vae"])
@@ -57,7 +57,7 @@ def test_every_quantizer_in_both_spaces_under_every_policy(method, space, source
     assert np.array_equal(raw["none"], raw["suffix"]) and np.array_equal(raw["none"], raw["relocate"])
 
 
-def test_arms_depend_on_the_seed_and_on_what_they_read(sources, tmp_path) -> None:
+def test_codes_depend_on_seed_space_and_weight(sources, tmp_path) -> None:
     def codes(seed: int, **spec: object) -> np.ndarray:
         chosen = MethodSpec.model_validate({"method": "balanced_rq", "codebook_size": 8, "num_levels": 2, "collisions": "none"} | spec)
         return make_sids(chosen, sources, tmp_path / str(seed), seed).codes
@@ -68,8 +68,8 @@ def test_arms_depend_on_the_seed_and_on_what_they_read(sources, tmp_path) -> Non
     assert not np.array_equal(codes(0, space="fused"), codes(0, space="fused", behaviour_weight=5.0))
 
 
-def test_held_out_users_shape_no_arm(sources, tmp_path) -> None:
-    """Behaviour is read from the users that our tokenizer may be fitted on, and from no other."""
+def test_held_out_users_are_not_used(sources, tmp_path) -> None:
+    """Behaviour vectors come from the fit users only."""
     split = sources.split
     emptied = replace(split, train=[rows[:0] if held else rows for rows, held in zip(split.train, split.held_out)])
     assert split.held_out.any()
@@ -82,7 +82,7 @@ def test_text_is_embedded_once_for_all_processes(sources, monkeypatch) -> None:
     again = MethodSources(sources.catalog, sources.split, max_length=16, cache=sources.cache)
     assert np.array_equal(again.text, first)
     with pytest.raises(pytest.fail.Exception, match="embedded again"):
-        _ = MethodSources(sources.catalog, max_length=17, cache=sources.cache).text  # other settings, other text read
+        _ = MethodSources(sources.catalog, max_length=17, cache=sources.cache).text  # other settings, other cache entry
 
 
 def test_category_path_by_hand() -> None:
@@ -94,43 +94,37 @@ def test_category_path_by_hand() -> None:
         item(categories=("all",)),
     ]
     codes, sizes = category_codes(items, 2)
-    # "all" is everybody's root: left out. Level 1: "" < all < bag < shoe. Level 2, at depth min(2, own): "" < all < bag < red
+    # the shared root "all" is left out. Level 1: "" < all < bag < shoe. Level 2, at depth min(2, own depth): "" < all < bag < red
     assert codes.tolist() == [[3, 3], [2, 2], [2, 3], [0, 0], [1, 1]] and sizes == (4, 4)
     assert category_codes(items, 8)[1] == (4, 4, 5)  # no deeper than the deepest path
     with pytest.raises(ConfigError, match=r"map catalog\.fields\.categories"):
         category_codes([item(), item()], 3)
 
 
-def test_category_arm_numbers_the_items_of_a_path(sources, tmp_path) -> None:
+def test_category_path_numbers_the_items_of_a_path(sources, tmp_path) -> None:
     table = make_sids(MethodSpec(method="category_path", collisions="suffix", num_levels=3), sources, tmp_path, seed=0)
     assert len(np.unique(table.full_codes(), axis=0)) == 64 and len(np.unique(table.codes, axis=0)) < 64
     with pytest.raises(ValidationError, match="no scores to relocate by"):
         MethodSpec(method="category_path")
 
 
-def test_stage_takes_named_specs_and_refuses_unknown_arms(sources, tmp_path) -> None:
-    config = write_catalog(tmp_path)
-    spec = {"method": "category_path", "collisions": "none"}
-    stage = {"out": tmp_path / "out", "catalog": config, "specs": {"paths": spec}, "methods": ["random", "paths"], "codebook_size": 8}
-    out = baselines.run(baselines.BaselinesConfig.model_validate(stage))
-    assert read_sid_folder(out / "paths").num_levels == 3 and len(read_sid_folder(out / "random")) == 64
-    assert "shared prefix" in (out / "intrinsic.md").read_text()
-    with pytest.raises(ValidationError, match="arm 'letter' is unknown"):
-        baselines.BaselinesConfig.model_validate(stage | {"methods": ["letter"]})
+def test_the_stage_refuses_unknown_methods(tmp_path) -> None:
+    with pytest.raises(ValidationError, match="'random', 'rq_kmeans', 'balanced_rq_text' or 'balanced_rq'"):
+        baselines.BaselinesConfig.model_validate({"out": tmp_path, "catalog": {"items": "x"}, "methods": ["letter"]})
 
 
-def test_published_sets_come_back_in_the_order_asked_for(sources, tmp_path) -> None:
+def test_published_sets_are_read_in_the_given_order(sources, tmp_path) -> None:
     table = make_sids(MethodSpec(method="category_path", collisions="suffix"), sources, tmp_path, seed=0)
     order = table.item_ids[::-1]
     read = import_published(tmp_path / "index.json", None, order)
     assert read.item_ids == order and np.array_equal(read.full_codes(), table.align(order).full_codes())
     with pytest.raises(ArtifactError, match="no Semantic ID"):
-        import_published(tmp_path / "index.json", None, [*order, "stranger"])
+        import_published(tmp_path / "index.json", None, [*order, "unknown"])
 
 
 @pytest.mark.real_data
 @pytest.mark.parametrize(("name", "columns"), [("amazon_scientific", 10), ("amazon_beauty", 11)])
-def test_published_sets_collide_as_their_readme_says(data_root: Path, name: str, columns: int) -> None:
+def test_collisions_of_published_sets_match_their_readme(data_root: Path, name: str, columns: int) -> None:
     path = data_root / name / "reference_sids.parquet"
     if not path.is_file():
         pytest.skip(f"{path} is absent: set MMSID_DATA to the folder that holds it")

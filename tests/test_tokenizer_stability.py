@@ -1,4 +1,4 @@
-"""Flip rates: pictures changed for a tokenizer that sees them, captions for one that reads them, and what cannot be measured."""
+"""Stage `stability`: flip rates under changed pictures and captions, and catalogues without anything to change."""
 
 import json
 from pathlib import Path
@@ -29,7 +29,7 @@ def trained(folder: Path, catalog: CatalogConfig, backbone: BackboneSettings, **
 
 @pytest.fixture(scope="module")
 def pictured(tmp_path_factory) -> CatalogConfig:
-    """24 items, each with a picture of its own but the last, whose file is torn."""
+    """24 items with one picture each; the last file is truncated."""
     folder = tmp_path_factory.mktemp("pictured")
     rng = np.random.default_rng(0)
     for number in range(24):
@@ -41,24 +41,22 @@ def pictured(tmp_path_factory) -> CatalogConfig:
     return CatalogConfig(items=folder / "items.parquet")
 
 
-def test_changed_pictures_are_read_again(pictured, tmp_path) -> None:
+def test_changed_pictures_are_encoded_again(pictured, tmp_path) -> None:
     backbone = BackboneSettings(path=tiny_llava(tmp_path / "llava"), kind="vlm", max_length=40)
     tokenizer = trained(tmp_path, pictured, backbone)
     config = stability.StabilityConfig(out=tmp_path / "out", tokenizer=tokenizer, catalog=pictured, crop=0.5, jpeg_quality=95)
     report = read_json(stability.run(config) / "stability.json")
     assert report["items"] == 24 and set(report["changes"]) == {"JPEG quality", "crop"}
     gentle, harsh = (report["changes"][name]["flip"]["any"] for name in ("JPEG quality", "crop"))
-    assert 0 <= gentle < harsh <= 1, "half the picture away changes more than a careful compression"
+    assert 0 <= gentle < harsh <= 1, "cropping half the picture changes more codes than mild compression"
     again = stability.run(config.model_copy(update={"out": tmp_path / "again"}))
     assert read_json(again / "stability.json") == report
     assert {path.name for path in again.iterdir()} == {"stability.json", "stability.md", "manifest.json", "SHA256SUMS"}
 
 
-def test_captions_of_changed_pictures_come_from_the_function_handed_in(pictured, tmp_path) -> None:
-    told = tmp_path / "told"
-
+def test_changed_pictures_are_captioned_by_the_given_function(pictured, tmp_path) -> None:
     def describe(catalog: CatalogConfig, folder: Path, words: str = "") -> tuple[Path, None]:
-        """A captioner that says which file it saw, and `words`."""
+        """A captioner whose text depends on the item and on `words`."""
         with writing(folder / "caption", stage="caption", config={"words": words}) as draft:
             (draft.path / "shards").mkdir()
             rows = [
@@ -74,7 +72,7 @@ def test_captions_of_changed_pictures_come_from_the_function_handed_in(pictured,
             pq.write_table(pa.Table.from_pylist(rows), draft.path / "shards" / "part-0.parquet")
         return folder / "caption", None
 
-    captions, _ = describe(pictured, told)
+    captions, _ = describe(pictured, tmp_path / "captions")
     backbone = BackboneSettings(path=tiny_bert(tmp_path / "bert"), max_length=40)
     tokenizer = trained(tmp_path, pictured, backbone, captions=captions, use=("caption",))
     config = stability.StabilityConfig(
@@ -82,7 +80,7 @@ def test_captions_of_changed_pictures_come_from_the_function_handed_in(pictured,
     )
     same = read_json(stability.run(config, describe) / "stability.json")
     assert same["items"] == 10
-    assert same["changes"]["JPEG quality"]["flip"]["any"] == 0.0, "the captioner says the same"
+    assert same["changes"]["JPEG quality"]["flip"]["any"] == 0.0, "the captions are the same"
     assert same["changes"]["caption words"]["flip"]["any"] > 0.0
     other = config.model_copy(update={"out": tmp_path / "other"})
     changed = read_json(stability.run(other, lambda catalog, folder: describe(catalog, folder, "noble office lamp ")) / "stability.json")
@@ -93,7 +91,7 @@ def test_captions_of_changed_pictures_come_from_the_function_handed_in(pictured,
         stability.run(config.model_copy(update={"out": tmp_path / "third"}))
 
 
-def test_nothing_to_change_is_said(tmp_path) -> None:
+def test_nothing_to_change_is_an_error(tmp_path) -> None:
     catalog = write_catalog(tmp_path)
     tokenizer = trained(tmp_path, catalog, BackboneSettings(path=tiny_bert(tmp_path / "bert"), max_length=40))
     with pytest.raises(ConfigError, match="there is nothing to change"):
@@ -101,7 +99,7 @@ def test_nothing_to_change_is_said(tmp_path) -> None:
 
 
 @pytest.mark.slow
-def test_annotate_again_uses_the_same_models(tmp_path) -> None:
+def test_reannotate_uses_the_same_models(tmp_path) -> None:
     write_demo_catalog(tmp_path / "ads", items=6, users=0, seed=3)
     catalog = CatalogConfig(items=tmp_path / "ads" / "items.parquet")
     captions = caption.run(caption.CaptionConfig(out=tmp_path / "caption", catalog=catalog, batch_size=2))

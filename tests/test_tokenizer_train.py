@@ -1,7 +1,8 @@
-"""The stages end to end on a tiny encoder: train, resume, assign, baselines; two processes."""
+"""The stages `train_tokenizer`, `assign` and `baselines` end to end on a tiny encoder; resumed and two-process training."""
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -59,7 +60,7 @@ def test_folder_and_losses(world, trained: Path) -> None:
     assert "interests" in ItemTokenizer.from_pretrained(trained).settings.use
 
 
-def test_killed_run_resumes_with_the_same_losses(world, trained: Path, tmp_path) -> None:
+def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(world, trained: Path, tmp_path) -> None:
     class Killed(Exception):
         pass
 
@@ -74,7 +75,7 @@ def test_killed_run_resumes_with_the_same_losses(world, trained: Path, tmp_path)
     assert not config.out.exists()
     seen = []
     train.run(config, on_step=lambda step, losses: seen.append(step))
-    assert seen == [4, 5], "from the last checkpoint on"
+    assert seen == [4, 5], "resumed from the last checkpoint"
     a, b = (read_json(path / "training.json")["history"] for path in (config.out, undisturbed))
     assert a == b
     left, right = (read_tensors(path / "model.safetensors") for path in (config.out, undisturbed))
@@ -91,7 +92,7 @@ def test_other_losses_and_heads(world, tmp_path, changes: dict) -> None:
 
 
 def test_without_sequences_annotations_or_text(world, tmp_path) -> None:
-    """Only a caption, no titles: a catalogue of bare photos."""
+    """A catalogue of pictures with captions and nothing else."""
     catalog = write_catalog(tmp_path, items=24, sequences=False)
     captions, _ = write_annotations(tmp_path, catalog)
     rows = pq.read_table(catalog.items).select(["item_id"])
@@ -122,8 +123,8 @@ def test_assign_policies(world, trained: Path, tmp_path) -> None:
     assert metrics["coengagement"]["pairs"] > 0 and len(metrics["fidelity"]) == 3 and "retrieval" in metrics
 
 
-def test_rows_and_ids_permuted_give_the_same_sids(world, tmp_path) -> None:
-    """Start to SIDs with another row order and other ids: every item keeps its codes."""
+def test_sids_do_not_depend_on_row_order_and_item_ids(world, tmp_path) -> None:
+    """From training to SIDs with permuted rows and renamed ids: every item gets the same codes."""
     rng = np.random.default_rng(0)
     items = pq.read_table(world["catalog"].items).to_pylist()
     sequences = pq.read_table(world["catalog"].sequences).to_pylist()
@@ -144,7 +145,7 @@ def test_rows_and_ids_permuted_give_the_same_sids(world, tmp_path) -> None:
     assert {renamed[item_id]: codes for item_id, codes in tables[0].items()} == tables[1]
 
 
-def test_random_baseline_is_unique_and_shared_by_duplicates() -> None:
+def test_random_codes_are_unique_and_shared_by_duplicates() -> None:
     codes = sid_methods.random_codes(["a", "b", "a", "c"], 2, 2, seed=0)
     assert np.array_equal(codes[0], codes[2]) and len(np.unique(codes, axis=0)) == 3
     many = sid_methods.random_codes([str(n) for n in range(500)], 3, 256, seed=0)
@@ -153,11 +154,11 @@ def test_random_baseline_is_unique_and_shared_by_duplicates() -> None:
         sid_methods.random_codes([str(n) for n in range(9)], 3, 2, seed=0)
 
 
-def test_baselines_write_one_sid_folder_per_arm(world, tmp_path) -> None:
+def test_baselines_write_one_sid_folder_per_method(world, tmp_path) -> None:
     out = baselines.run(baselines.BaselinesConfig(out=tmp_path / "baselines", catalog=world["catalog"], codebook_size=8, max_length=16))
-    for arm in ("random", "rq_kmeans", "balanced_rq_text", "balanced_rq"):
-        assert len(np.unique(read_sid_folder(out / arm).codes, axis=0)) == 64
-    assert "balanced_rq" in (out / "intrinsic.md").read_text()
+    for name in ("random", "rq_kmeans", "balanced_rq_text", "balanced_rq"):
+        assert len(np.unique(read_sid_folder(out / name).codes, axis=0)) == 64
+    assert {"balanced_rq", "shared prefix"} <= set(re.findall("balanced_rq|shared prefix", (out / "intrinsic.md").read_text()))
 
 
 RANK_SCRIPT = """
@@ -165,12 +166,12 @@ import json, sys, torch
 from accelerate import PartialState
 from mmsid.tokenizer import train
 seen, finish = {}, train.Training.finish
-def watched(self):
+def record(self):
     seen["processes"] = self.accelerator.num_processes
     seen["losses"] = [row["loss"] for row in self.history]
     seen["weights"] = {n: p.detach().double().sum().item() for n, p in self.objective.named_parameters() if p.requires_grad}
     finish(self)
-train.Training.finish = watched
+train.Training.finish = record
 config = train.TrainTokenizerConfig.model_validate_json(open(sys.argv[1]).read())
 train.run(config)
 json.dump(seen, open(f"{sys.argv[1]}.{PartialState().process_index}", "w"))
@@ -191,6 +192,6 @@ def test_two_processes_end_with_the_same_weights(world, tmp_path) -> None:
     first, second = (json.loads((tmp_path / f"config.json.{rank}").read_text()) for rank in (0, 1))
     assert first["processes"] == second["processes"] == 2
     assert first["weights"] == second["weights"]
-    assert first["losses"] != second["losses"], "each rank reads its own items"
+    assert first["losses"] != second["losses"], "each rank trains on other items"
     catalog = read_catalog(world["catalog"])
     assert read_manifest(config.out)["counts"] == {"items": len(catalog.items), "steps": 4, "processes": 2}

@@ -1,4 +1,4 @@
-"""UniSID as published, as a named loss: what it implies, what one key changes, and that it trains what it should."""
+"""`loss: unisid`: implied settings, single-key ablations, and the weights that each loss trains."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from mmsid.tokenizer.inputs import ItemInput
 from mmsid.tokenizer.model import BackboneSettings, ItemTokenizer
 
 CONFIG = Path(__file__).parents[1] / "configs" / "unisid.yaml"
-ABLATIONS = {  # one key each -> the losses that are left
+ABLATIONS = {  # override -> remaining losses
     "weights.contrast=0": {"embedding", "reconstruction"},
     "weights.embedding=0": {"contrast", "reconstruction"},
     "reconstruct=off": {"contrast", "embedding"},
@@ -33,37 +33,37 @@ def world(tmp_path_factory) -> dict:
     return {"catalog": catalog, "captions": captions, "interests": interests, "folder": folder, "causal": tiny_decoder(folder / "qwen")}
 
 
-def named(*overrides: str) -> train.TrainTokenizerConfig:
+def unisid_config(*overrides: str) -> train.TrainTokenizerConfig:
     """The shipped configuration, with overrides of its tokenizer."""
     return stages.stage_configs(load_yaml(CONFIG, [f"train_tokenizer.{one}" for one in overrides]), str(CONFIG))["train_tokenizer"]
 
 
-def test_the_named_configuration_is_the_published_loss() -> None:
-    config = named()
+def test_the_shipped_configuration_is_the_published_loss() -> None:
+    config = unisid_config()
     weights = config.resolved_weights()
     assert (weights.contrast, weights.embedding, weights.reconstruction) == (1.0, 1.0, 0.1), "L_sid + L_emb + 0.1 L_rec"
-    assert (weights.codes, weights.regression) == (0.0, 0.0), "nothing of ours"
+    assert (weights.codes, weights.regression) == (0.0, 0.0), "none of our losses"
     assert config.resolved_head() == "parallel" and config.resolved_start().mode == "random"
-    assert not config.behavioural(config.finest) and not config.behavioural(config.partners), "categories alone"
-    assert config.reconstruct_from == "states", "continuous, not the argmax codes"
+    assert not config.uses_coengagement(config.finest) and not config.uses_coengagement(config.partners), "categories only"
+    assert config.reconstruct_from == "states", "continuous states, not codes"
 
 
-def test_one_key_changes_one_thing_and_survives_being_written() -> None:
-    whole = named().resolved_weights()
-    without = named("weights.contrast=0")
+def test_one_key_changes_one_setting_and_survives_serialization() -> None:
+    whole = unisid_config().resolved_weights()
+    without = unisid_config("weights.contrast=0")
     assert without.resolved_weights() == whole.model_copy(update={"contrast": 0.0})
     assert train.TrainTokenizerConfig.model_validate_json(without.model_dump_json()) == without
-    assert named("start.window=2").resolved_start().mode == "random"
+    assert unisid_config("start.window=2").resolved_start().mode == "random"
     ours = train.TrainTokenizerConfig(out="x", catalog={"items": "y"}, weights={"contrast": 0.3}).resolved_weights()
     assert (ours.codes, ours.contrast, ours.embedding) == (1.0, 0.3, 0.1)
 
 
 @pytest.mark.parametrize("ablation", [None, *ABLATIONS])
-def test_it_trains_on_a_causal_body_with_the_losses_it_names(world, tmp_path, ablation) -> None:
+def test_training_on_a_causal_backbone_uses_the_configured_losses(world, tmp_path, ablation) -> None:
     small = {"steps": 3, "batch_size": 16, "decoder_steps": 5, "codebook_size": 8, "use": ("title", "caption", "categories")}
     small["backbone"] = BackboneSettings(path=world["causal"], max_length=40, lora=LoraSettings(r=2))
     changes = small | {name: world[name] for name in ("catalog", "captions", "interests")} | {"out": tmp_path / "out"}
-    out = train.run(named(*([ablation] if ablation else [])).model_copy(update=changes))
+    out = train.run(unisid_config(*([ablation] if ablation else [])).model_copy(update=changes))
     tokenizer = ItemTokenizer.from_pretrained(out)
     assert tokenizer.backbone.causal and tokenizer.settings.head == "parallel"
     history = read_json(out / "training.json")
@@ -72,11 +72,11 @@ def test_it_trains_on_a_causal_body_with_the_losses_it_names(world, tmp_path, ab
     started = ItemTokenizer(tokenizer.settings).state_dict()
     moved = {name for name, weight in read_tensors(out / "model.safetensors").items() if not torch.equal(weight, started[name])}
     heads = {f"head.levels.{level}.{part}" for level in range(3) for part in ("weight", "bias")}
-    assert (heads <= moved) == (ablation != "weights.contrast=0"), "only the contrast on the logits teaches the heads"
+    assert (heads <= moved) == (ablation != "weights.contrast=0"), "only the contrast trains the heads"
     assert ("emb_head.weight" in moved) == (ablation != "weights.embedding=0") and "backbone.queries" in moved
 
 
-def test_the_suite_switches_every_part_by_one_key() -> None:
+def test_suite_rows_differ_by_one_key() -> None:
     suite = load_suite("tokenizer")
     chosen = {name: arm.tokenizer for name, arm in suite.arms.items() if arm.tokenizer is not None}
     base = chosen["unisid"]
@@ -84,7 +84,7 @@ def test_the_suite_switches_every_part_by_one_key() -> None:
     for name, keys in chosen.items():
         own = {key: value for key, value in keys.items() if key not in base} if name.startswith("unisid_") else keys
         if name.startswith("pixels"):
-            assert own.keys() == {"use", "backbone"}, f"{name} changes {own}; who reads pixels needs a backbone that can"
+            assert own.keys() == {"use", "backbone"}, f"{name} changes {own}; pictures need a vision-language backbone"
         elif name not in ("ours", "unisid", "suffix", "colliding"):
             assert len(own) == 1, f"{name} changes {own}"
             inner = next(iter(own.values()))
@@ -100,4 +100,4 @@ def test_fields_left_out_and_pooled_states(world, tmp_path) -> None:
     assert not {"caption", "title"} & set(tokenizer.settings.use) and "interests" in tokenizer.settings.use
     with torch.no_grad():
         h, e = tokenizer.hidden(tokenizer.backbone.collate([ItemInput("red shoe")]))
-    assert torch.equal(h[0, 0], h[0, 2]) and torch.equal(h[0, 0], e[0]), "one state for all"
+    assert torch.equal(h[0, 0], h[0, 2]) and torch.equal(h[0, 0], e[0]), "the same state for all tokens"

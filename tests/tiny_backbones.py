@@ -1,4 +1,4 @@
-"""Tiny models built from config (no hub) for the tests of backbone and tokenizer."""
+"""Tiny models built from configurations, without downloads, for tests of backbones and tokenizers."""
 
 from __future__ import annotations
 
@@ -23,31 +23,8 @@ from transformers import (
 )
 
 WORDS = [
-    word
-    for word in [
-        "red",
-        "blue",
-        "green",
-        "shoe",
-        "bag",
-        "lamp",
-        "chair",
-        "striped",
-        "plain",
-        "dotted",
-        "for",
-        "summer",
-        "winter",
-        "running",
-        "office",
-        "home",
-        "garden",
-        "cheap",
-        "noble",
-        "sale",
-        "new",
-    ]
-    if word
+    *("red", "blue", "green", "shoe", "bag", "lamp", "chair", "striped", "plain", "dotted", "for", "summer", "winter", "running"),
+    *("office", "home", "garden", "cheap", "noble", "sale", "new"),
 ]
 CHAT = (
     "{% for m in messages %}{% for c in m['content'] %}{% if c['type'] == 'image' %}<image>{% else %}{{ c['text'] }}{% endif %}"
@@ -56,7 +33,7 @@ CHAT = (
 
 
 def tiny_tokenizer(special: tuple[str, ...] = ("[PAD]", "[CLS]", "[SEP]", "<image>")) -> PreTrainedTokenizerFast:
-    """Byte-level BPE of 400 entries over a few words; BERT-like [CLS] text [SEP]."""
+    """Byte-level BPE of 400 entries; the template is [CLS] text [SEP], as for BERT."""
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
@@ -94,7 +71,7 @@ def tiny_bert(folder: Path, *, layers: int = 2, hidden: int = 32) -> str:
 
 
 def tiny_decoder(folder: Path) -> str:
-    """A causal text body."""
+    """A causal text model."""
     torch.manual_seed(0)
     text_tokenizer = tiny_tokenizer()
     config = Qwen2Config(vocab_size=len(text_tokenizer), max_position_embeddings=128, initializer_range=0.2, **_text())
@@ -131,7 +108,7 @@ def tiny_llava(folder: Path) -> str:
 
 
 def tiny_paligemma(folder: Path) -> str:
-    """SigLIP + Gemma; bidirectional over the prompt unless told otherwise."""
+    """SigLIP + Gemma; attention over the prompt is bidirectional by default."""
     torch.manual_seed(0)
     image_processor = SiglipImageProcessorPil(size={"height": 32, "width": 32})
     image_processor.image_seq_length = 16

@@ -1,1 +1,1 @@
-"""The item tokenizer: heads (the quantizer policy), losses, training, assignment, clustering baselines."""
+"""Item tokenizer: SID heads (quantizer policies), losses, training, encoding of catalogues, baseline SID methods."""

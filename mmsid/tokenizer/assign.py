@@ -1,9 +1,7 @@
-"""Stage `assign`: a trained tokenizer gives every item of a catalogue its Semantic ID.
+"""Stage `assign`: give every item of a catalogue its Semantic ID with a trained tokenizer.
 
-The tokenizer reads the fields it was trained on (`readings`, in this process or on a Ray cluster); collisions are handled here.
-
-With `append`, the items of an earlier SID folder keep their rows as they are, and only the others are read. What such a row says
-is what was published: an item whose text has changed since keeps its codes until all are assigned anew.
+Items are encoded from the fields that the tokenizer was trained on, in this process or on a Ray cluster; collisions are then resolved.
+With `append`, the items of an earlier SID folder keep their rows, even if their content has changed since; only new items are encoded.
 """
 
 from __future__ import annotations
@@ -28,18 +26,24 @@ from mmsid.tokenizer.catalog_encoding import CatalogEncoder, CatalogEncodings
 from mmsid.tokenizer.inputs import load_inputs
 from mmsid.tokenizer.publish import HeadScores, head_decoder, publish, reconstruction_figures
 from mmsid.tokenizer.published_sids import Published
-from mmsid.tokenizer.text_trust import FREE_TEXT, evidence_fields
+from mmsid.tokenizer.text_trust import FREE_TEXT, trusted_fields
 
-_REBUILT_ROWS = 50_000
+_RECONSTRUCTION_ROWS = 50_000  # items up to which the reconstruction error is measured
 
 
 class AssignConfig(StageConfig):
-    """`tokenizer`: a tokenizer folder. `captions` and `interests`: annotation folders of this catalogue, as far as it reads them.
-    `append`: an earlier SID folder of the same tokenizer, of which no code moves; items that left keep theirs in `retired.parquet`.
+    """Configuration of `assign`.
 
-    `free_text_nats`: an item whose title and description alone would move the beginning of its SID by more than this is assigned
-    without them (`agreement`), and named in `overruled.parquet`. For catalogues whose texts strangers write; costs a second reading.
-    4 takes the title from 1 % of honest drawn ads and, with the other defences, 94 % of the places that attackers won.
+    Attributes:
+        tokenizer: a tokenizer folder.
+        captions, interests: annotation folders of this catalogue, needed if the tokenizer reads these fields.
+        collisions: policy for items with equal raw codes.
+        append: an earlier SID folder of the same tokenizer. Its items keep their codes; codes of removed items stay reserved in
+            `retired.parquet`.
+        free_text_nats: limit for catalogues with untrusted texts. An item whose first code is less likely by more than this without
+            title and description is encoded without them and listed in `overruled.parquet` (`mmsid.tokenizer.text_trust`). Items are
+            then encoded twice. At 4, 1 % of the clean drawn ads lose their title.
+        ray: options of `--engine ray`; not part of the manifest.
     """
 
     tokenizer: Path
@@ -50,12 +54,12 @@ class AssignConfig(StageConfig):
     append: Path | None = None
     free_text_nats: float | None = Field(None, ge=0)
     batch_size: int = Field(32, ge=1)
-    ray: RayConfig = Field(default=RayConfig(), exclude=True)  # how `--engine ray` spreads the reading; in no manifest
+    ray: RayConfig = Field(default=RayConfig(), exclude=True)
 
     @model_validator(mode="after")
-    def _not_onto_itself(self) -> AssignConfig:
+    def _append_is_not_out(self) -> AssignConfig:
         if self.append is not None and self.append.resolve() == self.out.resolve():
-            raise ValueError(f"append names {self.append}, the folder that is to be written; give the run another `name`")
+            raise ValueError(f"append is {self.append}, which is also the output folder; give the run another `name`")
         return self
 
 
@@ -63,8 +67,8 @@ def run(config: AssignConfig, engine: Engine = "local") -> Path:
     """Write a SID folder (`sids.parquet`, `intrinsic.json`, `embeddings.safetensors`, exports) to `config.out`.
 
     Raises:
-        ArtifactError, CatalogError, ConfigError: what is wrong with the folders named, or with the catalogue.
-        MmsidError: more distinct items than SIDs.
+        ArtifactError, CatalogError, ConfigError: a folder or the catalogue is unusable.
+        MmsidError: there are more distinct items than SIDs.
     """
     catalog = read_catalog(config.catalog)
     split = split_histories(catalog, config.catalog.split) if catalog.histories else None
@@ -78,48 +82,48 @@ def run(config: AssignConfig, engine: Engine = "local") -> Path:
         "append": None if config.append is None else manifest_folder(config.append),
     }
     with writing(config.out, stage="assign", config=config, inputs=inputs) as draft:
-        reader = CatalogEncoder(config.tokenizer.absolute(), config.catalog, config.batch_size, config.free_text_nats)
-        tokenizer = reader.load()
+        encoder = CatalogEncoder(config.tokenizer.absolute(), config.catalog, config.batch_size, config.free_text_nats)
+        tokenizer = encoder.load()
         items, fields = load_inputs(catalog, config.captions, config.interests, tokenizer.settings.use or None)
-        guarded = config.free_text_nats is not None and any(name in FREE_TEXT for name in fields)
-        evidence = load_inputs(catalog, config.captions, config.interests, evidence_fields(fields))[0] if guarded else None
-        readings = CatalogEncodings(tokenizer, len(items), draft.path / "scores.f32")
+        limited = config.free_text_nats is not None and any(name in FREE_TEXT for name in fields)
+        trusted = load_inputs(catalog, config.captions, config.interests, trusted_fields(fields))[0] if limited else None
+        encodings = CatalogEncodings(tokenizer, len(items), draft.path / "scores.f32")
         if published is not None:
             published.check(tokenizer, config.collisions)
-            readings.take_over(published, published.rows_in([item.item_id for item in catalog.items]))
+            encodings.copy_published(published, published.rows_in([item.item_id for item in catalog.items]))
         if engine == "ray":
-            readings.read(items, evidence, partial(reader.on_ray, tokenizer, config=config.ray))
+            encodings.compute(items, trusted, partial(encoder.encode_on_ray, tokenizer, config=config.ray))
         else:
-            readings.read(items, evidence, partial(reader.here, tokenizer))
-        scores = HeadScores(tokenizer.head, readings.scores_of)
+            encodings.compute(items, trusted, partial(encoder.encode_locally, tokenizer))
+        scores = HeadScores(tokenizer.head, encodings.scores_of)
         table, metrics = publish(
             draft.path,
             catalog,
             split,
-            readings.codes,
+            encodings.codes,
             (tokenizer.codebook_size,) * tokenizer.num_levels,
             collisions=config.collisions,
             scores=scores,
             published=published,
-            margin=readings.margin,
-            embeddings=readings.embeddings,
+            margin=encodings.margin,
+            embeddings=encodings.embeddings,
             decode=head_decoder(tokenizer.head),
             tokenizer_sha256=tokenizer.sha256(),
             seed=config.seed,
         )
-        if published is None and len(items) <= _REBUILT_ROWS:
-            metrics |= reconstruction_figures(tokenizer.head, readings.last_scores(), table) or {}
+        if published is None and len(items) <= _RECONSTRUCTION_ROWS:
+            metrics |= reconstruction_figures(tokenizer.head, encodings.last_scores(), table) or {}
             write_json(draft.path / INTRINSIC, metrics)
-        readings.close()
+        encodings.close()
         (draft.path / "intrinsic.md").write_text(
             intrinsic_table({"ours": metrics}) + "\n" + retrieval_table({"ours": metrics}), encoding="utf-8"
         )
-        if guarded:
-            ids = [catalog.items[row].item_id for row in np.flatnonzero(readings.overruled)]
+        if limited:
+            ids = [catalog.items[row].item_id for row in np.flatnonzero(encodings.overruled)]
             write_table(draft.path / "overruled.parquet", pa.table({"item_id": pa.array(ids, pa.string())}))
             draft.counts["overruled"] = len(ids)
-        draft.counts.update({"items": len(items), "read": len(readings.fresh)})
+        draft.counts.update({"items": len(items), "read": len(encodings.fresh)})
         draft.extra["collisions"] = metrics["collisions"]
-    new = "" if published is None else f" ({len(readings.fresh):,} new, no other moved)"
+    new = "" if published is None else f" ({len(encodings.fresh):,} new, the others unchanged)"
     done(f"assign: wrote Semantic IDs of {len(items):,} items{new}, {metrics['collisions']['moved']:,} relocated, to {config.out}")
     return config.out

@@ -1,8 +1,7 @@
-"""Which items a training step reads: a pure function of (seed, step, rank).
+"""Batches of item pairs as a pure function of (seed, step, rank), so that a resumed training reads the same batches.
 
-Nothing about the order is state, so that a resumed run reads what the uninterrupted one would have read, on any number of
-processes. A batch holds pairs: half are anchors, walked through in shuffled epochs (items of like text length together), the
-other half their partners: a co-engaged train item, drawn by weight; else one that shares the finest category; else anyone.
+Half of a batch are anchors, taken from shuffled epochs with items of similar text length together. The other half are their partners:
+a co-engaged item drawn by weight, otherwise an item of the same finest category, otherwise any item.
 """
 
 from __future__ import annotations
@@ -16,8 +15,13 @@ from scipy import sparse
 
 
 class PairBatch(NamedTuple):
-    """`rows` (2A,): A anchors, then their partners. `engaged` (A,) True where the partner is a co-engaged item,
-    `paired` (A,) True where it is a positive at all (co-engaged or of the same category)."""
+    """A batch of A pairs.
+
+    Attributes:
+        rows: (2A,) row numbers of the A anchors, then of their partners.
+        engaged: (A,) True if the partner is a co-engaged item.
+        paired: (A,) True if the partner is a positive: co-engaged, or of the same category.
+    """
 
     rows: np.ndarray
     engaged: np.ndarray
@@ -25,37 +29,26 @@ class PairBatch(NamedTuple):
 
 
 class PairPlan:
-    """Args: `lengths` (N,) of the texts, `category` (N,) finest category id or -1, `pairs` co-engagement or None, `rows` the
-    items trained on (default all)."""
+    """Draws the pairs of every training step.
+
+    Args:
+        lengths: (N,) text lengths.
+        category: (N,) id of the finest category, -1 for none.
+        pairs: (N, N) co-engagement weights, or None.
+    """
 
     def __init__(
-        self,
-        lengths: Sequence[int],
-        category: np.ndarray,
-        pairs: sparse.csr_matrix | None,
-        *,
-        batch_size: int,
-        seed: int,
-        rows: np.ndarray | None = None,
+        self, lengths: Sequence[int], category: np.ndarray, pairs: sparse.csr_matrix | None, *, batch_size: int, seed: int
     ) -> None:
-        self.lengths = np.asarray(lengths)
-        self.rows = np.arange(len(self.lengths)) if rows is None else np.asarray(rows)
-        allowed = np.zeros(len(self.lengths), bool)
-        allowed[self.rows] = True
-        self.category, self.allowed, self.seed = np.asarray(category), allowed, seed
+        self.lengths, self.category, self.pairs, self.seed = np.asarray(lengths), np.asarray(category), pairs, seed
         self.anchors = max(1, batch_size // 2)
-        self.pairs = pairs
-        self.members: dict[int, np.ndarray] = {}
-        for one in np.unique(self.category[self.rows]):
-            if one >= 0:
-                self.members[int(one)] = self.rows[self.category[self.rows] == one]
+        self.members = {int(one): np.flatnonzero(self.category == one) for one in np.unique(self.category) if one >= 0}
         self._epoch = lru_cache(maxsize=2)(self._shuffled)
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> PairBatch:
-        """The pairs that process `rank` of `world` reads at (micro-)step `step`."""
-        first = (step * world + rank) * self.anchors
-        places = np.arange(first, first + self.anchors)
-        anchors = np.array([self._epoch(int(place // len(self.rows)))[place % len(self.rows)] for place in places])
+        """Pairs of process `rank` of `world` at (micro-)step `step`."""
+        first, size = (step * world + rank) * self.anchors, len(self.lengths)
+        anchors = np.array([self._epoch(position // size)[position % size] for position in range(first, first + self.anchors)])
         rng = np.random.default_rng([self.seed, 1, step, rank])
         drawn = [self._partner(int(anchor), rng) for anchor in anchors]
         partners, engaged, paired = (np.array(column) for column in zip(*drawn, strict=True))
@@ -64,19 +57,18 @@ class PairPlan:
     def _partner(self, anchor: int, rng: np.random.Generator) -> tuple[int, bool, bool]:
         if self.pairs is not None:
             span = slice(self.pairs.indptr[anchor], self.pairs.indptr[anchor + 1])
-            near, weight = self.pairs.indices[span], self.pairs.data[span]
-            near, weight = near[self.allowed[near]], weight[self.allowed[near]]
-            if len(near):
-                return int(rng.choice(near, p=weight / weight.sum())), True, True
+            neighbours, weight = self.pairs.indices[span], self.pairs.data[span]
+            if len(neighbours):
+                return int(rng.choice(neighbours, p=weight / weight.sum())), True, True
         siblings = self.members.get(int(self.category[anchor]), np.zeros(0, np.int64))
         if len(siblings) > 1:
             other = siblings[rng.integers(len(siblings) - 1)]
             return int(siblings[-1] if other == anchor else other), False, True
-        return int(self.rows[rng.integers(len(self.rows))]), False, False
+        return int(rng.integers(len(self.lengths))), False, False
 
     def _shuffled(self, epoch: int) -> np.ndarray:
         rng = np.random.default_rng([self.seed, 0, epoch])
-        order = rng.permutation(self.rows)
+        order = rng.permutation(len(self.lengths))
         window = 16 * self.anchors
         for start in range(0, len(order), window):
             part = order[start : start + window]

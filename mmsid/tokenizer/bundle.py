@@ -1,8 +1,7 @@
-"""A bundle: one tokenizer and the Semantic IDs that it published, in one folder that is whole or refused.
+"""Bundles: a tokenizer and the Semantic IDs that it published, in one folder that can be uploaded as a model repository.
 
-The folder is laid out as a model repository, ready to upload: `ItemTokenizer.from_pretrained(folder)` reads it, its model card says
-how good the SIDs are, and `sids/` holds them. The manifest names every file's hash and a version, so that codes of one version
-are never read with the tokenizer of another; `mmsid assign --append` goes on from it. No path of the machine enters it.
+`ItemTokenizer.from_pretrained(folder)` loads it, its model card gives the quality of the SIDs, and `sids/` contains them. The manifest
+lists a version and the hash of every file, so that files of different versions are never mixed. It contains no path of the machine.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ _PARTS = (TABLE, INTRINSIC, "index.json", "tokens.txt", "trie.safetensors", "emb
 
 
 class Bundle(NamedTuple):
-    """`tokenizer` and the `table` that it published; `version`: 12 hex digits that name the pair."""
+    """A `tokenizer`, the `table` that it published, and the `version` of the pair, 12 hex digits."""
 
     tokenizer: ItemTokenizer
     table: SidTable
@@ -35,10 +34,10 @@ class Bundle(NamedTuple):
 
 
 def write_bundle(tokenizer: Path, sids: Path, out: Path) -> Path:
-    """Put a tokenizer folder and a SID folder together into `out`.
+    """Combine a tokenizer folder and a SID folder into the bundle `out`.
 
     Raises:
-        ArtifactError: the SIDs were made by another tokenizer (names both), or a part is missing.
+        ArtifactError: the SIDs were made by another tokenizer, or a file is missing.
     """
     tokenizer, sids = Path(tokenizer), Path(sids)
     model, table = ItemTokenizer.from_pretrained(tokenizer), read_sid_folder(sids)
@@ -48,13 +47,12 @@ def write_bundle(tokenizer: Path, sids: Path, out: Path) -> Path:
         (draft.path / SIDS).mkdir()
         for name in _PARTS:
             if not (sids / name).is_file():
-                raise ArtifactError(f"{sids} holds no {name}; run `mmsid assign` again")
+                raise ArtifactError(f"{sids}: file {name} is missing; run `mmsid assign` again")
             shutil.copyfile(sids / name, draft.path / SIDS / name)
         if (sids / RETIRED).is_file():
             shutil.copyfile(sids / RETIRED, draft.path / SIDS / RETIRED)
-        card = (
-            (tokenizer / CARD).read_text(encoding="utf-8") if (tokenizer / CARD).is_file() else f"# Item tokenizer\n\n{model.describe()}\n"
-        )
+        has_card = (tokenizer / CARD).is_file()
+        card = (tokenizer / CARD).read_text(encoding="utf-8") if has_card else f"# Item tokenizer\n\n{model.describe()}\n"
         write_text(draft.path / CARD, card.rstrip() + "\n\n" + published_card(version, table, read_json(sids / INTRINSIC)))
         model.save_pretrained(draft.path)
         files = [path for path in sorted(draft.path.rglob("*")) if path.is_file() and path.name != "draft.json"]
@@ -72,10 +70,10 @@ def write_bundle(tokenizer: Path, sids: Path, out: Path) -> Path:
 
 
 def read_bundle(folder: Path) -> Bundle:
-    """Read a bundle after checking every file in it.
+    """Read a bundle and verify the hash of every file in it.
 
     Raises:
-        ArtifactError: no bundle, a file missing or not the one that was bundled (names it and both hashes), or SIDs of another
+        ArtifactError: the folder is not a bundle, a file is missing or differs from the bundled one, or the SIDs are those of another
             tokenizer.
     """
     folder = Path(folder)
@@ -83,8 +81,8 @@ def read_bundle(folder: Path) -> Bundle:
     for name, expected in extra["files"].items():
         found = file_sha256(folder / name) if (folder / name).is_file() else None
         if found != expected:
-            state = "is missing" if found is None else f"is another file (sha256 {found[:12]}, bundled was {expected[:12]})"
-            raise ArtifactError(f"{folder}, version {extra['version']}: {name} {state}; copy the whole bundle again, never parts of two")
+            state = "is missing" if found is None else f"is another file (sha256 {found[:12]}, expected {expected[:12]})"
+            raise ArtifactError(f"{folder}, version {extra['version']}: {name} {state}; copy the whole bundle again")
     tokenizer, table = ItemTokenizer.from_pretrained(folder), read_sid_folder(folder / SIDS)
     _check_pair(tokenizer.sha256(), table, str(folder), str(folder / SIDS))
     return Bundle(tokenizer, table, extra["version"])
@@ -94,5 +92,5 @@ def _check_pair(tokenizer_sha256: str, table: SidTable, tokenizer: str, sids: st
     if table.tokenizer_sha256 != tokenizer_sha256:
         raise ArtifactError(
             f"{sids} was made by tokenizer {table.tokenizer_sha256[:12] or 'unknown'}, but {tokenizer} is {tokenizer_sha256[:12]}; "
-            "take the SIDs that this tokenizer assigned, or the tokenizer that assigned these"
+            "use the SIDs that this tokenizer assigned, or the tokenizer that assigned these"
         )

@@ -1,14 +1,8 @@
-"""Heads of the item tokenizer: the quantizer policy pi(c_1..c_L | item).
+"""SID heads: quantizer policies pi(c_1..c_L | item) on the SID states of the backbone.
 
-Two heads share the same doors. Symbols: B items, M paths per item, L levels, K codes per level, H hidden size of the
-backbone, D size of what `project` returns (the code space for the residual head, K for the parallel head).
-
-`ResidualHead` (ours): every SID state is projected into one code space, s_l = W h_l + b_l; level l scores its codes against the
-residual r_l = s_l - (sum of the code vectors chosen before it), pi(c_l | x, c_<l) = softmax(-|r_l - e_l|^2 / t_l).
-`ParallelHead` (UniSID, arXiv 2602.10445 section 2.2): one linear layer per SID token gives K logits; levels are
-independent of each other given the item.
-
-Ties always go to the lowest index. Nothing here samples; whoever samples does it from these log-probabilities.
+`ResidualHead` is a differentiable residual quantizer; `ParallelHead` is the head of UniSID (arXiv 2602.10445, section 2.2).
+Symbols: B items, M paths per item, L levels, K codes per level, H hidden size of the backbone, D size of the projected states (the
+code space for the residual head, K for the parallel head). Ties go to the lowest index.
 """
 
 from __future__ import annotations
@@ -26,44 +20,53 @@ from mmsid.tokenizer.behaviour_regression import BehaviourRegression
 
 
 class Greedy(NamedTuple):
-    """Argmax codes, level by level: `codes` (B, L) int64; `margin` (B,) the smallest gap over the levels between the best and
-    the second-best logit (nats; inf when K = 1); `relative` (B,) the smallest such gap divided by the size of the numbers that
-    were subtracted to get it: what rounding error has to be compared with."""
+    """Level-by-level argmax of the policy.
+
+    Attributes:
+        codes: (B, L) int64.
+        margin: (B,) smallest gap over the levels between the best and the second-best logit, in nats; inf when K = 1.
+        relative_margin: (B,) smallest gap divided by the magnitude of the terms it was computed from (`CodeHead.scale`), to be
+            compared with rounding error.
+    """
 
     codes: Tensor
     margin: Tensor
-    relative: Tensor
+    relative_margin: Tensor
 
 
 class Paths(NamedTuple):
-    """An enumerated tree of code paths: `codes` (B, M, L) int64; `log_prob` (B, M), normalised over the M paths, so that
-    `log_prob.exp().sum(1) == 1`. Path order: the item's best code first at every level, last level fastest."""
+    """An enumerated tree of code paths.
+
+    Attributes:
+        codes: (B, M, L) int64. The best code comes first at every level; the last level varies fastest.
+        log_prob: (B, M), normalised over the M paths: `log_prob.exp().sum(1) == 1`.
+    """
 
     codes: Tensor
     log_prob: Tensor
 
 
 class CodeHead(nn.Module):
-    """What both heads share; `project` and `level_logits` are theirs."""
+    """Base class of SID heads. Subclasses implement `project`, `level_logits` and `rename`."""
 
     num_levels: int
     codebook_size: int
 
     def project(self, h: Tensor) -> Tensor:
-        """SID states (B, L, H) -> what the levels are scored with (B, L, D)."""
-        raise TypeError(f"{type(self).__name__} does not say how it projects")
+        """SID states (B, L, H) -> projected states (B, L, D), the input of `level_logits`."""
+        raise NotImplementedError
 
     def level_logits(self, s: Tensor, prefix: Tensor) -> Tensor:
         """Logits of the level after `prefix`: s (B, L, D), prefix (B, l) -> (B, K); prefix (B, M, l) -> (B, M, K)."""
-        raise TypeError(f"{type(self).__name__} does not say how it scores")
+        raise NotImplementedError
 
     def scale(self, s: Tensor, prefix: Tensor, logits: Tensor) -> Tensor:
-        """Magnitude (B,) of the terms that were subtracted to form `logits`; the yardstick of rounding error."""
+        """Magnitude (B,) of the terms that were subtracted to form `logits`, which bounds their rounding error."""
         return logits.abs().amax(-1)
 
     def rename(self, permutations: Sequence[np.ndarray]) -> None:
-        """Give the codes of every level other numbers, in place: what was code c of level l becomes `permutations[l][c]`."""
-        raise TypeError(f"{type(self).__name__} does not say where its codes are")
+        """Permute the codes of every level in place: code c of level l becomes `permutations[l][c]`."""
+        raise NotImplementedError
 
     def log_prob(self, s: Tensor, codes: Tensor) -> Tensor:
         """log pi(c_l | x, c_<l) for every level: codes (B, L) -> (B, L), or codes (B, M, L) -> (B, M, L). Full softmax over K."""
@@ -74,34 +77,39 @@ class CodeHead(nn.Module):
         return torch.cat(levels, -1)
 
     def teacher_logits(self, s: Tensor, codes: Tensor) -> Tensor:
-        """Logits of every level when the prefix is given by `codes` (B, L): (B, L, K)."""
+        """Logits of every level under the prefixes of `codes` (B, L): (B, L, K)."""
         return torch.stack([self.level_logits(s, codes[:, :level]) for level in range(self.num_levels)], 1)
 
     def greedy(self, s: Tensor) -> Greedy:
-        """Level-by-level argmax of pi: the raw codes."""
+        """Raw codes: the level-by-level argmax of pi."""
         batch = s.shape[0]
         codes = torch.zeros(batch, 0, dtype=torch.int64, device=s.device)
         margin = torch.full((batch,), math.inf, dtype=s.dtype, device=s.device)
-        relative = margin.clone()
+        relative_margin = margin.clone()
         for _ in range(self.num_levels):
             logits = self.level_logits(s, codes)
-            chosen = logits.argmax(-1)  # documented to return the first maximum; max is not
+            chosen = logits.argmax(-1)  # argmax is documented to return the first maximum, max is not
             if self.codebook_size > 1:
-                rest = logits.scatter(-1, chosen[:, None], -math.inf).amax(-1)
-                gap = logits.amax(-1) - rest
+                second = logits.scatter(-1, chosen[:, None], -math.inf).amax(-1)
+                gap = logits.amax(-1) - second
                 margin = torch.minimum(margin, gap)
-                relative = torch.minimum(relative, gap / self.scale(s, codes, logits).clamp_min(1e-12))
+                relative_margin = torch.minimum(relative_margin, gap / self.scale(s, codes, logits).clamp_min(1e-12))
             codes = torch.cat([codes, chosen[:, None]], 1)
-        return Greedy(codes, margin, relative)
+        return Greedy(codes, margin, relative_margin)
 
     def top_paths(self, s: Tensor, m: int, propose: Callable[[Tensor], Tensor] | None = None) -> Paths:
-        """The tree of the m best codes of every level, given each kept prefix: m**L paths (m is capped at K).
+        """Tree of the m most likely codes after every kept prefix: m**L paths.
 
-        `propose`: kept prefixes (B, M, l) -> codes (B, M, n), n < m, that are kept after them whatever their score (-1: none), in the
-        place of the least likely.
+        To score the same paths under another policy: `other.log_prob(s_other, paths.codes).sum(-1).log_softmax(-1)`.
 
-        Returns `Paths` with log-probabilities renormalised over the tree. To score the same paths under another policy:
-        `other.log_prob(s_other, paths.codes).sum(-1).log_softmax(-1)`.
+        Args:
+            s: (B, L, D) projected states.
+            m: codes kept per prefix, capped at K.
+            propose: maps kept prefixes (B, M, l) to codes (B, M, n), n < m, -1 for none. Proposed codes are kept regardless of their
+                score, in place of the least likely ones.
+
+        Returns:
+            Paths with log-probabilities renormalised over the tree.
         """
         m = min(m, self.codebook_size)
         batch = s.shape[0]
@@ -109,55 +117,65 @@ class CodeHead(nn.Module):
         joint = torch.zeros(batch, 1, dtype=s.dtype, device=s.device)
         for _ in range(self.num_levels):
             scores = self.level_logits(s, codes).log_softmax(-1)
-            # a stable sort keeps the lowest index first among equals; topk promises no order
+            # a stable sort keeps the lowest index first among ties; topk guarantees no order
             order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :m]
             if propose is not None:
-                order = _with_wanted(scores.flatten(0, 1), order.flatten(0, 1), propose(codes).flatten(0, 1)).view_as(order)
+                order = _keep_proposed(scores.flatten(0, 1), order.flatten(0, 1), propose(codes).flatten(0, 1)).view_as(order)
             joint = (joint[..., None] + scores.gather(-1, order)).flatten(1)
             codes = torch.cat([codes[:, :, None].expand(-1, -1, m, -1), order[..., None]], -1).flatten(1, 2)
         return Paths(codes, joint.log_softmax(-1))
 
 
-def _with_wanted(scores: Tensor, kept: Tensor, wanted: Tensor) -> Tensor:
-    """(B, K) scores, (B, m) kept codes, best first, (B, n) wanted ones -> (B, m): the wanted ones and the best others, best first."""
+def _keep_proposed(scores: Tensor, kept: Tensor, proposed: Tensor) -> Tensor:
+    """Replace the worst of `kept` by the proposed codes.
+
+    Args:
+        scores: (B, K). kept: (B, m) codes, best first. proposed: (B, n) codes, -1 for none.
+
+    Returns:
+        (B, m) codes, best first: the proposed ones and the best of the others.
+    """
     rank = torch.full_like(scores, -math.inf).scatter(1, kept, scores.gather(1, kept))
-    spare = torch.cat([torch.zeros_like(scores), torch.zeros_like(scores[:, :1])], 1)  # its last column takes the -1
-    rank = rank.masked_fill(spare.scatter(1, wanted % spare.shape[1], 1.0)[:, :-1] > 0, math.inf)
+    is_proposed = scores.new_zeros(len(scores), scores.shape[1] + 1)  # the last column receives the -1
+    rank = rank.masked_fill(is_proposed.scatter(1, proposed % is_proposed.shape[1], 1.0)[:, :-1] > 0, math.inf)
     chosen = rank.sort(dim=1, descending=True, stable=True).indices[:, : kept.shape[1]]
     return chosen.gather(1, scores.gather(1, chosen).sort(dim=1, descending=True, stable=True).indices)
 
 
 class ResidualHead(CodeHead):
-    """Residual codes in one space of size `code_dim`: a projection W shared by all levels, a bias and a temperature per level.
+    """Residual quantizer policy in a code space of size `code_dim`.
 
-    `behaviour` (rows; 0: none) adds to every projected state what behaviour says beyond it (`mmsid.tokenizer.behaviour_regression`).
+    States are projected to s_l = W h_l + b_l. Level l scores its code vectors e against the residual r_l = s_l - (sum of the code
+    vectors chosen before): pi(c_l | x, c_<l) = softmax(-|r_l - e|^2 / t_l). W is shared by all levels, b_l and t_l are per level.
+
+    Args:
+        behaviour: keys of a behaviour regression (`mmsid.tokenizer.behaviour_regression`) that corrects the projected states; 0 for
+            none.
     """
-
-    kind = "residual"
 
     def __init__(self, hidden_size: int, num_levels: int = 3, codebook_size: int = 256, code_dim: int = 448, behaviour: int = 0) -> None:
         super().__init__()
         self.num_levels, self.codebook_size, self.code_dim = num_levels, codebook_size, code_dim
         self.projection = nn.Linear(hidden_size, code_dim, bias=False)
-        self.bias = nn.Parameter(torch.zeros(num_levels, code_dim))  # per level: every SID token adds a constant of its own to its state
+        self.bias = nn.Parameter(torch.zeros(num_levels, code_dim))  # per level, because every SID token adds its own constant to the state
         self.vectors = nn.Parameter(torch.randn(num_levels, codebook_size, code_dim) / math.sqrt(code_dim))
         self.log_temperature = nn.Parameter(torch.zeros(num_levels))
         self.behaviour = BehaviourRegression(behaviour, code_dim) if behaviour else None
 
     def project(self, h: Tensor) -> Tensor:
-        """s_l = W h_l + b_l, and what the behaviour adds: (B, L, H) -> (B, L, code_dim)."""
+        """s_l = W h_l + b_l, plus the behaviour regression if there is one: (B, L, H) -> (B, L, code_dim)."""
         s = self.projection(h) + self.bias
         return s if self.behaviour is None else s + self.behaviour(s)
 
     @torch.no_grad()
     def rename(self, permutations: Sequence[np.ndarray]) -> None:
-        """Reorder the code vectors."""
-        for level, names in enumerate(permutations):
-            self.vectors[level] = self.vectors[level][np.argsort(names)].clone()
+        """Permute the code vectors of every level in place."""
+        for level, permutation in enumerate(permutations):
+            self.vectors[level] = self.vectors[level][np.argsort(permutation)].clone()
 
     def prefix_vectors(self, codes: Tensor) -> Tensor:
-        """Cumulative sums of the chosen code vectors: codes (..., l) -> (..., l, code_dim); entry j is the rebuild from j+1 levels."""
-        # embedding, not indexing: with several threads that adds gradients up in any order, and no run is like another
+        """Cumulative sums of code vectors: codes (..., l) -> (..., l, code_dim); entry j is the reconstruction from j+1 levels."""
+        # F.embedding instead of indexing, whose multi-threaded backward adds gradients in random order: runs would not be repeatable
         chosen = [F.embedding(codes[..., level], self.vectors[level]) for level in range(codes.shape[-1])]
         return torch.stack(chosen, -2).cumsum(-2)
 
@@ -171,12 +189,12 @@ class ResidualHead(CodeHead):
 
     def level_logits(self, s: Tensor, prefix: Tensor) -> Tensor:
         """-|r_l - e|^2 / t_l for every code e of the level after `prefix`."""
-        r, table = self.residual(s, prefix), self.vectors[prefix.shape[-1]]
-        squared = r.square().sum(-1, keepdim=True) + table.square().sum(-1) - 2 * r @ table.T
+        r, vectors = self.residual(s, prefix), self.vectors[prefix.shape[-1]]
+        squared = r.square().sum(-1, keepdim=True) + vectors.square().sum(-1) - 2 * r @ vectors.T
         return -squared / self.log_temperature[prefix.shape[-1]].exp()
 
     def scale(self, s: Tensor, prefix: Tensor, logits: Tensor) -> Tensor:
-        """(|r|^2 + the largest |e|^2) / t of the level: the logits are small differences of such numbers."""
+        """(|r|^2 + max |e|^2) / t of the level after `prefix`; the logits are small differences of terms of this size."""
         level = prefix.shape[-1]
         size = self.residual(s, prefix).square().sum(-1) + self.vectors[level].square().sum(-1).amax()
         return size / self.log_temperature[level].exp()
@@ -184,8 +202,8 @@ class ResidualHead(CodeHead):
     def soft_prefix_vectors(self, s: Tensor, codes: Tensor) -> Tensor:
         """As `prefix_vectors`, but the last vector of every prefix is its expectation under pi: (B, L, code_dim).
 
-        p_l = sum_{j<l} e_{c_j} + E_{c ~ pi(.|x, c_<l)} e_c. The expectation is what carries gradient from a loss on the
-        quantised prefix to the policy; the chosen codes before it are held fixed.
+        p_l = sum_{j<l} e_{c_j} + E_{c ~ pi(.|x, c_<l)} e_c. The expectation carries gradient from a loss on the quantised prefix
+        to the policy; the codes before it are fixed.
         """
         hard = self.prefix_vectors(codes)
         out = []
@@ -196,9 +214,7 @@ class ResidualHead(CodeHead):
 
 
 class ParallelHead(CodeHead):
-    """UniSID's head: K logits per SID token from its own linear layer, no residual, no code vectors; D = K."""
-
-    kind = "parallel"
+    """Head of UniSID: one linear layer per SID token gives K logits (D = K). The levels are independent given the item."""
 
     def __init__(self, hidden_size: int, num_levels: int = 3, codebook_size: int = 256) -> None:
         super().__init__()
@@ -211,19 +227,19 @@ class ParallelHead(CodeHead):
 
     @torch.no_grad()
     def rename(self, permutations: Sequence[np.ndarray]) -> None:
-        """Reorder the outputs."""
-        for linear, names in zip(self.levels, permutations, strict=True):
+        """Permute the outputs of every level's layer in place."""
+        for linear, permutation in zip(self.levels, permutations, strict=True):
             for weight in (linear.weight, linear.bias):
-                weight.copy_(weight[np.argsort(names)].clone())
+                weight.copy_(weight[np.argsort(permutation)].clone())
 
     def level_logits(self, s: Tensor, prefix: Tensor) -> Tensor:
-        """The level's logits; the codes in `prefix` only say which level it is."""
+        """Logits of the level after `prefix`; they depend on the length of the prefix only."""
         logits = s[:, prefix.shape[-1]]
         return logits if prefix.dim() == 2 else logits[:, None].expand(-1, prefix.shape[1], -1)
 
 
 def make_head(kind: str, hidden_size: int, num_levels: int, codebook_size: int, code_dim: int, behaviour: int) -> CodeHead:
-    """The head named by a config: "residual" or "parallel" (`code_dim` and `behaviour` are only read by the former)."""
+    """Build a head of kind "residual" or "parallel" (`code_dim` and `behaviour` apply to "residual" only)."""
     if kind == "parallel":
         return ParallelHead(hidden_size, num_levels, codebook_size)
     return ResidualHead(hidden_size, num_levels, codebook_size, code_dim, behaviour)

@@ -1,24 +1,23 @@
-"""What the tokenizer reads of an item: one text of labelled fields, and its pictures.
+"""Inputs of the item tokenizer: one text of labelled fields per item, and its pictures.
 
-Interests mined without a language model (`coengagement`) restate behaviour. They may be reconstructed; they are never read,
-else the tokenizer would look at the labels it is to predict, and could not encode an item nobody has touched yet.
+Interests mined from co-engagement (`source: coengagement`) restate behaviour. They may be reconstruction targets but are never
+encoder input: the tokenizer would otherwise read its own targets, and could not encode an item without interactions.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from mmsid.artifacts import read_manifest, read_table, verify_folder
 from mmsid.catalog import Catalog, Item
-from mmsid.errors import ArtifactError, ConfigError
+from mmsid.catalog.annotations import SENSITIVE, read_captions, read_ok_rows
+from mmsid.errors import ConfigError
 
 FieldName = Literal["title", "caption", "interests", "categories", "attributes", "description", "pictures"]
 ALL_FIELDS: tuple[FieldName, ...] = ("title", "caption", "interests", "categories", "attributes", "description", "pictures")
-SENSITIVE = "sensitive"  # the flag that annotation puts on texts about health, faith and the like
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class ItemInput:
 
 @dataclass(frozen=True)
 class MinedInterests:
-    """The interests of one item: `source` is "llm" or "coengagement"; descriptors come strongest first."""
+    """The interests of one item: `source` is "llm" or "coengagement"; descriptors are sorted by confidence, highest first."""
 
     source: str
     descriptors: tuple[str, ...]
@@ -39,51 +38,34 @@ class MinedInterests:
 
 
 def read_caption_texts(folder: Path | None) -> dict[str, str]:
-    """Captions of a finished caption folder by item id, status ok only; several creatives are joined by " ; ". {} for None."""
-    texts: dict[str, list[tuple[int, str]]] = {}
-    for row in _ok_rows(folder, "caption", ["item_id", "creative", "caption"]):
-        texts.setdefault(row["item_id"], []).append((row["creative"] or 0, row["caption"]))
-    return {item_id: " ; ".join(dict.fromkeys(text for _, text in sorted(parts))) for item_id, parts in texts.items()}
+    """Item id -> caption, from a finished caption folder; rows flagged `sensitive` are left out. {} for None."""
+    return {} if folder is None else read_captions(folder, without_flags=(SENSITIVE,))
 
 
 def read_mined_interests(folder: Path | None) -> dict[str, MinedInterests]:
-    """Interests of a finished interests folder by item id, status ok only. {} for None."""
+    """Item id -> interests, from a finished interests folder; rows flagged `sensitive` are left out. {} for None."""
+    if folder is None:
+        return {}
     found = {}
-    for row in _ok_rows(folder, "interests", ["item_id", "descriptors", "summary", "source"]):
+    for row in read_ok_rows(folder, "interests", ("item_id", "descriptors", "summary", "source"), (SENSITIVE,)):
         ranked = sorted(json.loads(row["descriptors"] or "[]"), key=lambda one: -float(one["confidence"]))
         found[row["item_id"]] = MinedInterests(row["source"], tuple(one["descriptor"] for one in ranked), row["summary"] or "")
     return found
 
 
-def _ok_rows(folder: Path | None, stage: str, columns: Sequence[str]) -> Iterator[dict]:
-    """Rows of status ok. Those flagged `sensitive` are left out: such words must not shape a Semantic ID."""
-    if folder is None:
-        return
-    read_manifest(folder, stage)
-    verify_folder(folder)
-    for path in sorted((Path(folder) / "shards").glob("part-*.parquet")):
-        table = read_table(path)
-        absent = [name for name in (*columns, "status", "flags") if name not in table.column_names]
-        if absent:
-            raise ArtifactError(f"{path}: column {absent[0]!r} is missing (found {table.column_names}); run the stage {stage} again")
-        for row in table.select([*columns, "status", "flags"]).to_pylist():
-            if row["status"] == "ok" and SENSITIVE not in (row["flags"] or ()):
-                yield row
-
-
 def readable_fields(use: Sequence[FieldName] | None, interests: Mapping[str, MinedInterests]) -> tuple[FieldName, ...]:
-    """The fields that the encoder will read: `use`, or by default all that it may read.
+    """The fields that the encoder reads: those in `use`, by default all that it may read, in the order of `ALL_FIELDS`.
 
     Raises:
         ConfigError: `use` names the interests although they were mined from behaviour.
     """
-    behavioural = any(mined.source != "llm" for mined in interests.values())
+    from_behaviour = any(mined.source != "llm" for mined in interests.values())
     if use is None:
-        return tuple(name for name in ALL_FIELDS if not (name == "interests" and behavioural))
-    if "interests" in use and behavioural:
+        return tuple(name for name in ALL_FIELDS if not (name == "interests" and from_behaviour))
+    if "interests" in use and from_behaviour:
         raise ConfigError(
-            "the tokenizer is told to read `interests`, but these were mined from co-engagement (behaviour), which may only be "
-            "reconstructed; take `interests` out of `use`, or mine them with a language model"
+            "`use` contains `interests`, but the given interests were mined from co-engagement (behaviour) and may only be "
+            "reconstructed; remove `interests` from `use`, or mine them with a language model"
         )
     return tuple(name for name in ALL_FIELDS if name in use)
 
@@ -94,12 +76,12 @@ def build_inputs(
     interests: Mapping[str, MinedInterests] | None = None,
     use: Sequence[FieldName] | None = None,
 ) -> list[ItemInput]:
-    """One input per item, in the catalogue's order. A missing field is left out; an item may end up with an empty text.
+    """One input per item, in the catalogue's order. Missing fields are left out; the text of an item may be empty.
 
-    The text is `title: ... . caption: ... .` and so on; the description stands last, because it is what truncation may cost.
+    The text has the form `title: ... . caption: ... .`. The description is the last field, because truncation cuts the end.
 
     Raises:
-        ConfigError: interests mined from co-engagement are to be read (see `readable_fields`).
+        ConfigError: `use` names interests that were mined from co-engagement (see `readable_fields`).
     """
     captions, interests = captions or {}, interests or {}
     fields = readable_fields(use, interests)
@@ -115,7 +97,7 @@ def build_inputs(
 def load_inputs(
     catalog: Catalog, captions: Path | None, interests: Path | None, use: Sequence[FieldName] | None = None
 ) -> tuple[list[ItemInput], tuple[FieldName, ...]]:
-    """`build_inputs` from annotation folders; also the fields that were read in the end."""
+    """`build_inputs` from annotation folders; returns the inputs and the fields in them."""
     mined = read_mined_interests(interests)
     fields = readable_fields(use, mined)
     return build_inputs(catalog, read_caption_texts(captions), mined if "interests" in fields else None, fields), fields

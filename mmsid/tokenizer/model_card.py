@@ -1,4 +1,4 @@
-"""The model card that travels with a tokenizer, and with a bundle of tokenizer and Semantic IDs."""
+"""Model cards of tokenizers, and of bundles of a tokenizer and its Semantic IDs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from mmsid.tokenizer.model import ItemTokenizer
 
 
 def model_card(tokenizer: ItemTokenizer, config: Any, figures: dict[str, Any], items: int) -> str:
-    """README.md of a tokenizer folder: what it is, how it was trained, what was measured, what it cannot do."""
+    """README.md of a tokenizer folder: architecture, training, metrics, limitations."""
     agreement = figures.get("agreement_with_targets")
     rows = [
         ("items measured (a sample, raw codes, before collision handling)", f"{figures['items']:,}"),
@@ -35,14 +35,14 @@ Trained by `mmsid train_tokenizer` on {items:,} items: loss `{config.loss}`, {co
 |---|---|
 {table}
 
-The figures are of training items. Figures of the published codes (after collision handling), and on held-out users, are in the
-`intrinsic.json` of the folder that `mmsid assign` writes. The backbone's weights are not in this folder: it names them, and
-refuses others. Items with no text (and, for a vision-language backbone, no picture) all get one and the same code.
+The metrics are those of training items. Metrics of published codes (after collision handling) and on held-out users are in
+`intrinsic.json` of the folder that `mmsid assign` writes. The backbone weights are not in this folder: it stores a reference to them and
+their hash, and refuses other weights. All items without text (and, for a vision-language backbone, without picture) get the same codes.
 """
 
 
 def published_card(version: str, table: SidTable, metrics: dict[str, Any]) -> str:
-    """The section of a bundle's model card about the Semantic IDs in it: how many, how good, how to read and extend them."""
+    """Model card section of a bundle about its Semantic IDs: number, quality, and how to extend them."""
     lift = metrics.get("coengagement", {}).get("lift", [None])[0]
     rows = [
         ("items", f"{len(table):,}"),
@@ -58,6 +58,7 @@ def published_card(version: str, table: SidTable, metrics: dict[str, Any]) -> st
 |---|---|
 {lines}
 
-`sids/sids.parquet` holds `codes` (published) and `raw_codes` (what `encode` gives) of every item. Codes of another version are other
-names: never mix them. New items: `mmsid assign --append` on this folder's `sids`, with this folder as the tokenizer; no code moves.
+`sids/sids.parquet` contains `codes` (published) and `raw_codes` (from `encode`) of every item. Codes of different versions have different
+meanings and must not be mixed. To add new items, run `mmsid assign --append` on the folder `sids`, with this folder as the tokenizer;
+published codes do not change.
 """

@@ -1,4 +1,4 @@
-"""What training minimises: the tokenizer's losses on one batch of pairs, as one module (so that DDP wraps a single forward)."""
+"""Training objective of the item tokenizer: weighted losses of one batch of pairs, as a single module for DDP."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mmsid.tokenizer.reconstruction import FrozenDecoder, ReconstructionHead
 
 
 class LossWeights(Section):
-    """Weight of each loss; 0 leaves it out."""
+    """Weight of each loss; a loss of weight 0 is not computed."""
 
     codes: float = Field(1.0, ge=0)
     regression: float = Field(1.0, ge=0)
@@ -33,8 +33,13 @@ UNISID_WEIGHTS = LossWeights(codes=0.0, regression=0.0, contrast=1.0, embedding=
 class Labels(NamedTuple):
     """Targets of a batch of A anchors followed by their A partners (B = 2A rows).
 
-    `rows` (B,) item rows; `codes` (B, L); `fused` (B, D) or (B, 0) when there is no fused space; `categories` (B, L), -1 = none;
-    `engaged`, `paired` (A,) bool; `text_ids`, `text_mask` (B, T) of what is to be reconstructed.
+    Attributes:
+        rows: (B,) row numbers of the items.
+        codes: (B, L) target codes.
+        fused: (B, D) fused vectors; (B, 0) if there is no fused space.
+        categories: (B, L) category ids per level, -1 for none.
+        engaged, paired: (A,) bool, as in `PairBatch`.
+        text_ids, text_mask: (B, T) tokens of the text to reconstruct.
     """
 
     rows: Tensor
@@ -47,7 +52,7 @@ class Labels(NamedTuple):
     text_mask: Tensor
 
     def to(self, device: torch.device) -> Labels:
-        """The same on `device`."""
+        """Copy to `device`."""
         return Labels(*(value.to(device) for value in self))
 
 
@@ -55,9 +60,10 @@ class Objective(nn.Module):
     """Weighted losses of a batch.
 
     Args:
-        finest: positives of the last level: co-engaged items of the batch ("engaged"; where the batch has none, the category
-            decides), or the category as published.
-        reconstruct_from: "states" (as published) or "codes".
+        tau: temperature of both contrastive losses.
+        finest: positives of the last level: "engaged", co-engaged items of the batch (the category if the batch has none); or
+            "category", as in UniSID.
+        reconstruct_from: input of the reconstruction: "states" (as in UniSID) or the vectors of the chosen "codes".
     """
 
     def __init__(
@@ -86,9 +92,9 @@ class Objective(nn.Module):
                 self.reconstruction = ReconstructionHead(positions, size, decoder)
 
     def forward(self, batch: Batch, labels: Labels) -> tuple[Tensor, dict[str, Tensor]]:
-        """(total, each loss before its weight); every loss is a mean over this process's rows."""
+        """Total loss, and each loss before weighting; every loss is a mean over the rows of this process."""
         h, e = self.tokenizer.hidden(batch)
-        with torch.autocast(h.device.type, enabled=False):  # distances in bf16 would lose the small differences they are for
+        with torch.autocast(h.device.type, enabled=False):  # bf16 is too coarse for differences of distances
             return self._losses(h.float(), e.float(), labels)
 
     def _losses(self, h: Tensor, e: Tensor, labels: Labels) -> tuple[Tensor, dict[str, Tensor]]:
@@ -114,37 +120,37 @@ class Objective(nn.Module):
         return total, {name: value.detach() for name, value in parts.items()}
 
     def _contrast(self, z: Tensor, labels: Labels) -> Tensor:
-        """Candidates are the rows of all processes; gradient flows through this process's rows only."""
-        rank, size = (dist.get_rank(), len(z)) if _several() else (0, len(z))
+        """Multi-granularity contrast against the rows of all processes; gradient flows through the rows of this process only."""
+        size, rank = len(z), dist.get_rank() if _is_distributed() else 0
         own = torch.arange(size, device=z.device) + rank * size
-        categories, rows = everyone(labels.categories), everyone(labels.rows)
+        categories, rows = gather_rows(labels.categories), gather_rows(labels.rows)
         same = (labels.categories[:, None] == categories[None]) & (labels.categories[:, None] >= 0)
         positives = same.permute(2, 0, 1)
         if self.finest == "engaged" and labels.engaged.any():
             anchors = size // 2
-            mates = torch.zeros(size, len(rows), dtype=torch.bool, device=z.device)
+            partners = torch.zeros(size, len(rows), dtype=torch.bool, device=z.device)
             index = torch.arange(anchors, device=z.device)
-            mates[index, rank * size + anchors + index] = labels.engaged
-            mates[anchors + index, rank * size + index] = labels.engaged
-            positives = torch.cat([positives[:-1], mates[None]])
-        # an item drawn twice is its own positive, never its own negative
+            partners[index, rank * size + anchors + index] = labels.engaged
+            partners[anchors + index, rank * size + index] = labels.engaged
+            positives = torch.cat([positives[:-1], partners[None]])
+        # two rows of the same item are positives of each other
         positives = positives | (labels.rows[:, None] == rows[None])
         itself = nn.functional.one_hot(own, len(rows)).bool()
-        return losses.multi_granularity_contrast(z, everyone(z), positives & ~itself, self.tau, own)
+        return losses.multi_granularity_contrast(z, gather_rows(z), positives & ~itself, self.tau, own)
 
     def _embedding(self, z: Tensor, labels: Labels) -> Tensor:
-        anchors = len(z) // 2
-        a, p = z[:anchors], z[anchors:]
-        ra, rp = labels.rows[:anchors], labels.rows[anchors:]
-        known = (rp[:, None] == rp[None]) | (ra[:, None] == rp[None])
-        back = (ra[:, None] == ra[None]) | (rp[:, None] == ra[None])
-        forward = losses.info_nce(a, p, labels.paired, self.tau, known)
-        return (forward + losses.info_nce(p, a, labels.paired, self.tau, back)) / 2
+        """InfoNCE of anchors against partners and back; rows of either item of a pair are not negatives of the pair."""
+        half = len(z) // 2
+        anchor_rows, partner_rows = labels.rows[:half], labels.rows[half:]
+        no_negatives = (partner_rows[:, None] == partner_rows[None]) | (anchor_rows[:, None] == partner_rows[None])
+        no_negatives_back = (anchor_rows[:, None] == anchor_rows[None]) | (partner_rows[:, None] == anchor_rows[None])
+        forward = losses.info_nce(z[:half], z[half:], labels.paired, self.tau, no_negatives)
+        return (forward + losses.info_nce(z[half:], z[:half], labels.paired, self.tau, no_negatives_back)) / 2
 
 
-def everyone(x: Tensor) -> Tensor:
-    """Rows of all processes, this one's with their gradient; x itself in a single process. All must bring equally many rows."""
-    if not _several():
+def gather_rows(x: Tensor) -> Tensor:
+    """Rows of all processes, those of this process with their gradient; `x` itself in a single process. Row counts must be equal."""
+    if not _is_distributed():
         return x
     parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, x.detach().contiguous())
@@ -152,5 +158,5 @@ def everyone(x: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def _several() -> bool:
+def _is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

@@ -1,4 +1,4 @@
-"""From raw codes to a SID folder: collision handling, intrinsic figures on the held-out users, exports."""
+"""From raw codes to a SID folder: collision handling, intrinsic metrics on held-out users, exports."""
 
 from __future__ import annotations
 
@@ -22,36 +22,40 @@ from mmsid.sids.semantics import fidelity
 from mmsid.tokenizer.heads import CodeHead, ResidualHead
 from mmsid.tokenizer.published_sids import RETIRED, Published
 
-_BEAMS = (16, 1024)
+_BEAMS = (16, 1024)  # widths of the prefix searches, tried in this order
 
 
 class Scores(Protocol):
-    """What collision handling asks of a quantizer (`mmsid.sids.collisions`)."""
+    """Code scores that collision handling needs from a quantizer (`mmsid.sids.collisions`)."""
 
     def last_scores(self, rows: np.ndarray, prefixes: np.ndarray) -> np.ndarray:
-        """(n,) item rows and (n, L-1) prefixes -> (n, K) log pi of the last code."""
+        """Log pi (n, K) of the last code for item rows (n,) and prefixes (n, L-1)."""
 
     def prefix_candidates(self, row: int) -> Iterator[tuple[tuple[int, ...], float]]:
-        """The item's prefixes with their joint log pi, best first."""
+        """Prefixes of an item with their joint log pi, best first."""
 
 
 class HeadScores:
-    """A tokenizer's head as collision handling sees it. `scores(rows)` gives what the head scores with, (n, L, D): from memory, from
-    a file, or encoded anew."""
+    """`Scores` of a SID head.
+
+    Args:
+        head: is moved to the CPU.
+        scores: returns the projected states (n, L, D) of item rows (n,).
+    """
 
     def __init__(self, head: CodeHead, scores: Callable[[np.ndarray], Tensor]) -> None:
         self.head, self.scores = head.cpu().eval(), scores
 
     @torch.no_grad()
     def last_scores(self, rows: np.ndarray, prefixes: np.ndarray) -> np.ndarray:
-        """(n,) item rows and (n, L-1) prefixes -> (n, K) float64 log pi of the last code."""
+        """Log pi (n, K) of the last code, float64, for item rows (n,) and prefixes (n, L-1)."""
         s = self.scores(np.asarray(rows, dtype=np.int64))
         logits = self.head.level_logits(s, torch.from_numpy(np.asarray(prefixes, dtype=np.int64)))
         return logits.double().log_softmax(-1).numpy()
 
     @torch.no_grad()
     def prefix_candidates(self, row: int) -> Iterator[tuple[tuple[int, ...], float]]:
-        """The item's prefixes with their joint log pi, best first, by a narrow beam, then a wide one."""
+        """Prefixes of an item with their joint log pi, best first: those of a narrow beam search, then those of a wide one."""
         s = self.scores(np.array([row]))
         seen: set[tuple[int, ...]] = set()
         for beam in _BEAMS:
@@ -84,20 +88,27 @@ def publish(
     tokenizer_sha256: str = "",
     seed: int = 0,
 ) -> tuple[SidTable, dict[str, Any]]:
-    """Resolve collisions of raw codes (N, L), measure, and write a SID folder; returns the table and its figures.
+    """Resolve collisions of raw codes (N, L), compute metrics, and write a SID folder.
 
-    `scores` is needed by the policy "relocate" only. `published`: SIDs that must not move (the rows of its items in
-    `raw_codes` are theirs); `scores` is then asked about new items only, and items that left are written to `retired.parquet`.
-    `embeddings` (N, D), if given, are written as `embeddings.safetensors` (row
-    order = the table's) and measured. `decode` turns codes (N, L) into vectors, for retrieval by codes. Pairs come from the inner
-    held-out users; categories from the catalogue.
+    Args:
+        folder: the SID folder to write.
+        split: its inner held-out users give the item pairs of the metrics.
+        scores: needed by the policy "relocate", and with `published`.
+        published: SIDs that must not change; the rows of its items in `raw_codes` are the published ones. `scores` is then used for
+            new items only, and removed items are written to `retired.parquet`.
+        margin: (N,) margins of the raw codes; NaN by default.
+        embeddings: (N, D), written as `embeddings.safetensors` in the order of the table, and measured.
+        decode: turns codes (N, L) into vectors, for retrieval by codes.
+
+    Returns:
+        The table and its metrics.
     """
     hashes = [item.content_sha256 for item in catalog.items]
     if published is None:
-        asked = (None, None) if scores is None or collisions != "relocate" else (scores.last_scores, scores.prefix_candidates)
-        resolution = resolve(collisions, raw_codes, hashes, codebook_sizes, *asked)
+        functions = (None, None) if scores is None or collisions != "relocate" else (scores.last_scores, scores.prefix_candidates)
+        resolution = resolve(collisions, raw_codes, hashes, codebook_sizes, *functions)
     else:
-        resolution = _beside(published, catalog, raw_codes, codebook_sizes, collisions, scores)
+        resolution = _append(published, catalog, raw_codes, codebook_sizes, collisions, scores)
     table = SidTable(
         [item.item_id for item in catalog.items],
         resolution.codes,
@@ -124,46 +135,46 @@ def publish(
     write_sid_folder(folder, table, metrics)
     if embeddings is not None:
         write_tensors(Path(folder) / "embeddings.safetensors", {"embeddings": torch.from_numpy(np.ascontiguousarray(embeddings))})
-    if published is not None and (gone := published.left_behind(table.item_ids)) is not None:
-        gone.save(Path(folder) / RETIRED)
+    if published is not None and (retired := published.removed(table.item_ids)) is not None:
+        retired.save(Path(folder) / RETIRED)
     return table, metrics
 
 
-def _beside(
+def _append(
     published: Published, catalog: Catalog, raw_codes: np.ndarray, sizes: tuple[int, ...], policy: Policy, scores: Scores | None
 ) -> Resolution:
-    """Codes of a grown catalogue, those of published items as they are."""
+    """Codes of a grown catalogue: published items keep theirs."""
     if scores is None:
-        raise MmsidError("items can only be appended with the scores of the tokenizer that published the others")
+        raise MmsidError("publish: `published` needs `scores` of the tokenizer that published these SIDs; pass both")
     item_ids = [item.item_id for item in catalog.items]
-    before, gone = published.codes_of(item_ids), published.left_behind(item_ids)
+    published_codes, retired = published.codes_of(item_ids), published.removed(item_ids)
     codes = append_codes(
         policy,
         raw_codes,
         [item.content_sha256 for item in catalog.items],
-        before,
+        published_codes,
         sizes,
         scores.last_scores,
         scores.prefix_candidates,
-        None if gone is None else gone.codes,
+        None if retired is None else retired.codes,
     )
     spilled = (codes[:, :-1] != raw_codes[:, :-1]).any(axis=1)
     return Resolution(codes, None, int((codes != raw_codes).any(axis=1).sum()), int(spilled.sum()))
 
 
 def head_decoder(head: CodeHead) -> Callable[[np.ndarray], np.ndarray] | None:
-    """Codes (N, L) -> the sum of their code vectors without the places of the prices; None for a head without vectors."""
+    """Function from codes (N, L) to the sums of their code vectors, without price coordinates; None for a head without code vectors."""
     if not isinstance(head, ResidualHead):
         return None
-    kept = head.vectors.shape[-1] - head.num_levels if head.vectors.shape[-1] > head.num_levels else head.vectors.shape[-1]
-    codebooks = ResidualCodebooks(head.vectors.detach().cpu().float()[..., :kept].contiguous())
+    size = head.vectors.shape[-1] - head.num_levels if head.vectors.shape[-1] > head.num_levels else head.vectors.shape[-1]
+    codebooks = ResidualCodebooks(head.vectors.detach().cpu().float()[..., :size].contiguous())
     return lambda codes: codebooks.decode(codes).numpy()
 
 
 def reconstruction_figures(head: CodeHead, s: np.ndarray, table: SidTable) -> dict[str, Any] | None:
-    """How well published and raw codes rebuild what the last level quantises, s_L (N, D); None for a head without vectors.
+    """Reconstruction error of published and raw codes on the last projected states s (N, D); None for a head without code vectors.
 
-    The last L coordinates are left out: code vectors hold their prices there, which rebuild nothing (see `targets`).
+    The last L coordinates are left out, because code vectors store their prices there (`mmsid.tokenizer.initialization`).
     """
     if not isinstance(head, ResidualHead) or s.shape[1] <= head.num_levels:
         return None

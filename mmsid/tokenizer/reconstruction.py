@@ -1,13 +1,8 @@
-"""Summary reconstruction: a frozen language model must rebuild the item's summary from what the tokenizer says of it.
+"""Reconstruction of an item's summary by a frozen language model from soft prompts (UniSID, arXiv 2602.10445, section 2.5).
 
-UniSID (arXiv 2602.10445, 2.5) reads [Z^SID ; Z^Emb] through a head f_recon into a frozen Qwen2.5-3B. Where no such model is at
-hand, a small decoder of our own is trained on the catalogue's summaries as a language model, then frozen. Two things differ
-from the paper there: its size, and that it learns to read its prompt. A decoder that never saw a prompt can hardly be steered
-by one; so, in its own training, the prompt positions hold embeddings of random words of the text to come. f_recon then only
-has to find its way into the decoder's word-embedding space.
-
-The prompt is made from the continuous states as published (`states`), or from the vectors of the chosen codes (`codes`), which
-lets the gradient reach the policy itself.
+UniSID uses a frozen Qwen2.5-3B. Without such a model, `train_decoder` trains a small GPT-2 on the catalogue's summaries and freezes it.
+During that training, the prompt positions contain embeddings of random words of the text, so that the decoder learns to use a prompt.
+The prompt is made from the continuous states (as published), or from the chosen code vectors, whose gradient reaches the policy.
 """
 
 from __future__ import annotations
@@ -28,32 +23,34 @@ from mmsid.progress import track
 from mmsid.tokenizer.losses import sequence_nll
 
 PAD, END, UNKNOWN = "<pad>", "<end>", "<unk>"
+MAX_LENGTH = 48  # tokens per text
+BATCH_SIZE, VOCABULARY = 32, 2000  # of the decoder that is trained here
 
 
 class FrozenDecoder(nn.Module):
-    """A frozen causal language model with its text tokenizer, read through soft prompts."""
+    """A frozen causal language model with its text tokenizer, conditioned on soft prompts."""
 
-    def __init__(self, model: Any, text_tokenizer: Any, max_length: int = 48) -> None:
+    def __init__(self, model: Any, text_tokenizer: Any) -> None:
         super().__init__()
-        self.model = model.eval().requires_grad_(False)
-        self.text_tokenizer, self.max_length = text_tokenizer, max_length
-        self.width: int = model.get_input_embeddings().weight.shape[1]
-        scale = model.get_input_embeddings().weight.detach().float().std().item()
-        self.embedding_scale = max(scale, 1e-4)
+        self.model, self.text_tokenizer = model.eval().requires_grad_(False), text_tokenizer
+        embeddings = model.get_input_embeddings().weight
+        self.width: int = embeddings.shape[1]
+        self.embedding_scale = max(embeddings.detach().float().std().item(), 1e-4)
 
     @classmethod
-    def from_pretrained(cls, path: str, max_length: int = 48) -> FrozenDecoder:
-        """A causal language model by folder or hub id.
+    def from_pretrained(cls, path: str) -> FrozenDecoder:
+        """Load a causal language model from a folder or a hub id.
 
         Raises:
-            ConfigError: it cannot be loaded.
+            ConfigError: the model cannot be loaded.
         """
         try:
             with no_loading_bar():
-                return cls(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), AutoTokenizer.from_pretrained(path), max_length)
+                return cls(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), AutoTokenizer.from_pretrained(path))
         except (OSError, ValueError) as error:
             raise ConfigError(
-                f"decoder {path!r} cannot be loaded as a causal language model ({error}); name another, or leave it out"
+                f"train_tokenizer.decoder {path!r} cannot be loaded as a causal language model ({error}); "
+                "give another folder or hub id, or leave the key out"
             ) from error
 
     def save_pretrained(self, folder: Path) -> None:
@@ -63,14 +60,14 @@ class FrozenDecoder(nn.Module):
         self.text_tokenizer.save_pretrained(folder)
 
     def train(self, mode: bool = True) -> FrozenDecoder:
-        """Frozen means frozen: never in training mode."""
+        """The decoder always stays in evaluation mode."""
         return super().train(False)
 
     def ids(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Token ids (B, T), right-padded, each text closed by the end token, and their mask (B, T); an empty text has no token."""
+        """Token ids (B, T), right-padded, with an end token after each text, and their mask (B, T). An empty text has no tokens."""
         end = self.text_tokenizer.eos_token_id
         rows = [
-            self.text_tokenizer(text, add_special_tokens=False, truncation=True, max_length=self.max_length - 1)["input_ids"] + [end]
+            self.text_tokenizer(text, add_special_tokens=False, truncation=True, max_length=MAX_LENGTH - 1)["input_ids"] + [end]
             if text
             else []
             for text in texts
@@ -84,7 +81,7 @@ class FrozenDecoder(nn.Module):
         return ids, mask
 
     def nll(self, prompt: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-        """Mean negative log-likelihood per token (nats) of each text after its soft prompt (B, P, width): (B,)."""
+        """Mean negative log-likelihood per token (B,), in nats, of each text after its soft prompt (B, P, width)."""
         embedded = self.model.get_input_embeddings()(ids)
         inputs = torch.cat([prompt.to(embedded.dtype), embedded[:, :-1]], 1)
         logits = self.model(inputs_embeds=inputs, use_cache=False).logits[:, prompt.shape[1] - 1 :]
@@ -92,7 +89,7 @@ class FrozenDecoder(nn.Module):
 
 
 class ReconstructionHead(nn.Module):
-    """f_recon: P vectors (B, P, size) -> soft prompt (B, P, decoder width), one linear layer per position, scaled to word embeddings."""
+    """f_recon: one linear layer per position from P vectors (B, P, size) to a soft prompt at the scale of the word embeddings."""
 
     def __init__(self, positions: int, size: int, decoder: FrozenDecoder) -> None:
         super().__init__()
@@ -101,7 +98,7 @@ class ReconstructionHead(nn.Module):
         self.scale = decoder.embedding_scale
 
     def forward(self, vectors: Tensor) -> Tensor:
-        """Soft prompt (B, P, width)."""
+        """Soft prompt (B, P, decoder width)."""
         normal = nn.functional.layer_norm(vectors, vectors.shape[-1:])
         return self.scale * (torch.einsum("bps,psw->bpw", normal, self.weight) + self.bias)
 
@@ -111,23 +108,20 @@ def train_decoder(
     *,
     prompt_length: int,
     steps: int = 120,
-    batch_size: int = 32,
     width: int = 96,
-    vocabulary: int = 2000,
     seed: int = 0,
 ) -> FrozenDecoder:
-    """A two-layer GPT-2 trained on `texts` (empty ones are left out), then frozen.
+    """Train a two-layer GPT-2 on the distinct non-empty `texts`, and freeze it.
 
-    The first `prompt_length` positions hold embeddings of random words of the text itself (one time in five: noise), so that
-    the decoder learns to take a prompt at its word.
+    During training, the first `prompt_length` positions contain embeddings of random words of the text, and noise in one case of five.
 
     Raises:
-        ConfigError: no text to learn from.
+        ConfigError: all texts are empty.
     """
-    kept = sorted({text for text in texts if text})
-    if not kept:
-        raise ConfigError("reconstruct: no item has the text that is to be reconstructed; choose another target, or `off`")
-    text_tokenizer = _text_tokenizer(kept, vocabulary)
+    distinct = sorted({text for text in texts if text})
+    if not distinct:
+        raise ConfigError("train_tokenizer.reconstruct: no item has a text to reconstruct; choose another target, or set it to off")
+    text_tokenizer = _text_tokenizer(distinct)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = GPT2LMHeadModel(
@@ -153,12 +147,11 @@ def train_decoder(
     note: dict[str, object] = {}
     for step in track(range(steps), what="summary decoder", unit="steps", note=note):
         optimizer.param_groups[0]["lr"] = 3e-3 * min(1.0, (step + 1) / 10) * (1 - 0.9 * step / steps)
-        ids, mask = decoder.ids([kept[row] for row in rng.integers(len(kept), size=min(batch_size, len(kept)))])
-        picked = torch.from_numpy(rng.random((len(ids), prompt_length)))
-        place = (picked * mask.sum(1, keepdim=True)).long().clamp_max(ids.shape[1] - 1)
-        prompt = model.get_input_embeddings()(ids.gather(1, place))
-        silent = torch.from_numpy(rng.random(len(ids)) < 0.2)[:, None, None]
-        prompt = torch.where(silent, decoder.embedding_scale * torch.randn(prompt.shape, generator=noise), prompt)
+        ids, mask = decoder.ids([distinct[row] for row in rng.integers(len(distinct), size=min(BATCH_SIZE, len(distinct)))])
+        position = torch.from_numpy(rng.random((len(ids), prompt_length))) * mask.sum(1, keepdim=True)
+        prompt = model.get_input_embeddings()(ids.gather(1, position.long().clamp_max(ids.shape[1] - 1)))
+        replaced = torch.from_numpy(rng.random(len(ids)) < 0.2)[:, None, None]
+        prompt = torch.where(replaced, decoder.embedding_scale * torch.randn(prompt.shape, generator=noise), prompt)
         loss = (decoder.nll(prompt, ids, mask) * mask.sum(1)).sum() / mask.sum()
         optimizer.zero_grad()
         loss.backward()
@@ -168,14 +161,15 @@ def train_decoder(
     return FrozenDecoder(model, text_tokenizer)
 
 
-def _text_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenizerFast:
+def _text_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
+    """Byte-level BPE of at most `VOCABULARY` tokens, trained on `texts`."""
     raw = Tokenizer(models.BPE(unk_token=UNKNOWN))
     raw.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     raw.decoder = decoders.ByteLevel()
     special = [PAD, END, UNKNOWN]
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
     raw.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=raw, pad_token=PAD, eos_token=END, unk_token=UNKNOWN, bos_token=END)

@@ -1,10 +1,8 @@
-"""One arm of a comparison: SIDs made by a named method from the same text, the same behaviour and the same collision handling as ours.
+"""Semantic IDs from baseline methods, for comparison with the item tokenizer: random, category path, RQ-KMeans, balanced RQ, RQ-VAE.
 
-Every method is a rival that deserves its best: random codes, the category path, residual k-means (greedy, or Sinkhorn-balanced)
-and RQ-VAE; on MiniLM alone (`space: text`, all that a new item has) or on [MiniLM ; PPMI-SVD of train co-engagement] (`fused`).
-
-Evidence is the same for all: whatever is fitted on behaviour reads the train prefixes of the users that `Split.fit_histories`
-names, as our tokenizer does, so that no arm knows more than another and the held-out users stay held out for the intrinsic figures.
+All methods use the same text, co-engagement and collision handling as the tokenizer. Quantizers are fitted on MiniLM embeddings
+(`space: text`, available for new items) or on [MiniLM ; PPMI-SVD of train co-engagement] (`space: fused`). Co-engagement comes from the
+users of `Split.fit_histories` only; intrinsic metrics use the others.
 """
 
 from __future__ import annotations
@@ -36,12 +34,12 @@ Method = Literal["random", "category_path", "rq_kmeans", "balanced_rq", "rq_vae"
 
 
 class MethodSpec(Section):
-    """How one set of SIDs is made.
+    """Settings of a SID method.
 
     Attributes:
-        space: what the quantizer is fitted on; `random` and `category_path` look at neither.
-        collisions: `random` has none to handle; `category_path` has no scores to relocate by: choose `suffix` (items numbered
-            inside their path) or `none`.
+        space: the vectors that the quantizer is fitted on; unused by `random` and `category_path`.
+        collisions: collision policy. `random` has no collisions; `category_path` has no scores to relocate by and needs `suffix`
+            (items numbered within their path) or `none`.
         codebook_size: codes per level; `category_path` has as many as there are names at a depth.
     """
 
@@ -55,18 +53,18 @@ class MethodSpec(Section):
     @model_validator(mode="after")
     def _relocatable(self) -> MethodSpec:
         if self.method == "category_path" and self.collisions == "relocate":
-            raise ValueError("category_path has no scores to relocate by; set collisions to 'suffix' or 'none'")
+            raise ValueError("collisions is 'relocate', but category_path has no scores to relocate by; set it to 'suffix' or 'none'")
         return self
 
 
 @dataclass
 class MethodSources:
-    """What arms are made from; the text is embedded at most once.
+    """Inputs of SID methods; the text is embedded at most once.
 
     Attributes:
-        captions, interests, use, max_length: the text that MiniLM reads, as for the tokenizer.
-        start: how behaviour is counted and factorised (its weight is the arm's own).
-        cache: a folder that keeps the text embeddings, named by the hash of what was read: parallel processes then embed once.
+        captions, interests, use, max_length: the text that MiniLM embeds, as for the tokenizer.
+        start: window and dimension of the co-engagement vectors; their weight is taken from the `MethodSpec`.
+        cache: folder of text embeddings, named by the hash of the texts and shared by parallel processes.
     """
 
     catalog: Catalog
@@ -80,33 +78,33 @@ class MethodSources:
 
     @cached_property
     def text(self) -> np.ndarray:
-        """MiniLM embeddings (N, 384) of what our tokenizer reads, from the cache where it has them."""
+        """MiniLM embeddings (N, 384) of the tokenizer's input texts, from the cache if they are in it."""
         inputs, _ = load_inputs(self.catalog, self.captions, self.interests, self.use)
         texts = [item.text for item in inputs]
-        kept = None if self.cache is None else Path(self.cache) / f"text-{sha256([texts, self.max_length])[:32]}.safetensors"
-        if kept is not None and kept.is_file():
-            return read_tensors(kept)["embeddings"].numpy()
+        path = None if self.cache is None else Path(self.cache) / f"text-{sha256([texts, self.max_length])[:32]}.safetensors"
+        if path is not None and path.is_file():
+            return read_tensors(path)["embeddings"].numpy()
         embeddings = embed_texts(texts, max_length=self.max_length, what="baseline texts")
-        if kept is not None:
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            write_tensors(kept, {"embeddings": torch.from_numpy(embeddings)})
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_tensors(path, {"embeddings": torch.from_numpy(embeddings)})
         return embeddings
 
     def behaviour(self, seed: int) -> np.ndarray:
-        """Factorised train co-engagement (N, M); M = 0 without sequences. The seed starts the decomposition only."""
+        """Factorised train co-engagement (N, M); M = 0 without sequences. The seed is that of the decomposition."""
         return read_behaviour(self.catalog, self.split, self.start, seed).vectors
 
     def space(self, spec: MethodSpec, seed: int) -> np.ndarray:
-        """What the arm's quantizer is fitted on, (N, D)."""
+        """Vectors (N, D) that the quantizer is fitted on."""
         if spec.space == "text":
             return self.text
         return fuse(self.text, self.behaviour(seed), spec.behaviour_weight)
 
 
 def make_sids(spec: MethodSpec, sources: MethodSources, folder: Path, seed: int) -> SidTable:
-    """Make the SIDs of one arm, write them as a SID folder with intrinsic figures, and return the table (rows as in the catalogue).
+    """Make SIDs, write them as a SID folder with intrinsic metrics, and return the table (rows as in the catalogue).
 
-    Files are written one by one: call it inside `artifacts.writing` where the folder must appear whole or not at all.
+    The files are written one by one. Call this function inside `artifacts.writing` if the folder must appear as a whole.
 
     Raises:
         ConfigError: fewer SIDs than items (`random`), or no item has a category (`category_path`).
@@ -114,7 +112,6 @@ def make_sids(spec: MethodSpec, sources: MethodSources, folder: Path, seed: int)
     """
     items = sources.catalog.items
     name = f"baseline:{spec.method}" if spec.method in ("random", "category_path") else f"baseline:{spec.method}:{spec.space}"
-
     sizes: tuple[int, ...] = (spec.codebook_size,) * spec.num_levels
     common: dict[str, Any] = {"tokenizer_sha256": name, "seed": seed}
     if spec.method == "random":
@@ -144,31 +141,32 @@ def make_sids(spec: MethodSpec, sources: MethodSources, folder: Path, seed: int)
 
 
 def import_published(path: Path, column: str | None, item_ids: Sequence[str]) -> SidTable:
-    """A published SID set in the order of `item_ids`: one column of a reference_sids.parquet, or an index.json (`column` None).
+    """Read a published SID set in the order of `item_ids`: a column of a reference_sids.parquet, or an index.json (`column` None).
 
     Raises:
-        ArtifactError: not such a file, or an item without SID.
+        ArtifactError: the file has another format, or an item has no SID.
     """
     table = import_index_json(path) if column is None else import_reference_sids(path, column)
     return table.align(item_ids)
 
 
 def random_codes(content_hashes: list[str], num_levels: int, codebook_size: int, seed: int) -> np.ndarray:
-    """Unique random codes (N, L) int64 per distinct content; exact duplicates share theirs.
+    """Random codes (N, L) int64, unique per distinct content; exact duplicates share them.
 
     Raises:
         ConfigError: more distinct items than SIDs.
     """
-    order = {content: place for place, content in enumerate(sorted(set(content_hashes)))}
+    order = {content: index for index, content in enumerate(sorted(set(content_hashes)))}
     capacity = codebook_size**num_levels
     if len(order) > capacity:
         raise ConfigError(
-            f"{len(order):,} distinct items, but {num_levels} levels of {codebook_size} codes name {capacity:,}; raise codebook_size"
+            f"random: {len(order):,} distinct items, but {num_levels} levels of {codebook_size} codes give {capacity:,} SIDs; "
+            "raise codebook_size"
         )
     rng = np.random.default_rng(seed)
     if capacity <= 10**7:
         chosen = rng.permutation(capacity)[: len(order)]
-    else:  # rejection: a permutation of all SIDs would not fit in memory
+    else:  # rejection sampling: a permutation of all SIDs would not fit into RAM
         chosen = np.zeros(0, np.int64)
         while len(chosen) < len(order):
             drawn = np.concatenate([chosen, rng.integers(capacity, size=2 * len(order))])
@@ -179,11 +177,11 @@ def random_codes(content_hashes: list[str], num_levels: int, codebook_size: int,
 
 
 def category_codes(items: Sequence[Item], num_levels: int) -> tuple[np.ndarray, tuple[int, ...]]:
-    """The category path as codes (N, L) and the codes per level.
+    """Category paths as codes (N, L), and the number of codes per level.
 
-    Level l bears the name at depth min(l, depth of the item's path); names are numbered in alphabetical order per level, so
-    that one name is one code under every parent. Depths at which the catalogue has one name only are left out: they tell
-    nothing apart. An item without a path has a code of its own kind at every level. Fewer levels where no path is as deep.
+    Level l encodes the name at depth min(l, depth of the item's path). Names are numbered alphabetically per level: equal names under
+    different parents share a code. A root that all paths share is left out. Items without a path share one code per level. There are
+    at most as many levels as the deepest path has names.
 
     Raises:
         ConfigError: no item has a category.
@@ -191,8 +189,8 @@ def category_codes(items: Sequence[Item], num_levels: int) -> tuple[np.ndarray, 
     paths = [item.categories for item in items]
     deepest = max(map(len, paths), default=0)
     if deepest == 0:
-        raise ConfigError("category_path: no item has a category; map catalog.fields.categories, or leave this arm out")
-    while deepest > 1 and len({path[0] for path in paths if path}) == 1:  # the root that all share
+        raise ConfigError("category_path: no item has a category; map catalog.fields.categories, or leave this method out")
+    while deepest > 1 and len({path[0] for path in paths if path}) == 1:  # the shared root
         paths = [path[1:] or path for path in paths]
         deepest -= 1
     columns = []
@@ -204,7 +202,7 @@ def category_codes(items: Sequence[Item], num_levels: int) -> tuple[np.ndarray, 
 
 
 def _quantize(spec: MethodSpec, space: np.ndarray, seed: int) -> tuple[ResidualCodebooks, torch.Tensor, np.ndarray | torch.Tensor]:
-    """Codebooks, raw codes (N, L), and the vectors (N, D) that the codebooks quantise."""
+    """Codebooks, raw codes (N, L), and the quantised vectors (N, D)."""
     if spec.method == "rq_kmeans":
         codebooks = rq_kmeans(space, spec.num_levels, spec.codebook_size, seed)
         return codebooks, codebooks.encode(space), space

@@ -1,11 +1,8 @@
-"""Stage `stability`: how many codes flip when an ad is told or shown a little differently.
+"""Stage `stability`: flip rates of codes when the inputs of an item change in ways that should not matter.
 
-A sample of the catalogue is read again with something changed that should not matter: words missing from the captions, the
-pictures saved at another JPEG quality, the pictures cropped. Changed pictures are captioned (and their interests mined) again by the
-models that did it before, handed in as a function: rooms of one storey do not import each other.
-
-A flip rate alone says little; beside it stands how much less often items flip whose margin (`sids.parquet`) is large. Where the
-margin tells, a consumer may hold back the codes that are not sure.
+A sample of the catalogue is encoded again with words missing from the captions, with pictures saved at another JPEG quality, and with
+cropped pictures. Changed pictures are annotated again by a function that the caller passes (`mmsid.annotate.reannotate`). Flip rates
+are also given for the quarters of smallest and largest margin (`sids.parquet`).
 """
 
 from __future__ import annotations
@@ -27,22 +24,22 @@ from mmsid.config import StageConfig
 from mmsid.errors import ConfigError, PictureError
 from mmsid.progress import done
 from mmsid.sids.distribution import flip_rate
-from mmsid.tokenizer.inputs import ItemInput, MinedInterests, build_inputs, read_caption_texts, read_mined_interests
+from mmsid.tokenizer.inputs import MinedInterests, build_inputs, read_caption_texts, read_mined_interests
 from mmsid.tokenizer.model import Encoded, ItemTokenizer
 
-# (catalogue of changed pictures, folder to write into) -> captions and interests folders, made as the given ones were
-AnnotateAgain = Callable[[CatalogConfig, Path], tuple[Path | None, Path | None]]
+# (catalogue of changed pictures, output folder) -> caption and interests folders, made with the models of the given folders
+Reannotate = Callable[[CatalogConfig, Path], tuple[Path | None, Path | None]]
 Change = Callable[[Image.Image], Image.Image]
 
 
 class StabilityConfig(StageConfig):
-    """What is changed, and for how many items.
+    """Configuration of `stability`.
 
     Attributes:
-        max_items: evenly spaced over the catalogue's content order.
-        caption_dropout: share of a caption's words that are left out, at random; at least one word stays.
+        max_items: size of the sample, evenly spaced over the catalogue's content order.
+        caption_dropout: share of a caption's words that are removed at random; at least one word stays.
         jpeg_quality: pictures are saved again at this quality.
-        crop: pictures are cut to this share of width and height, around the middle, and scaled back.
+        crop: pictures are cropped to this share of width and height around the centre, and scaled back.
     """
 
     tokenizer: Path
@@ -56,14 +53,14 @@ class StabilityConfig(StageConfig):
     batch_size: int = Field(32, ge=1)
 
 
-def run(config: StabilityConfig, reannotate: AnnotateAgain | None = None) -> Path:
+def run(config: StabilityConfig, reannotate: Reannotate | None = None) -> Path:
     """Write `stability.json` and `stability.md` to `config.out`.
 
-    `reannotate` is needed where the tokenizer reads captions or interests and the catalogue has pictures.
+    `reannotate` is required if the tokenizer reads captions or interests and the catalogue has pictures.
 
     Raises:
-        ArtifactError, CatalogError, ConfigError: what is wrong with the folders named; or nothing that the tokenizer reads can
-            be changed.
+        ArtifactError, CatalogError: a folder or the catalogue is unusable.
+        ConfigError: the tokenizer reads neither captions nor pictures, or `reannotate` is missing.
     """
     inputs = {
         "tokenizer": manifest_folder(config.tokenizer),
@@ -79,13 +76,13 @@ def run(config: StabilityConfig, reannotate: AnnotateAgain | None = None) -> Pat
         write_json(draft.path / "stability.json", report)
         write_text(draft.path / "stability.md", stability_table(report))
         draft.counts["items"] = len(sample.items)
-    flips = ", ".join(f"{name} {figures['flip']['any']:.1%}" for name, figures in found.items())
-    done(f"stability: of {len(sample.items):,} items flip under {flips}; wrote {config.out}")
+    rates = ", ".join(f"{name} {figures['flip']['any']:.1%}" for name, figures in found.items())
+    done(f"stability: flip rates of {len(sample.items):,} items: {rates}; wrote {config.out}")
     return config.out
 
 
 def stability_table(report: dict[str, Any]) -> str:
-    """Markdown, one row per change."""
+    """Markdown table with one row per change."""
     levels = range(1, report["levels"] + 1)
     heads = ["changed", *[f"level {level} flips" for level in levels], "any level", "any, least sure quarter", "any, surest quarter"]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
@@ -108,17 +105,20 @@ class _Sample:
         self.captions = read_caption_texts(config.captions)
         self.interests = read_mined_interests(config.interests)
 
-    def measure(self, reannotate: AnnotateAgain | None) -> dict[str, Any]:
-        """Change -> figures."""
-        as_is = self._encode(self.items, self.captions, self.interests)
+    def measure(self, reannotate: Reannotate | None) -> dict[str, Any]:
+        """Name of the change -> flip rates."""
+        before = self._encode(self.items, self.captions, self.interests)
         found = {}
         if "caption" in self.use and self.captions:
-            fewer = {name: self._without_words(text) for name, text in self.captions.items()}
-            found["caption words"] = _figures(as_is, self._encode(self.items, fewer, self.interests))
-        told = {"caption", "interests"} & set(self.use) if self.captions or self.interests else set()
-        if any(item.images for item in self.items) and (told or "pictures" in self.use):
-            if told and reannotate is None:
-                raise ConfigError("stability: changed pictures must be captioned again; run it by `mmsid stability`")
+            shortened = {item_id: self._drop_words(text) for item_id, text in self.captions.items()}
+            found["caption words"] = _flip_rates(before, self._encode(self.items, shortened, self.interests))
+        annotated = {"caption", "interests"} & set(self.use) if self.captions or self.interests else set()
+        if any(item.images for item in self.items) and (annotated or "pictures" in self.use):
+            if annotated and reannotate is None:
+                raise ConfigError(
+                    f"stability: the tokenizer reads {', '.join(sorted(annotated))}, so changed pictures must be captioned again, but no "
+                    "`reannotate` function was given; run `mmsid stability`"
+                )
             share = self.config.crop
             changes: dict[str, tuple[Change, dict[str, Any]]] = {
                 "JPEG quality": (lambda picture: picture, {"suffix": ".jpg", "quality": self.config.jpeg_quality}),
@@ -126,53 +126,52 @@ class _Sample:
             }
             for number, (name, (change, saving)) in enumerate(changes.items()):
                 folder = self.scratch / str(number)
-                catalog, items = self._show(folder, change, **saving)
+                catalog, items = self._changed_catalog(folder, change, **saving)
                 captions, interests = self.captions, self.interests
-                if told and reannotate is not None:
+                if annotated and reannotate is not None:
                     folders = reannotate(catalog, folder)
                     captions, interests = read_caption_texts(folders[0]), read_mined_interests(folders[1])
-                found[name] = _figures(as_is, self._encode(items, captions, interests))
+                found[name] = _flip_rates(before, self._encode(items, captions, interests))
         if not found:
             raise ConfigError(
-                f"stability: the tokenizer reads {', '.join(self.use) or 'no named field'}, and of that neither captions nor pictures are "
-                "given, so there is nothing to change; name its captions folder, or leave this stage out"
+                f"stability: there is nothing to change: the tokenizer reads {', '.join(self.use) or 'no named field'}, but neither "
+                "captions nor pictures of these fields are given; set stability.captions, or leave this stage out"
             )
         return found
 
     def clear(self) -> None:
-        """Remove the changed pictures and what was written about them."""
+        """Remove the changed pictures and their annotations."""
         shutil.rmtree(self.scratch, ignore_errors=True)
 
     def _encode(self, items: Sequence[Item], captions: dict[str, str], interests: dict[str, MinedInterests]) -> Encoded:
-        readable = interests if "interests" in self.use else None
-        inputs: list[ItemInput] = build_inputs(items, captions, readable, self.use or None)
+        inputs = build_inputs(items, captions, interests if "interests" in self.use else None, self.use or None)
         return self.tokenizer.encode(inputs, self.config.batch_size)
 
-    def _without_words(self, text: str) -> str:
-        """The caption without some words; which ones follows from the text and the seed."""
+    def _drop_words(self, text: str) -> str:
+        """The caption with words dropped at random; the choice is a function of the text and the seed."""
         words = text.split()
         rng = np.random.default_rng([self.config.seed, *text.encode()])
         kept = rng.random(len(words)) >= self.config.caption_dropout
-        return " ".join(word for word, stays in zip(words, kept, strict=True) if stays) or text
+        return " ".join(word for word, keep in zip(words, kept, strict=True) if keep) or text
 
-    def _show(self, folder: Path, change: Change, *, suffix: str, **saving: Any) -> tuple[CatalogConfig, list[Item]]:
-        """The sample as a catalogue of its own below `folder`, its pictures changed; and its items, in the sample's order."""
+    def _changed_catalog(self, folder: Path, change: Change, *, suffix: str, **saving: Any) -> tuple[CatalogConfig, list[Item]]:
+        """Write the sample with changed pictures as a catalogue below `folder`; returns it with its items, in the sample's order."""
         pictures = folder / "pictures"
         pictures.mkdir(parents=True)
         items = []
         with open(folder / "items.jsonl", "w", encoding="utf-8") as lines:
             for number, item in enumerate(self.items):
                 paths = []
-                for place, image in enumerate(item.images):
+                for index, image in enumerate(item.images):
                     try:
                         picture = change(load_picture(image, self.config.catalog.pictures, self.config.catalog.root))
                     except PictureError:
                         continue
-                    paths.append(pictures / f"{number}-{place}{suffix}")
+                    paths.append(pictures / f"{number}-{index}{suffix}")
                     picture.save(paths[-1], **saving)
                 items.append(replace(item, images=tuple(paths)))
-                facts = {name: getattr(item, name) for name in ("item_id", "title", "description", "categories", "attributes")}
-                lines.write(json.dumps(facts | {"image": [str(path.relative_to(folder)) for path in paths]}) + "\n")
+                row = {name: getattr(item, name) for name in ("item_id", "title", "description", "categories", "attributes")}
+                lines.write(json.dumps(row | {"image": [str(path.relative_to(folder)) for path in paths]}) + "\n")
         fields = Fields(attributes=["attributes"])
         return CatalogConfig(items=folder / "items.jsonl", image_root=folder, fields=fields, pictures=self.config.catalog.pictures), items
 
@@ -187,15 +186,15 @@ def _cropped(picture: Image.Image, share: float) -> Image.Image:
     return picture.crop((left, top, width - left, height - top)).resize(picture.size, Image.Resampling.BICUBIC)
 
 
-def _figures(as_is: Encoded, changed: Encoded) -> dict[str, Any]:
-    """Flip rates of raw codes, over all items and for the quarters of least and greatest margin before the change."""
-    before, after = as_is.raw_codes.numpy(), changed.raw_codes.numpy()
-    flips = flip_rate(before, after)
-    order = np.argsort(as_is.margin.numpy(), kind="stable")
-    flipped = (before != after).any(axis=1)[order]
+def _flip_rates(before: Encoded, after: Encoded) -> dict[str, Any]:
+    """Flip rates of raw codes over all items, and over the quarters of smallest and largest margin before the change."""
+    old, new = before.raw_codes.numpy(), after.raw_codes.numpy()
+    rates = flip_rate(old, new)
+    order = np.argsort(before.margin.numpy(), kind="stable")
+    flipped = (old != new).any(axis=1)[order]
     quarter = max(1, len(order) // 4)
     return {
-        "flip": {"levels": flips[:-1].tolist(), "any": float(flips[-1])},
+        "flip": {"levels": rates[:-1].tolist(), "any": float(rates[-1])},
         "least_sure_quarter": float(flipped[:quarter].mean()),
         "surest_quarter": float(flipped[-quarter:].mean()),
     }

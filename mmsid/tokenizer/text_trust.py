@@ -1,8 +1,8 @@
-"""Free text may refine a Semantic ID, but it may not decide alone where the SID begins.
+"""Limit on how far free text (title, description) may move the first code of a Semantic ID.
 
-Whoever writes titles can write a rival's keywords into them, in words that no detector can tell from honest ones. What he cannot write
-as freely is what a picture shows and which category a shop put the item into. So every item is encoded twice, with and without its
-title and description. Where the first code with them is much less likely without them, the item is assigned without them.
+An advertiser can write the keywords of a competitor into a title, and no detector separates them from normal words. Pictures and
+categories are harder to forge. Each item is therefore encoded with and without free text. If the first code of the full encoding is
+much less likely without free text, the item gets the encoding without it.
 """
 
 from __future__ import annotations
@@ -19,36 +19,38 @@ from mmsid.tokenizer.model import Encoded, ItemTokenizer
 FREE_TEXT: tuple[FieldName, ...] = ("title", "description")
 
 
-def evidence_fields(use: Sequence[FieldName]) -> tuple[FieldName, ...]:
-    """The fields of `use` that are no free text."""
+def trusted_fields(use: Sequence[FieldName]) -> tuple[FieldName, ...]:
+    """The fields of `use` that are not free text."""
     return tuple(name for name in use if name not in FREE_TEXT)
 
 
-def disagreement(head: CodeHead, codes: Tensor, evidence: Encoded) -> Tensor:
-    """(N,) nats by which the first code of `codes` (N, L) falls behind the best one when only `evidence` is read; 0 when it is the best."""
+def disagreement(head: CodeHead, codes: Tensor, trusted: Encoded) -> Tensor:
+    """Log-probability gap (N,), in nats, between the best first code and the first of `codes` (N, L), both given `trusted`.
+
+    `trusted` is the encoding without free text. The gap is 0 if the two codes are the same.
+    """
     device = next(head.parameters()).device
     prefix = torch.zeros(len(codes), 0, dtype=torch.int64, device=device)
     with torch.no_grad():
-        log_prob = head.level_logits(evidence.scores.to(device), prefix).log_softmax(-1).cpu()
+        log_prob = head.level_logits(trusted.scores.to(device), prefix).log_softmax(-1).cpu()
     return log_prob.amax(1) - log_prob.gather(1, codes[:, :1]).squeeze(1)
 
 
-def held_to_evidence(
-    tokenizer: ItemTokenizer, full: Encoded, evidence_items: Sequence[ItemInput], nats: float, batch_size: int = 32
-) -> tuple[Encoded, Tensor]:
-    """`full`, with the rows of items whose free text disagrees by more than `nats` replaced by what the evidence alone gives.
+def limit_free_text(tokenizer: ItemTokenizer, full: Encoded, trusted_items: Sequence[ItemInput], nats: float) -> tuple[Encoded, Tensor]:
+    """Replace encodings whose `disagreement` exceeds `nats` by the encodings without free text.
 
     Args:
-        full: of all items, in the order of `evidence_items`, which are the same items without free text. An item that has nothing
-            but free text stays as it is.
+        full: encodings of all items.
+        trusted_items: the same items, in the same order, without free text. An item that is empty without free text is not replaced.
 
     Returns:
-        the encoding, and (N,) bool: which rows were replaced.
+        The encodings, and (N,) bool: the replaced rows.
     """
-    evidence = tokenizer.encode(evidence_items, batch_size)
-    has_evidence = torch.tensor([bool(item.text or item.pictures) for item in evidence_items], dtype=torch.bool)
-    overruled = has_evidence & (disagreement(tokenizer.head, full.raw_codes, evidence) > nats)
-    columns = []
-    for ours, theirs in zip(full, evidence, strict=True):
-        columns.append(torch.where(overruled.view(-1, *[1] * (ours.ndim - 1)), theirs, ours))
+    trusted = tokenizer.encode(trusted_items)
+    nonempty = torch.tensor([bool(item.text or item.pictures) for item in trusted_items], dtype=torch.bool)
+    overruled = nonempty & (disagreement(tokenizer.head, full.raw_codes, trusted) > nats)
+    columns = [
+        torch.where(overruled.view(-1, *[1] * (column.ndim - 1)), replacement, column)
+        for column, replacement in zip(full, trusted, strict=True)
+    ]
     return Encoded(*columns), overruled

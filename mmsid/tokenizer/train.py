@@ -1,9 +1,7 @@
 """Stage `train_tokenizer`: from a catalogue and its annotations to a tokenizer folder.
 
-Start (closed form, `targets`), then a short accelerate loop on the losses of `objective`. Single process, or
-`accelerate launch` (DDP; on a machine without GPU: `accelerate launch --multi_gpu --num_processes 2`, gloo). The data order is
-a function of (seed, step, rank) and nothing is random inside a step, so that a resumed run equals the uninterrupted one.
-Checkpoints are safetensors. Only rank 0 writes.
+Runs in one process or under `accelerate launch` (DDP; without GPUs `--multi_gpu --num_processes 2`, with gloo). The data order is a
+function of (seed, step, rank) and a step draws nothing at random, so that a resumed run equals an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -19,12 +17,12 @@ from mmsid.tokenizer.training import OnStep, Training
 
 
 def run(config: TrainTokenizerConfig, on_step: OnStep | None = None) -> Path:
-    """Train a tokenizer into `config.out` (a tokenizer folder with a manifest); resumes an unfinished run of the same config.
+    """Train a tokenizer and write it to `config.out`; an unfinished run of the same configuration is resumed.
 
     `on_step(step, losses)` is called after every optimiser step.
 
     Raises:
-        ConfigError, CatalogError, ArtifactError: what is wrong with settings, catalogue or earlier folders.
+        ConfigError, CatalogError, ArtifactError: the settings, the catalogue or an earlier folder are unusable.
         MmsidError: the gradient is NaN or infinite.
     """
     accelerator = make_accelerator(config.precision, unused_parameters=True)
@@ -35,7 +33,7 @@ def run(config: TrainTokenizerConfig, on_step: OnStep | None = None) -> Path:
         "sequences": config.catalog.sequences,
         "captions": config.captions,
         "interests": config.interests,
-        "against": None if config.align_codes_to is None else manifest_folder(config.align_codes_to),
+        "align_codes_to": None if config.align_codes_to is None else manifest_folder(config.align_codes_to),
     }
     with writing(config.out, stage="train_tokenizer", config=config, inputs=folders, resume=True) as draft:
         accelerator.wait_for_everyone()  # rank 0 has opened the draft

@@ -17,18 +17,27 @@ from mmsid.tokenizer.objective import UNISID_WEIGHTS, LossWeights
 
 
 class TrainTokenizerConfig(StageConfig):
-    """`loss: ours` starts from balanced residual codes and distils them; `loss: unisid` is the published loss: parallel heads,
-    random start, multi-granularity contrast on the logits + InfoNCE + 0.1 reconstruction, pairs and finest positives by category.
-    `head`, `partners`, `finest` and single keys of `start` and `weights` override what the loss implies.
+    """Configuration of `train_tokenizer`.
 
-    `without`: fields left out of `use` (they may still be reconstructed). `partners`: who an anchor is paired with in a batch, a
-    co-engaged item where there is one, or one of its finest category.
+    `head`, `partners`, `finest` and single keys of `start` and `weights` override what `loss` implies.
 
-    At the end the trained states are clustered once more, so that the raw codes are balanced (residual head, balanced start; one
-    more reading of the items). `memory` first adds what behaviour says of each known item beyond what content predicts.
-    `reconstruct` None takes summaries where there are interests, else attributes, else nothing.
-    `against`: published SIDs of an earlier tokenizer of the same sizes; the codes are renamed at the end, by one permutation per
-    level, to agree with them for most items.
+    Attributes:
+        use, without: fields that the tokenizer reads; fields in `without` are removed from `use` but may be reconstructed.
+        loss: "ours" starts from balanced residual codes and distils them. "unisid" is the published loss (arXiv 2602.10445): parallel
+            heads, random initialization, multi-granularity contrast on the logits + InfoNCE + 0.1 reconstruction, with pairs and
+            finest positives by category.
+        tau: temperature of both contrastive losses.
+        finest: positives of the last level, co-engaged items or items of the same category.
+        partners: partner of an anchor in a batch, a co-engaged item if there is one, or an item of the same finest category.
+        reconstruct: text to reconstruct; by default summaries if there are interests, else attributes, else none.
+        reconstruct_from: input of the reconstruction, continuous states (as published) or vectors of the chosen codes.
+        decoder: language model that reconstructs, a folder or hub id; by default a small one is trained for `decoder_steps` steps.
+        learning_rate, head_learning_rate: for the weights inside the backbone (query tokens, adapter), and for the heads.
+        behaviour_regression: add the behaviour part of known items that content does not predict, before the trained states are
+            clustered again (residual head and balanced start only).
+        align_codes_to: SID folder of an earlier tokenizer of the same sizes. At the end, the codes of each level are permuted to agree
+            with it for as many items as possible.
+        checkpoint_every: steps between checkpoints.
     """
 
     renamed_keys: ClassVar[dict[str, str]] = {"memory": "behaviour_regression", "against": "align_codes_to"}
@@ -58,8 +67,6 @@ class TrainTokenizerConfig(StageConfig):
     learning_rate: float = Field(2e-4, gt=0)
     head_learning_rate: float = Field(1e-4, gt=0)
     warmup: float = Field(0.1, ge=0, lt=1)
-    weight_decay: float = Field(0.0, ge=0)
-    clip: float = Field(1.0, gt=0)
     precision: Precision = "auto"
     behaviour_regression: bool = True
     align_codes_to: Path | None = None
@@ -68,7 +75,7 @@ class TrainTokenizerConfig(StageConfig):
     @model_validator(mode="before")
     @classmethod
     def _single_keys_override(cls, data: Any) -> Any:
-        """A section that names some keys changes those alone; the others stay what the loss implies."""
+        """Keys missing in `weights` and `start` get the values that the loss implies."""
         if not isinstance(data, dict):
             return data
         unisid = data.get("loss") == "unisid"
@@ -78,21 +85,21 @@ class TrainTokenizerConfig(StageConfig):
 
     @field_validator("reconstruct", mode="before")
     @classmethod
-    def _off_is_a_word(cls, value: Any) -> Any:
-        return "off" if value is False else value  # YAML reads a bare `off` as false
+    def _parse_off(cls, value: Any) -> Any:
+        return "off" if value is False else value  # YAML parses a bare `off` as false
 
     def resolved_head(self) -> str:
-        """Residual for our loss, parallel for UniSID's, unless set."""
+        """`head`, by default "residual" for our loss and "parallel" for that of UniSID."""
         return self.head or ("parallel" if self.loss == "unisid" else "residual")
 
     def resolved_start(self) -> initialization.StartSettings:
-        """Balanced for our loss, random for UniSID's, unless set."""
+        """`start`, by default balanced for our loss and random for that of UniSID."""
         return self.start or initialization.StartSettings(mode="random" if self.loss == "unisid" else "balanced")
 
-    def behavioural(self, chosen: str | None) -> bool:
-        """Whether `finest` or `partners`, as `chosen`, goes by co-engagement: ours does unless set, UniSID's does not."""
-        return (chosen or ("category" if self.loss == "unisid" else "engaged")) == "engaged"
+    def uses_coengagement(self, value: str | None) -> bool:
+        """Whether `value`, of `finest` or `partners`, is "engaged"; the default is "engaged" for our loss only."""
+        return (value or ("category" if self.loss == "unisid" else "engaged")) == "engaged"
 
     def resolved_weights(self) -> LossWeights:
-        """The published weights for UniSID's loss, ours otherwise, unless set."""
+        """`weights`, by default the published ones for the loss of UniSID."""
         return self.weights or (UNISID_WEIGHTS if self.loss == "unisid" else LossWeights())

@@ -1,4 +1,4 @@
-"""The training loop behind the stage `train_tokenizer`: start, steps, checkpoints, the finished folder."""
+"""Training of the item tokenizer: closed-form initialization, gradient steps, checkpoints, refit of the head, tokenizer folder."""
 
 from __future__ import annotations
 
@@ -30,13 +30,14 @@ from mmsid.tokenizer.objective import Labels, Objective
 from mmsid.tokenizer.reconstruction import FrozenDecoder, train_decoder
 from mmsid.tokenizer.train_config import TrainTokenizerConfig
 
-MEASURED_ROWS = 512
+MAX_GRAD_NORM = 1.0
+MEASURED_ROWS = 512  # items on which the figures are measured if the head is not refitted
 
 OnStep = Callable[[int, dict[str, float]], None]
 
 
 class Training:
-    """One run: everything that the loop needs, and what it leaves behind."""
+    """One training run. Call `loop`, then `finish`."""
 
     def __init__(self, config: TrainTokenizerConfig, accelerator: Accelerator, catalog: Catalog, split: Split | None, draft: Draft) -> None:
         self.config, self.accelerator, self.catalog, self.draft = config, accelerator, catalog, draft
@@ -44,9 +45,8 @@ class Training:
         if self.published is not None:
             check_sizes(self.published, config.num_levels, config.codebook_size)
         mined = read_mined_interests(config.interests)
-        fields = tuple(name for name in readable_fields(config.use, mined) if name not in config.without)
-        if config.backbone.kind == "text":
-            fields = tuple(name for name in fields if name != "pictures")
+        excluded = {*config.without, *(("pictures",) if config.backbone.kind == "text" else ())}
+        fields = tuple(name for name in readable_fields(config.use, mined) if name not in excluded)
         self.inputs: list[ItemInput] = build_inputs(
             catalog, read_caption_texts(config.captions), mined if "interests" in fields else None, fields
         )
@@ -59,7 +59,7 @@ class Training:
             head=config.resolved_head(),
             num_levels=config.num_levels,
             codebook_size=config.codebook_size,
-            code_dim=width + config.num_levels,  # a place per level for the prices of its codes
+            code_dim=width + config.num_levels,  # one coordinate per level for the prices of its codes
             embedding_dim=width,
             use=fields,
             seed=config.seed,
@@ -67,10 +67,10 @@ class Training:
         self.tokenizer = ItemTokenizer(settings, lambda path: load_picture(path, limits, root))
         self.tokenizer.to(accelerator.device)
         self.categories = initialization.category_ids(catalog.items, config.num_levels)
-        self.texts, self.reconstruct = self._texts(mined)
-        decoder = self._prepare(behaviour, start)
+        self.texts, self.reconstruct = self._reconstruction_texts(mined)
+        decoder = self._initialize(behaviour, start)
         weights = config.resolved_weights()
-        finest = "engaged" if config.behavioural(config.finest) else "category"
+        finest = "engaged" if config.uses_coengagement(config.finest) else "category"
         self.interactions = behaviour.interactions
         self.objective = Objective(
             self.tokenizer, weights, decoder, tau=config.tau, finest=finest, reconstruct_from=config.reconstruct_from
@@ -78,15 +78,16 @@ class Training:
         self.plan = PairPlan(
             [len(item.text) for item in self.inputs],
             self.categories[:, -1].numpy(),
-            behaviour.pairs if config.behavioural(config.partners) else None,
+            behaviour.pairs if config.uses_coengagement(config.partners) else None,
             batch_size=config.batch_size,
             seed=config.seed,
         )
         self.history: list[dict[str, float]] = []
 
-    # --- the start, made by rank 0, read by all
+    # --- initialization: rank 0 writes it, all ranks read it
 
-    def _texts(self, mined: dict[str, Any]) -> tuple[list[str], str]:
+    def _reconstruction_texts(self, mined: dict[str, Any]) -> tuple[list[str], str]:
+        """Texts to reconstruct, one per item, and the kind of text: "summary", "attributes" or "off"."""
         choice = self.config.reconstruct
         if self.config.resolved_weights().reconstruction == 0:
             choice = "off"
@@ -97,11 +98,12 @@ class Training:
                     return texts, target
                 if choice == target:
                     raise ConfigError(
-                        f"reconstruct is {target!r}, but no item has such a text; give the interests folder, or set it to off"
+                        f"train_tokenizer.reconstruct is {target!r}, but no item has such a text; set train_tokenizer.interests, or set "
+                        "reconstruct to off"
                     )
         return [""] * len(self.catalog.items), "off"
 
-    def _prepare(self, behaviour: initialization.Behaviour, start: initialization.StartSettings) -> FrozenDecoder | None:
+    def _initialize(self, behaviour: initialization.Behaviour, start: initialization.StartSettings) -> FrozenDecoder | None:
         folder, config = self.draft.path, self.config
         if self.accelerator.is_main_process and not (folder / "start.safetensors").exists():
             if self.reconstruct != "off" and config.decoder is None:
@@ -111,10 +113,10 @@ class Training:
             codes = torch.zeros(len(self.inputs), config.num_levels, dtype=torch.int64)
             fused = torch.zeros(len(self.inputs), 0)
             if start.mode == "balanced":
-                readings = initialization.read_states(self.tokenizer, self.inputs, config.batch_size, config.seed)
-                space = self._space(readings, behaviour, start)
-                codes = initialization.balanced_start(self.tokenizer, readings, space, config.seed)
-                fused = initialization.with_price_places(torch.from_numpy(space), config.num_levels)
+                content = initialization.read_states(self.tokenizer, self.inputs, config.batch_size, config.seed)
+                space = self._space(content, behaviour, start)
+                codes = initialization.balanced_start(self.tokenizer, content, space, config.seed)
+                fused = initialization.append_price_coordinates(torch.from_numpy(space), config.num_levels)
             write_tensors(folder / "initial.safetensors", self.tokenizer.trained_state())
             write_tensors(folder / "start.safetensors", {"codes": codes, "fused": fused})
         self.accelerator.wait_for_everyone()
@@ -126,21 +128,25 @@ class Training:
         return FrozenDecoder.from_pretrained(config.decoder or str(folder / "decoder"))
 
     def _space(
-        self, readings: initialization.ContentStates, behaviour: initialization.Behaviour, start: initialization.StartSettings
+        self, content: initialization.ContentStates, behaviour: initialization.Behaviour, start: initialization.StartSettings
     ) -> np.ndarray:
-        """What all targets are made of, (N, D): content and behaviour of each item."""
-        return initialization.fused_space(readings.pooled, behaviour, start.behaviour_weight, centre=self.config.backbone.kind == "vlm")
+        """Fused vectors (N, D) of content and behaviour, from which all targets are made."""
+        return initialization.fused_space(content.pooled, behaviour, start.behaviour_weight, centre=self.config.backbone.kind == "vlm")
 
-    # --- the loop
+    # --- training loop
 
     def loop(self, on_step: OnStep | None) -> None:
-        """All steps from the last checkpoint on."""
+        """Run all steps after the last checkpoint.
+
+        Raises:
+            MmsidError: the gradient is NaN or infinite.
+        """
         config, accelerator = self.config, self.accelerator
         head_weights = [p for n, p in self.objective.named_parameters() if p.requires_grad and "backbone." not in n]
-        body_weights = [p for n, p in self.objective.named_parameters() if p.requires_grad and "backbone." in n]
-        groups = [(head_weights, config.head_learning_rate), (body_weights, config.learning_rate)]
+        backbone_weights = [p for n, p in self.objective.named_parameters() if p.requires_grad and "backbone." in n]
+        groups = [(head_weights, config.head_learning_rate), (backbone_weights, config.learning_rate)]
         self.optimizer = torch.optim.AdamW(
-            [{"params": weights, "lr": rate, "base": rate} for weights, rate in groups if weights], weight_decay=config.weight_decay
+            [{"params": weights, "lr": rate, "base": rate} for weights, rate in groups if weights], weight_decay=0.0
         )
         first = self._resume()
         wrapped, optimizer = accelerator.prepare(self.objective, self.optimizer)
@@ -158,11 +164,11 @@ class Training:
                     accelerator.backward(total / config.accumulate)
                 for name, value in {"loss": total.detach(), **parts}.items():
                     sums[name] = sums.get(name, 0.0) + float(value) / config.accumulate
-            norm = float(accelerator.clip_grad_norm_(self.objective.parameters(), config.clip))
-            if not math.isfinite(norm):  # of the reduced gradient, so every process stops, and before its weights are spoilt
+            norm = float(accelerator.clip_grad_norm_(self.objective.parameters(), MAX_GRAD_NORM))
+            if not math.isfinite(norm):  # the norm of the reduced gradient is the same in all processes, so all of them stop
                 parts = ", ".join(f"{name} {value:.4g}" for name, value in sums.items())
                 raise MmsidError(
-                    f"train_tokenizer: the gradient is {norm} at step {step} ({parts}); lower learning_rate, or check the texts"
+                    f"train_tokenizer: the gradient is {norm} at step {step} ({parts}); lower learning_rate, or check the item texts"
                 )
             optimizer.step()
             optimizer.zero_grad()
@@ -236,30 +242,15 @@ class Training:
         self.history = [{n: v for n, v in zip(names, row) if not math.isnan(v)} for row in tensors["history"].tolist()]
         return int(tensors["step"])
 
-    # --- the end
+    # --- tokenizer folder
 
     def finish(self) -> None:
-        """Rank 0: measure a sample, write the tokenizer folder."""
+        """Refit the head, measure it on a sample, and write the tokenizer folder (rank 0 only)."""
         if not self.accelerator.is_main_process:
             return
         self.objective.eval()
         folder, config = self.draft.path, self.config
-        head, balanced = self.tokenizer.head, config.resolved_start().mode == "balanced"
-        recall = config.behaviour_regression and bool(self.interactions.any())
-        refit = balanced and isinstance(head, ResidualHead) and (recall or bool(self.history))
-        order = np.random.default_rng([config.seed, 9]).permutation(len(self.inputs))
-        sample = np.sort(order[: initialization.RIDGE_ROWS if refit else MEASURED_ROWS])
-        encoded = self.tokenizer.encode([self.inputs[row] for row in sample], config.batch_size)
-        codes, target = encoded.raw_codes, self.codes[torch.from_numpy(sample)] if balanced else None
-        if refit and isinstance(head, ResidualHead):
-            s = initialization.with_price_places(encoded.scores[..., : -config.num_levels], config.num_levels)
-            if recall:
-                misses = self.fused[torch.from_numpy(sample)] - s.mean(1)
-                regression = fit_behaviour_regression(s.mean(1), misses, torch.from_numpy(self.interactions[sample]), config.seed)
-                s = s + regression(s)
-                self.tokenizer.add_behaviour(regression)
-            target = initialization.refit_head(head, s, config.seed)
-            codes = head.greedy(s.to(self.accelerator.device)).codes.cpu()
+        codes, target = self._refit()
         figures = measure(codes, target, config.codebook_size)
         if self.history:
             last = self.history[-10:]
@@ -276,17 +267,37 @@ class Training:
         self.draft.counts.update({"items": len(self.inputs), "steps": len(self.history), "processes": self.accelerator.num_processes})
         self.draft.extra.update({"figures": figures, "use": list(self.tokenizer.settings.use), "reconstruct": self.reconstruct})
 
+    def _refit(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Fit the behaviour regression and cluster the trained states again; returns raw and target codes (n, L) of a sample."""
+        config, head = self.config, self.tokenizer.head
+        balanced = config.resolved_start().mode == "balanced"
+        add_behaviour = config.behaviour_regression and bool(self.interactions.any())
+        refit = balanced and isinstance(head, ResidualHead) and (add_behaviour or bool(self.history))
+        order = np.random.default_rng([config.seed, 9]).permutation(len(self.inputs))
+        sample = np.sort(order[: initialization.RIDGE_ROWS if refit else MEASURED_ROWS])
+        encoded = self.tokenizer.encode([self.inputs[row] for row in sample], config.batch_size)
+        if not refit or not isinstance(head, ResidualHead):
+            return encoded.raw_codes, self.codes[torch.from_numpy(sample)] if balanced else None
+        s = initialization.append_price_coordinates(encoded.scores[..., : -config.num_levels], config.num_levels)
+        if add_behaviour:
+            residuals = self.fused[torch.from_numpy(sample)] - s.mean(1)
+            regression = fit_behaviour_regression(s.mean(1), residuals, torch.from_numpy(self.interactions[sample]), config.seed)
+            s = s + regression(s)
+            self.tokenizer.add_behaviour(regression)
+        target = initialization.refit_head(head, s, config.seed)
+        return head.greedy(s.to(self.accelerator.device)).codes.cpu(), target
+
 
 def schedule(step: int, steps: int, warmup: float) -> float:
-    """Linear warm-up, then a cosine to a tenth: a factor on the learning rate at `step` of `steps`."""
-    first = max(1, round(warmup * steps))
-    if step < first:
-        return (step + 1) / first
-    return 0.55 + 0.45 * math.cos(math.pi * (step - first) / max(1, steps - first))
+    """Factor on the learning rate at `step` of `steps`: linear warm-up, then cosine decay to 0.1."""
+    warmup_steps = max(1, round(warmup * steps))
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    return 0.55 + 0.45 * math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps))
 
 
 def measure(codes: torch.Tensor, target: torch.Tensor | None, codebook_size: int) -> dict[str, Any]:
-    """Figures of raw codes (n, L) on a sample: perplexity per level, share of items in collision, agreement with the targets."""
+    """Metrics of raw codes (n, L): perplexity per level, share of items in collision, agreement with target codes (n, L)."""
     counts = [torch.bincount(codes[:, level], minlength=codebook_size).double() for level in range(codes.shape[1])]
     shares = [count / count.sum().clamp_min(1) for count in counts]
     _, inverse, multiple = codes.unique(dim=0, return_inverse=True, return_counts=True)
