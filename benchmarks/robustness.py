@@ -1,15 +1,7 @@
-"""Robustness of Semantic IDs against adversarial ads.
+"""Robustness of Semantic IDs against adversarial ads, with and without the defences of the pipeline.
 
-    OMP_NUM_THREADS=1 python benchmarks/robustness.py --out runs/robustness                        # the demo VLM, generated ads
-    python benchmarks/robustness.py --out runs/robust_qwen caption.model=Qwen/Qwen2.5-VL-3B-Instruct  # any VLM, any key of the YAML
-    python benchmarks/robustness.py --out runs/robustness --run runs/demo                           # attack a finished run instead
-
-An attack writes an instruction, or the keywords of a rival ad of another category, into the picture, the title or both. It succeeds when
-the ad's first code becomes that of the rival (*targeted flip*). Pairs with equal first codes are left out. Each attack runs without and
-with the defences `catalog.clean_text`, `caption.mask_overlays` and `assign.free_text_nats`, and so do clean ads, which gives the cost of
-the defences. A caption is scored by the share of the card's facts that it contains.
-
-Writes results.json and results.md into --out. Attacks that are finished there are not repeated.
+Usage: `OMP_NUM_THREADS=1 python benchmarks/robustness.py --out runs/robustness [--run runs/demo] [caption.model=MODEL]`. It uses generated
+ads and the demo VLM, or the ads and models of a finished run. Results are results.json and results.md; finished attacks are not repeated.
 """
 
 from __future__ import annotations
@@ -128,7 +120,12 @@ def prepare_run(parsed: argparse.Namespace) -> Path:
 
 
 class Experiment:
-    """A tokenizer, the clean catalogue's codes without and with the defences, the ads to attack and their rivals."""
+    """A tokenizer, the clean catalogue's codes without and with the defences, the ads to attack and their rivals.
+
+    A rival is an ad of another category. An attack succeeds when the ad's first code becomes that of the rival (targeted flip); pairs
+    with equal first codes are left out. The defences are `catalog.clean_text`, `caption.mask_overlays` and `assign.free_text_nats`.
+    Clean ads are measured in the same way, which gives the cost of the defences.
+    """
 
     def __init__(self, run: Path, out: Path, seed: int, attacked: int, nats: float) -> None:
         self.out, self.nats = out, nats

@@ -177,8 +177,8 @@ def test_exif_orientation_is_applied_and_damaged_exif_is_ignored(tmp_path):
     found = load_picture(tmp_path / "turned.jpg", LIMITS)
     assert found.size == (20, 40)
     assert found.getpixel((10, 5))[1] < 30 and found.getpixel((10, 35))[1] > 225
-    picture.save(tmp_path / "junk.jpg", exif=b"Exif\0\0MM\0*" + b"\xff" * 40)
-    assert load_picture(tmp_path / "junk.jpg", LIMITS).size == (40, 20)
+    picture.save(tmp_path / "damaged.jpg", exif=b"Exif\0\0MM\0*" + b"\xff" * 40)
+    assert load_picture(tmp_path / "damaged.jpg", LIMITS).size == (40, 20)
 
 
 def test_a_jpeg_with_a_preview_frame_is_one_picture(tmp_path):

@@ -204,8 +204,8 @@ def test_the_command_shows_results_of_a_benchmark(tmp_path, capsys):
     assert data_of(page) is None and "Compared with ours" in page and 'id="tree"' not in page and "(test)" in page
     valid_only = results()
     valid_only["dataset"] = {"name": "drawn", "not_run": [{"arm": "tiger", "reason": "no time left"}]}
-    for arm in valid_only["arms"]:
-        arm["valid"], arm["metrics"] = arm["metrics"], {}
+    for row in valid_only["arms"]:
+        row["valid"], row["metrics"] = row["metrics"], {}
     (tmp_path / "x.json").write_text(json.dumps(valid_only))
     page = write_results_page(tmp_path / "x.json", tmp_path / "x.html").read_text(encoding="utf-8")
     assert "(valid)" in page and "0.0740 ± 0.0040" in page and "tiger: no time left" in page

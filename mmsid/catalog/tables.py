@@ -36,8 +36,8 @@ class Table:
         return f"{self.path}, {self.unit} {self.numbers[index]}"
 
 
-def read_table_rows(path: Path, wanted: Sequence[str], *, config_key: str) -> Table:
-    """Read the `wanted` columns (those that exist) of a .parquet, .jsonl or .csv file.
+def read_table_rows(path: Path, selected: Sequence[str], *, config_key: str) -> Table:
+    """Read the `selected` columns (those that exist) of a .parquet, .jsonl or .csv file.
 
     Raises:
         CatalogError: the file is missing, has another suffix, is damaged, or has no rows.
@@ -48,24 +48,24 @@ def read_table_rows(path: Path, wanted: Sequence[str], *, config_key: str) -> Ta
     readers = {".parquet": _read_parquet, ".jsonl": _read_jsonl, ".csv": _read_csv}
     if path.suffix.lower() not in readers:
         raise CatalogError(f"{config_key}: {path} ends in {path.suffix!r}; name a .parquet, .jsonl or .csv file")
-    table = readers[path.suffix.lower()](path, wanted)
+    table = readers[path.suffix.lower()](path, selected)
     if not table.rows:
         raise CatalogError(f"{config_key}: {path} holds no rows; expected at least one, write the table again")
     return table
 
 
-def _read_parquet(path: Path, wanted: Sequence[str]) -> Table:
+def _read_parquet(path: Path, selected: Sequence[str]) -> Table:
     try:
         with pq.ParquetFile(path) as file:
             columns = file.schema_arrow.names
             _refuse_doubled(path, columns)
-            rows = file.read(columns=[name for name in wanted if name in columns]).to_pylist(maps_as_pydicts="strict")
+            rows = file.read(columns=[name for name in selected if name in columns]).to_pylist(maps_as_pydicts="strict")
     except (OSError, pa.ArrowException, KeyError, ValueError) as error:
         raise CatalogError(f"{path} cannot be read as parquet ({type(error).__name__}); write the file again") from error
     return Table(path, columns, rows, range(1, len(rows) + 1), "row", is_csv=False)
 
 
-def _read_jsonl(path: Path, wanted: Sequence[str]) -> Table:
+def _read_jsonl(path: Path, selected: Sequence[str]) -> Table:
     rows, numbers, columns = [], [], {}
     try:
         with open(path, encoding="utf-8-sig") as lines:
@@ -81,14 +81,14 @@ def _read_jsonl(path: Path, wanted: Sequence[str]) -> Table:
                         f"{path}, line {number}: holds a {type(row).__name__}, expected an object; write one JSON object per line"
                     )
                 columns.update(dict.fromkeys(row))
-                rows.append({name: row[name] for name in wanted if name in row})
+                rows.append({name: row[name] for name in selected if name in row})
                 numbers.append(number)
     except (OSError, UnicodeDecodeError) as error:
         raise CatalogError(f"{path} cannot be read as UTF-8 text ({type(error).__name__}); save it as UTF-8") from error
     return Table(path, list(columns), rows, numbers, "line", is_csv=False)
 
 
-def _read_csv(path: Path, wanted: Sequence[str]) -> Table:
+def _read_csv(path: Path, selected: Sequence[str]) -> Table:
     rows, numbers = [], []
     csv.field_size_limit(_LONGEST_CSV_CELL)
     try:
@@ -104,7 +104,7 @@ def _read_csv(path: Path, wanted: Sequence[str]) -> Table:
                         f"{path}, row {number}: {len(cells)} cells, expected {len(columns)}; quote cells that contain commas"
                     )
                 row = dict(zip(columns, cells, strict=True))
-                rows.append({name: row[name] for name in wanted if name in row})
+                rows.append({name: row[name] for name in selected if name in row})
                 numbers.append(number)
     except (OSError, UnicodeDecodeError) as error:
         raise CatalogError(f"{path} cannot be read as UTF-8 text ({type(error).__name__}); save it as UTF-8") from error

@@ -59,7 +59,8 @@ function drawCollisions() {
   const lost = (sizes) => Object.entries(sizes).reduce((sum, [size, count]) => sum + (size - 1) * count, 0);
   const copies = found.duplicates ? ` ${amount(found.duplicates, "item")} with the same content as another may share a SID.` : "";
   $("collisions-summary").textContent = `${amount(lost(found.raw), "item")} without a unique SID before collision handling, ` +
-    `${amount(lost(found.published), "item")} after it. ${amount(found.changed, "item")} with published codes that differ from the raw codes.${copies}`;
+    `${amount(lost(found.published), "item")} after it. ` +
+    `${amount(found.changed, "item")} with published codes that differ from the raw codes.${copies}`;
   const sizes = [...new Set([...Object.keys(found.raw), ...Object.keys(found.published)])].sort((a, b) => a - b);
   const head = make("tr", {}, ...["items in a bucket", ...sizes].map((name) => make("th", { scope: "col" }, name)));
   const line = (name, of) => {
