@@ -104,7 +104,7 @@ def test_a_picture_that_the_tokenizer_cannot_read_is_a_warning(run):
 
 def test_stage_functions_refuse_wrong_keys_and_keep_finished_folders(run):
     catalog = {"items": run / "items.parquet", "sequences": run / "sequences.parquet"}
-    with pytest.raises(ConfigError, match="unknown key assign.colisions; did you mean 'collisions'"):
+    with pytest.raises(ConfigError, match=r"unknown key assign\.colisions; did you mean 'collisions'"):
         mmsid.assign(run / "other", catalog, run / "tokenizer", colisions="none")
     before = (run / "sids" / "sids.parquet").stat().st_mtime_ns
     config = write_catalog(run).model_dump()

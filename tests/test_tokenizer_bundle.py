@@ -20,7 +20,7 @@ from mmsid.errors import ArtifactError, ConfigError
 from mmsid.sids import read_sid_folder
 from mmsid.sids.churn import churn_report
 from mmsid.tokenizer import assign, train
-from mmsid.tokenizer.bundle import read_bundle, write_bundle
+from mmsid.tokenizer.bundle import load_bundle, write_bundle
 from mmsid.tokenizer.inputs import load_inputs
 from mmsid.tokenizer.model import BackboneSettings, ItemTokenizer
 
@@ -91,7 +91,7 @@ def test_a_fresh_process_gives_the_published_raw_codes(world) -> None:
 
 def test_the_bundle_is_a_model_folder_without_local_paths(world) -> None:
     folder = world["bundle"]
-    bundle = read_bundle(folder)
+    bundle = load_bundle(folder)
     assert bundle.table.tokenizer_sha256 == bundle.tokenizer.sha256()
     card = (folder / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: mmsid") and f"version {bundle.version}" in card and "perplexity per level" in card
@@ -111,10 +111,10 @@ def test_mismatched_parts_are_refused(world, tmp_path) -> None:
     mixed = shutil.copytree(world["bundle"], tmp_path / "mixed")
     shutil.copyfile(other_sids / "sids.parquet", mixed / "sids" / "sids.parquet")
     with pytest.raises(ArtifactError, match=r"sids/sids\.parquet is another file"):
-        read_bundle(mixed)
+        load_bundle(mixed)
     torn = shutil.copytree(world["bundle"], tmp_path / "torn")
     (torn / "adapter" / "adapter_model.safetensors").unlink()
     with pytest.raises(ArtifactError, match=r"adapter_model\.safetensors is missing"):
-        read_bundle(torn)
+        load_bundle(torn)
     with pytest.raises(ArtifactError, match="expected 'bundle'"):
-        read_bundle(other)
+        load_bundle(other)

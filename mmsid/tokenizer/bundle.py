@@ -7,10 +7,13 @@ lists a version and the hash of every file, so that files of different versions 
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
-from mmsid.artifacts import file_sha256, read_json, read_manifest, sha256, write_text, writing
+import torch
+from torch import Tensor
+
+from mmsid.artifacts import file_sha256, read_json, read_manifest, read_tensors, sha256, write_text, writing
 from mmsid.errors import ArtifactError
 from mmsid.progress import done
 from mmsid.sids import SidTable, read_sid_folder
@@ -20,17 +23,39 @@ from mmsid.tokenizer.model_card import published_card
 from mmsid.tokenizer.published_sids import RETIRED
 
 FORMAT = 1
+_QUERIES = 256  # embeddings compared at once: limits memory
 SIDS = "sids"
 CARD = "README.md"
 _PARTS = (TABLE, INTRINSIC, "index.json", "tokens.txt", "trie.safetensors", "embeddings.safetensors")
 
 
-class Bundle(NamedTuple):
-    """A `tokenizer`, the `table` that it published, and the `version` of the pair, 12 hex digits."""
+@dataclass(frozen=True)
+class Bundle:
+    """A tokenizer and the Semantic IDs that it published.
+
+    Attributes:
+        tokenizer: encodes new items.
+        table: published codes of N items.
+        embeddings: (N, D) item embeddings, rows of unit length, in the order of `table`.
+        version: 12 hex digits that identify the pair.
+    """
 
     tokenizer: ItemTokenizer
     table: SidTable
+    embeddings: Tensor
     version: str
+
+    def neighbours(self, embedding: Tensor, k: int = 10) -> list[list[tuple[str, float]]]:
+        """The k nearest published items of each embedding by cosine: (n, D) -> n lists of (item id, similarity), nearest first."""
+        queries = torch.nn.functional.normalize(embedding.to(self.embeddings), dim=-1)
+        found = []
+        for block in queries.split(_QUERIES):
+            similarity, rows = (block @ self.embeddings.T).topk(min(k, len(self.table)))
+            found += [
+                [(self.table.item_ids[row], value) for row, value in zip(*pair, strict=True)]
+                for pair in zip(rows.tolist(), similarity.tolist(), strict=True)
+            ]
+        return found
 
 
 def write_bundle(tokenizer: Path, sids: Path, out: Path) -> Path:
@@ -69,7 +94,7 @@ def write_bundle(tokenizer: Path, sids: Path, out: Path) -> Path:
     return Path(out)
 
 
-def read_bundle(folder: Path) -> Bundle:
+def load_bundle(folder: str | Path) -> Bundle:
     """Read a bundle and verify the hash of every file in it.
 
     Raises:
@@ -85,7 +110,8 @@ def read_bundle(folder: Path) -> Bundle:
             raise ArtifactError(f"{folder}, version {extra['version']}: {name} {state}; copy the whole bundle again")
     tokenizer, table = ItemTokenizer.from_pretrained(folder), read_sid_folder(folder / SIDS)
     _check_pair(tokenizer.sha256(), table, str(folder), str(folder / SIDS))
-    return Bundle(tokenizer, table, extra["version"])
+    embeddings = read_tensors(folder / SIDS / "embeddings.safetensors")["embeddings"]
+    return Bundle(tokenizer, table, embeddings, extra["version"])
 
 
 def _check_pair(tokenizer_sha256: str, table: SidTable, tokenizer: str, sids: str) -> None:

@@ -7,13 +7,15 @@ encoder input: the tokenizer would otherwise read its own targets, and could not
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from mmsid.catalog import Catalog, Item
 from mmsid.catalog.annotations import SENSITIVE, read_captions, read_ok_rows
+from mmsid.catalog.records import ItemRecord, read_record
 from mmsid.errors import ConfigError
 
 FieldName = Literal["title", "caption", "interests", "categories", "attributes", "description", "pictures"]
@@ -25,7 +27,7 @@ class ItemInput:
     """One item as the backbone reads it: `text` may be empty, `pictures` are paths (or PIL images)."""
 
     text: str
-    pictures: tuple[Path, ...] = ()
+    pictures: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -103,12 +105,34 @@ def load_inputs(
     return build_inputs(catalog, read_caption_texts(captions), mined if "interests" in fields else None, fields), fields
 
 
-def attribute_text(item: Item) -> str:
+def record_input(item: ItemInput | Item | Mapping[str, Any], fields: Sequence[FieldName], reads_pictures: bool, place: str) -> ItemInput:
+    """Input of an item given in memory (`mmsid.catalog.records`); an `ItemInput` is returned unchanged.
+
+    Args:
+        fields: fields that the encoder reads.
+        reads_pictures: whether its backbone reads pictures. If not, a picture without a caption causes a warning.
+        place: name of the item in messages, for example "item 3".
+
+    Raises:
+        CatalogError, PictureError: as `read_record`.
+    """
+    if isinstance(item, ItemInput):
+        return item
+    has_picture = bool(item.images) if isinstance(item, Item) else False
+    record = read_record(replace(item, images=()) if isinstance(item, Item) and not reads_pictures else item, place)
+    if (has_picture or record.pictures) and not reads_pictures and not record.caption:
+        remedy = "give its text under the key `caption`" if "caption" in fields else "the picture has no influence on its codes"
+        warnings.warn(f"{place} has a picture, but this tokenizer does not read pictures; {remedy}", stacklevel=3)
+    mined = MinedInterests("llm", record.interests, "") if record.interests else None
+    return ItemInput(_text(record, record.caption, mined, fields), record.pictures if reads_pictures else ())
+
+
+def attribute_text(item: Item | ItemRecord) -> str:
     """Attributes as one phrase: `material: wool, silk; season: winter`."""
     return "; ".join(f"{name}: {', '.join(labels)}" for name, labels in sorted(item.attributes.items()) if labels)
 
 
-def _text(item: Item, caption: str, mined: MinedInterests | None, fields: Sequence[FieldName]) -> str:
+def _text(item: Item | ItemRecord, caption: str, mined: MinedInterests | None, fields: Sequence[FieldName]) -> str:
     values = {
         "title": item.title,
         "caption": caption,

@@ -6,7 +6,7 @@ by no more than rounding error (matrix products of other shapes round differentl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -20,11 +20,12 @@ from mmsid.backbone.lora import LoraSettings, add_lora, load_lora, save_lora
 from mmsid.backbone.query_tokens import BackboneInput, Batch, QueryBackbone
 from mmsid.backbone.text import TextBackbone
 from mmsid.backbone.vlm import INSTRUCTION, VlmBackbone, open_as_is
+from mmsid.catalog import Item
 from mmsid.config import Section
 from mmsid.errors import ArtifactError, MmsidError
 from mmsid.tokenizer.behaviour_regression import BehaviourRegression
 from mmsid.tokenizer.heads import CodeHead, make_head
-from mmsid.tokenizer.inputs import FieldName
+from mmsid.tokenizer.inputs import ALL_FIELDS, FieldName, ItemInput, record_input
 
 FORMAT = 1
 ROUNDING_MARGIN = 1e-4  # relative margin below which rounding could decide; fp32 noise of a whole forward pass is about 1e-6
@@ -162,9 +163,23 @@ class ItemTokenizer(nn.Module, ModelHubMixin, library_name="mmsid", tags=["seman
         return nn.functional.normalize(self.emb_head(e), dim=-1)
 
     @torch.no_grad()
-    def encode(self, items: Sequence[BackboneInput], batch_size: int = 32) -> Encoded:
-        """Raw codes and embeddings of `items` in their order, in fp32. An item's codes do not depend on the other items or the order."""
-        parts = list(self.stream(items, batch_size))
+    def encode(self, items: Sequence[Mapping[str, Any] | Item | ItemInput], batch_size: int = 32) -> Encoded:
+        """Raw codes and embeddings of items in their order, in fp32. An item's codes do not depend on the other items or the order.
+
+        Args:
+            items: dictionaries with the keys `title`, `description`, `categories`, `attributes`, `caption`, `interests`, `image` or
+                `images` (PIL images, paths, bytes), rows of a Hugging Face dataset, or `Item` objects. The tokenizer reads the fields
+                that it was trained on (`settings.use`).
+
+        Raises:
+            CatalogError: an unknown key or a value of the wrong type.
+            PictureError: a picture that cannot be decoded.
+            MmsidError: the weights give NaN or infinite states.
+        """
+        fields = self.settings.use or ALL_FIELDS
+        reads_pictures = self.settings.backbone.kind == "vlm" and "pictures" in fields
+        inputs = [record_input(item, fields, reads_pictures, f"item {row}") for row, item in enumerate(items)]
+        parts = list(self.stream(inputs, batch_size))
         if not parts:
             return Encoded(
                 torch.zeros(0, self.num_levels, dtype=torch.int64),
