@@ -128,7 +128,7 @@ def test_permuting_rows_and_ids_changes_no_metric(catalogue, tmp_path):
     folder, _ = catalogue
     other = tmp_path / "shuffled"
     write_sids(other / "random.parquet", write_catalogue(other, order_seed=4))
-    first, second = (figures(train.run(config_for(source, eval="test"))) for source in (folder, other))
+    first, second = (figures(train.run(config_for(source))) for source in (folder, other))
     assert first == second
 
 

@@ -49,24 +49,14 @@ def test_every_prefix_allows_exactly_the_continuations_of_items(cells, data):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trie_constraint, "DENSE_CELLS", cells)
         trie = Trie.from_codes(codes, (3, 4, 5))
-        by_length = TrieLogitsProcessor(trie, TOKEN_IDS, prompt_length=2, end_token_id=END)
-        by_token = TrieLogitsProcessor(trie, TOKEN_IDS, begin_token_id=BEGIN, end_token_id=END)
+        processor = TrieLogitsProcessor(trie, TOKEN_IDS, prompt_length=2, end_token_id=END)
     for length in range(5):
         known = {tuple(sid[:length]) for sid in tokens_of(codes) if len(sid) >= length}
         any_tokens = data.draw(st.lists(st.lists(st.integers(0, END), min_size=length, max_size=length), max_size=4))
         prefixes = [list(prefix) for prefix in sorted(known)] + any_tokens
         if prefixes:
             expected = [following(prefix, codes) for prefix in prefixes]
-            assert allowed_rows(by_length, [[9, 21, *prefix] for prefix in prefixes]) == expected
-            assert allowed_rows(by_token, [[21, 9, 21, *prefix] for prefix in prefixes]) == expected
-
-
-def test_rows_of_different_lengths_after_the_begin_token():
-    processor = TrieLogitsProcessor(Trie.from_codes(CODES, (3, 4, 5)), TOKEN_IDS, begin_token_id=BEGIN, end_token_id=END)
-    rows = [[0, 0, 0, BEGIN], [0, 0, BEGIN, 10], [0, BEGIN, 10, 1], [BEGIN, 12, 2, 8], [0, BEGIN, 10, 2]]
-    assert allowed_rows(processor, rows) == [{10, 12}, {1, 3}, {4, 5}, {END}, {END}]
-    with pytest.raises(ValueError, match="row 1 of input_ids has no begin token 21"):
-        processor(torch.tensor([[BEGIN, 10], [10, 1]]), torch.zeros(2, VOCABULARY))
+            assert allowed_rows(processor, [[9, 21, *prefix] for prefix in prefixes]) == expected
 
 
 def test_a_row_that_can_only_end_ends_even_with_end_score_minus_infinity():
@@ -90,8 +80,8 @@ def test_invalid_arguments_raise_errors_with_the_remedy():
     trie = Trie.from_codes(CODES, (3, 4, 5))
     with pytest.raises(ValueError, match=r"has \[3, 4\] tokens per level, the trie has \[3, 4, 5\]"):
         TrieLogitsProcessor(trie, TOKEN_IDS[:2], prompt_length=1, end_token_id=END)
-    with pytest.raises(ValueError, match="either prompt_length or begin_token_id"):
-        TrieLogitsProcessor(trie, TOKEN_IDS, end_token_id=END)
+    with pytest.raises(ValueError, match="1 columns, fewer than prompt_length 2"):
+        TrieLogitsProcessor(trie, TOKEN_IDS, prompt_length=2, end_token_id=END)(torch.tensor([[9]]), torch.zeros(1, VOCABULARY))
     with pytest.raises(ValueError, match="give end_token_id, otherwise a SID without suffix cannot end"):
         TrieLogitsProcessor(trie, TOKEN_IDS, prompt_length=1)
 
@@ -146,7 +136,7 @@ def test_generate_returns_all_sids_with_more_beams_than_items(model):
 
 
 def test_sampling_with_left_padded_prompts_of_different_lengths(model):
-    processor = TrieLogitsProcessor(Trie.from_codes(CODES, (3, 4, 5)), TOKEN_IDS, begin_token_id=BEGIN, end_token_id=END)
+    processor = TrieLogitsProcessor(Trie.from_codes(CODES, (3, 4, 5)), TOKEN_IDS, prompt_length=3, end_token_id=END)
     prompts = torch.tensor([[END, END, BEGIN], [9, 13, BEGIN]]).repeat(16, 1)
     torch.manual_seed(1)
     sequences = model.generate(

@@ -23,6 +23,7 @@ from mmsid.recommend.sid_transformer import SidTransformer
 from mmsid.recommend.tiger import TigerRecommender
 
 Part = Literal["valid", "test"]
+PARTS: tuple[Part, ...] = ("valid", "test")
 Decoding = Literal["auto", "exact", "beam"]
 Score = Callable[[list[np.ndarray]], torch.Tensor]
 Recommender = SidTransformer | FlatRecommender | TigerRecommender

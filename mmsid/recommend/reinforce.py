@@ -29,7 +29,7 @@ from mmsid.catalog import Catalog, CatalogConfig, Split, read_catalog, split_his
 from mmsid.config import Section, StageConfig
 from mmsid.errors import ConfigError, MmsidError
 from mmsid.progress import done
-from mmsid.recommend.evaluate import Part, evaluate, recommender_scores
+from mmsid.recommend.evaluate import PARTS, evaluate, recommender_scores
 from mmsid.recommend.flat import FlatRecommender
 from mmsid.recommend.grpo import TrieGRPOTrainer, sid_text_tokenizer
 from mmsid.recommend.metrics import over_seeds
@@ -45,7 +45,6 @@ from mmsid.sids.trie import Trie
 from mmsid.trl_training import plain_arguments, train_quietly
 
 START = "supervised"
-PARTS: tuple[Part, ...] = ("valid", "test")
 Variant = Literal["rl", "rl_published"]
 SHOWN = {"reward": "reward", "kl": "KL", "entropy": "entropy"}  # logged by TRL -> shown in the progress bar
 

@@ -24,7 +24,7 @@ from mmsid.config import Section, StageConfig
 from mmsid.errors import ConfigError
 from mmsid.progress import done
 from mmsid.recommend.classical import CLASSICAL_NAMES, classical_baselines
-from mmsid.recommend.evaluate import Decoding, Evaluation, Part, evaluate
+from mmsid.recommend.evaluate import PARTS, Evaluation, Part, evaluate
 from mmsid.recommend.flat import FlatShape
 from mmsid.recommend.metrics import over_seeds
 from mmsid.recommend.result_rows import best_achievable_row, dataset_facts, difference_rows, lost_to_collisions, read_ranks, write_ranks
@@ -71,9 +71,7 @@ class TrainRecommenderConfig(StageConfig):
             encoder-decoder over SID tokens).
         classical_baselines: add popularity, item-kNN, TF-IDF kNN and the classical hybrid.
         best_achievable: best_achievable.json of a demo catalogue; adds its row to the table.
-        eval: parts that are ranked at the end. Early stopping and tuning use valid, never test.
-        decoding: `exact` scores every item, `beam` searches with `beam` beams, `auto` is exact for the SID transformer up to
-            20,000 items, else beam.
+        beam: beams of the search that ranks items; the SID transformer scores up to 20,000 items exactly instead.
         baseline: variant that the others are compared with. Default: `balanced_rq` if it is a variant, else the first one.
     """
 
@@ -88,15 +86,8 @@ class TrainRecommenderConfig(StageConfig):
     schedule: Schedule = Schedule()
     classical_baselines: bool = True
     best_achievable: Path | None = None
-    eval: Literal["valid", "test", "both"] = "both"
-    decoding: Decoding = "auto"
     beam: int = Field(default=50, gt=0)
     baseline: str | None = None
-
-    @property
-    def parts(self) -> tuple[Part, ...]:
-        """Parts that are ranked."""
-        return ("valid", "test") if self.eval == "both" else (self.eval,)
 
     @property
     def recommender_seeds(self) -> list[int]:
@@ -116,7 +107,7 @@ def run(config: TrainRecommenderConfig) -> Path:
     accelerator = make_accelerator()
     catalog = read_catalog(config.catalog)
     split = split_histories(catalog, config.catalog.split)
-    if any(not len(split.users(part)) for part in config.parts):
+    if any(not len(split.users(part)) for part in PARTS):
         raise ConfigError("train_recommender: no user has an item to rank; give catalog.sequences with histories of 3 items or more")
     item_ids = [item.item_id for item in catalog.items]
     tables = {name: read_sid_folder(path).align(item_ids) for name, path in config.variants.items()}
@@ -203,7 +194,7 @@ def _run_variant(
     )
     if not accelerator.is_main_process:
         return
-    evaluations = {part: fitted.evaluate(split, part, config.decoding, config.beam) for part in config.parts}
+    evaluations = {part: fitted.evaluate(split, part, beam=config.beam) for part in PARTS}
     extra = {"seconds": fitted.seconds, "epochs": fitted.epochs, "stopped_at_valid": fitted.best}
     _write_result(marker, evaluations, extra, catalog)
 
@@ -214,7 +205,7 @@ def _run_classical(config: TrainRecommenderConfig, catalog: Catalog, split: Spli
         return
     for baseline in classical_baselines(catalog.items, split):
         started = time.perf_counter()
-        evaluations = {part: evaluate(baseline.score, split, part, len(catalog.items)) for part in config.parts}
+        evaluations = {part: evaluate(baseline.score, split, part, len(catalog.items)) for part in PARTS}
         extra = {"seconds": baseline.seconds + time.perf_counter() - started, "parameters": baseline.parameters}
         _write_result(markers[baseline.name], evaluations, extra, catalog)
 
@@ -233,10 +224,8 @@ def _rows(config: TrainRecommenderConfig, tables: dict[str, SidTable], folder: P
     rows = []
     for name, family, seeds in methods:
         results = [read_json(folder / "ranks" / name / f"{seed}.json") for seed in seeds]
-        row = {"arm": name, "family": family, "seeds": seeds, "metrics": {}, "valid": {}}
-        for part, key in (("test", "metrics"), ("valid", "valid")):
-            if part in results[0]:
-                row[key] = over_seeds([result[part] for result in results])
+        metrics, valid = (over_seeds([result[part] for result in results]) for part in ("test", "valid"))
+        row = {"arm": name, "family": family, "seeds": seeds, "metrics": metrics, "valid": valid}
         row["collisions"] = lost_to_collisions(tables[name]) if name in tables else None
         row["seconds"] = round(float(np.mean([result["seconds"] for result in results])), 2)
         rows.append(row | ({"parameters": results[0]["parameters"]} if family == "classical" else {}))
@@ -247,7 +236,7 @@ def _differences(config: TrainRecommenderConfig, rows: list[dict[str, Any]], fol
     """Every method against the baseline, paired over users and seeds, on each ranked part."""
     baseline = config.baseline or ("balanced_rq" if "balanced_rq" in config.variants else next(iter(config.variants)))
     differences = []
-    for part in config.parts:
+    for part in PARTS:
         ranks = {}
         for row in rows:
             if row["family"] == "best_achievable":

@@ -19,7 +19,7 @@ from mmsid.catalog.splits import Split
 from mmsid.config import Section
 from mmsid.errors import MmsidError
 from mmsid.progress import track
-from mmsid.recommend.evaluate import Decoding, Evaluation, Part, Recommender, Score, evaluate, recommender_scores
+from mmsid.recommend.evaluate import Evaluation, Part, Recommender, Score, evaluate, recommender_scores
 from mmsid.recommend.flat import FlatRecommender, FlatShape
 from mmsid.recommend.history_encoder import pad_histories
 from mmsid.recommend.paths import ItemPaths, PathTrie, item_paths
@@ -68,9 +68,9 @@ class Fitted:
         """Scoring function with the default decoding of the architecture: histories -> (B, N)."""
         return recommender_scores(self.model, self.trie)
 
-    def evaluate(self, split: Split, part: Part, decoding: Decoding = "auto", beam: int = 50, limit: int | None = None) -> Evaluation:
+    def evaluate(self, split: Split, part: Part, beam: int = 50, limit: int | None = None) -> Evaluation:
         """Item-level ranks of the model on one part of the split."""
-        scores = recommender_scores(self.model, self.trie, decoding, beam)
+        scores = recommender_scores(self.model, self.trie, beam=beam)
         return evaluate(scores, split, part, self.trie.num_items, limit)
 
 

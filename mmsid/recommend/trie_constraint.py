@@ -10,11 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from transformers import LogitsProcessor
 
+from mmsid.sids.exports import token_ids
+from mmsid.sids.table import SidTable
 from mmsid.sids.trie import Trie
 
 DENSE_CELLS = 1 << 22  # maximum nodes x codes of a level's dense table: 32 MiB for children and mask
@@ -133,33 +136,22 @@ class TrieLogitsProcessor(LogitsProcessor):
     Args:
         trie: of the published SIDs, on the device of the model.
         token_ids: per level of the trie, the vocabulary id of each code (`mmsid.sids.exports.token_ids` for a text tokenizer).
-        prompt_length: columns of `input_ids` (left-padded) before the SID. Give either this or `begin_token_id`.
-        begin_token_id: the SID begins after the last occurrence of this token in a row; for prompts of different lengths.
+        prompt_length: columns of `input_ids` before the SID. Prompts of different lengths are padded on the left.
         end_token_id: may be omitted only if all SIDs have the same length and generation stops there.
 
     Raises:
-        ValueError: on construction, if the arguments do not fit together; on a call, if a row has no begin token, or if
-            there is no end token and a row has no legal continuation.
+        ValueError: on construction, if the arguments do not fit together; on a call, if `input_ids` is shorter than the
+            prompt, or if there is no end token and a row has no legal continuation.
     """
 
-    def __init__(
-        self,
-        trie: Trie,
-        token_ids: Sequence[Sequence[int]],
-        *,
-        prompt_length: int | None = None,
-        begin_token_id: int | None = None,
-        end_token_id: int | None = None,
-    ) -> None:
-        sizes, given = trie.sizes.tolist(), [len(ids) for ids in token_ids]
-        if len(given) != len(sizes) or any(count < size for count, size in zip(given, sizes)):
-            raise ValueError(f"token_ids has {given} tokens per level, the trie has {sizes} codes per level; give an id for every code")
-        if (prompt_length is None) == (begin_token_id is None):
-            raise ValueError("give either prompt_length or begin_token_id to mark where the SID begins")
+    def __init__(self, trie: Trie, token_ids: Sequence[Sequence[int]], *, prompt_length: int, end_token_id: int | None = None) -> None:
+        sizes, counts = trie.sizes.tolist(), [len(ids) for ids in token_ids]
+        if len(counts) != len(sizes) or any(count < size for count, size in zip(counts, sizes)):
+            raise ValueError(f"token_ids has {counts} tokens per level, the trie has {sizes} codes per level; give an id for every code")
         self.constraint = TrieConstraint.from_trie(trie)
         if end_token_id is None and any(bool(ends.any()) for ends in self.constraint.ends[:-1]):
             raise ValueError("some SIDs have a suffix and some do not; give end_token_id, otherwise a SID without suffix cannot end")
-        self.prompt_length, self.begin_token_id, self.end_token_id = prompt_length, begin_token_id, end_token_id
+        self.prompt_length, self.end_token_id = prompt_length, end_token_id
         device = trie.items.device
         self.token_ids = [torch.as_tensor(list(ids), device=device) for ids in token_ids]
         vocabulary = 1 + max(int(ids.max()) for ids in self.token_ids)
@@ -167,51 +159,40 @@ class TrieLogitsProcessor(LogitsProcessor):
         for level, ids in enumerate(self.token_ids):
             self.code_of[level, ids] = torch.arange(len(ids), device=device)
 
+    @classmethod
+    def from_table(
+        cls, table: SidTable, text_tokenizer: Any, *, prompt_length: int, device: torch.device | str = "cpu"
+    ) -> TrieLogitsProcessor:
+        """Build the processor for a SID table and a Hugging Face text tokenizer to which the SID tokens were added.
+
+        The end token is the `eos_token_id` of the text tokenizer.
+
+        Raises:
+            ArtifactError: a SID token is missing from the tokenizer's vocabulary.
+        """
+        trie = Trie.from_table(table).to(device)
+        return cls(trie, token_ids(text_tokenizer, table), prompt_length=prompt_length, end_token_id=text_tokenizer.eos_token_id)
+
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """Mask scores (R, V): -inf at every token that does not continue a SID in its row of input_ids (R, T)."""
-        start, longest = self._starts(input_ids)
-        length = input_ids.shape[1] - start  # (R,) tokens of the SID so far
-        node = torch.zeros_like(length)
-        for level in range(min(longest, len(self.code_of))):
-            # shorter rows read a token of their prompt here; torch.where below discards it
-            token = input_ids.gather(1, (start + level).clamp_max(input_ids.shape[1] - 1)[:, None])[:, 0]
-            code = self.code_of[level, token.clamp_max(self.code_of.shape[1] - 1)]
-            node = torch.where(length > level, self.constraint.levels[level].step(node, code), node)
-        node = torch.where(length > len(self.code_of), -1, node)
-        return self._masked(scores, node, length, longest)
-
-    def _starts(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, int]:
-        """Column (R,) at which each row's SID begins, and the maximum number of SID tokens of a row."""
-        rows, width = input_ids.shape
-        if self.prompt_length is not None:
-            if width < self.prompt_length:
-                raise ValueError(
-                    f"input_ids has {width} columns, fewer than prompt_length {self.prompt_length}; pass the length of the padded prompts"
-                )
-            return torch.full((rows,), self.prompt_length, device=input_ids.device), width - self.prompt_length
-        at = torch.arange(1, width + 1, device=input_ids.device)
-        start = ((input_ids == self.begin_token_id) * at).amax(1)
-        if not bool((start > 0).all()):
-            row = int((start == 0).nonzero()[0, 0])
-            raise ValueError(f"row {row} of input_ids has no begin token {self.begin_token_id}; end each prompt with it")
-        return start, width - int(start.min())
-
-    def _masked(self, scores: torch.Tensor, node: torch.Tensor, length: torch.Tensor, longest: int) -> torch.Tensor:
-        """Scores (R, V) with -inf at illegal tokens, from each row's node (R,) and prefix length (R,)."""
+        depth, levels = input_ids.shape[1] - self.prompt_length, self.constraint.levels
+        if depth < 0:
+            raise ValueError(
+                f"input_ids has {input_ids.shape[1]} columns, fewer than prompt_length {self.prompt_length}; "
+                "pass the length of the padded prompts"
+            )
+        node = torch.full_like(input_ids[:, 0], 0 if depth <= len(levels) else -1)
+        for level, tokens in zip(range(min(depth, len(levels))), input_ids[:, self.prompt_length :].T):
+            node = levels[level].step(node, self.code_of[level, tokens.clamp_max(self.code_of.shape[1] - 1)])
         masked = torch.full_like(scores, -torch.inf)
         may_end, may_continue = node < 0, torch.zeros_like(node, dtype=torch.bool)
-        depths = [longest] if self.prompt_length is not None else range(longest + 1)
-        for depth in depths:
-            if depth > len(self.constraint.levels) or not len(self.constraint.ends[depth]):
-                continue  # rows longer than any SID, or with a prefix that no SID has: their node is -1
-            here = (length == depth) & (node >= 0)
-            place = torch.where(here, node, 0)
-            may_end |= here & self.constraint.ends[depth][place]
-            if depth < len(self.constraint.levels):
-                code, real = self.constraint.levels[depth].children(place)
+        if depth <= len(levels) and len(self.constraint.ends[depth]):
+            may_end |= self.constraint.ends[depth][node.clamp_min(0)]
+            if depth < len(levels):
+                code, real = levels[depth].children(node.clamp_min(0))
                 token = self.token_ids[depth][code]
-                real &= here[:, None]
-                may_continue |= real.any(1)
+                real &= (node >= 0)[:, None]
+                may_continue = real.any(1)
                 masked.scatter_reduce_(1, token, scores.gather(1, token).masked_fill_(~real, -torch.inf), "amax")
         if self.end_token_id is not None:
             end = scores[:, self.end_token_id]
