@@ -141,11 +141,12 @@ class Objective(nn.Module):
     def _embedding(self, z: Tensor, labels: Labels) -> Tensor:
         """InfoNCE of anchors against partners and back; rows of either item of a pair are not negatives of the pair."""
         half = len(z) // 2
+        anchors, partners = z[:half], z[half:]
         anchor_rows, partner_rows = labels.rows[:half], labels.rows[half:]
         no_negatives = (partner_rows[:, None] == partner_rows[None]) | (anchor_rows[:, None] == partner_rows[None])
         no_negatives_back = (anchor_rows[:, None] == anchor_rows[None]) | (partner_rows[:, None] == anchor_rows[None])
-        forward = losses.info_nce(z[:half], z[half:], labels.paired, self.tau, no_negatives)
-        return (forward + losses.info_nce(z[half:], z[:half], labels.paired, self.tau, no_negatives_back)) / 2
+        forward = losses.info_nce(anchors, partners, labels.paired, self.tau, no_negatives)
+        return (forward + losses.info_nce(partners, anchors, labels.paired, self.tau, no_negatives_back)) / 2
 
 
 def gather_rows(x: Tensor) -> Tensor:
