@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from mmsid.artifacts import is_complete, read_manifest, write_json
 from mmsid.config import build, load_yaml
@@ -136,7 +137,16 @@ def _bundle(arguments: list[str]) -> None:
     write_bundle(parsed.tokenizer, parsed.sids, parsed.out)
 
 
-def _bench(arguments: list[str]) -> None:
+def main_bench(arguments: Sequence[str], refiners: Mapping[str, Callable[[dict[str, Any]], Path]]) -> None:
+    """Run `mmsid bench` with other functions for the arms of kind `refine`. Entry point of `benchmarks/refinement.py`.
+
+    Args:
+        refiners: value of `refine.control` -> function from the keys of the stage refine to the SID folder written; importable by name.
+    """
+    _guarded(lambda: _bench(list(arguments), refiners))
+
+
+def _bench(arguments: list[str], refiners: Mapping[str, Callable[[dict[str, Any]], Path]] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="mmsid bench", description="Compare the methods of a suite on a data set. A second call resumes.")
     parser.add_argument("--dataset", required=True, help="name of a shipped data set (configs/bench/datasets), or a YAML file")
     parser.add_argument("--suite", required=True, help="name of a shipped suite (configs/bench/suites), or a YAML file")
@@ -149,7 +159,7 @@ def _bench(arguments: list[str]) -> None:
     parsed = parser.parse_intermixed_args(arguments)
     from mmsid.recommend.bench.config import load_dataset, load_suite
     from mmsid.recommend.bench.run import BenchOptions, run
-    from mmsid.refine.controls import control_arm
+    from mmsid.refine.ungated import refine_ungated
 
     overrides: dict[str, list[str]] = {"dataset": [], "suite": []}
     for override in parsed.overrides:
@@ -160,7 +170,7 @@ def _bench(arguments: list[str]) -> None:
     dataset, suite = load_dataset(parsed.dataset, overrides["dataset"]), load_suite(parsed.suite, overrides["suite"])
     only = tuple(name for name in parsed.only.split(",") if name)
     options = {"stage": parsed.stage, "part": parsed.part, "results": parsed.results, "runs": parsed.runs}
-    run(dataset, suite, BenchOptions(suite_name=Path(parsed.suite).stem, only=only, **options), refine=control_arm)
+    run(dataset, suite, BenchOptions(suite_name=Path(parsed.suite).stem, only=only, **options), refine=refiners or {"ppo": refine_ungated})
 
 
 def _guarded(action: Callable[[], None]) -> None:

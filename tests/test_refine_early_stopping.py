@@ -1,4 +1,4 @@
-"""What is looked at while the policy moves: the held-out figure by hand and on corner tables, and where figures go."""
+"""The monitored metric of early stopping by hand and on extreme tables, and the run log."""
 
 import json
 
@@ -15,18 +15,18 @@ from mmsid.refine.tracking import RunLog, check_tracker
 
 def test_transition_information_by_hand():
     codes = np.array([[0, 0], [0, 1], [1, 0], [1, 0]])
-    counted, asked = np.array([[0, 2], [1, 3], [2, 0]]), np.array([[0, 3]])
+    counted, evaluated = np.array([[0, 2], [1, 3], [2, 0]]), np.array([[0, 3]])
     # level 1: code 1 follows in 2 of 3, (2 + 1) / (3 + 2) in general; after code 0 in (2 + 4 * .6) / (2 + 4)
     first = np.log((2 + 4 * 0.6) / 6) - np.log(0.6)
-    assert transition_information(codes, 2, counted, asked) == pytest.approx(first)
-    # level 2: after code 1 only code 0 is in use: nothing is said
-    assert transition_information(codes, 2, counted, asked, levels=2) == pytest.approx(first)
-    # asked the other way round: 1 -> 0 once in 1; then which of two codes: (1 + 1) / (1 + 2), after prefix (1, 0) once in 1
+    assert transition_information(codes, 2, counted, evaluated) == pytest.approx(first)
+    # level 2: after code 1 only code 0 is in use: no information
+    assert transition_information(codes, 2, counted, evaluated, levels=2) == pytest.approx(first)
+    # the reverse pair: 1 -> 0 once in 1; then which of two codes: (1 + 1) / (1 + 2), after prefix (1, 0) once in 1
     back = np.log((1 + 4 * 0.4) / 5) - np.log(0.4) + np.log((1 + 4 * 2 / 3) / 5) - np.log(2 / 3)
     assert transition_information(codes, 2, counted, np.array([[3, 0]]), levels=2) == pytest.approx(back)
 
 
-def test_collapse_says_nothing_and_scrambling_no_more():
+def test_collapsed_and_scrambled_codes_have_no_information():
     rng = np.random.default_rng(0)
     cluster = np.arange(120) // 20
     pairs = np.array([rng.choice(np.flatnonzero(cluster == rng.integers(6)), 2, replace=False) for _ in range(3000)])
@@ -38,14 +38,14 @@ def test_collapse_says_nothing_and_scrambling_no_more():
     assert value(renamed) == pytest.approx(value(good))
 
 
-def test_the_watch_asks_for_the_step_to_the_valid_item_and_never_for_test():
+def test_the_metric_evaluates_the_step_to_the_valid_item_and_ignores_test():
     train = [np.array([0, 1]), np.array([2, 3]), np.array([1, 1])]
     split = Split(train, np.array([2, -1, 1]), np.array([3, 3, 3]), [], np.array([False, True, False]))
     codes = np.array([[0], [1], [0], [1]])
-    # counted: 0 -> 1 of the only fit user with a pair; asked: 1 -> 2, since a user without valid item and a repeated item say nothing
+    # counted: 0 -> 1 of the only fit user with a pair; evaluated: 1 -> 2, without the user without valid item and the repeated item
     assert next_item_information(split, 2)(codes) == transition_information(codes, 2, np.array([[0, 1]]), np.array([[1, 2]]))
-    nobody = Split(train, np.array([-1, -1, -1]), np.array([3, 3, 3]), [], np.array([False, True, False]))
-    assert next_item_information(nobody, 2) is None
+    no_valid = Split(train, np.array([-1, -1, -1]), np.array([3, 3, 3]), [], np.array([False, True, False]))
+    assert next_item_information(no_valid, 2) is None
 
 
 def test_table_figures_by_hand():
@@ -58,7 +58,7 @@ def test_table_figures_by_hand():
 
 
 class Kept(GeneralTracker):
-    """A tracker that keeps what it is told."""
+    """A tracker that stores its calls."""
 
     name, requires_logging_directory, tracker = "kept", False, None
 
@@ -86,7 +86,7 @@ def test_figures_reach_the_file_and_the_tracker(tmp_path):
     assert kept.logged == [(1, {"kl": 0.5, "undone": 0.0})] and kept.config["lr"] == 0.1 and kept.finished
 
 
-def test_a_tracker_that_is_not_installed_is_told(monkeypatch):
+def test_a_missing_tracker_is_refused(monkeypatch):
     check_tracker(None)
     monkeypatch.setattr("mmsid.refine.tracking.is_tensorboard_available", lambda: False)
     with pytest.raises(ConfigError, match="pip install tensorboard"):

@@ -1,4 +1,4 @@
-"""Evidence by hand on a four-item table, and what it must not reward (trap T10 of the refinement notes)."""
+"""Reward components by hand on small tables, and codes that they must not reward (T10)."""
 
 import numpy as np
 import pytest
@@ -59,7 +59,7 @@ def test_prior_shrinks_and_no_neighbours_score_zero():
     assert excess[:, 0, 0].tolist() == [(1 - 1.0) / 2, 0.0]  # all the others' weight is under code 0: chance 1
 
 
-def test_an_item_is_proposed_where_its_neighbours_lie():
+def test_the_code_of_most_neighbours_is_proposed():
     codes, neighbours, codebook = _clustered(np.random.default_rng(0))
     lost = codes.copy()
     lost[5, 0] = 7  # its neighbours stayed under 0
@@ -68,22 +68,22 @@ def test_an_item_is_proposed_where_its_neighbours_lie():
     assert found.shape == (len(codes), 2) and found[5, 0] == 0
     assert (np.delete(found[:, 0], 5) == np.delete(codes[:, 0], 5)).all()
     alone = NeighboursCodes(codes, codebook, sparse.csr_matrix(neighbours.shape), None, EvidenceConfig()).after(rows, nothing, count=1)
-    assert (alone == -1).all(), "nothing is known of an item without neighbours"
+    assert (alone == -1).all(), "an item without neighbours gets no proposal"
 
 
-def test_after_a_prefix_an_item_is_proposed_where_its_neighbours_lie_under_it(monkeypatch):
+def test_after_a_prefix_the_code_of_most_neighbours_under_it_is_proposed(monkeypatch):
     codes = np.array([[0, 0], [0, 1], [0, 1], [1, 0], [1, 1]])
     weighed = EvidenceConfig(level_weights=(0.6, 0.4), code_weights=(0.0,))
     near = NeighboursCodes(codes, 2, _neighbours(5, [(0, 1, 1.0), (0, 2, 1.0), (0, 3, 1.0), (3, 4, 1.0)]), None, weighed)
     rows, prefixes = np.array([0, 4]), np.array([[[0], [1]], [[0], [1]]])
     found = near.after(rows, prefixes, count=2)
-    # item 0 has a third of its weight under (1, 0), where 2/5 of the others' lies; item 4 all of it, where 2/7 does
+    # item 0 has a third of its weight under (1, 0), where 2/5 of the others' is; item 4 all of it, where 2/7 is
     assert found.tolist() == [[[1, -1], [-1, -1]], [[-1, -1], [0, -1]]]
-    monkeypatch.setattr(evidence, "LOOKED_UP", 1)
+    monkeypatch.setattr(evidence, "MAX_PATHS", 1)
     assert (near.after(rows, prefixes, count=2) == found).all(), "in pieces the same"
 
 
-def test_codes_by_themselves_by_hand():
+def test_code_agreement_by_hand():
     codes = np.array([[0, 0, 0], [0, 1, 1], [1, 1, 1], [1, 0, 0], [2, 1, 2]])
     table = CodeTable(codes, 3, _neighbours(5, [(0, 1, 1.0), (0, 2, 2.0), (3, 4, 1.0)]), prior=1.0)
     found = table.code_agreement(np.array([0]), np.array([[[0, 1, 1], [2, 0, 0]]]))
@@ -104,7 +104,7 @@ def test_a_code_is_proposed_that_neighbours_hold_under_other_prefixes():
     assert near.after(np.array([0]), np.array([[[0, 0], [2, 1]]]), count=1).tolist() == [[[2], [2]]]
 
 
-def test_crowding_sees_others_never_itself_nor_its_duplicates():
+def test_crowding_counts_other_items_without_duplicates():
     codes = np.array([[0, 0], [0, 0], [0, 1], [0, 1]])
     table = CodeTable(codes, 2, _neighbours(4, []), content=np.array([0, 1, 2, 2]))
     others = table.others(np.arange(4), codes[:, None])
@@ -119,7 +119,7 @@ def test_balance_by_hand():
     table = CodeTable(codes, 4, _neighbours(4, []))
     parts = table.components(np.array([0, 3]), np.array([[[0, 0, 3], [1, 1, 3], [2, 0, 3]]] * 2), np.zeros((2, 3)), CONFIG)
     # a fair share is 1 item of 4 per code: of the first level item 0 would be the third of three, the second of two, or alone; of the
-    # second one of three, two, three; of the third, whose code 3 nobody holds, alone
+    # second one of three, two, three; of the third, whose code 3 no item holds, alone
     expected = -np.log([[3 * 3, 2 * 2, 1 * 3], [4 * 3, 1 * 2, 1 * 3]])
     np.testing.assert_allclose(parts["balance"], expected, atol=1e-12)
 

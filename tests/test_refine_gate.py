@@ -1,4 +1,4 @@
-"""The gate takes a real gain and refuses what a reward can be bribed into: scrambling, collapse, uniqueness at any price."""
+"""The acceptance gate accepts a real gain and refuses reward hacking: scrambled, collapsed and merely unique codes."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ def _world(seed: int = 0, clusters: int = 8, per: int = 12, users: int = 60):
     cluster = np.arange(items) // per
     codes = np.stack([cluster, np.arange(items) % 4, np.arange(items) % per], axis=1)
     histories = [rng.permutation(np.flatnonzero(cluster == rng.integers(clusters)))[:6] for _ in range(users)]
-    blurred = codes.copy()  # the start: a third of the items stand in a wrong cluster
+    blurred = codes.copy()  # the start: a third of the items have the code of another cluster
     wrong = rng.permutation(items)[: items // 3]
     blurred[wrong, 0] = (blurred[wrong, 0] + 1 + rng.integers(clusters - 1, size=len(wrong))) % clusters
     blurred[:, 2] = np.arange(items) % 96
@@ -60,7 +60,7 @@ def test_total_collapse_is_refused_on_every_count():
     assert failed == {"target", "raw_collisions", "published_collisions", "least_perplexity", "lift"}
 
 
-def test_uniqueness_bought_with_meaning_is_refused():
+def test_unique_random_codes_are_refused():
     good, _, held_out, rng = _world()
     start = good.copy()
     start[:20] = start[20:40]  # many collisions; the "refined" table is perfectly unique, and random
@@ -74,11 +74,12 @@ def test_every_guard_can_refuse_a_better_target():
     crowded = good.copy()
     crowded[:30] = crowded[0]
     assert [reason.split()[0] for reason in _judge(blurred, good, held_out, raw=crowded).reasons] == ["raw_collisions"]
-    tight, start = np.minimum(good, 11), np.minimum(blurred, 11)  # no last code names an item
+    tight, start = np.minimum(good, 11), np.minimum(blurred, 11)  # no last code identifies an item
     refused = [
-        {reason.split()[0] for reason in _judge(start, tight, held_out, vectors=np.eye(96)[told[:, 0]]).reasons} for told in (start, tight)
+        {reason.split()[0] for reason in _judge(start, tight, held_out, vectors=np.eye(96)[codes[:, 0]]).reasons}
+        for codes in (start, tight)
     ]
-    assert refused[0] - refused[1] == {"reconstruction"}, "refused where the start's codes told the items' content"
+    assert refused[0] - refused[1] == {"reconstruction"}, "refused if the start's codes explain the item vectors"
     thin = _judge(blurred, good, held_out, quick=lambda codes: {"NDCG@10": 0.3, "HR@50": 0.5 if codes is good else 0.6, "coverage@10": 0.9})
     assert [reason.split()[0] for reason in thin.reasons] == ["hit_rate"]
     narrow = _judge(
@@ -86,7 +87,7 @@ def test_every_guard_can_refuse_a_better_target():
     )
     assert [reason.split()[0] for reason in narrow.reasons] == ["coverage"]
     low = _judge(blurred, good, held_out, quick=lambda codes: {"NDCG@10": 0.2 if codes is good else 0.3, "HR@50": 0.6, "coverage@10": 0.9})
-    assert [reason.split()[0] for reason in low.reasons] == ["ndcg"], "hits as many, and ranks them lower"
+    assert [reason.split()[0] for reason in low.reasons] == ["ndcg"], "as many hits, ranked lower"
 
 
 def test_figures_by_hand():
@@ -103,28 +104,28 @@ def test_figures_by_hand():
     assert gate.agreement(codes, 2, held_out, (1.0,), draws).tolist() == pytest.approx([1 / 2 - (9 + 1) / 16, 1 - 1])
 
 
-def test_what_codes_leave_unsaid_by_hand():
+def test_unexplained_variance_by_hand():
     codes = np.array([[0, 0], [0, 1], [1, 0], [1, 1]])
     additive = np.array([[1.0], [3.0], [5.0], [7.0]])  # 4 x first + 2 x second + 1
     assert gate.unexplained_variance(codes, additive) == pytest.approx(0.0)
-    # with +-1 of the two codes' product on top no sum of code vectors can tell that part: variance 1 beside 4 + 1
+    # an interaction of the two codes is not additive: variance 1 beside 4 + 1
     assert gate.unexplained_variance(codes, additive + np.array([[1.0], [-1.0], [-1.0], [1.0]])) == pytest.approx(1 / 6)
-    assert gate.unexplained_variance(np.zeros((4, 2), dtype=int), additive) == pytest.approx(1.0), "a collapsed table tells nothing"
+    assert gate.unexplained_variance(np.zeros((4, 2), dtype=int), additive) == pytest.approx(1.0), "a collapsed table explains nothing"
 
 
-def test_repairing_a_start_that_is_wrong_about_items_is_no_error():
+def test_correcting_wrong_codes_does_not_fail_the_reconstruction_guard():
     good, blurred, held_out, rng = _world()
     vectors = np.eye(8)[good[:, 0]] + 0.1 * rng.normal(size=(len(good), 8))
-    told = {name: gate.unexplained_variance(codes[:, :2], vectors) for name, codes in (("good", good), ("blurred", blurred))}
-    assert told["good"] < 0.2 < 0.5 < told["blurred"]
+    unexplained = {name: gate.unexplained_variance(codes[:, :2], vectors) for name, codes in (("good", good), ("blurred", blurred))}
+    assert unexplained["good"] < 0.2 < 0.5 < unexplained["blurred"]
     again = good.copy()
-    again[:, 2] = np.arange(len(good)) % 4  # so that the last code does not tell the items apart
+    again[:, 2] = np.arange(len(good)) % 4  # so that the last code does not identify items
     start = blurred.copy()
     start[:, 2] = again[:, 2]
     assert {row.metric: row.passed for row in _judge(start, again, held_out, vectors=vectors).rows}["reconstruction"]
 
 
-def test_margins_grow_with_noise_and_say_where_they_come_from():
+def test_margins_grow_with_noise_and_name_their_source():
     before = {"target": 0.1, "lift": 4.0, "hit_rate": 0.5, "coverage": 0.8, "least_perplexity": 30.0, "raw_collisions": 0.1,
               "published_collisions": 0.0, "flip_rate": 0.1}  # fmt: skip
     after = before | {"target": 0.2, "hit_rate": 0.47}

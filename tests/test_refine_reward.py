@@ -1,4 +1,4 @@
-"""The reward model: pairs, accuracy and calibration by hand; it must beat distances where behaviour says more than content."""
+"""The reward model: pairs, accuracy and calibration by hand; it beats distances where behaviour adds information to content."""
 
 import math
 
@@ -19,7 +19,7 @@ SMALL = RewardConfig(steps=120, batch=512)
 
 
 def _world(seed: int = 0, behavioural: bool = True):
-    """120 items in 6 behavioural clusters that content tells only half; histories stay inside a cluster (or anywhere)."""
+    """120 items in 6 behavioural clusters that content identifies in part; histories stay inside a cluster, or are random."""
     rng = np.random.default_rng(seed)
     items, clusters, dim = 120, 6, 12
     cluster = np.arange(items) % clusters
@@ -72,7 +72,7 @@ def test_calibration_by_bins_by_hand():
     assert calibration_error([low, high]) == pytest.approx(expected)
 
 
-def test_reward_beats_distances_where_behaviour_says_more(tmp_path):
+def test_reward_beats_distances_where_behaviour_adds_information(tmp_path):
     material, histories, held_out = _world()
     model, report = reward.train_reward(material, histories, held_out, EvidenceConfig(), SMALL, seed=0)
     assert report["usable"] and report["gain"] > 0.03
@@ -81,7 +81,7 @@ def test_reward_beats_distances_where_behaviour_says_more(tmp_path):
     assert report["gain"] == pytest.approx(accuracy["reward"] - accuracy["distance_only"])
     assert report["gain_over_unfitted"] == pytest.approx(accuracy["reward"] - accuracy["distance_unfitted"])
     assert sum(part["pairs"] for part in report["calibration"]) == report["test_pairs"]
-    # histories stay inside the clusters that content tells only half
+    # histories stay inside clusters that content identifies only in part
     assert report["carried"]["neighbours"] > 0.05 > abs(report["carried"]["crowding"])
     model.save(tmp_path / "reward", report)
     again = SidReward.load(tmp_path / "reward")
@@ -95,13 +95,13 @@ def test_reward_beats_distances_where_behaviour_says_more(tmp_path):
         SidReward.load(tmp_path / "reward")
 
 
-def test_reward_on_random_behaviour_is_not_usable_and_says_why():
+def test_reward_on_random_behaviour_is_not_usable():
     material, histories, held_out = _world(behavioural=False)
     _, report = reward.train_reward(material, histories, held_out, EvidenceConfig(), SMALL.model_copy(update={"least_gain": 0.05}), seed=0)
     assert not report["usable"] and "distances" in report["reason"]
 
 
-def test_no_co_engagement_is_a_reason_not_a_crash():
+def test_reward_without_co_engagement_is_not_usable():
     material, *_ = _world()
     histories = held_out = [np.array([row]) for row in range(50)]
     _, report = reward.train_reward(material, histories, held_out, EvidenceConfig(), SMALL, seed=0)
@@ -109,7 +109,7 @@ def test_no_co_engagement_is_a_reason_not_a_crash():
 
 
 def test_most_alike_by_hand():
-    vectors = np.array([[1.0, 0], [0.8, 0.6], [0, 1], [-1.8, -1.6]])  # their mean is 0; unit: the last (-.747, -.664)
+    vectors = np.array([[1.0, 0], [0.8, 0.6], [0, 1], [-1.8, -1.6]])  # their mean is 0; the last unit vector is (-.747, -.664)
     near, weight = most_alike(vectors, count=2, sharpness=1.0)
     assert near.tolist() == [[1, 2], [0, 2], [1, 0], [2, 0]]  # cosines: 0-1 .8, 1-2 .6, 0-2 0, 3-2 -.66, 3-0 -.75
     assert weight[0] == pytest.approx([1 / (1 + math.exp(-0.8)), 1 / (1 + math.exp(0.8))])

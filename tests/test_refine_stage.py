@@ -1,4 +1,4 @@
-"""The stage end to end on a tiny body: a blurred start is refined, a hopeless run keeps its start, foreign SIDs are refused."""
+"""The stage refine end to end with a tiny backbone: accepted and refused runs, resume, two processes, invalid inputs."""
 
 import json
 import os
@@ -22,7 +22,6 @@ from mmsid.refine import gate
 from mmsid.refine.code_stability import drop_words
 from mmsid.refine.config import RefineConfig
 from mmsid.refine.loop import LoopConfig, Refinement
-from mmsid.refine.policy import HeadPolicy
 from mmsid.refine.reward import RewardConfig, SidReward
 from mmsid.refine.stage import run
 from mmsid.sids.folder import read_sid_folder
@@ -34,8 +33,8 @@ PRODUCTS = ("shoe", "bag", "lamp", "chair")
 COLORS = ("red", "blue", "green")
 
 
-def _catalog(folder, rng, users=160):
-    """48 ads; users stay with one product, so that behaviour agrees with the word that the title hides among others."""
+def make_catalog(folder, rng, users=160):
+    """48 ads; the history of a user has one product, which is one word of the title."""
     items = [
         {"item_id": f"i{number}", "title": f"{COLORS[number % 3]} {PRODUCTS[number % 4]} {number}", "description": "new sale for home"}
         for number in range(48)
@@ -48,7 +47,7 @@ def _catalog(folder, rng, users=160):
 
 
 def _start(folder, behaviour_dim):
-    catalog = _catalog(folder, np.random.default_rng(0))
+    catalog = make_catalog(folder, np.random.default_rng(0))
     tokenizer = train.run(
         train.TrainTokenizerConfig(
             out=folder / "tokenizer", catalog=catalog, backbone=BackboneSettings(path=tiny_bert(folder / "bert"), max_length=32),
@@ -61,7 +60,7 @@ def _start(folder, behaviour_dim):
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    """Catalogue, a tokenizer that knows nothing of behaviour, and its SIDs."""
+    """Catalogue, a tokenizer trained without behaviour, and its SIDs."""
     return _start(tmp_path_factory.mktemp("start"), behaviour_dim=0)
 
 
@@ -72,14 +71,14 @@ def _config(start, out, **changes):
 
 
 def test_refine_writes_a_whole_folder_and_improves(start, tmp_path):
-    asked = []
-    quick = lambda table, seed: asked.append(table) or {"NDCG@10": 0.3, "HR@50": 0.5, "coverage@10": 0.5}  # noqa: E731
+    runs = []
+    quick = lambda table, seed: runs.append(table) or {"NDCG@10": 0.3, "HR@50": 0.5, "coverage@10": 0.5}  # noqa: E731
     loose = {"raw_collisions": 1.0, "least_perplexity": 1.0, "reconstruction": 10.0, "confidence": 0.5}
     out = run(_config(start, tmp_path / "refine", gate=loose), quick_recommender=quick)
     verdict = read_json(out / "gate.json")
     assert verdict["accepted"], verdict
     assert {"target", "lift", "reconstruction", "flip_rate", "ndcg", "hit_rate", "coverage"} <= {row["metric"] for row in verdict["rows"]}
-    assert all(row["source"] for row in verdict["rows"]) and len(asked) == 4, "two seeds for each of two tables"
+    assert all(row["source"] for row in verdict["rows"]) and len(runs) == 4, "two seeds for each of two tables"
     before, after = read_sid_folder(start["sids"]), read_sid_folder(out / "sids")
     moved = read_table(out / "moved.parquet").to_pylist()
     assert {row["item_id"] for row in moved} == {
@@ -92,7 +91,7 @@ def test_refine_writes_a_whole_folder_and_improves(start, tmp_path):
             "round_kl", "monitored", "lift", "raw_to_published"} <= log[0].keys()  # fmt: skip
     assert not (out / "checkpoint.safetensors").exists()
     assert read_manifest(out, "refine")["extra"]["accepted"] is True
-    # the tokenizer written gives the raw codes written, for everyone
+    # the written tokenizer gives the written raw codes
     catalog = read_catalog(start["catalog"])
     tokenizer = ItemTokenizer.from_pretrained(out / "tokenizer")
     inputs, _ = load_inputs(catalog, None, None, tokenizer.settings.use)
@@ -102,34 +101,34 @@ def test_refine_writes_a_whole_folder_and_improves(start, tmp_path):
 
 
 @pytest.mark.parametrize("more, accepted, runs", [(0, False, 4), (4, True, 12)])
-def test_a_quick_recommender_that_refuses_is_asked_again(start, tmp_path, more, accepted, runs):
-    """Two unlucky runs of six: .40, .40, then .52 four times, against .50 before; the mean of six falls by less than the margin."""
-    before, asked = read_sid_folder(start["sids"]), []
+def test_a_quick_recommender_that_refuses_runs_again_with_more_seeds(start, tmp_path, more, accepted, runs):
+    """Coverage .40, .40, then .52 four times, against .50 before: the mean of six runs falls by less than the margin."""
+    before, seeds = read_sid_folder(start["sids"]), []
 
     def quick(table, seed):
-        asked.append(seed)
+        seeds.append(seed)
         refined = table.codes.tolist() != before.align(table.item_ids).codes.tolist()
-        return {"NDCG@10": 0.3, "HR@50": 0.5, "coverage@10": (0.40 if len(set(asked)) <= 2 else 0.52) if refined else 0.5}
+        return {"NDCG@10": 0.3, "HR@50": 0.5, "coverage@10": (0.40 if len(set(seeds)) <= 2 else 0.52) if refined else 0.5}
 
     gate = {"raw_collisions": 1.0, "least_perplexity": 1.0, "reconstruction": 10.0, "confidence": 0.5, "flip_rate": 1.0, "more_seeds": more}
     out = run(_config(start, tmp_path / "refine", gate=gate), quick_recommender=quick)
     verdict = read_json(out / "gate.json")
-    assert verdict["accepted"] is accepted and len(asked) == runs, verdict["reasons"]
+    assert verdict["accepted"] is accepted and len(seeds) == runs, verdict["reasons"]
     assert {row["metric"]: row["after"] for row in verdict["rows"]}["coverage"] == pytest.approx(0.48 if more else 0.40)
 
 
-def test_interests_worth_nothing_move_no_item(start, tmp_path):
+def test_items_of_text_quality_zero_do_not_move(start, tmp_path):
     assert read_manifest(start["sids"])["counts"]["items"] == 48
     items = [item.item_id for item in read_catalog(start["catalog"]).items]
     with writing(tmp_path / "quality", stage="text_quality", config={}) as draft:
         write_table(draft.path / "items.parquet", [{"item_id": item, "q": 0.0} for item in items])
     loose = {"lift": 9.0, "raw_collisions": 1.0, "least_perplexity": 1.0, "reconstruction": 99.0, "confidence": -1.0}
     moved = {}
-    for name, told in (("judged", {"text_quality": tmp_path / "quality"}), ("unjudged", {})):
-        out = run(_config(start, tmp_path / name, rounds=3, gate=loose, **told))
+    for name, given in (("judged", {"text_quality": tmp_path / "quality"}), ("unjudged", {})):
+        out = run(_config(start, tmp_path / name, rounds=3, gate=loose, **given))
         moved[name] = read_manifest(out, "refine")["counts"]["proposed"]
-        told_of = read_manifest(out, "refine")["extra"]["text_quality"]
-        assert told_of == ({"mean": 0.0, "deviation": 0.0} if told else "1 for every item: no text_quality was given")
+        recorded = read_manifest(out, "refine")["extra"]["text_quality"]
+        assert recorded == ({"mean": 0.0, "deviation": 0.0} if given else "1 for every item: no text_quality was given")
     assert moved["judged"] == 0 < moved["unjudged"]
 
 
@@ -137,60 +136,44 @@ def test_an_interrupted_run_continues_to_the_same_weights(start, tmp_path, monke
     whole = run(_config(start, tmp_path / "whole", rounds=8))
     one_round = Refinement.round
 
-    def dies(loop, table):
+    def interrupt(loop, table):
         if loop.next_round == 7:
             raise KeyboardInterrupt
         return one_round(loop, table)
 
-    monkeypatch.setattr(Refinement, "round", dies)
+    monkeypatch.setattr(Refinement, "round", interrupt)
     with pytest.raises(KeyboardInterrupt):
         run(_config(start, tmp_path / "again", rounds=8))
     done = []
     monkeypatch.setattr(Refinement, "round", lambda loop, table: done.append(loop.next_round) or one_round(loop, table))
     again = run(_config(start, tmp_path / "again", rounds=8))
-    assert done == [5, 6, 7], "from the checkpoint after five rounds"
+    assert done == [5, 6, 7], "continues at the checkpoint after five rounds"
     for name in ("log.jsonl", "moved.parquet", "tokenizer/model.safetensors", "sids/sids.parquet"):
         assert (whole / name).read_bytes() == (again / name).read_bytes(), name
 
 
-def test_the_policy_may_be_asked_of_noisy_readings(start, tmp_path, monkeypatch):
-    asked = HeadPolicy.noisy_log_prob
-    heard = {}
-
-    def listens(policy, rows, turn):
-        heard[turn] = asked(policy, torch.arange(8), turn).detach()
-        assert not torch.equal(heard[turn], policy.log_prob(torch.arange(8))), "words are missing"
-        return asked(policy, rows, turn)
-
-    monkeypatch.setattr(HeadPolicy, "noisy_log_prob", listens)
-    config = _config(start, tmp_path / "refine", rounds=3)
-    changes = {"objective": "likelihood", "noisy": 0.5, "noisy_readings": 2, "lr": 0.0, "adapt": False}
-    run(config.model_copy(update={"loop": config.loop.model_copy(update=changes)}))
-    assert not torch.equal(heard[0], heard[1]) and torch.equal(heard[0], heard[2]), "other words every turn, two turns"
-
-
-def test_consensus_is_paid_and_the_memory_trained_where_they_are_asked_for(start, tmp_path, monkeypatch):
-    remembering, decide = _start(tmp_path, behaviour_dim=4), gate.decide
-    monkeypatch.setattr(gate, "decide", lambda *figures: replace(decide(*figures), accepted=True))  # else the start is what is written
+def test_robust_prediction_is_rewarded_and_behaviour_values_are_trained_if_configured(start, tmp_path, monkeypatch):
+    with_behaviour, decide = _start(tmp_path, behaviour_dim=4), gate.decide
+    monkeypatch.setattr(gate, "decide", lambda *figures: replace(decide(*figures), accepted=True))  # a refused run writes the start
     weights = {"sid_reward": 1.0, "robust_prediction": 1.0}
 
-    def cleaned(name, begun, **changes):
-        config = _config(begun, tmp_path / name, rounds=2)
+    def refined(name, inputs, **changes):
+        config = _config(inputs, tmp_path / name, rounds=2)
         return run(config.model_copy(update={"loop": config.loop.model_copy(update={"weights": weights, "lr": 1e-6} | changes)}))
 
     values = lambda folder: ItemTokenizer.from_pretrained(folder).head.behaviour.values  # noqa: E731
-    trained = cleaned("trained", remembering, behaviour_rate=10.0)
+    trained = refined("trained", with_behaviour, behaviour_rate=10.0)
     records = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
     assert len(records) == 2 and all(record["reward_robust_prediction"] < 0 for record in records)
-    assert not torch.equal(values(trained / "tokenizer"), values(remembering["tokenizer"]))
-    assert torch.equal(values(cleaned("left", remembering) / "tokenizer"), values(remembering["tokenizer"]))
+    assert not torch.equal(values(trained / "tokenizer"), values(with_behaviour["tokenizer"]))
+    assert torch.equal(values(refined("left", with_behaviour) / "tokenizer"), values(with_behaviour["tokenizer"]))
     with pytest.raises(ConfigError, match=r"behaviour_rate is 10, but the tokenizer .* has no behaviour regression"):
-        cleaned("none", start, behaviour_rate=10.0)
-    with pytest.raises(ValueError, match="one place for consensus"):
+        refined("none", start, behaviour_rate=10.0)
+    with pytest.raises(ValueError, match="plus one for robust_prediction"):
         RefineConfig(**start, out=tmp_path / "x", top_m=3, loop={"weights": weights})
 
 
-def test_the_recipe_repair_is_a_loop_on_which_the_own_settings_come_on_top(start, tmp_path):
+def test_explicit_settings_override_the_recipe_repair(start, tmp_path):
     one = lambda **values: RefineConfig(**start, out=tmp_path / "x", **values)  # noqa: E731
     repair = one(recipe="repair").loop
     assert (
@@ -216,7 +199,7 @@ def test_a_refused_run_keeps_the_start(start, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(old.head.parameters(), new.head.parameters()))
 
 
-def test_a_reward_no_better_than_distance_stops_the_run_politely(start, tmp_path):
+def test_a_reward_no_better_than_distance_keeps_the_start(start, tmp_path):
     config = _config(start, tmp_path / "refine", reward=RewardConfig(steps=5, least_gain=1.0))
     out = run(config)
     assert "distances" in read_json(out / "gate.json")["reasons"][0]
@@ -227,10 +210,10 @@ def test_a_reward_no_better_than_distance_stops_the_run_politely(start, tmp_path
 def test_sids_of_another_tokenizer_are_refused(start, tmp_path):
     table = read_sid_folder(start["sids"])
     table.raw_codes = (table.raw_codes + 1) % 8
-    with writing(tmp_path / "foreign", stage="assign", config={}) as draft:
+    with writing(tmp_path / "other", stage="assign", config={}) as draft:
         table.save(draft.path / "sids.parquet")
     with pytest.raises(ArtifactError, match="assign SIDs with this tokenizer"):
-        run(_config({**start, "sids": tmp_path / "foreign"}, tmp_path / "refine"))
+        run(_config({**start, "sids": tmp_path / "other"}, tmp_path / "refine"))
 
 
 def test_all_trainable_moves_the_adapter_too_and_catalogue_order_does_not_matter(start, tmp_path):
@@ -250,7 +233,7 @@ def test_dropped_words_are_the_same_every_time_and_about_the_share():
 
 @pytest.mark.slow
 def test_two_processes_end_with_the_codes_of_one(start, tmp_path):
-    """Near-ties apart, which the run itself lists: gradients are added up in another order."""
+    """Except for the near ties that the run lists, because gradients are summed in another order."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     environment["PYTHONPATH"] = str(Path(__file__).parents[1])
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
@@ -276,7 +259,7 @@ def test_two_processes_end_with_the_codes_of_one(start, tmp_path):
         assert done.returncode == 0, done.stderr[-3000:]
         assert read_manifest(config.out, "refine")["counts"]["processes"] == processes
     judged = [read_json(tmp_path / f"refine{processes}" / "gate.json") for processes in (1, 2)]
-    # two processes share out the training runs of the quick recommender, each made by one alone: the same figures
+    # two processes distribute the runs of the quick recommender, one process per run: the same metrics
     ranked = [{row["metric"]: row["after"] for row in verdict["rows"]} for verdict in judged]
     assert (
         judged[0]["accepted"] == judged[1]["accepted"]

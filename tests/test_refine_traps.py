@@ -1,4 +1,4 @@
-"""Hack traps (T10): the loop is given a reward that pays for the wrong thing, earns it, and the gate refuses what comes out."""
+"""Reward hacking (T10): the loop maximises a wrong reward, and the gate refuses the result."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ ITEMS = CLUSTERS * PER
 
 
 def _start():
-    """Items of a cluster share the first code; two items share a path. One-hot states: every item can move by itself."""
+    """Items of a cluster share the first code; two items share a path. With one-hot states every item can move separately."""
     codes = np.stack([np.arange(ITEMS) // PER, np.arange(ITEMS) % PER], axis=1)
     codes[1] = codes[0]
     head = ParallelHead(ITEMS, 2, CODES)
@@ -30,42 +30,40 @@ def _start():
 
 
 def _loosely(value: float) -> LoopConfig:
-    return LoopConfig(rounds=25, lr=value, kl=0.0, moving=1.0, step_kl=1e9, most_kl=1e9, adapt=False, weights={"bribe": 1.0})
+    return LoopConfig(rounds=25, lr=value, kl=0.0, moving=1.0, step_kl=1e9, most_kl=1e9, adapt=False, weights={"hacked": 1.0})
 
 
-def _pays_for_uniqueness(rows, candidates, codes):
+def _rewards_uniqueness(rows, candidates, codes):
     table = CodeTable(codes, CODES, sparse.csr_matrix((ITEMS, ITEMS)))
-    return {"bribe": -table.others(rows, candidates).sum(-1)}
+    return {"hacked": -table.others(rows, candidates).sum(-1)}
 
 
-def _pays_for_collapse(rows, candidates, codes):
+def _rewards_collapse(rows, candidates, codes):
     table = CodeTable(codes, CODES, sparse.csr_matrix((ITEMS, ITEMS)))
-    return {"bribe": table.others(rows, candidates).sum(-1)}
+    return {"hacked": table.others(rows, candidates).sum(-1)}
 
 
-def _pays_for_scrambling(rows, candidates, codes):
-    wanted = np.random.default_rng(1).integers(0, CODES, size=(ITEMS, 2))
-    return {"bribe": (candidates == wanted[rows][:, None]).mean(-1)}
+def _rewards_scrambling(rows, candidates, codes):
+    target = np.random.default_rng(1).integers(0, CODES, size=(ITEMS, 2))
+    return {"hacked": (candidates == target[rows][:, None]).mean(-1)}
 
 
 @pytest.mark.parametrize(
     ("scorer", "failed"),
     [
-        (_pays_for_uniqueness, {"target", "lift"}),
-        (_pays_for_collapse, {"target", "lift", "raw_collisions", "published_collisions", "least_perplexity"}),
-        (_pays_for_scrambling, {"target", "lift"}),
+        (_rewards_uniqueness, {"target", "lift"}),
+        (_rewards_collapse, {"target", "lift", "raw_collisions", "published_collisions", "least_perplexity"}),
+        (_rewards_scrambling, {"target", "lift"}),
     ],
 )
-def test_t10_a_reward_that_can_be_bribed_is_refused_by_the_gate(scorer, failed):
+def test_t10_the_gate_refuses_a_hacked_reward(scorer, failed):
     head, states, start = _start()
     reference = Reference(head, states, top_m=CODES)
     assert (reference.greedy == start).all()
     log: list[dict] = []
     policy = HeadPolicy(head, lambda rows: states[rows], list(head.parameters()), reference)
     codes = Refinement(policy, reference, scorer, _loosely(0.2), Accelerator(cpu=True)).run(log.append)
-    assert log[-1]["reward_bribe"] > log[0]["reward_bribe"] and (codes != start).any(1).mean() > 0.3, (
-        "the trap is no trap: nothing was gained"
-    )
+    assert log[-1]["reward_hacked"] > log[0]["reward_hacked"] and (codes != start).any(1).mean() > 0.3, "the wrong reward was not gained"
 
     rng = np.random.default_rng(0)
     cluster = np.arange(ITEMS) // PER

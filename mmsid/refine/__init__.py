@@ -1,1 +1,1 @@
-"""Quality-aware refinement of the quantizer: evidence, reward model, policy arithmetic, loop, acceptance gate."""
+"""RL refinement of the item tokenizer: reward model, policy optimisation, acceptance gate."""

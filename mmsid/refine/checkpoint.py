@@ -1,6 +1,6 @@
-"""The state of an interrupted refinement: weights, optimiser, running scales, random streams, the best round. One safetensors file.
+"""Checkpoint of an interrupted refinement in one safetensors file: weights, optimiser, running scales, generators, best round.
 
-A run that is continued from it ends with the same weights, bit by bit on the same machine, as one that was never interrupted.
+A run that resumes from it ends with the same weights, bit by bit on the same machine, as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from mmsid.refine.loop import Refinement
 
 
 def save_state(loop: Refinement, path: Path) -> None:
-    """Write all that `loop` changes, atomically; call it on rank 0, between rounds."""
+    """Write the state of `loop` atomically. Call it on rank 0, between rounds."""
     tensors = {f"weight.{place}": weight for place, weight in enumerate(loop.policy.parameters)}
     tensors |= {f"best.{place}": weight for place, weight in enumerate(loop.best_weights or [])}
     for place, state in loop.optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{place}.{name}": torch.as_tensor(value) for name, value in state.items()}
-    tensors["draw"] = loop.draw.get_state()
+    tensors["draw"] = loop.generator.get_state()
     progress = {
         "next_round": loop.next_round,
         "ended": loop.ended,
@@ -31,23 +31,23 @@ def save_state(loop: Refinement, path: Path) -> None:
         "skipped": loop.skipped,
         "scales": loop.scale.scales,
         "lr": loop.lr,
-        "order": loop.order.bit_generator.state,
+        "order": loop.rng.bit_generator.state,
     }
     write_tensors(path, tensors, metadata={"progress": json.dumps(progress)})
 
 
 def load_state(loop: Refinement, path: Path) -> None:
-    """Put a fresh `loop` of the same configuration where `save_state` left it; nothing where there is no file.
+    """Restore the state that `save_state` wrote into a fresh `loop` of the same configuration; does nothing without a file.
 
     Raises:
-        ArtifactError: the file is torn, or of other weights.
+        ArtifactError: the file is damaged, or belongs to weights of other shapes.
     """
     if not path.exists():
         return
     tensors = read_tensors(path)
     weights = [tensors[f"weight.{place}"] for place in range(sum(name.startswith("weight.") for name in tensors))]
     if [weight.shape for weight in weights] != [weight.shape for weight in loop.policy.parameters]:
-        raise ArtifactError(f"{path} holds other weights than this run trains; remove its folder and start again")
+        raise ArtifactError(f"{path} holds other weights than this run trains (shapes differ); remove its folder and start again")
     with safe_open(str(path), framework="pt") as handle:
         progress = json.loads(handle.metadata()["progress"])
     with torch.no_grad():
@@ -62,8 +62,8 @@ def load_state(loop: Refinement, path: Path) -> None:
     loop.lr = progress["lr"]
     best = [tensors[f"best.{place}"].to(weight.device) for place, weight in enumerate(loop.policy.parameters) if f"best.{place}" in tensors]
     loop.best_weights = best or None
-    loop.draw.set_state(tensors["draw"])
-    loop.order.bit_generator.state = progress["order"]
+    loop.generator.set_state(tensors["draw"])
+    loop.rng.bit_generator.state = progress["order"]
     loop.scale.scales = progress["scales"]
     loop.next_round, loop.ended, loop.skipped = progress["next_round"], progress["ended"], progress["skipped"]
     loop.best, loop.waited = progress["best"], progress["waited"]

@@ -1,7 +1,7 @@
-"""How easily raw codes flip: items read once more with a tenth of their words missing, as a caption written anew may leave them out.
+"""Code stability: share of items whose raw codes change when a tenth of the words of their text is missing.
 
-Only texts are made noisy; items without one are left out. DRQ (2606.01844) calls the probability that noise flips a code the expected
-overlap rate; the noise here is of the input and not of the embedding, because that is what changes between two runs of a captioner.
+The noise imitates a caption that is written again. Only texts are perturbed; items without text are left out. DRQ (2606.01844) defines
+the same probability for noise of the embedding (expected overlap rate).
 """
 
 from __future__ import annotations
@@ -25,30 +25,25 @@ MISSING = 0.1
 
 
 def noisy_sample(inputs: Sequence[ItemInput], hashes: Sequence[str]) -> tuple[list[int], list[ItemInput]]:
-    """Rows of at most `SAMPLE` items, the first by content hash, and how they are read with noise."""
+    """Rows of at most `SAMPLE` items with text, the first by content hash, and their inputs with missing words."""
     order = sorted((row for row in range(len(inputs)) if inputs[row].text), key=lambda row: hashes[row])
     rows = order[:SAMPLE]
     return rows, [ItemInput(drop_words(inputs[row].text, MISSING), inputs[row].pictures) for row in rows]
 
 
-def noisy_inputs(inputs: Sequence[ItemInput], turn: int) -> list[ItemInput]:
-    """All items as the policy may be trained on them, other words missing every turn, and others than in `noisy_sample`, which judges."""
-    return [ItemInput(drop_words(item.text, MISSING, f"train {turn} "), item.pictures) for item in inputs]
-
-
-def drop_words(text: str, share: float, lottery_name: str = "") -> str:
-    """`text` without about `share` of its words, the same ones every time under the same name."""
+def drop_words(text: str, share: float) -> str:
+    """`text` without about `share` of its words. The same words are dropped in every call."""
     kept = []
     for place, word in enumerate(text.split()):
-        lottery = int.from_bytes(hashlib.sha256(f"{lottery_name}{place} {text}".encode()).digest()[:8])
-        if lottery >= share * 2**64:
+        draw = int.from_bytes(hashlib.sha256(f"{place} {text}".encode()).digest()[:8])
+        if draw >= share * 2**64:
             kept.append(word)
     return " ".join(kept)
 
 
 @torch.no_grad()
-def flipped(head: CodeHead, states: Tensor, clean: Codes) -> NDArray[np.bool_]:
-    """Noisy states (n, L, H), raw codes (n, L) of the clean reading -> (n,): whether any code differs."""
+def changed_codes(head: CodeHead, states: Tensor, clean: Codes) -> NDArray[np.bool_]:
+    """Whether any raw code of an item changes under noise: noisy states (n, L, H), codes of the clean inputs (n, L) -> (n,)."""
     head = copy.deepcopy(head).to(states.device)
     codes = torch.cat([head.greedy(head.project(piece)).codes for piece in states.split(BATCH)])
     return (codes.cpu().numpy() != clean).any(axis=1)

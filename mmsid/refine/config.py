@@ -17,17 +17,18 @@ from mmsid.refine.reward import RewardConfig
 from mmsid.refine.tracking import TrackerName
 from mmsid.sids.collisions import Policy as Collisions
 
-# How a start that is wrong about single items is cleaned (LOG.md, 2026-11-27); what the configuration says of the loop itself comes on top.
+# Defaults of `loop` under `recipe: repair`, for a tokenizer that learnt wrong targets for single items
+# (docs/experiments/recovery_from_label_noise.md).
 REPAIR: dict[str, Any] = {
-    "objective": "likelihood",  # of paths drawn evenly: a wrong start gives the right ones no chance to be sampled
+    "objective": "likelihood",  # paths are drawn uniformly: a policy that is wrong about an item hardly ever samples the right one
     "group": 128,
     "lr": 3e-5,
-    "behaviour_rate": 100.0,  # the damage sits in what the memory adds to single items, which no shared weight undoes one by one
+    "behaviour_rate": 100.0,  # the wrong targets are stored per item in the behaviour regression; shared weights cannot correct them
     "adapt": False,
     "rounds": 40,
     "step_kl": 0.1,
     "anneal": True,
-    "patience": 0,  # next items know nothing yet of codes that nobody holds
+    "patience": 0,  # the monitored metric has no counts yet for codes that no item holds
     "most_kl": 9.0,
     "weights": {"sid_reward": 1.0, "codes": 1.0, "balance": 1.5, "crowding": 1.5, "reconstruction": 0.2, "robust_prediction": 5.0},
 }
@@ -38,21 +39,23 @@ class RefineConfig(StageConfig):
 
     Attributes:
         tokenizer: folder of `train_tokenizer`, or of an earlier `refine`.
-        sids: folder of `assign` for that tokenizer: the start that must be beaten.
-        text_quality: a finished `text_quality` folder: q of an item multiplies the advantage of its group, so that items whose mined
-            interests are worth little move less. None: q = 1 for every item, and the manifest says so.
-        recipe: `polish` for a start that is sound; `repair` for one that learnt wrong targets for single items (measured for targets
-            that were exchanged): `REPAIR` in place of the defaults of `loop`; refine what came of it again until the gate refuses.
-        trainable: `heads` moves code vectors and projection, states cached once (minutes on a CPU); `all` also the adapter and the query
-            tokens (needs a GPU for real sizes; lower `loop.batch`).
+        sids: folder of `assign` for that tokenizer: the codes that the gate compares with.
+        text_quality: finished `text_quality` folder. The quality q of an item multiplies the advantages of its group, so that items with
+            poor mined interests move less. None: q = 1 for every item; the manifest records which of the two was used.
+        recipe: `polish` for a sound tokenizer; `repair` for one that learnt wrong targets for single items (measured for targets that were
+            exchanged between items). `repair` replaces the defaults of `loop` by `REPAIR`; its result may be refined again until the gate
+            refuses.
+        trainable: `heads` trains code vectors and projection on cached states (minutes on a CPU); `all` also trains the adapter and the
+            query tokens (needs a GPU for catalogues of real size; lower `loop.batch`).
         top_m: codes per level in every item's tree of paths; top_m ** num_levels paths are enumerated.
-        proposals: of the `top_m` codes of every level, those that most of an item's neighbours hold, however unlikely
-            to the start (none at a frozen first level); where `consensus` is paid for, the code that it asks for comes on top.
-            Fewer than top_m in all.
-        temperature: flattens (> 1) the joint path distribution of policy and reference alike, in sampling and in scoring; None: as much
-            as it takes for the start to have `start_entropy` nats over an item's tree on average (never below 1).
-        collisions: how refined codes are published; must be what the start was published with.
-        log_with: a tracker that accelerate feeds beside `log.jsonl`; its files lie in `trackers/` of the folder.
+        proposals: codes among the `top_m` of every level that are chosen because most of an item's neighbours hold them, whatever their
+            probability (none at a frozen first level). A positive weight of `robust_prediction` adds the code that it predicts. The sum
+            must be below top_m.
+        freeze_first_level: keep the first code of every item.
+        temperature: flattens (> 1) the joint path distribution of policy and reference, in sampling and in scoring. None: the smallest
+            value of at least 1 that gives the start `start_entropy` nats over an item's tree on average.
+        collisions: collision policy of the published codes; must be the policy that `sids` was published with.
+        log_with: tracker that accelerate feeds beside `log.jsonl`; its files are in `trackers/` of the folder.
     """
 
     catalog: CatalogConfig
@@ -78,21 +81,22 @@ class RefineConfig(StageConfig):
 
     @model_validator(mode="before")
     @classmethod
-    def _repairs(cls, values: Any) -> Any:
+    def _apply_recipe(cls, values: Any) -> Any:
         loop = (values.get("loop") or {}) if isinstance(values, Mapping) and values.get("recipe") == "repair" else None
         return values if not isinstance(loop, Mapping) else {**values, "loop": REPAIR | dict(loop)}
 
     @model_validator(mode="after")
-    def _leaves_room(self) -> RefineConfig:
-        places = self.proposals + self.uses_robust_prediction
-        if places >= self.top_m:
-            also = ", and one place for consensus" if self.uses_robust_prediction else ""
+    def _own_code_in_tree(self) -> RefineConfig:
+        proposed = self.proposals + self.uses_robust_prediction
+        if proposed >= self.top_m:
+            also = ", plus one for robust_prediction" if self.uses_robust_prediction else ""
             raise ValueError(
-                f"proposals is {self.proposals}{also}, top_m {self.top_m}; an item's own best code needs a place: lower proposals"
+                f"proposals is {self.proposals}{also}, top_m is {self.top_m}; the sum must be below top_m, which also holds the item's "
+                "own best code: lower proposals"
             )
         return self
 
     @property
     def uses_robust_prediction(self) -> bool:
-        """Whether the reward asks what the other items say of one."""
+        """Whether the reward has the component `robust_prediction`."""
         return bool(self.loop.weights.get("robust_prediction"))

@@ -1,17 +1,8 @@
-"""What the behaviour of users says about a candidate code sequence of one item, scored against everybody else's codes.
+"""Reward components of a candidate code sequence, computed from co-engagement and from the codes of all other items.
 
-All components are *difference* terms: the item is taken out of the table before it is judged, so that two colliding items see
-each other but never themselves. Interactions come from the histories that the caller passes: fit users only; the held-out tenth
-belongs to the gate.
-
-* neighbours: share of an item's co-engagement weight that lies under the candidate's prefix, minus the share that chance would put there
-  (the prefix's part of all co-engagement weight), per level. Without the chance term fat clusters win (one code for all scores 1).
-* codes: the same for the codes below the first by themselves, under other prefixes than the item's. A recommender reads every level with
-  one vocabulary: an item whose second code is that of the items engaged with beside it is easier to predict under any first code.
-* crowding: another item already holds the whole path, plus how full the last-level group is.
-* balance: how much fuller than a fair share of the items each code already is, in nats: what moving the item there does to the entropy of
-  the codes' use. Shares of neighbours grow with the groups, so without it the levels drift to a few codes.
-* rebuild: growth of the quantisation error against the item's own best path (handed in by the caller, who knows the code vectors).
+Every component is a difference term: the item itself is removed from the table first, so that two colliding items see each other but not
+themselves. Co-engagement comes from the histories of the fit users only; the held-out users are reserved for the acceptance gate.
+`CodeTable.components` lists the components.
 """
 
 from __future__ import annotations
@@ -28,30 +19,38 @@ from mmsid.config import Section
 
 Codes = NDArray[np.int64]
 Floats = NDArray[np.float64]
-LOOKED_UP = 1_000_000  # paths at once; bounds memory, changes no figure
+MAX_PATHS = 1_000_000  # paths scored at once; bounds memory use, changes no result
 
 
 class EvidenceConfig(Section):
-    """How the levels are weighed, and how little evidence counts for nothing."""
+    """Weights of the levels and shrinkage of the co-engagement evidence.
 
-    level_weights: tuple[float, ...] = (0.6, 0.4)  # of prefixes, by length; deeper levels weigh nothing
-    code_weights: tuple[float, ...] = (0.5, 0.5)  # of the codes of the second, third, ... level by themselves
-    prior: float = 1.0  # co-engagement weight that an item must have before its share counts half
+    Attributes:
+        level_weights: weights of prefix agreement by prefix length; longer prefixes have weight 0.
+        code_weights: weights of code agreement at the second, third, ... level.
+        prior: co-engagement weight at which an item's excess share counts half.
+        window: largest distance of two interactions in a history that counts as co-engagement.
+        behaviour_dim: dimension of the factorised co-engagement that the component `robust_prediction` is fitted on.
+    """
+
+    level_weights: tuple[float, ...] = (0.6, 0.4)
+    code_weights: tuple[float, ...] = (0.5, 0.5)
+    prior: float = 1.0
     window: int = 3
-    behaviour_dim: int = Field(64, ge=1)  # of the factorised co-engagement that `consensus` reads beside the content
+    behaviour_dim: int = Field(64, ge=1)
 
 
 def split_users(histories: Sequence[NDArray], shares: Sequence[float], seed: int) -> list[list[NDArray]]:
-    """Disjoint groups of users with the given shares (adding up to 1), drawn by seed. Order inside a group is kept."""
+    """Split users at random into disjoint groups with the given shares, which sum to 1. The order within a group is kept."""
     order = np.random.default_rng(seed).permutation(len(histories))
     cuts = np.round(np.cumsum(shares)[:-1] * len(histories)).astype(int)
     return [[histories[user] for user in np.sort(part)] for part in np.split(order, cuts)]
 
 
 def prefix_keys(codes: Codes, codebook_size: int) -> Codes:
-    """Number every prefix: (..., L) codes -> (..., L) keys, key l naming the first l+1 codes.
+    """Integer keys of all prefixes: codes (..., L) -> keys (..., L); key l identifies the first l+1 codes.
 
-    Raises ValueError if 64 bits do not suffice.
+    Raises ValueError when the keys do not fit into 64 bits.
     """
     levels = codes.shape[-1]
     if levels * np.log2(codebook_size) >= 62:
@@ -66,25 +65,25 @@ def prefix_keys(codes: Codes, codebook_size: int) -> Codes:
 
 @dataclass
 class _Level:
-    """One level of a table: its prefixes in ascending order of key, and what lies under each."""
+    """Groups of items that share a prefix (or a code), in ascending order of key, with their sizes and co-engagement weights."""
 
     keys: Codes  # (U,)
-    inverse: Codes  # (N,) prefix number of each item
-    items: Floats  # (U,) items under the prefix, exact duplicates counted once
-    weight: Floats  # (U,) co-engagement weight of the items under the prefix
-    pair_keys: Codes  # (E,) row * U + prefix number, ascending: who has neighbours where
+    inverse: Codes  # (N,) group index of each item
+    items: Floats  # (U,) number of items in the group, exact duplicates counted once
+    weight: Floats  # (U,) co-engagement weight of the items in the group
+    pair_keys: Codes  # (E,) row * U + group index, ascending, of every item and group that holds a neighbour of it
     pair_weight: Floats  # (E,)
 
 
 class CodeTable:
-    """Everybody's current codes, ready to answer what would happen if one item took another path.
+    """Index of the current codes of all items that scores candidate codes of one item against the other items.
 
     Args:
         codes: (N, L) current codes.
         codebook_size: K.
         neighbours: (N, N) symmetric co-engagement weights.
-        content: (N,) equal numbers for exact duplicates (they may share codes and never crowd each other); None = all different.
-        prior: see EvidenceConfig.
+        content: (N,) equal numbers for exact duplicates, which may share codes and do not crowd each other; None: all items differ.
+        prior: see `EvidenceConfig`.
     """
 
     def __init__(
@@ -119,7 +118,7 @@ class CodeTable:
         )
 
     def others(self, rows: NDArray, candidates: Codes) -> Floats:
-        """(R,), (R, P, L) -> (R, P, L): other items (duplicates of the item itself left out) under each prefix of each candidate."""
+        """Number of other items under each prefix of candidates (R, P, L) of `rows` (R,), without the item's duplicates. -> (R, P, L)."""
         keys = prefix_keys(candidates, self.codebook_size)
         counts = np.zeros(keys.shape)
         for level, table in enumerate(self.levels):
@@ -129,28 +128,44 @@ class CodeTable:
         return np.maximum(counts, 0.0)
 
     def agreement(self, rows: NDArray, candidates: Codes) -> tuple[Floats, Floats]:
-        """(R,), (R, P, L) -> share of the row's neighbour weight under each prefix minus chance, and that chance; both (R, P, L).
+        """Share of an item's neighbour weight under each prefix minus the chance share, and the chance share.
 
-        The share is shrunk towards chance by `prior`; a row without neighbours scores 0 everywhere.
+        The chance share is the prefix's part of all co-engagement weight of the other items. Without it, large groups would win (a single
+        code for all items would score 1). The excess is shrunk towards 0 by `prior`; an item without neighbours scores 0.
+
+        Args:
+            rows: (R,) items.
+            candidates: (R, P, L) codes.
+
+        Returns:
+            Excess and chance, (R, P, L) each.
         """
         return self._agreement(self.levels, self.keys, rows, prefix_keys(candidates, self.codebook_size))
 
     def code_agreement(self, rows: NDArray, candidates: Codes, prefixes: Floats | None = None) -> Floats:
-        """As `agreement`, of the codes of the second level and below by themselves: share of the neighbour weight that holds the code under
-        *another* prefix, minus chance; (R, P, L - 1). Neighbours under the same prefix are `agreement`'s (handed in as `prefixes`
-        by who has asked already), and those with the same whole path must not be paid for."""
+        """Share of an item's neighbour weight that holds the code of a level under another prefix, minus chance.
+
+        Neighbours under the same prefix are counted by `agreement`, and neighbours with the same whole path must not be rewarded.
+
+        Args:
+            rows: (R,) items.
+            candidates: (R, P, L) codes.
+            prefixes: excess of `agreement` for the same arguments, where it is known.
+
+        Returns:
+            (R, P, L - 1), for the second level to the last.
+        """
         if prefixes is None:
             prefixes, _ = self.agreement(rows, candidates)
         single = [self.holding(rows, candidates[..., level], level) for level in range(1, candidates.shape[-1])]
         return np.stack(single, axis=-1) - prefixes[..., 1:] if single else prefixes[..., 1:]
 
     def holding(self, rows: NDArray, codes: Codes, level: int) -> Floats:
-        """(R,), codes (R, P) of one level (0-based, not the first) -> (R, P): share of the neighbour weight that holds the code, whatever
-        stands before it, minus chance."""
+        """Share of the neighbour weight that holds codes (R, P) of a level (0-based, > 0) under any prefix, minus chance. -> (R, P)."""
         return self._agreement([self.single[level - 1]], self.codes[:, [level]], rows, codes[..., None])[0][..., 0]
 
     def _agreement(self, levels: Sequence[_Level], current: Codes, rows: NDArray, keys: Codes) -> tuple[Floats, Floats]:
-        """For groups named by `keys` (R, P, M), of which every item holds `current` (N, M)."""
+        """Excess and chance of the groups `keys` (R, P, M); `current` (N, M) are the groups that each item is in."""
         excess, chance = np.zeros(keys.shape), np.zeros(keys.shape)
         degree = self.degree[rows][:, None]
         rest = np.maximum(self.degree.sum() - degree, 1e-12)
@@ -165,25 +180,34 @@ class CodeTable:
         return excess, chance
 
     def components(self, rows: NDArray, candidates: Codes, error_growth: Floats, config: EvidenceConfig) -> dict[str, Floats]:
-        """The components, each (R, P), higher is better. `error_growth` (R, P): relative growth of the quantisation error."""
+        """Reward components of candidates (R, P, L) of `rows` (R,), each (R, P), higher is better.
+
+        - neighbours: prefix agreement beyond chance, weighted over levels (`agreement`).
+        - codes: code agreement beyond chance under other prefixes (`code_agreement`). A recommender reads each level with one vocabulary,
+          so a code that the item's neighbours hold is easier to predict under any prefix.
+        - crowding: minus 1 if another item holds the whole path, minus the filled share of the last-level group.
+        - balance: minus the log of each code's use relative to a uniform share, in nats, summed over levels; without it the levels drift
+          to a few codes.
+        - reconstruction: minus `error_growth` (R, P), the growth of the reconstruction error.
+        """
         levels = candidates.shape[-1]
         excess, _ = self.agreement(rows, candidates)
         others = self.others(rows, candidates)
         fullness = others[..., -2] / self.codebook_size if levels > 1 else 0.0
         return {
-            "neighbours": _weighed(excess, config.level_weights),
-            "codes": _weighed(self.code_agreement(rows, candidates, excess), config.code_weights),
+            "neighbours": _weighted_sum(excess, config.level_weights),
+            "codes": _weighted_sum(self.code_agreement(rows, candidates, excess), config.code_weights),
             "crowding": -(np.minimum(others[..., -1], 1.0) + np.minimum(fullness, 1.0)),
             "balance": self._balance(rows, candidates),
             "reconstruction": -error_growth,
         }
 
     def neighbours(self, rows: NDArray, candidates: Codes, config: EvidenceConfig) -> Floats:
-        """The component `neighbours` alone, (R, P): what labels the pairs that `sid_reward` is fitted on."""
-        return _weighed(self.agreement(rows, candidates)[0], config.level_weights)
+        """The component `neighbours` alone, (R, P). It labels the preference pairs of `sid_reward`."""
+        return _weighted_sum(self.agreement(rows, candidates)[0], config.level_weights)
 
     def _balance(self, rows: NDArray, candidates: Codes) -> Floats:
-        """(R,), (R, P, L) -> (R, P): minus the log of (others with the code, and this item, over a fair share), summed over levels."""
+        """(R,), (R, P, L) -> (R, P): minus log of (other items with the code + this item) / (items / K), summed over levels."""
         total = np.zeros(candidates.shape[:-1])
         for level in range(candidates.shape[-1]):
             used = np.bincount(self.codes[:, level], minlength=self.codebook_size)
@@ -192,15 +216,15 @@ class CodeTable:
         return total
 
     def share_under(self, items: NDArray, weights: Floats, candidates: Codes) -> Floats:
-        """Items (R, k) of each row with their weights (R, k), candidates (R, P, L) -> (R, P, L): share of the weight under each prefix."""
+        """Share of the weights (R, k) of `items` (R, k) under each prefix of candidates (R, P, L). -> (R, P, L)."""
         keys, held = prefix_keys(candidates, self.codebook_size), self.keys[items]
         shares = [((held[:, None, :, level] == keys[:, :, None, level]) * weights[:, None]).sum(-1) for level in range(keys.shape[-1])]
         return np.stack(shares, axis=-1)
 
     def mean_under(self, vectors: NDArray, rows: NDArray, candidates: Codes, level: int) -> tuple[NDArray, NDArray]:
-        """Mean vector of the *other* items under each candidate's prefix of `level` (0-based), (R, P, D), and their number (R, P).
+        """Mean vector (R, P, D) of the other items under each candidate's prefix up to `level` (0-based), and their number (R, P).
 
-        An empty prefix gives zeros.
+        The mean of an empty prefix is 0.
         """
         table = self.levels[level]
         totals = np.zeros((len(table.keys), vectors.shape[1]), dtype=vectors.dtype)
@@ -215,10 +239,13 @@ class CodeTable:
 
 
 class NeighboursCodes:
-    """Where an item's neighbours lie: the codes after a prefix that hold most of them beyond chance, prefixes and single codes weighed as
-    in the evidence.
+    """Proposes codes of an item: after a prefix, those that hold most of its neighbours beyond chance.
 
-    Args: as `CodeTable`; `config` for the weights.
+    Prefix agreement and code agreement are weighted as in the evidence.
+
+    Args:
+        codes, codebook_size, neighbours, content: see `CodeTable`.
+        config: weights.
     """
 
     def __init__(
@@ -230,8 +257,8 @@ class NeighboursCodes:
         self.code_weight = (0.0, *config.code_weights, *[0.0] * levels)[:levels]
 
     def after(self, rows: NDArray, prefixes: Codes, count: int) -> Codes:
-        """(R,), prefixes (R, M, l) of each row -> codes (R, M, count), best first; -1 where fewer hold more than chance would put there."""
-        if len(rows) > 1 and prefixes.shape[0] * prefixes.shape[1] * self.codebook_size > LOOKED_UP:
+        """Codes (R, M, count) to follow prefixes (R, M, l) of `rows` (R,), best first; -1 where fewer codes exceed chance."""
+        if len(rows) > 1 and prefixes.shape[0] * prefixes.shape[1] * self.codebook_size > MAX_PATHS:
             halves = (slice(None, len(rows) // 2), slice(len(rows) // 2, None))
             return np.concatenate([self.after(rows[half], prefixes[half], count) for half in halves])
         level, every = prefixes.shape[-1], np.arange(self.codebook_size)
@@ -248,16 +275,16 @@ class NeighboursCodes:
         return np.where(np.take_along_axis(score, best, -1) > 0, best, -1)
 
 
-def _weighed(excess: Floats, weights: Sequence[float]) -> Floats:
-    """(..., M) excesses -> (...): their sum by weight, levels without one weighing nothing."""
+def _weighted_sum(excess: Floats, weights: Sequence[float]) -> Floats:
+    """Weighted sum over the last axis (..., M) -> (...); levels without a weight count 0."""
     levels = excess.shape[-1]
     return excess @ np.array((*weights, *[0.0] * levels)[:levels])
 
 
-def _look_up(sorted_keys: Codes, wanted: Codes) -> tuple[Codes, NDArray[np.bool_]]:
-    """Position of each wanted key among the sorted ones, and whether it is there (position 0 where it is not)."""
+def _look_up(sorted_keys: Codes, keys: Codes) -> tuple[Codes, NDArray[np.bool_]]:
+    """Position of each key among the sorted ones (0 where it is missing), and whether it is present."""
     if len(sorted_keys) == 0:
-        return np.zeros(wanted.shape, dtype=np.int64), np.zeros(wanted.shape, dtype=bool)
-    position = np.minimum(np.searchsorted(sorted_keys, wanted), len(sorted_keys) - 1)
-    found = sorted_keys[position] == wanted
+        return np.zeros(keys.shape, dtype=np.int64), np.zeros(keys.shape, dtype=bool)
+    position = np.minimum(np.searchsorted(sorted_keys, keys), len(sorted_keys) - 1)
+    found = sorted_keys[position] == keys
     return np.where(found, position, 0), found

@@ -1,4 +1,4 @@
-"""What `sid_reward` reads of an item and a candidate code sequence: scalars, measured against everybody else's codes."""
+"""Scalar features of an item and a candidate code sequence for the reward model `sid_reward`, relative to the codes of all other items."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from mmsid.catalog.coengagement import co_engagement
 from mmsid.refine.evidence import Codes, CodeTable, EvidenceConfig, Floats
 from mmsid.refine.policy import BATCH, Reference
 
-ALIKE = 20  # items most like one, whose codes are asked
-SHARPNESS = 10.0  # of their weights: e-fold per tenth of a cosine
+ALIKE = 20  # nearest items by content whose codes are read
+SHARPNESS = 10.0  # weight of a nearest item is exp(SHARPNESS * cosine)
 
-# which features say what, by the beginnings of their names; the report says how much of the accuracy hangs on each group
+# groups of features by prefix of their names; the report has the accuracy that each group contributes
 FEATURE_GROUPS = {
     "distances": ("distance",),
     "neighbours": ("agreement", "chance"),
@@ -29,7 +29,14 @@ FEATURE_GROUPS = {
 
 @dataclass(frozen=True)
 class Material:
-    """What the fit reads besides users: the reference, unit item vectors (N, H), current codes (N, L), duplicates' numbers (N,)."""
+    """Inputs of the features besides histories.
+
+    Attributes:
+        reference: frozen reference policy.
+        item_vectors: (N, H) unit item embeddings.
+        codes: (N, L) current codes.
+        content: (N,) equal numbers for exact duplicates.
+    """
 
     reference: Reference
     item_vectors: NDArray
@@ -38,16 +45,17 @@ class Material:
 
     @cached_property
     def alike(self) -> tuple[NDArray[np.int64], Floats]:
-        """`most_alike` of the item vectors: they are frozen, so it is looked up once."""
+        """`most_alike` of the item vectors, computed once because they are frozen."""
         return most_alike(self.item_vectors)
 
     def table(self, histories: Sequence[NDArray], config: EvidenceConfig) -> CodeTable:
+        """Index of the current codes with the co-engagement of the given histories."""
         neighbours = co_engagement(list(histories), len(self.codes), config.window)
         return CodeTable(self.codes, self.reference.head.codebook_size, neighbours, self.content, config.prior)
 
 
 def feature_names(num_levels: int) -> list[str]:
-    """Names of the scalars, in order; those that start with `distance` belong to the distance expert, the others not."""
+    """Names of the features in order. The distance expert reads those that start with `distance`, the behaviour expert the others."""
     levels = range(1, num_levels + 1)
     return [
         *[f"distance_log_prob_{level}" for level in levels],
@@ -63,10 +71,10 @@ def feature_names(num_levels: int) -> list[str]:
 
 
 def read_features(material: Material, table: CodeTable, rows: NDArray, candidates: Codes) -> Tensor:
-    """(R, C, F) features of candidates (R, C, L) of `rows` (R,), measured against everybody else in `table`.
+    """Features (R, C, F) of candidates (R, C, L) of `rows` (R,) relative to the other items in `table`.
 
-    Of content: `coherence` compares the item's state with the mean state under each prefix, `alike` is the share of the items most like it
-    that lie there.
+    `coherence` is the cosine of the item's vector and the mean vector under each prefix. `alike` is the weighted share of the nearest items
+    by content under each prefix.
     """
     reference, vectors = material.reference, material.item_vectors
     excess, chance = table.agreement(rows, candidates)
@@ -94,8 +102,10 @@ def read_features(material: Material, table: CodeTable, rows: NDArray, candidate
 
 
 def most_alike(vectors: NDArray, count: int = ALIKE, sharpness: float = SHARPNESS) -> tuple[NDArray[np.int64], Floats]:
-    """The `count` items nearest to each by the cosine of their centred vectors (N, H), itself left out, and their weights: proportional to
-    exp(sharpness * cosine), adding up to 1. Both (N, count), or (N, N - 1) of a small catalogue."""
+    """The `count` nearest other items of each by the cosine of the centred vectors (N, H), and their weights.
+
+    Weights are proportional to exp(sharpness * cosine) and sum to 1. Both (N, count), or (N, N - 1) in a smaller catalogue.
+    """
     centred = vectors - vectors.mean(axis=0, keepdims=True)
     unit = (centred / np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-9)).astype(np.float32)
     count = min(count, len(unit) - 1)
@@ -111,7 +121,7 @@ def most_alike(vectors: NDArray, count: int = ALIKE, sharpness: float = SHARPNES
 
 
 def exchanged(features: Tensor, names: Sequence[str], group: str, seed: int) -> Tensor:
-    """(R, C, F) with the features of a group exchanged between the candidates of each item: still plausible, and telling nothing."""
+    """Features (R, C, F) with those of a group permuted between the candidates of each item (permutation importance)."""
     columns = torch.tensor([name.startswith(FEATURE_GROUPS[group]) for name in names])
     order = torch.rand(features.shape[:2], generator=torch.Generator().manual_seed(seed)).argsort(1)
     mixed = features.clone()

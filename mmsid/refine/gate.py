@@ -1,13 +1,8 @@
-"""The acceptance gate: refined codes are published only if the target got better and no guard got worse.
+"""Acceptance gate of refinement: refined codes are published only if the target improves and no guard metric degrades.
 
-Figures are of the *published* codes (after relocation) and of users that nothing was fitted on: the held-out tenth of the train users.
-The target is a chance-corrected agreement, so a collapsed table (all agree, chance 1) and a scrambled one (nobody agrees) both score 0;
-the guards cover what a single figure never can: collisions, the least perplexity, lift, rebuild, flips under noisy texts, and a quick
-recommender on valid.
-
-A margin is the least change that matters (set in the configuration) or, where the figure varies by chance and that is larger, so many
-standard errors of the difference as measured: over seeds for the quick recommender, over held-out users for the lift, over items for the
-flips. Every row of the output names which of the two it was.
+Metrics are of published codes on the held-out tenth of the train users. The target is a chance-corrected agreement, 0 for collapsed and
+random codes; the guards are collisions, least perplexity, lift, unexplained variance, flip rate and a quick recommender on valid. A
+margin is the configured minimum or, where that is larger, a number of measured standard errors of the difference.
 """
 
 from __future__ import annotations
@@ -24,34 +19,48 @@ from scipy import sparse
 from mmsid.config import Section
 from mmsid.refine.evidence import Codes, prefix_keys
 
-_RANKED = {"ndcg": "NDCG@10", "hit_rate": "HR@50", "coverage": "coverage@10"}  # of a quick recommender
+_RANKED = {"ndcg": "NDCG@10", "hit_rate": "HR@50", "coverage": "coverage@10"}  # metrics of the quick recommender
 
 
 class GateConfig(Section):
-    """Least changes that matter; relative ones are shares of the figure before. See the module for how they become margins."""
+    """Smallest changes that count. Relative ones are shares of the value before refinement. The module docstring defines the margins.
+
+    Attributes:
+        level_weights: weights of the prefix lengths in the target.
+        confidence: smallest share of bootstrap draws over held-out users in which the target must gain.
+        draws: number of bootstrap draws.
+        raw_collisions, published_collisions: absolute growth of the share of items that share codes.
+        least_perplexity, lift: relative fall.
+        reconstruction: relative growth of the variance of item vectors that the codes do not explain.
+        flip_rate: absolute growth of the share of items whose raw codes change under noise.
+        ndcg, hit_rate, coverage: relative fall of NDCG@10, HR@50 and coverage of the quick recommender.
+        standard_errors: factor of the standard error of a difference, where it is known.
+        quick_seeds: runs of the quick recommender per table; the standard error is known from 2 runs on.
+        more_seeds: further runs where only the quick recommender refuses, because a standard error from two runs is itself uncertain.
+    """
 
     renamed_keys: ClassVar[dict[str, str]] = {"rebuild": "reconstruction"}
 
     level_weights: tuple[float, ...] = (0.6, 0.4)
-    confidence: float = 0.8  # least share of the bootstrap draws over held-out users in which the target gains
+    confidence: float = 0.8
     draws: int = 500
-    raw_collisions: float = 0.02  # absolute growth of the share of items that share raw codes
+    raw_collisions: float = 0.02
     published_collisions: float = 0.0
-    least_perplexity: float = 0.03  # relative fall
-    lift: float = 0.03  # relative fall of level-1 lift over chance
-    reconstruction: float = 0.05  # relative growth of what codes leave unsaid of the items' vectors
-    flip_rate: float = 0.02  # absolute growth of the share of items whose raw codes change under noise
-    ndcg: float = 0.03  # relative fall of NDCG@10 of the quick recommender
-    hit_rate: float = 0.03  # and of its HR@50
-    coverage: float = 0.05  # and of its coverage
-    standard_errors: float = 2.0  # of the difference, where its noise is known
-    quick_seeds: int = Field(2, ge=1)  # runs of the quick recommender for each table; from 2 on their noise is known
-    more_seeds: int = Field(4, ge=0)  # further runs where those refuse what all other guards let pass: two know little of their own noise
+    least_perplexity: float = 0.03
+    lift: float = 0.03
+    reconstruction: float = 0.05
+    flip_rate: float = 0.02
+    ndcg: float = 0.03
+    hit_rate: float = 0.03
+    coverage: float = 0.05
+    standard_errors: float = 2.0
+    quick_seeds: int = Field(2, ge=1)
+    more_seeds: int = Field(4, ge=0)
 
 
 @dataclass
 class GateRow:
-    """One line of the gate: `margin` is how far the figure may fall (or grow) in its own unit, `source` where that comes from."""
+    """One metric of the gate. `margin` is the allowed fall (or growth) in the metric's own unit, `source` explains the margin."""
 
     metric: str
     role: Literal["target", "guard"]
@@ -65,7 +74,7 @@ class GateRow:
 
 @dataclass
 class GateResult:
-    """Verdict with every figure. `reasons` is empty iff `accepted`."""
+    """Verdict with all metrics. `reasons` is empty iff `accepted`."""
 
     accepted: bool
     reasons: list[str]
@@ -73,19 +82,20 @@ class GateResult:
     gain_share: float | None = None  # share of bootstrap draws in which the target gains
 
     def to_json(self) -> dict[str, Any]:
+        """Plain dictionary, as written to `gate.json`."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class HeldOutPairs:
-    """Adjacent pairs of the held-out users: `pairs` (P, 2) item rows, `users` (P,) number of the user each comes from."""
+    """Adjacent pairs of the held-out users: `pairs` (P, 2) item rows, `users` (P,) index of each pair's user."""
 
     pairs: NDArray[np.int64]
     users: NDArray[np.int64]
 
     @classmethod
     def from_histories(cls, histories: Sequence[NDArray]) -> HeldOutPairs:
-        """Adjacent items of each history; a pair of an item with itself says nothing and is left out."""
+        """Adjacent items of each history, without pairs of an item with itself."""
         parts = [np.stack([history[:-1], history[1:]], axis=1) for history in histories if len(history) > 1]
         users = [np.full(len(history) - 1, user) for user, history in enumerate(histories) if len(history) > 1]
         pairs = np.concatenate(parts).astype(np.int64) if parts else np.empty((0, 2), dtype=np.int64)
@@ -97,10 +107,17 @@ class HeldOutPairs:
 def agreement(
     codes: Codes, codebook_size: int, held_out: HeldOutPairs, level_weights: Sequence[float], draws: NDArray | None = None
 ) -> Any:
-    """Weighted over levels: share of pairs that agree on the prefix minus its chance, the chance from the pairs' own items.
+    """Target of the gate: share of held-out pairs that agree on a prefix minus the chance share, weighted over levels.
 
-    Chance = sum over prefixes of (share of pair ends under it)^2. With `draws` (D, users) of user weights: one value per draw (D,);
-    else a float. 0 for a collapsed table, about 0 for a random one.
+    Chance = sum over prefixes of (share of pair ends under the prefix)^2, from the same pairs. The value is 0 when all items share a code,
+    and about 0 for random codes.
+
+    Args:
+        codes: (N, L).
+        draws: (D, users) weights of the users, one row per bootstrap draw.
+
+    Returns:
+        A float, or (D,) values with `draws`.
     """
     keys = prefix_keys(codes, codebook_size)
     weights = np.ones((1, 1 + int(held_out.users.max(initial=0)))) if draws is None else draws
@@ -119,9 +136,9 @@ def agreement(
 
 
 def level_lift(codes: Codes, held_out: HeldOutPairs, level: int = 0, draws: NDArray | None = None) -> Any:
-    """Share of held-out adjacent pairs agreeing on the first `level`+1 codes, over that of random pairs of different items.
+    """Share of held-out pairs that agree on the first `level`+1 codes, divided by that share of random pairs of different items.
 
-    With `draws` (D, users) of user weights: one value per draw (D,); else a float.
+    Args and returns as in `agreement`.
     """
     keys = prefix_keys(codes, int(codes.max(initial=0)) + 1)[:, level]
     _, sizes = np.unique(keys, return_counts=True)
@@ -137,7 +154,7 @@ def level_lift(codes: Codes, held_out: HeldOutPairs, level: int = 0, draws: NDAr
 
 
 def colliding_share(codes: Codes, content: NDArray) -> float:
-    """Share of the items that hold the codes of an item of other content (exact duplicates may share)."""
+    """Share of the items that have the same codes as an item of other content (exact duplicates may share codes)."""
     if len(codes) == 0:
         return 0.0
     _, bucket = np.unique(codes, axis=0, return_inverse=True)
@@ -151,7 +168,7 @@ def colliding_share(codes: Codes, content: NDArray) -> float:
 
 
 def least_perplexity(codes: Codes, codebook_size: int) -> float:
-    """Smallest perplexity e^H of the code use over the levels; between 1 and K."""
+    """Smallest perplexity e^H of code use over the levels, between 1 and K."""
     least = float(codebook_size)
     for level in range(codes.shape[1]):
         share = np.bincount(codes[:, level], minlength=codebook_size) / max(len(codes), 1)
@@ -161,25 +178,24 @@ def least_perplexity(codes: Codes, codebook_size: int) -> float:
 
 
 def unexplained_variance(codes: Codes, vectors: NDArray, sweeps: int = 3) -> float:
-    """Share of the variance of the vectors (N, H) that the codes (N, L) do not tell: 0 where they tell all, 1 where nothing.
+    """Share of the variance of vectors (N, H) that an additive model of the codes (N, L) does not explain, from 0 to 1.
 
-    A vector is rebuilt as the mean of all plus a vector per code, fitted to this very table (backfitting: level by level the means of
-    what the others leave, `sweeps` times). So it asks how legible an item's content is in its codes, and not how far the codes lie from
-    where the start believed the item: of a start that is wrong about an item, every repair would look like an error. A table says about
-    as much by chance as it has codes (L * K / N of the variance); that is the same before and after.
+    The model is the overall mean plus one vector per code, fitted to these codes by backfitting (`sweeps` passes over the levels). It
+    measures how well codes describe the items' content, not the distance to the start's own reconstruction: for an item whose start is
+    wrong, every correction would count as an error there. About L * K / N of the variance is explained by chance, before and after alike.
     """
-    left = vectors.astype(np.float64) - vectors.mean(axis=0, dtype=np.float64)
-    total = max(float(np.square(left).sum()), 1e-12)
+    residual = vectors.astype(np.float64) - vectors.mean(axis=0, dtype=np.float64)
+    total = max(float(np.square(residual).sum()), 1e-12)
     groups = [np.unique(codes[:, level], return_inverse=True)[1].reshape(-1) for level in range(codes.shape[1])]
-    everyone = np.arange(len(codes))
-    members = [sparse.csr_matrix((np.ones(len(of)), (of, everyone)), (int(of.max(initial=-1)) + 1, len(of))) for of in groups]
-    told = [np.zeros((one.shape[0], vectors.shape[1])) for one in members]
+    items = np.arange(len(codes))
+    members = [sparse.csr_matrix((np.ones(len(of)), (of, items)), (int(of.max(initial=-1)) + 1, len(of))) for of in groups]
+    code_vectors = [np.zeros((one.shape[0], vectors.shape[1])) for one in members]
     for _ in range(sweeps):
         for level, (of, one) in enumerate(zip(groups, members, strict=True)):
-            left += told[level][of]
-            told[level] = (one @ left) / one.sum(axis=1)
-            left -= told[level][of]
-    return float(np.square(left).sum()) / total
+            residual += code_vectors[level][of]
+            code_vectors[level] = (one @ residual) / one.sum(axis=1)
+            residual -= code_vectors[level][of]
+    return float(np.square(residual).sum()) / total
 
 
 def measure(
@@ -191,7 +207,7 @@ def measure(
     item_vectors: NDArray,
     level_weights: Sequence[float],
 ) -> dict[str, float]:
-    """The gate's figures of one table of published `codes` (N, L), whose items have the vectors (N, H)."""
+    """Metrics of the gate for published `codes` (N, L), `raw_codes` (N, L) and item vectors (N, H)."""
     return {
         "target": agreement(codes, codebook_size, held_out, level_weights),
         "raw_collisions": colliding_share(raw_codes, content),
@@ -203,13 +219,13 @@ def measure(
 
 
 def ranking_figures(
-    judge: Callable[[Any, int], Mapping[str, float]], tables: Sequence[Any], seeds: Sequence[int]
+    quick_recommender: Callable[[Any, int], Mapping[str, float]], tables: Sequence[Any], seeds: Sequence[int]
 ) -> tuple[list[dict[str, float]], dict[str, float]]:
     """NDCG@10, HR@50 and coverage of a quick recommender: means over `seeds` per table, and the standard errors of their difference.
 
-    The deviation over seeds is pooled over the tables; with one seed nothing is known of the noise.
+    The deviation over seeds is pooled over the tables. With one seed there are no standard errors.
     """
-    runs = [[judge(table, seed) for seed in seeds] for table in tables]
+    runs = [[quick_recommender(table, seed) for seed in seeds] for table in tables]
     noise: dict[str, float] = {}
     values = {name: np.array([[float(one[key]) for one in of] for of in runs]) for name, key in _RANKED.items()}
     figures = [{name: float(value[place].mean()) for name, value in values.items()} for place in range(len(tables))]
@@ -219,14 +235,14 @@ def ranking_figures(
 
 
 class Bootstrap(NamedTuple):
-    """Paired over the held-out users: the share of draws in which the target gains, and standard errors of differences."""
+    """Paired bootstrap over held-out users: share of draws in which the target gains, and standard errors of differences."""
 
     gain_share: float
     noise: dict[str, float]
 
 
 def bootstrap(before: Codes, after: Codes, codebook_size: int, held_out: HeldOutPairs, config: GateConfig, seed: int) -> Bootstrap:
-    """`config.draws` draws of the held-out users with replacement, the same for both tables of published codes."""
+    """Draw the held-out users `config.draws` times with replacement, the same draws for both tables of published codes."""
     users = int(held_out.users.max(initial=-1)) + 1
     if users == 0:
         return Bootstrap(0.0, {})
@@ -237,7 +253,7 @@ def bootstrap(before: Codes, after: Codes, codebook_size: int, held_out: HeldOut
 
 
 def flip_rate_figures(before: NDArray, after: NDArray) -> tuple[list[dict[str, float]], dict[str, float]]:
-    """Flip rates of two tokenizers on the same noisily read items, (N,) bool each, and the standard error of their difference."""
+    """Flip rates of two tokenizers on the same noisy items, (N,) bool each, and the standard error of their difference."""
     difference = after.astype(np.float64) - before
     noise = float(difference.std(ddof=1) / np.sqrt(len(difference))) if len(difference) > 1 else 0.0
     return [{"flip_rate": float(one.mean())} for one in (before, after)], {"flip_rate": noise}
@@ -246,11 +262,11 @@ def flip_rate_figures(before: NDArray, after: NDArray) -> tuple[list[dict[str, f
 def decide(
     before: Mapping[str, float], after: Mapping[str, float], share: float, config: GateConfig, noise: Mapping[str, float] | None = None
 ) -> GateResult:
-    """Compare figures of the same names. Accepted iff the target gains, in enough draws, and every guard keeps within its margin.
+    """Compare metrics before and after. Accepted iff the target gains in enough draws and every guard stays within its margin.
 
     Args:
-        share: of the bootstrap draws in which the target gains.
-        noise: figure -> standard error of its difference, where known.
+        share: share of the bootstrap draws in which the target gains.
+        noise: standard error of the difference per metric, where known.
     """
     gained = after["target"] > before["target"] and share >= config.confidence
     source = f"a gain in {config.confidence:.0%} of the draws over held-out users"
@@ -290,5 +306,5 @@ def decide(
 
 
 def refused(reason: str) -> GateResult:
-    """A verdict without figures: the run stopped before there was anything to compare."""
+    """Verdict without metrics, for a run that stopped before there were refined codes."""
     return GateResult(accepted=False, reasons=[reason])

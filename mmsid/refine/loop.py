@@ -1,10 +1,8 @@
-"""The refinement loop: groups of sampled paths, leave-one-out advantages, a few PPO epochs per round, exact KL to the frozen start.
+"""The refinement loop: groups of paths, leave-one-out advantages, a few PPO epochs per round, exact KL to the frozen start.
 
-One round: everybody's greedy codes become the table; a random half of the items draws G paths each; every path is scored against the
-table of the others (so that of two colliding items not both leave); the policy takes a few clipped steps on those groups.
-
-Several processes: all draw the same samples from the same seed, each computes the gradient of its share of every minibatch, and the
-gradients are added up. Hence the same codes as one process, up to rounding.
+Each round scores the paths of a random half of the items against the current greedy codes of all other items, then takes clipped steps.
+With several processes, all draw the same samples, each computes the gradient of its share of every minibatch, and the gradients are
+summed: the codes are those of one process up to rounding.
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from numpy.typing import NDArray
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from mmsid.config import Section
@@ -28,65 +26,73 @@ from mmsid.refine.early_stopping import MonitoredMetric, table_figures
 from mmsid.refine.evidence import Codes, Floats
 from mmsid.refine.policy import BATCH, Reference
 
-# rows (R,), candidates (R, C, L), everybody's codes (N, L) -> components (R, C), higher is better, finite
+# rows (R,), candidates (R, C, L), current codes of all items (N, L) -> components (R, C), higher is better, finite
 Scorer = Callable[[NDArray, Codes, Codes], dict[str, Floats]]
 Describe = Callable[[int, Codes], dict[str, Any]]  # round, raw codes (N, L) -> further figures for the log
-
-
-_ADVANTAGES = {"leave_one_out": ppo.leave_one_out, "group_normalised": ppo.group_normalised, "reward_weighted": ppo.reward_weighted}
 
 RENAMED_COMPONENTS = {"rebuild": "reconstruction", "consensus": "robust_prediction"}
 
 
 class Policy(Protocol):
-    """What the loop moves."""
+    """A trainable distribution over the paths of every item."""
 
     parameters: Sequence[Tensor]
-    rates: Sequence[float]  # learning rate of each over `LoopConfig.lr`
+    rates: Sequence[float]  # learning rate of each parameter, as a multiple of the loop's
 
     def log_prob(self, rows: Tensor) -> Tensor:
         """(B,) item rows -> (B, P) log-probabilities over each item's tree, with gradient."""
-
-    def noisy_log_prob(self, rows: Tensor, turn: int) -> Tensor:
-        """The same of the items read with the noise of a turn; asked only where `noisy` is set."""
 
     def greedy(self) -> Codes:
         """Argmax codes of all items, (N, L)."""
 
 
 class LoopConfig(Section):
-    """Policy optimisation. The ratio is joint over the levels of a path; KL is KL(policy || reference) over the item's tree."""
+    """Policy optimisation. The ratio is joint over the levels of a path; KL is KL(policy || reference) over the item's tree.
+
+    Attributes:
+        group: paths scored per item and round.
+        batch: items per minibatch, over all processes; a group is never split.
+        behaviour_rate: learning rate of the tokenizer's behaviour regression values, as a multiple of `lr`; 0 keeps them fixed. Use it only
+            with the component `robust_prediction`: per-item values otherwise learn the noise of the reward.
+        clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
+        kl: coefficient of the exact KL to the reference.
+        entropy: coefficient of an entropy bonus; a value above 0 moves the policy even under a constant reward.
+        objective: `clipped` (PPO on sampled paths) or `likelihood` (likelihood of the improved policy on uniformly drawn paths, which also
+            learns from rare ones).
+        eta: advantage that corresponds to one nat, for `likelihood`.
+        moving: share of the items that are optimised per round.
+        grad_norm: maximum norm of the gradient.
+        step_kl: target of KL(old || new) per round. Epochs end at 1.5 times this value, a round beyond 4 times is undone.
+        adapt: raise the learning rate by half after a round below half of step_kl, halve it after one above twice step_kl.
+        anneal: step_kl and the learning rate fall linearly over the rounds.
+        most_kl: the run ends when the mean exact KL to the reference exceeds this value.
+        patience: rounds without a better monitored metric before the run ends and returns to its best round; 0: never.
+        checkpoint_every: rounds between checkpoints.
+        weights: weight of every reward component (see `mmsid.refine.evidence`).
+    """
 
     renamed_keys: ClassVar[dict[str, str]] = {"memory_rate": "behaviour_rate"}
 
     rounds: int = 30
     group: int = 8
     epochs: int = 3
-    batch: int = 256  # items per minibatch, over all processes; a group is never cut
+    batch: int = 256
     lr: float = 1e-4
-    behaviour_rate: float = Field(
-        0.0, ge=0
-    )  # learning rate of the memory's values over lr; 0: they stay. Only for a reward that is sure of
-    # single items (consensus): what every item has for itself learns the noise of the others
+    behaviour_rate: float = Field(0.0, ge=0)
     clip_low: float = 0.2
     clip_high: float = 0.28
-    kl: float = 0.05  # coefficient of the exact KL to the reference
-    entropy: float = 0.0  # bonus; not 0 means the policy moves even under a constant reward
-    advantage: Literal["leave_one_out", "group_normalised", "reward_weighted"] = "leave_one_out"  # the others are control arms
-    negatives: Literal["bounded", "clipped"] = "bounded"
-    objective: Literal["clipped", "likelihood"] = "clipped"  # likelihood: of the improved policy, on paths drawn evenly: rare ones too
-    eta: float = Field(0.25, gt=0)  # likelihood: units of advantage that are worth a nat
-    noisy: float = Field(0.0, ge=0, le=1)  # likelihood: share of it asked of items read with words missing, so that codes do not flip
-    noisy_readings: int = Field(4, ge=1)  # so many of every item, their states kept, one a round in turn: one alone left more flips
-    gradient: Literal["sampled", "exact"] = "sampled"  # exact: expected gradient over the whole tree, the control arm
-    moving: float = 0.5  # share of the items that moves per round
+    kl: float = 0.05
+    entropy: float = 0.0
+    objective: Literal["clipped", "likelihood"] = "clipped"
+    eta: float = Field(0.25, gt=0)
+    moving: float = 0.5
     grad_norm: float = 1.0
-    step_kl: float = 0.05  # KL(old || new) aimed at per round: passes end at 1.5 times this, a round beyond 4 times is undone
-    adapt: bool = True  # learning rate up by half where a round moved less than half of step_kl, down by half where more than twice
-    anneal: bool = False  # step_kl and learning rate fall linearly over the rounds, so that the last ones no longer shake the codes
-    most_kl: float = 1.5  # the run ends when the mean exact KL to the reference passes this
-    patience: int = Field(8, ge=0)  # rounds without a better watched figure before the run ends at its best round; 0: never
-    checkpoint_every: int = Field(5, ge=1)  # rounds
+    step_kl: float = 0.05
+    adapt: bool = True
+    anneal: bool = False
+    most_kl: float = 1.5
+    patience: int = Field(8, ge=0)
+    checkpoint_every: int = Field(5, ge=1)
     weights: dict[str, float] = Field(default={"sid_reward": 1.0, "codes": 1.0, "balance": 1.0, "crowding": 0.3, "reconstruction": 0.2})
 
     @field_validator("weights")
@@ -97,26 +103,20 @@ class LoopConfig(Section):
                 raise ValueError(f"the reward component {old} was renamed; write {new}")
         return weights
 
-    @model_validator(mode="after")
-    def _noise_needs_likelihood(self) -> LoopConfig:
-        if self.noisy and self.objective != "likelihood":
-            raise ValueError(
-                f"noisy is {self.noisy:g}, but only the objective likelihood reads noisy items; set objective=likelihood, or noisy=0"
-            )
-        return self
-
 
 class Refinement:
-    """Holds what a run changes: policy and optimiser, running scales, random streams, the best round so far.
+    """State and rounds of one refinement run: policy, optimiser, running scales, random generators, best round so far.
+
+    Subclasses change the estimator by overriding `draw_paths`, `advantages` and `gain`.
 
     Args:
-        policy: moved in place.
+        policy: trained in place.
         reference: the frozen start with its path trees.
         scorer: reward components of candidates.
         accelerator: device and processes.
-        quality: (N,) multiplies the advantage of each item's group (anything constant within a group cancels otherwise).
-        metric: a held-out figure of raw codes, of another kind than the reward; the run ends at its best round.
-        describe: further figures for the log, asked on rank 0.
+        quality: (N,) factors of the advantages, one per item.
+        metric: held-out metric of raw codes for early stopping; it must not be part of the reward.
+        describe: further figures for the log, computed on rank 0.
     """
 
     def __init__(
@@ -135,28 +135,29 @@ class Refinement:
         self.config, self.accelerator, self.metric, self.describe = config, accelerator, metric, describe
         self.items = len(reference.greedy)
         self.quality = torch.ones(self.items, 1) if quality is None else torch.as_tensor(quality, dtype=torch.float32)[:, None]
-        # a large epsilon keeps Adam from blowing rounding noise up to full steps where there is nothing to learn
+        # a large epsilon keeps Adam from scaling rounding noise up to full steps where the gradient is zero
         self.optimizer = torch.optim.Adam([{"params": [weight]} for weight in policy.parameters], lr=config.lr, eps=1e-6)
         self.scale = ppo.RunningScale()
-        self.draw = torch.Generator().manual_seed(seed)
-        self.order = np.random.default_rng(seed)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.rng = np.random.default_rng(seed)
         self.skipped, self.step_kl, self.lr = 0, config.step_kl, config.lr
         self.next_round, self.ended = 0, False
         self.best, self.waited = -math.inf, 0
         self.best_weights: list[Tensor] | None = None
 
     def run(self, log: Callable[[dict[str, Any]], None], save: Callable[[Refinement], None] | None = None) -> Codes:
-        """The rounds from `next_round` on; `log` gets one flat record per round. -> greedy codes (N, L) at the end.
+        """Run the rounds from `next_round` on and return the greedy codes (N, L).
 
         Args:
+            log: called with one flat record per round.
             save: called every `checkpoint_every` rounds and after the last one (`checkpoint.save_state`).
 
         Raises:
-            MmsidError: the gradient was not finite in three steps, or a weight belongs to no component.
+            MmsidError: the gradient was not finite in three steps, or a weight names no component.
         """
         table, note = self.policy.greedy(), {}
         if self.next_round == 0 and self.metric is not None:
-            self._look(self.metric(table))
+            self._patience_spent(self.metric(table))
         rounds = range(self.next_round, 0 if self.ended else self.config.rounds)
         for number in track(rounds, what="refine", unit="rounds", note=note):
             record = {"round": number, **self.round(table)}
@@ -168,16 +169,15 @@ class Refinement:
                 reason = f"mean KL to the reference {record['kl']:.3f} is above most_kl {self.config.most_kl}"
             if self.metric is not None:
                 record["monitored"] = self.metric(table)
-                if self._look(record["monitored"]):
-                    reason = reason or f"the watched figure has not passed {self.best:.4f} for {self.waited} rounds"
+                if self._patience_spent(record["monitored"]):
+                    reason = reason or f"the monitored metric has not exceeded {self.best:.4f} for {self.waited} rounds"
             if self.describe is not None and self.accelerator.is_main_process:
                 record |= self.describe(number, table)
             self.next_round, self.ended = number + 1, reason is not None
             log(record | ({"stopped": reason} if reason else {}))
             note |= {key: record[key] for key in ("reward", "kl", "monitored", "churn", "collisions") if key in record}
-            if save is not None and (
-                self.ended or self.next_round % self.config.checkpoint_every == 0 or self.next_round == self.config.rounds
-            ):
+            last = self.ended or self.next_round == self.config.rounds
+            if save is not None and (last or self.next_round % self.config.checkpoint_every == 0):
                 save(self)
             if self.ended:
                 break
@@ -186,17 +186,37 @@ class Refinement:
         self._restore(self.best_weights)
         return self.policy.greedy()
 
-    def _left(self, number: int) -> float:
-        """What annealing has left of step and rate in a round."""
-        return 1 - number / self.config.rounds if self.config.anneal else 1.0
+    def draw_paths(self, log_prob: Tensor) -> Tensor:
+        """Path indices (R, G) to score, from the policy's log-probabilities (R, P) on the CPU."""
+        sampled = ppo.sample_groups(log_prob, self.config.group, self.generator)
+        # even groups are drawn after the sampled ones: results of a seed depend on this order
+        return ppo.even_groups(log_prob, self.config.group, self.generator) if self.config.objective == "likelihood" else sampled
+
+    def advantages(self, rewards: Tensor) -> Tensor:
+        """Advantages (R, G) of the scaled rewards (R, G)."""
+        return ppo.leave_one_out(rewards)
+
+    def gain(self, new: Tensor, old: Tensor, advantages: Tensor) -> Tensor:
+        """Objective per item, to be maximised: log-probabilities of the drawn paths and their advantages, (B, G) each -> (B,)."""
+        if self.config.objective == "likelihood":
+            return ppo.tilted_likelihood(new, old, advantages, self.config.eta)
+        return ppo.surrogate(new, old, advantages, self.config.clip_low, self.config.clip_high).mean(dim=1)
+
+    def mean_reward(self, rewards: Tensor, log_prob: Tensor) -> float:
+        """Mean of rewards (R, G) for the log; `log_prob` (R, P) is the policy that the paths were drawn from."""
+        return float(rewards.mean())
 
     @property
-    def _own_samples(self) -> bool:
-        """Whether the groups are samples of the policy itself, so that its KL can be estimated from them; else the exact one is taken."""
-        return self.config.gradient == "sampled" and self.config.objective == "clipped"
+    def samples_policy(self) -> bool:
+        """Whether the paths are samples of the policy, so that its KL can be estimated from them."""
+        return self.config.objective == "clipped"
 
-    def _look(self, value: float) -> bool:
-        """Take the watched figure down; True when it has not risen for `patience` rounds."""
+    def _annealed(self, number: int) -> float:
+        """Factor of step_kl and learning rate in a round."""
+        return 1 - number / self.config.rounds if self.config.anneal else 1.0
+
+    def _patience_spent(self, value: float) -> bool:
+        """Record the monitored metric and the best weights; True when it has not improved for `patience` rounds."""
         if value > self.best:
             self.best, self.waited = value, 0
             self.best_weights = [weight.detach().clone() for weight in self.policy.parameters]
@@ -210,58 +230,49 @@ class Refinement:
                 weight.copy_(old)
 
     def _outside_tree(self, codes: Codes) -> float:
-        """Share of the items whose greedy path is none that was enumerated: there, KL and expected reward are blind."""
+        """Share of the items whose greedy path is not in their enumerated tree, where KL and expected reward do not see it."""
         inside = (self.reference.tree.codes.cpu().numpy() == codes[:, None]).all(-1).any(-1)
         return float(1 - inside.mean())
 
     def round(self, table: Codes) -> dict[str, Any]:
-        """Sample, score, optimise once; -> the round's figures."""
+        """Draw, score and optimise once against the current codes (N, L); returns the figures of the round."""
         config, device = self.config, self.accelerator.device
-        self.step_kl = config.step_kl * self._left(self.next_round)
+        self.step_kl = config.step_kl * self._annealed(self.next_round)
         if self.next_round:
-            self.lr *= self._left(self.next_round) / self._left(self.next_round - 1)
-        moving = np.sort(self.order.permutation(self.items)[: max(1, round(config.moving * self.items))])
+            self.lr *= self._annealed(self.next_round) / self._annealed(self.next_round - 1)
+        moving = np.sort(self.rng.permutation(self.items)[: max(1, round(config.moving * self.items))])
         rows = torch.as_tensor(moving, device=device)
         with torch.no_grad():
             old_all = torch.cat([self.policy.log_prob(piece) for piece in rows.split(BATCH)])
-        picks = ppo.sample_groups(old_all.cpu(), config.group, self.draw)
-        if config.objective == "likelihood":
-            picks = ppo.even_groups(old_all.cpu(), config.group, self.draw)
-        if config.gradient == "exact":
-            picks = torch.arange(old_all.shape[1]).expand(len(moving), -1)
+        picks = self.draw_paths(old_all.cpu())
         candidates = self.reference.tree.codes[rows].cpu().gather(1, picks[..., None].expand(-1, -1, table.shape[1])).numpy()
         rewards, record = self._rewards(self.scorer(moving, candidates, table), old_all.cpu())
-        if config.gradient == "exact":
-            signal = ppo.centred(rewards) * self.quality[moving]
-        else:
-            signal = _ADVANTAGES[config.advantage](rewards) * self.quality[moving]
+        advantages = self.advantages(rewards) * self.quality[moving]
         old = old_all.gather(1, picks.to(device))
         before = [weight.detach().clone() for weight in self.policy.parameters]
-        figures = self._optimise(rows, old_all, picks.to(device), old, signal.float().to(device))
+        figures = self._optimise(rows, old_all, picks.to(device), old, advantages.float().to(device))
         figures |= self._adapt(figures["round_kl"], before)
         if figures["undone"]:
             figures["kl"] = float(ppo.exact_kl(old_all, self.reference.tree.log_prob[rows]).mean())
         return record | figures
 
     def _rewards(self, parts: dict[str, Floats], old_all: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        """Weighted sum (R, C) of the scaled components, and the mean of each under the policy (R, P), unscaled."""
-        exact = self.config.gradient == "exact"
-        mean = (lambda part: float((part * old_all.exp()).sum(1).mean())) if exact else (lambda part: float(part.mean()))
+        """Weighted sum (R, G) of the scaled components, and the unscaled mean of each component for the log."""
         rewards, record = torch.zeros(next(iter(parts.values())).shape, dtype=torch.float64), {}
         for name, weight in self.config.weights.items():
             if name not in parts:
                 raise MmsidError(f"refine.loop.weights names {name!r}; the components of the reward are {', '.join(parts)}")
             if weight != 0.0:
                 part = torch.as_tensor(parts[name], dtype=torch.float64)
-                record[f"reward_{name}"] = mean(part)
+                record[f"reward_{name}"] = self.mean_reward(part, old_all)
                 rewards = rewards + weight * self.scale(name, part)
-        return rewards, record | {"zero_variance_groups": ppo.zero_variance_share(rewards), "reward": mean(rewards)}
+        return rewards, record | {"zero_variance_groups": ppo.zero_variance_share(rewards), "reward": self.mean_reward(rewards, old_all)}
 
     def _adapt(self, moved: float, before: list[Tensor]) -> dict[str, Any]:
-        """Keep the distance of a round near `step_kl`, whatever the scale of the weights; undo a round that went much too far.
+        """Keep the KL `moved` of a round near `step_kl`, and undo a round that exceeds four times that.
 
-        How far a step carries a policy depends on the size of its states and on its temperatures, which differ between tokenizers by
-        orders of magnitude; a fixed learning rate that suits one collapses the next in a single step.
+        The effect of a learning rate depends on the size of a policy's states and on its temperatures, which differ between tokenizers by
+        orders of magnitude.
         """
         config = self.config
         undone = not moved <= 4 * self.step_kl  # NaN is undone too
@@ -273,23 +284,23 @@ class Refinement:
             self.lr = min(max(self.lr * factor, config.lr * 1e-4), config.lr * 30)
         return {"undone": undone, "lr": self.lr}
 
-    def _optimise(self, rows: Tensor, old_all: Tensor, picks: Tensor, old: Tensor, signal: Tensor) -> dict[str, Any]:
-        """`epochs` passes over the groups; stops the round before a step that would go too far. All of first axis R."""
+    def _optimise(self, rows: Tensor, old_all: Tensor, picks: Tensor, old: Tensor, advantages: Tensor) -> dict[str, Any]:
+        """`epochs` passes over the groups (first axis R of every argument); ends before a step that would exceed the KL limit."""
         config, clipped, steps, epochs, stopped = self.config, [], 0, 0, False
         for _ in range(config.epochs):
             epochs += 1
-            for chosen in np.array_split(self.order.permutation(len(rows)), max(1, math.ceil(len(rows) / config.batch))):
+            for chosen in np.array_split(self.rng.permutation(len(rows)), max(1, math.ceil(len(rows) / config.batch))):
                 batch = torch.as_tensor(chosen, device=rows.device)
-                mine = batch[self.accelerator.process_index :: self.accelerator.num_processes]
-                loss, sums = self._loss(rows[mine], old_all[mine], picks[mine], old[mine], signal[mine], len(batch), first=steps == 0)
+                own = batch[self.accelerator.process_index :: self.accelerator.num_processes]
+                loss, sums = self._loss(rows[own], old_all[own], picks[own], old[own], advantages[own], len(batch), first=steps == 0)
                 sums = self.accelerator.reduce(sums, reduction="sum")
-                approximate, kl, beyond, loudest = (float(value) / len(batch) for value in sums)
+                approximate, kl, clip_share, signal = (float(value) / len(batch) for value in sums)
                 if steps and approximate > 1.5 * self.step_kl:
                     stopped = True
                     break
-                clipped.append(beyond)
-                if loudest == 0.0 and kl < 1e-6 and config.entropy == 0.0:
-                    continue  # nothing to learn and nothing to undo: a step could only amplify rounding noise
+                clipped.append(clip_share)
+                if signal == 0.0 and kl < 1e-6 and config.entropy == 0.0:
+                    continue  # the gradient is zero: a step could only amplify rounding noise
                 self._step(loss)
                 steps += 1
             if stopped:
@@ -306,8 +317,8 @@ class Refinement:
             "clip_fraction": float(np.mean(clipped)),
             "log_ratio_mean": float(log_ratios.mean()),
             "log_ratio_max": float(log_ratios.abs().max()),
-            # the same distance twice, KL(old || new) of the round: from the samples, and over all paths
-            "approximate_kl": ppo.approximate_kl(now.gather(1, picks), old) if self._own_samples else round_kl,
+            # KL(old || new) of the round: estimated from the samples, and exact over all paths
+            "approximate_kl": float(ppo.approximate_kl(now.gather(1, picks), old).mean()) if self.samples_policy else round_kl,
             "round_kl": round_kl,
             "kl": float(ppo.exact_kl(now, self.reference.tree.log_prob[rows]).mean()),
             "skipped_steps": self.skipped,
@@ -315,31 +326,22 @@ class Refinement:
         }
 
     def _loss(
-        self, rows: Tensor, old_all: Tensor, picks: Tensor, old: Tensor, signal: Tensor, size: int, first: bool
+        self, rows: Tensor, old_all: Tensor, picks: Tensor, old: Tensor, advantages: Tensor, size: int, first: bool
     ) -> tuple[Tensor, Tensor]:
-        """Loss summed over the rows over `size`, and sums for the log: KL(old || new), KL to reference, clip fraction, |signal|."""
+        """Loss summed over the rows and divided by `size`; sums of KL(old || new), KL to the reference, clip fraction, |advantage|."""
         config = self.config
         new_all = self.policy.log_prob(rows)
-        # rounding alone: batches of another shape differ by thousandths of a nat on a GPU, dropout or a wrong mask by far more
+        # the tolerance covers rounding on a GPU (thousandths of a nat); dropout or a wrong mask differ by far more
         if first and not torch.allclose(new_all.detach(), old_all, rtol=1e-3, atol=2e-2):
             raise MmsidError("the policy scores its own samples differently in the first step: dropout or a mask differs; this is a bug")
         new = new_all.gather(1, picks)
-        if config.objective == "likelihood":
-            gain = ppo.tilted_likelihood(new, old, signal, config.eta)
-            if config.noisy:
-                heard = self.policy.noisy_log_prob(rows, self.next_round).gather(1, picks)
-                gain = (1 - config.noisy) * gain + config.noisy * ppo.tilted_likelihood(heard, old, signal, config.eta)
-        elif config.gradient == "exact":
-            gain = ppo.expected_reward(new_all, signal)
-        else:
-            gain = ppo.surrogate(new, old, signal, config.clip_low, config.clip_high, config.negatives).mean(dim=1)
+        gain = self.gain(new, old, advantages)
         kl = ppo.exact_kl(new_all, self.reference.tree.log_prob[rows])
         loss = (-gain + config.kl * kl - config.entropy * ppo.entropy(new_all)).sum() / size
         with torch.no_grad():
-            ratios = ppo.log_ratio(new, old)
-            moved = ((ratios.exp() < 1 - config.clip_low) | (ratios.exp() > 1 + config.clip_high)).float().mean(1).sum()
-            distance = ppo.kl_estimates(old, new).k3.mean(1).sum() if self._own_samples else ppo.exact_kl(old_all, new_all).sum()
-            return loss, torch.stack([distance, kl.sum(), moved, signal.abs().sum()])
+            clipped = ppo.clip_fraction(ppo.log_ratio(new, old), config.clip_low, config.clip_high).sum()
+            distance = ppo.approximate_kl(new, old).mean(1).sum() if self.samples_policy else ppo.exact_kl(old_all, new_all).sum()
+            return loss, torch.stack([distance, kl.sum(), clipped, advantages.abs().sum()])
 
     def _step(self, loss: Tensor) -> None:
         self.optimizer.zero_grad()

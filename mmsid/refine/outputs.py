@@ -1,4 +1,4 @@
-"""What a refinement leaves behind: which items moved, the tokenizer and its SIDs (refined, or as they were), near-ties."""
+"""Output files of a refinement: moved items, tokenizer and SID folders, near ties."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NEAR_TIE = 0.05  # nats between the best and the second-best code
 
 
 def write_moved(folder: Path, start: SidTable, refined: SidTable, gained: Floats, accepted: bool) -> int:
-    """`moved.parquet`: from where to where, and the reward gained, one row per item that differs; `gained` (M,) in that order."""
+    """Write `moved.parquet`, one row per item whose codes differ, with the reward gained (`gained` (M,), same order). -> number of rows."""
     rows = np.flatnonzero((start.codes != refined.codes).any(axis=1))
     columns = {
         "item_id": pa.array([start.item_ids[row] for row in rows], pa.string()),
@@ -33,21 +33,21 @@ def write_moved(folder: Path, start: SidTable, refined: SidTable, gained: Floats
 
 
 def write_near_ties(folder: Path, table: SidTable) -> int:
-    """`near_ties.json`: items whose raw codes another order of additions (more processes, another machine) may turn. -> how many."""
+    """Write `near_ties.json`: items whose raw codes may change with the order of additions (processes, machine). -> number of items."""
     close = np.flatnonzero(np.asarray(table.margin) < NEAR_TIE)
     write_json(folder / "near_ties.json", {"margin": NEAR_TIE, "items": [table.item_ids[row] for row in close]})
     return len(close)
 
 
 def write_tokenizer(folder: Path, tokenizer: ItemTokenizer, outcome: str) -> None:
-    """A tokenizer folder whose card says how it came about."""
+    """Write a tokenizer folder whose model card describes the `outcome` of the refinement."""
     folder.mkdir()
     (folder / "README.md").write_text(f"# Item tokenizer\n\n{tokenizer.describe()}\n\n{outcome}\n", encoding="utf-8")
     tokenizer.save_pretrained(folder)
 
 
 def write_sids(folder: Path, table: SidTable, embedding: np.ndarray, catalog: Catalog, held_out: list[np.ndarray], seed: int) -> None:
-    """A SID folder with intrinsic figures on the held-out users, and the embeddings (N, D)."""
+    """Write a SID folder with intrinsic metrics on the held-out users and the embeddings (N, D)."""
     categories = [item.categories for item in catalog.items]
     metrics = intrinsic_metrics(
         table,

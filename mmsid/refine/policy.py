@@ -1,9 +1,7 @@
-"""The quantizer policy seen as a bandit over an enumerated tree of paths, and the frozen reference it is compared with.
+"""The quantizer policy as a one-step bandit over an enumerated tree of paths, and its frozen reference.
 
-The tree of every item is fixed once under the reference: its m best codes per level, given each kept prefix (m^L paths, 512 for m = 8 and
-L = 3). Both the policy and the reference are renormalised over exactly these paths, in sampling and in scoring, so that KL, entropy and
-the expected gradient are exact. What the policy does outside the tree is not seen here; the loop logs how many greedy codes leave it.
-
+The tree of an item holds its m most likely codes per level given each kept prefix, fixed under the reference (m^L paths: 512 for m = 8,
+L = 3). Policy and reference are both normalised over these paths, so that KL, entropy and expected reward are exact.
 Symbols: N items, P paths, L levels, K codes, H hidden size, D code space.
 """
 
@@ -25,12 +23,18 @@ from mmsid.refine.evidence import Codes, Floats
 from mmsid.tokenizer.heads import CodeHead, ResidualHead
 
 Propose = Callable[[NDArray, Codes], Codes]
-BATCH = 512  # items per piece where the whole catalogue is walked: bounds memory, changes no figure
+BATCH = 512  # items per piece in loops over the whole catalogue; bounds memory use, changes no result
 
 
 @dataclass(frozen=True)
 class PathTree:
-    """`codes` (N, P, L) int64, depth first, the reference's best path first; `log_prob` (N, P) of the reference; P = prod(branching)."""
+    """Enumerated paths of all items.
+
+    Attributes:
+        codes: (N, P, L) int64, depth first, the reference's greedy path first.
+        log_prob: (N, P) log-probabilities of the reference, normalised over P.
+        branching: children per level; P is their product.
+    """
 
     codes: Tensor
     log_prob: Tensor
@@ -44,9 +48,9 @@ def _pieces(items: int) -> list[NDArray]:
 def path_log_prob(head: CodeHead, h: Tensor, paths: Tensor, branching: tuple[int, ...], temperature: float = 1.0) -> Tensor:
     """Joint log-probability of each path, renormalised over the tree: h (B, L, H), paths (B, P, L) -> (B, P).
 
-    Each distinct prefix is scored once (m^l of them at level l, not P). For residual heads the scores come from inner products between
-    code vectors, so no (B, m^l, D) residual is ever built; equal to `head.log_prob(s, paths).sum(-1).log_softmax(-1)`.
-    `temperature` flattens (> 1) the joint distribution; whoever compares two policies passes the same one.
+    Equals `head.log_prob(s, paths).sum(-1).log_softmax(-1)`, but scores each distinct prefix once (m^l at level l instead of P), and
+    computes residual heads from inner products of code vectors without building (B, m^l, D) residuals. `temperature` flattens (> 1) the
+    joint distribution; two policies are comparable at the same temperature only.
     """
     s = head.project(h)
     batch, left = paths.shape[0], paths.shape[1]
@@ -69,15 +73,15 @@ def _level_logits(head: CodeHead, s: Tensor, prefixes: Tensor) -> Tensor:
     table = head.vectors[level]
     inner = (s[:, level] @ table.T)[:, None]
     for before in range(level):
-        inner = inner - F.embedding(prefixes[..., before], head.vectors[before] @ table.T)  # not indexing, as in heads.py
+        inner = inner - F.embedding(prefixes[..., before], head.vectors[before] @ table.T)  # deterministic backward, see heads.py
     return (2 * inner - table.square().sum(-1)) / head.log_temperature[level].exp()
 
 
 def exploring_temperature(log_prob: Tensor, entropy: float) -> float:
-    """Least temperature >= 1 at which the mean entropy over the trees, (N, P) log-probabilities, is `entropy` nats (if P allows).
+    """Smallest temperature >= 1 at which log-probabilities (N, P) have a mean entropy of `entropy` nats (at most 0.9 log P).
 
-    A well-trained tokenizer is nearly deterministic: nothing but its argmax would ever be drawn, all rewards of a group would be
-    equal, and refinement would stand still. Argmax codes do not depend on the temperature.
+    A well-trained tokenizer is nearly deterministic. Without a temperature, all sampled paths of an item would be its argmax and no
+    advantage would differ from 0. The argmax does not depend on the temperature.
     """
     goal = min(entropy, 0.9 * math.log(log_prob.shape[1]))
 
@@ -96,12 +100,12 @@ def exploring_temperature(log_prob: Tensor, entropy: float) -> float:
 
 
 class Distances:
-    """How much worse a candidate rebuilds an item than the item's own best path does.
+    """Growth of the reconstruction error of candidate codes over the error of each item's best path.
 
     Args:
-        head: whose code vectors rebuild; frozen.
-        scores: item rows (B,) -> what they are rebuilt as (B, L, D).
-        best: (N, L) best paths for these scores.
+        head: frozen head whose code vectors reconstruct the items.
+        scores: item rows (B,) -> projected states to reconstruct (B, L, D).
+        best: (N, L) best paths for these states.
     """
 
     def __init__(self, head: CodeHead, scores: Callable[[Tensor], Tensor], best: Codes) -> None:
@@ -111,8 +115,10 @@ class Distances:
         self.unit = float(self.best.mean()) if isinstance(head, ResidualHead) else math.log(head.codebook_size)
 
     def growth(self, rows: NDArray, candidates: Codes) -> Floats:
-        """(R,), (R, C, L) -> (R, C), in units of the mean error. A parallel head has no code vectors; there it is the loss of
-        log-probability in units of log K."""
+        """Rows (R,), candidates (R, C, L) -> (R, C), in units of the mean error of the best paths.
+
+        A parallel head has no code vectors; its growth is the loss of log-probability in units of log K.
+        """
         return (self._errors(rows, candidates) - self.best[rows][:, None]) / max(self.unit, 1e-12)
 
     @torch.no_grad()
@@ -130,7 +136,7 @@ class Distances:
 
 
 class Reference:
-    """The frozen start: a copy of the head, the items' states under it, their path trees and their distances.
+    """The frozen reference policy: a copy of the tokenizer's head, the items' states, their path trees and reconstruction errors.
 
     Args:
         head: the tokenizer's head; copied and frozen.
@@ -138,9 +144,9 @@ class Reference:
         top_m: codes kept per level.
         freeze_first_level: keep only the paths under the item's best first code.
         temperature: see `path_log_prob`; None takes `exploring_temperature` for a mean of `entropy` nats.
-        propose: given the greedy codes of all items (N, L), says which codes an item's tree holds besides, at every level:
-            item rows (R,) and their kept prefixes (R, M, l) -> (R, M, n), -1 for none. Where the start is wrong about an item, its
-            right code is seldom among the m likeliest.
+        propose: from the greedy codes of all items (N, L), a function that proposes further codes for an item's tree at every level:
+            item rows (R,) and their kept prefixes (R, M, l) -> (R, M, n), -1 for none. They replace the least likely of the m codes.
+            The right code of an item with a wrong start is seldom among the m most likely.
     """
 
     def __init__(
@@ -168,28 +174,27 @@ class Reference:
         self._distances = Distances(self.head, lambda rows: self.head.project(states[rows]), self.greedy)
 
     def _enumerate(self, rows: NDArray, top_m: int, freeze_first_level: bool, propose: Propose | None) -> tuple[Tensor, Tensor]:
-        def wanted(kept: Tensor) -> Tensor:
+        def proposals(kept: Tensor) -> Tensor:
             level = kept.shape[-1]
             if propose is None or (freeze_first_level and level == 0):
                 return kept.new_zeros(*kept.shape[:2], 0)
             return torch.as_tensor(propose(rows, kept.cpu().numpy()), device=kept.device)
 
-        codes, log_prob = self.head.top_paths(self.head.project(self.states[rows]), top_m, wanted)
+        codes, log_prob = self.head.top_paths(self.head.project(self.states[rows]), top_m, proposals)
         if freeze_first_level:
             kept = codes.shape[1] // min(top_m, self.head.codebook_size)
             codes, log_prob = codes[:, :kept], log_prob[:, :kept]
         return codes, log_prob.log_softmax(-1)
 
     def error_growth(self, rows: NDArray, candidates: Codes) -> Floats:
-        """(R,), (R, C, L) -> (R, C): growth of the quantisation error over the item's own best path, in units of the mean error.
+        """`Distances.growth` of candidates (R, C, L) of `rows` (R,) -> (R, C), with the frozen states and vectors.
 
-        Always measured with the frozen states and vectors: the policy cannot shrink it by moving them. A parallel head has no code
-        vectors; there it is the loss of log-probability in units of log K.
+        The policy cannot lower it by moving its own states or vectors.
         """
         return self._distances.growth(rows, candidates)
 
     def level_log_prob(self, rows: NDArray, candidates: Codes) -> NDArray[np.float32]:
-        """(R,), (R, C, L) -> (R, C, L) log pi_ref(c_l | c_<l), full softmax."""
+        """Rows (R,), candidates (R, C, L) -> (R, C, L) log pi_ref(c_l | c_<l), softmax over all K codes."""
         pieces = []
         with torch.no_grad():
             for start in range(0, len(rows), BATCH):
@@ -200,15 +205,14 @@ class Reference:
 
 
 class HeadPolicy:
-    """The policy that is refined: the tokenizer's own weights, shared by all items (amortised), so that new items profit too.
+    """Policy made of the tokenizer's own weights, which all items share (amortised), so that new items profit too.
 
     Args:
         head: trained in place.
-        states: item rows (B,) -> their SID states (B, L, H): cached, or read by the live backbone, then with gradient.
+        states: item rows (B,) -> SID states (B, L, H): cached, or computed by the backbone with gradient.
         parameters: weights that the optimiser moves.
-        reference: whose trees and temperature the policy is scored with.
-        noisy: as `states`, of the items read with noise, once per turn; empty: nobody asks.
-        rates: learning rate of each weight over that of the loop; empty: 1.
+        reference: its trees and temperature are used for scoring.
+        rates: learning rate of each weight, as a multiple of the loop's; empty: 1.
     """
 
     def __init__(
@@ -217,30 +221,19 @@ class HeadPolicy:
         states: Callable[[Tensor], Tensor],
         parameters: Sequence[Tensor],
         reference: Reference,
-        noisy: Sequence[Callable[[Tensor], Tensor]] = (),
         rates: Sequence[float] = (),
     ) -> None:
-        self.head, self.states, self.parameters, self.reference, self.noisy = head, states, list(parameters), reference, noisy
+        self.head, self.states, self.parameters, self.reference = head, states, list(parameters), reference
         self.rates = list(rates) or [1.0] * len(self.parameters)
 
     def log_prob(self, rows: Tensor) -> Tensor:
         """(B,) item rows -> (B, P) log-probabilities over each item's tree, with gradient."""
-        return self._log_prob(self.states, rows)
-
-    def noisy_log_prob(self, rows: Tensor, turn: int) -> Tensor:
-        """`log_prob` of the items read with the noise of a turn, from the first again after the last. Raises ValueError where no noisy
-        reading was handed in."""
-        if not self.noisy:
-            raise ValueError("the policy was given no noisy reading of the items; hand one in, or set refine.loop.noisy to 0")
-        return self._log_prob(self.noisy[turn % len(self.noisy)], rows)
-
-    def _log_prob(self, states: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
         tree = self.reference.tree
-        return path_log_prob(self.head, states(rows), tree.codes[rows], tree.branching, self.reference.temperature)
+        return path_log_prob(self.head, self.states(rows), tree.codes[rows], tree.branching, self.reference.temperature)
 
     @torch.no_grad()
     def greedy(self) -> Codes:
-        """Argmax codes of all items, (N, L); they may leave the tree."""
+        """Argmax codes of all items, (N, L); they may be outside the tree."""
         rows = torch.arange(len(self.reference.greedy), device=self.reference.states.device)
         pieces = [self.head.greedy(self.head.project(self.states(piece))).codes for piece in rows.split(BATCH)]
         return torch.cat(pieces).cpu().numpy()

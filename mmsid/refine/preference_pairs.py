@@ -1,4 +1,4 @@
-"""Pairs of candidate codes of one item: which of two the evidence prefers, and how well a scorer foresees it."""
+"""Preference pairs of candidate codes of one item, and accuracy and calibration of a scorer on them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mmsid.refine.evidence import Floats
 
 
 class Pairs(NamedTuple):
-    """Comparisons: item `row` number in the features, candidate that won, candidate that lost; each (P,) int64."""
+    """Preferences between two candidates: item `row` in the features, preferred candidate, other candidate; (P,) int64 each."""
 
     row: NDArray[np.int64]
     better: NDArray[np.int64]
@@ -29,7 +29,7 @@ def make_pairs(evidence: Floats, tie: float) -> Pairs:
 
 
 def pair_accuracy(scores: NDArray, pairs: Pairs) -> float:
-    """Share of pairs (R, C scores) ordered rightly, a tie counting half; NaN without pairs."""
+    """Share of the pairs that scores (R, C) order correctly, a tie counting half; NaN without pairs."""
     if len(pairs.row) == 0:
         return float("nan")
     gap = scores[pairs.row, pairs.better] - scores[pairs.row, pairs.worse]
@@ -37,8 +37,11 @@ def pair_accuracy(scores: NDArray, pairs: Pairs) -> float:
 
 
 def calibration_curve(scores: NDArray, pairs: Pairs, bins: int = 10) -> list[dict[str, float]]:
-    """How sure sigmoid(r_a - r_b) is of the side it favours, against how often that side wins: one record per bin that holds pairs,
-    `confidence` and `right` being means over its `pairs`. Bins cut .5 to 1 evenly; a tie is half right."""
+    """Reliability curve of sigmoid(r_a - r_b): its confidence in the favoured candidate, and how often that candidate is preferred.
+
+    Returns:
+        One record per non-empty bin: `confidence` and `right` are means over its `pairs`. Bins divide 0.5 to 1 evenly; a tie is half right.
+    """
     gap = scores[pairs.row, pairs.better] - scores[pairs.row, pairs.worse]
     confidence = 1.0 / (1.0 + np.exp(-np.abs(gap)))
     right = (gap > 0) + 0.5 * (gap == 0)
@@ -57,7 +60,7 @@ def calibration_error(curve: Sequence[dict[str, float]]) -> float:
 
 
 def gain_error(scores: NDArray, rival: NDArray, pairs: Pairs, items: int) -> float:
-    """Standard error of the difference in pair accuracy, pairs of one item taken as one observation (clustered)."""
+    """Standard error of the difference in pair accuracy of two scorers, clustered by item."""
     right = [np.sign(part[pairs.row, pairs.better] - part[pairs.row, pairs.worse]) / 2 for part in (scores, rival)]
     gain = right[0] - right[1]
     per_item = np.bincount(pairs.row, weights=gain - gain.mean(), minlength=items)

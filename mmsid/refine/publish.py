@@ -1,4 +1,4 @@
-"""From the policy's states to a SID table, without writing it: the gate compares before anything is published."""
+"""SID table of a policy from cached states, without writing it, so that the gate can compare it with the start."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from mmsid.refine.policy import BATCH
 from mmsid.sids.collisions import Policy, resolve
 from mmsid.sids.table import SidTable
 from mmsid.tokenizer.inputs import ItemInput
-from mmsid.tokenizer.model import DOUBTFUL, ItemTokenizer
+from mmsid.tokenizer.model import ROUNDING_MARGIN, ItemTokenizer
 from mmsid.tokenizer.publish import HeadScores
 
 
 @torch.no_grad()
 def raw_codes(tokenizer: ItemTokenizer, states: Tensor, inputs: Sequence[ItemInput]) -> tuple[Codes, np.ndarray, Tensor]:
-    """Argmax codes (N, L), margins (N,) and head scores (N, L, D) from cached states (N, L, H), results on the CPU.
+    """Argmax codes (N, L), margins (N,) and projected states (N, L, D) of cached states (N, L, H), on the CPU.
 
-    Items whose lead is within rounding error are read again by `ItemTokenizer.encode`, so that the codes are those it will give.
+    Items whose margin is within rounding error are encoded again by `ItemTokenizer.encode`, so that the codes equal its codes.
     """
     scores = torch.cat([tokenizer.head.project(piece) for piece in states.split(BATCH)])
     greedy = [tokenizer.head.greedy(piece) for piece in scores.split(BATCH)]
     codes, margin, relative = (torch.cat(column).cpu() for column in zip(*greedy, strict=True))
     scores = scores.cpu()
-    for row in (relative < DOUBTFUL).nonzero().flatten().tolist():
+    for row in (relative < ROUNDING_MARGIN).nonzero().flatten().tolist():
         again = tokenizer.encode([inputs[row]])
         codes[row], margin[row], scores[row] = again.raw_codes[0], again.margin[0], again.scores[0]
     return codes.numpy(), margin.numpy(), scores
@@ -43,14 +43,14 @@ def make_table(
     policy: Policy,
     moved: Codes | None = None,
 ) -> SidTable:
-    """The table that the tokenizer would publish under a collision policy; rows in the catalogue's order.
+    """SID table that the tokenizer publishes under a collision policy, rows in the order of the catalogue.
 
-    `moved` (N, L): raw codes that are not the tokenizer's own (control arms); it still says where collisions may go.
+    `moved` (N, L) replaces the tokenizer's own raw codes; the tokenizer still scores where collisions are relocated.
     """
     codes, margin, scores = raw_codes(tokenizer, states, inputs)
     if moved is not None:
         codes, margin = moved, np.full(len(moved), np.nan, np.float32)
-    # a copy: `HeadScores` takes its head to the CPU, this one may be in training elsewhere
+    # a copy, because `HeadScores` moves its head to the CPU and this head may be in training
     head_scores = HeadScores(copy.deepcopy(tokenizer.head), lambda rows: scores[torch.from_numpy(rows)])
     sizes = (tokenizer.codebook_size,) * tokenizer.num_levels
     hashes = [item.content_sha256 for item in catalog.items]

@@ -1,16 +1,8 @@
-"""`sid_reward`: a small Bradley-Terry model r(item, codes), fitted on pairs of candidate codes of one item.
+"""Reward model `sid_reward`: a Bradley-Terry model r(item, codes) fitted on pairs of candidate codes of one item.
 
-P(a preferred to b) = sigmoid(r(item, a) - r(item, b)). The labels are *cross-fitted*: features read the co-engagement of one group of
-users, the label says which candidate another group's behaviour bears out. The figures that decide whether the model may be used come
-from the inner held-out users, whom neither the fit nor the tokenizer saw, and from items left out of the fit. Its rival is its own
-distance expert.
-
-r is a product of two experts, fitted apart and added: one reads behaviour and neighbours (agreement, chance, crowding, coherence, where
-the items most alike lie), the other the distances. Why apart: the tokenizer was fitted on the co-engagement of the very users that label
-the pairs, so its distances know the labels; a model fitted on both at once leans on them. Drawn demo catalogue, share of held-out pairs
-ordered rightly, two seeds: behaviour .787 / .791, distances .791 / .801, fitted together .791 / .802, the two experts added .798 / .806.
-Added with equal weight, the distances veto what behaviour proposes: a tokenizer trained on wrong targets repairs nothing, a good one
-gains nothing (LOG.md). So they count for less.
+P(a preferred to b) = sigmoid(r(item, a) - r(item, b)). Labels are cross-fitted: features read the co-engagement of one half of the users,
+labels that of the other. r adds two experts that are fitted separately, because the distances of a tokenizer that was fitted on the same
+users already contain the labels; the distance expert is also the rival that the model must beat on held-out users.
 """
 
 from __future__ import annotations
@@ -35,12 +27,23 @@ from mmsid.refine.preference_pairs import Pairs, calibration_curve, calibration_
 
 
 class RewardConfig(Section):
-    """Size and fit of the reward model, and what it must show before it is used."""
+    """Size and fit of the reward model, and the condition for its use.
+
+    Attributes:
+        hidden: width of both experts.
+        distance_weight: weight of the distance expert in r; below 1 because the distances of a wrong start are themselves wrong and would
+            veto its correction (docs/experiments/reward_model.md).
+        candidates: candidate codes per item, half drawn from the reference policy, half uniformly from its tree.
+        tie: pairs whose evidence differs by less are left out; `test_tie` in the held-out report.
+        folds: cross-validation folds over items.
+        test_candidates: candidate codes per item in the held-out report.
+        least_gain: pair accuracy on held-out users by which the model must exceed the distance expert.
+    """
 
     hidden: int = 32
-    distance_weight: float = Field(0.3, ge=0)  # of the distance expert in r: where a start is wrong, its distances are what is wrong
-    candidates: int = 6  # per item: half drawn from the reference policy, half evenly over its tree
-    tie: float = 0.02  # pairs whose evidence differs by less teach nothing
+    distance_weight: float = Field(0.3, ge=0)
+    candidates: int = 6
+    tie: float = 0.02
     steps: int = 300
     batch: int = 2048
     lr: float = 3e-3
@@ -48,14 +51,14 @@ class RewardConfig(Section):
     folds: int = Field(3, ge=2)
     test_candidates: int = 12
     test_tie: float = 0.05
-    least_gain: float = 0.0  # pair accuracy above the distance expert, labels of the held-out users
+    least_gain: float = 0.0
 
 
 class SidReward(nn.Module):
     """r(item, codes) = behaviour expert + `distance_weight` * distance expert, each one hidden layer over its standardised features.
 
     Args:
-        names: features, fixing their order and which expert reads them.
+        names: feature names, which define the order and the expert of each feature.
         hidden: width of both experts.
     """
 
@@ -69,19 +72,19 @@ class SidReward(nn.Module):
         self.distance = _expert(self.of_distance.count(True), hidden)
 
     def standardise(self, features: Tensor) -> None:
-        """Take mean and deviation of each feature from the fitting data (…, F)."""
+        """Set mean and deviation of each feature from training data (..., F)."""
         flat = features.reshape(-1, features.shape[-1])
         self.mean.copy_(flat.mean(0))
         self.deviation.copy_(flat.std(0, correction=0).clamp(min=1e-4))
 
     def experts(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """(…, F) -> what the behaviour expert and the distance expert say, each (…)."""
+        """Scores of the behaviour expert and of the distance expert, features (..., F) -> (...) each."""
         scaled = ((features - self.mean) / self.deviation).clamp(-8, 8)
         of_distance = torch.tensor(self.of_distance, device=features.device)
         return self.behaviour(scaled[..., ~of_distance]).squeeze(-1), self.distance(scaled[..., of_distance]).squeeze(-1)
 
     def forward(self, features: Tensor) -> Tensor:
-        """(R, C, F) -> (R, C) rewards; only differences inside one row mean something."""
+        """Features (R, C, F) -> rewards (R, C). Only differences within a row are meaningful."""
         behaviour, distance = self.experts(features)
         return behaviour + self.distance_weight * distance
 
@@ -94,14 +97,14 @@ class SidReward(nn.Module):
 
     @classmethod
     def load(cls, folder: Path) -> SidReward:
-        """Read what `save` wrote. Raises ArtifactError when a file is missing, holds NaN, or does not fit the other."""
+        """Load a saved model. Raises ArtifactError when a file is missing, contains NaN, or the two files do not match."""
         described = read_json(folder / "reward.json")
         described.pop("report", None)
         model = cls(**described)
         try:
             model.load_state_dict(read_weights(folder / "reward.safetensors"))
         except RuntimeError as error:
-            raise ArtifactError(f"{folder}: reward.safetensors does not fit reward.json; run the refine stage again") from error
+            raise ArtifactError(f"{folder}: reward.safetensors does not match reward.json; run the refine stage again") from error
         return model.eval()
 
 
@@ -115,7 +118,7 @@ def bradley_terry_loss(preferred: Tensor, other: Tensor) -> Tensor:
 
 
 def fit(model: SidReward, features: Tensor, pairs: Pairs, config: RewardConfig, seed: int) -> None:
-    """Minimise the Bradley-Terry loss of each expert by itself, in place: AdamW, cosine rate, `steps` batches drawn with replacement."""
+    """Minimise the Bradley-Terry loss of each expert in place: AdamW, cosine schedule, `steps` batches drawn with replacement."""
     generator = torch.Generator().manual_seed(seed)
     model.standardise(features)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
@@ -124,8 +127,8 @@ def fit(model: SidReward, features: Tensor, pairs: Pairs, config: RewardConfig, 
     for _ in range(config.steps):
         chosen = torch.randint(len(row), (min(config.batch, len(row)),), generator=generator)
         sides = torch.stack([better[chosen], worse[chosen]], dim=1)
-        said = model.experts(features[row[chosen][:, None], sides])
-        loss = sum(bradley_terry_loss(scores[:, 0], scores[:, 1]) for scores in said)
+        experts = model.experts(features[row[chosen][:, None], sides])
+        loss = sum(bradley_terry_loss(scores[:, 0], scores[:, 1]) for scores in experts)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -133,7 +136,7 @@ def fit(model: SidReward, features: Tensor, pairs: Pairs, config: RewardConfig, 
 
 
 def draw_candidates(reference: Reference, rows: NDArray, count: int, seed: int) -> Codes:
-    """(R,) -> (R, count, L) candidate codes: the first half drawn from the reference policy, the rest evenly over the tree."""
+    """Candidate codes (R, count, L) of `rows` (R,): the first half from the reference policy, the rest uniformly from the tree."""
     generator = torch.Generator().manual_seed(seed)
     log_prob = reference.tree.log_prob[torch.as_tensor(rows, device=reference.tree.log_prob.device)].cpu()
     drawn = torch.multinomial(log_prob.exp(), count // 2, replacement=True, generator=generator)
@@ -150,28 +153,30 @@ def train_reward(
     config: RewardConfig,
     seed: int,
 ) -> tuple[SidReward, dict[str, Any]]:
-    """Fit `sid_reward` on all items; -> the model and its held-out report.
+    """Fit `sid_reward` on all items and evaluate it on held-out users.
 
-    The fit users are split in halves: features of one half predict the labels of the other, both ways round. The report comes from
-    `folds` further fits, each judged on the items it did not see, with features from all fit users and labels from
-    the `held_out` ones. It holds:
+    The fit users are split into halves: features of one half predict the labels of the other, in both directions. The report comes from
+    `folds` further fits, each evaluated on the items it was not fitted on, with features from all fit users and labels from `held_out`.
 
-    * accuracy: share of the held-out pairs ordered rightly by the reward, by each of its experts alone (`distance_only` is the rival:
-      it too was fitted to the labels), and by the distance to the item's codes as it is (`distance_unfitted`);
-    * usable, reason: whether the model beats its rival by more than `least_gain`, and why not; gain, gain_error: by how much, and the
-      standard error of that over items; gain_over_unfitted;
-    * carried: per group of features, the accuracy lost when the candidates of an item exchange them;
-    * calibration, calibration_error: see `calibration_curve`.
+    Returns:
+        The model, and a report with
+
+        * accuracy: share of the held-out pairs in the right order under the reward, under each expert alone (`distance_only` is the rival,
+          fitted on the same labels) and under the plain distance (`distance_unfitted`);
+        * usable, reason: whether the gain over the rival exceeds `least_gain`; gain, gain_error: the gain and its standard error over
+          items; gain_over_unfitted;
+        * carried: accuracy lost per group of features when they are permuted between the candidates of an item;
+        * calibration, calibration_error: see `calibration_curve`.
     """
     rows = np.arange(len(material.codes))
     first, second = split_users(histories, (0.5, 0.5), seed)
     fitted: list[Tensor] = []
     labelled: list[Pairs] = []
-    for turn, (seen, judge) in enumerate(((first, second), (second, first))):
-        candidates = draw_candidates(material.reference, rows, config.candidates, seed + turn)
-        pairs = make_pairs(material.table(judge, evidence).neighbours(rows, candidates, evidence), config.tie)
-        labelled.append(pairs._replace(row=pairs.row + turn * len(rows)))
-        table = material.table(seen, evidence)
+    for half, (feature_users, label_users) in enumerate(((first, second), (second, first))):
+        candidates = draw_candidates(material.reference, rows, config.candidates, seed + half)
+        pairs = make_pairs(material.table(label_users, evidence).neighbours(rows, candidates, evidence), config.tie)
+        labelled.append(pairs._replace(row=pairs.row + half * len(rows)))
+        table = material.table(feature_users, evidence)
         fitted.append(read_features(material, table, rows, candidates))
     features = torch.cat(fitted)
     pairs = Pairs(*(np.concatenate(parts) for parts in zip(*labelled, strict=True)))
@@ -185,37 +190,37 @@ def train_reward(
     if min(len(pairs.row), len(test.row)) == 0:
         report |= {
             "usable": False,
-            "reason": "co-engagement of the fit users tells no candidate codes apart: nothing to learn a reward from",
+            "reason": "co-engagement of the fit users prefers no candidate codes over others: there is nothing to learn a reward from",
         }
         return _seeded(names, config, seed), report
 
-    _, kind = np.unique(material.content, return_inverse=True)  # exact duplicates stay in one fold
+    _, kind = np.unique(material.content, return_inverse=True)  # exact duplicates are in one fold
     fold = (np.random.default_rng(seed).permutation(int(kind.max()) + 1) % config.folds)[kind]
-    hidden = {f"without_{group}": exchanged(test_features, names, group, seed) for group in FEATURE_GROUPS}
-    scores = {name: np.zeros(candidates.shape[:2]) for name in ("reward", "distance_only", "behaviour_only", *hidden)}
+    permuted = {f"without_{group}": exchanged(test_features, names, group, seed) for group in FEATURE_GROUPS}
+    scores = {name: np.zeros(candidates.shape[:2]) for name in ("reward", "distance_only", "behaviour_only", *permuted)}
     for left_out in range(config.folds):
         model = _seeded(names, config, seed)
         fit(model, features, Pairs(*(part[fold[pairs.row % len(rows)] != left_out] for part in pairs)), config, seed)
-        judged = torch.from_numpy(fold == left_out)
+        tested = torch.from_numpy(fold == left_out)
         with torch.no_grad():
-            behaviour, distance = model.experts(test_features[judged])
-            said = {"reward": model(test_features[judged]), "distance_only": distance, "behaviour_only": behaviour}
-            said |= {name: model(part[judged]) for name, part in hidden.items()}
-        for name, value in said.items():
-            scores[name][judged.numpy()] = value.double().numpy()
+            behaviour, distance = model.experts(test_features[tested])
+            found = {"reward": model(test_features[tested]), "distance_only": distance, "behaviour_only": behaviour}
+            found |= {name: model(part[tested]) for name, part in permuted.items()}
+        for name, value in found.items():
+            scores[name][tested.numpy()] = value.double().numpy()
     scores["distance_unfitted"] = -material.reference.error_growth(rows, candidates)
     accuracy = {name: pair_accuracy(value, test) for name, value in scores.items()}
-    report["accuracy"] = {name: value for name, value in accuracy.items() if name not in hidden}
+    report["accuracy"] = {name: value for name, value in accuracy.items() if name not in permuted}
     report["carried"] = {group: accuracy["reward"] - accuracy[f"without_{group}"] for group in FEATURE_GROUPS}
     report["calibration"] = calibration_curve(scores["reward"], test)
     report["calibration_error"] = calibration_error(report["calibration"])
-    ours, rival = accuracy["reward"], accuracy["distance_only"]
-    report |= {"gain": ours - rival, "gain_error": gain_error(scores["reward"], scores["distance_only"], test, len(rows))}
-    report |= {"gain_over_unfitted": ours - accuracy["distance_unfitted"], "usable": bool(ours - rival > config.least_gain), "reason": ""}
+    own, rival = accuracy["reward"], accuracy["distance_only"]
+    report |= {"gain": own - rival, "gain_error": gain_error(scores["reward"], scores["distance_only"], test, len(rows))}
+    report |= {"gain_over_unfitted": own - accuracy["distance_unfitted"], "usable": bool(own - rival > config.least_gain), "reason": ""}
     if not report["usable"]:
         report["reason"] = (
-            f"sid_reward orders {ours:.3f} of the held-out pairs rightly, a scorer that knows only the distances {rival:.3f}; "
-            f"it must be better by more than {config.least_gain:.3f}"
+            f"sid_reward orders {own:.3f} of the held-out pairs correctly, a scorer of the distances alone {rival:.3f}; "
+            f"the gain must exceed {config.least_gain:.3f} (refine.reward.least_gain)"
         )
     final = _seeded(names, config, seed)
     fit(final, features, pairs, config, seed)

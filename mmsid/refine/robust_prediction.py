@@ -1,10 +1,8 @@
-"""What everybody else says that an item should be: its projected state, told by its content and behaviour through a robust fit.
+"""Robust leave-one-out regression of SID-head states on content and behaviour features. It predicts every item's state from all others.
 
-A start can be wrong about single items (it learnt somebody else's target), and then so is every figure that its own state enters:
-distances, trees, `rebuild`. But most items are right, and what content and behaviour mean can be learned from them: the ridge
-regression of the projected states on both, an item's own row left out of its prediction (closed form), rows that the others cannot
-explain weighing less and less (iteratively reweighted, as in Huber & Ronchetti, Robust Statistics, 2009, chapter 7). `consensus` of a
-candidate is how far its code vectors lie from that prediction, in the units of `rebuild`.
+A tokenizer may have learnt wrong targets for single items, which damages every figure computed from their own states. The regression is a
+ridge in closed form that leaves an item's own row out, with iterative reweighting of badly explained rows (Huber & Ronchetti, Robust
+Statistics, 2009, chapter 7). The reward component `robust_prediction` is the growth of a candidate's error against this prediction.
 """
 
 from __future__ import annotations
@@ -21,24 +19,24 @@ from mmsid.refine.evidence import Codes, Floats
 from mmsid.refine.policy import BATCH, Distances
 from mmsid.tokenizer.heads import CodeHead
 
-STRENGTHS = tuple(10.0**power for power in range(-4, 3))  # of the penalty, relative to the mean variance of the evidence
-ROUNDS = 4  # of reweighting
+STRENGTHS = tuple(10.0**power for power in range(-4, 3))  # ridge penalties, relative to the mean variance of the features
+ROUNDS = 4  # rounds of reweighting
 
 
 class Expected(NamedTuple):
-    """`scores` (N, ...) predictions; `trust` (N,) in 0 to 1, the weight of each row in the fit."""
+    """Result of `expected`: predictions `scores` (N, ...), and the weight of each row in the fit, `trust` (N,) in 0 to 1."""
 
     scores: Tensor
     trust: Tensor
 
 
 class RobustPrediction:
-    """Scores and proposals of candidates against the prediction of the others.
+    """Rewards and proposes candidate codes by their distance to the state predicted from all other items.
 
     Args:
-        head: the start's; copied and frozen.
+        head: the start's head; copied and frozen.
         states: (N, L, H) SID states.
-        evidence: (N, M) what content and train behaviour say of each item.
+        evidence: (N, M) content and train behaviour features of the items.
     """
 
     def __init__(self, head: CodeHead, states: Tensor, evidence: NDArray) -> None:
@@ -50,12 +48,12 @@ class RobustPrediction:
         self._distances = Distances(self.head, lambda rows: self.scores[rows], greedy)
 
     def growth(self, rows: NDArray, candidates: Codes) -> Floats:
-        """(R,), (R, C, L) -> (R, C): growth of the error against the prediction, over the best path for it, in units of the mean error."""
+        """Growth of the error of candidates (R, C, L) against the prediction over its best path, in units of the mean error. -> (R, C)."""
         return self._distances.growth(rows, candidates)
 
     @torch.no_grad()
     def after(self, rows: NDArray, prefixes: Codes) -> Codes:
-        """(R,), kept prefixes (R, M, l) -> (R, M, 1): the code that the prediction asks for after each."""
+        """Most likely next code of the prediction after kept prefixes (R, M, l) of `rows` (R,). -> (R, M, 1)."""
         device = self.scores.device
         logits = self.head.level_logits(self.scores[torch.as_tensor(rows, device=device)], torch.as_tensor(prefixes, device=device))
         return logits.argmax(-1, keepdim=True).cpu().numpy()
@@ -63,9 +61,9 @@ class RobustPrediction:
 
 @torch.no_grad()
 def expected(scores: Tensor, evidence: NDArray, rounds: int = ROUNDS) -> Expected:
-    """Predict every row from the others: scores (N, ...), evidence (N, M) -> `Expected`.
+    """Robust leave-one-out prediction of scores (N, ...) from evidence (N, M).
 
-    The penalty is the one of the least weighted leave-one-out error. A row's weight is 1 / (1 + (e / median e)^2), e its squared error.
+    The penalty with the lowest weighted leave-one-out error is used. A row with squared error e has the weight 1 / (1 + (e / median e)^2).
     """
     y, x = scores.flatten(1), torch.as_tensor(np.ascontiguousarray(evidence), dtype=torch.float32, device=scores.device)
     trust = torch.ones(len(y), dtype=torch.float64, device=scores.device)
@@ -73,15 +71,15 @@ def expected(scores: Tensor, evidence: NDArray, rounds: int = ROUNDS) -> Expecte
     for number in range(rounds + 1):
         prediction = _leave_one_out(x, y, trust)
         if number < rounds:
-            missed = (prediction - y).square().sum(1).double()
-            trust = 1 / (1 + (missed / missed.median().clamp_min(1e-12)).square())
+            error = (prediction - y).square().sum(1).double()
+            trust = 1 / (1 + (error / error.median().clamp_min(1e-12)).square())
     return Expected(prediction.view_as(scores), trust)
 
 
 def _leave_one_out(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
-    """Weighted ridge regression with a free mean, each row predicted by the fit without it: x (N, M), y (N, D), weight (N,) -> (N, D).
+    """Leave-one-out predictions of a weighted ridge regression with unpenalised mean: x (N, M), y (N, D), weight (N,) -> (N, D).
 
-    scikit-learn's RidgeCV does the same, but holds rows x outputs x penalties at once to give the predictions away.
+    As scikit-learn's RidgeCV, which needs memory for rows x outputs x penalties to return the predictions.
     """
     pieces = [slice(start, start + BATCH) for start in range(0, len(x), BATCH)]
     total = weight.sum()

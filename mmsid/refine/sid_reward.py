@@ -1,7 +1,6 @@
-"""Stage `sid_reward` (started by `scripts/train_reward.py --part sid`): the reward model of refinement by itself, with its report.
+"""Stage `sid_reward` (`scripts/train_reward.py --part sid`): fits the reward model of refinement alone and reports its accuracy.
 
-Fits what the stage `refine` would fit first, from the same settings, and stops there: to see what a reward is worth before anything
-is moved by it.
+The model and its settings are those that the stage `refine` fits first; no codes are changed.
 """
 
 from __future__ import annotations
@@ -18,16 +17,16 @@ from mmsid.refine.stage import Job
 
 
 class SidRewardConfig(RefineConfig):
-    """The keys of `refine`; those of the loop and the gate are not looked at."""
+    """The keys of `refine`; those of the loop and the gate are ignored."""
 
 
 def run(config: SidRewardConfig) -> Path:
-    """Fit into `config.out`: reward.safetensors and reward.json (shape, features, held-out report). -> the folder.
+    """Fit the reward into `config.out`: reward.safetensors and reward.json (shape, features, held-out report). -> the folder.
 
-    A reward that is no better than the distances alone is written all the same; the manifest says `usable: false`, and why.
+    A reward that is no better than the distances alone is written too; the manifest then has `usable: false` and the reason.
 
     Raises:
-        CatalogError, ArtifactError: inputs that cannot be read or do not belong together.
+        CatalogError, ArtifactError: inputs are unreadable or do not belong together.
     """
     accelerator = make_accelerator()
     catalog = read_catalog(config.catalog)

@@ -1,9 +1,8 @@
-"""Stage `refine` (started by `scripts/train_rl.py`): move the quantizer policy towards codes that users' behaviour bears out.
+"""Stage `refine` (`scripts/train_rl.py`): refines a trained tokenizer's codes by reinforcement learning on users' behaviour.
 
-Reads a trained tokenizer and its published SIDs. Fits `sid_reward` on the inner fit users, refines the policy against it, relocates,
-and lets the gate decide on the inner held-out users. Refused runs are no failures: the folder then holds the start, and `gate.json` why.
-No gradient, statistic or label comes from valid or test; valid is looked at by what ends the run (`watch`) and by the quick recommender
-that the gate may be handed.
+It fits `sid_reward` on the inner fit users, optimises the policy against it, resolves collisions, and lets the acceptance gate decide on
+the inner held-out users. A refused run is not an error: the folder then contains the start and `gate.json` the reasons. Nothing is fitted
+on valid or test; only early stopping and the gate's quick recommender evaluate on valid.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from mmsid.progress import done, track
 from mmsid.quantize import ppmi_svd
 from mmsid.refine import gate
 from mmsid.refine.checkpoint import load_state, save_state
-from mmsid.refine.code_stability import flipped, noisy_inputs, noisy_sample
+from mmsid.refine.code_stability import changed_codes, noisy_sample
 from mmsid.refine.config import RefineConfig
 from mmsid.refine.early_stopping import next_item_information
 from mmsid.refine.evidence import Codes, CodeTable, Floats, NeighboursCodes
@@ -44,10 +43,10 @@ from mmsid.sids.table import SidTable
 from mmsid.tokenizer.inputs import ItemInput, load_inputs
 from mmsid.tokenizer.model import ItemTokenizer
 
-# a table and a seed -> figures of a short training run, NDCG@10, HR@50 and coverage@10 among them
+# a table and a seed -> metrics of a short training run, with NDCG@10, HR@50 and coverage@10
 QuickRecommender = Callable[[SidTable, int], Mapping[str, float]]
 CHECKPOINT = "checkpoint.safetensors"
-SCORED_ROWS = 256  # items whose candidates' features are built at once
+SCORED_ROWS = 256  # items whose features are computed at once
 
 
 def run(config: RefineConfig, quick_recommender: QuickRecommender | None = None) -> Path:
@@ -55,8 +54,11 @@ def run(config: RefineConfig, quick_recommender: QuickRecommender | None = None)
 
     An interrupted run of the same configuration continues at its last checkpoint.
 
+    Args:
+        quick_recommender: short training run that the gate compares both tables with; None: the gate has no ranking guards.
+
     Raises:
-        CatalogError, ArtifactError: inputs that cannot be read or do not belong together.
+        CatalogError, ArtifactError: inputs are unreadable or do not belong together.
         ConfigError: the tracker is not installed.
         MmsidError: the optimisation diverged.
     """
@@ -81,12 +83,12 @@ def run(config: RefineConfig, quick_recommender: QuickRecommender | None = None)
 
 
 def tokenizer_folder(path: Path) -> Path:
-    """The tokenizer in a stage's folder: the folder itself, or its `tokenizer/`."""
+    """Tokenizer folder inside a stage's folder: the folder itself, or its `tokenizer/`."""
     return path if (path / "config.json").is_file() else path / "tokenizer"
 
 
 class Job:
-    """One run: what is read once, and the steps in their order."""
+    """One refinement run: inputs that are loaded once, and the steps of the stage."""
 
     def __init__(
         self, config: RefineConfig, accelerator: Accelerator, catalog: Catalog, split: Split, draft: Draft, quick: QuickRecommender | None
@@ -107,7 +109,7 @@ class Job:
         states, item_states = self._read_states(self.inputs)
         self.neighbours = co_engagement(self.fit_histories, len(catalog.items), config.evidence.window)
         item_vectors = torch.nn.functional.normalize(item_states, dim=-1).cpu().numpy()
-        self.consensus = self._robust_prediction(states, item_vectors) if config.uses_robust_prediction else None
+        self.prediction = self._robust_prediction(states, item_vectors) if config.uses_robust_prediction else None
         self.reference = Reference(
             self.tokenizer.head, states, config.top_m, config.freeze_first_level, config.temperature, config.start_entropy, self._propose
         )
@@ -116,7 +118,7 @@ class Job:
         self.material = Material(self.reference, item_vectors, self.reference.greedy, self.content)
 
     def run(self) -> gate.GateResult:
-        """Reward, loop, gate, folder; only rank 0 writes."""
+        """Fit the reward, run the loop, apply the gate and write the folder (rank 0)."""
         config, folder = self.config, self.draft.path
         reward, report = self.learn_reward()
         refined = None
@@ -127,15 +129,15 @@ class Job:
             refined = make_table(self.tokenizer, states, self.inputs, self.catalog, config.collisions)
         else:
             RunLog(self.accelerator, folder, None, {})({"stopped": report["reason"]})
-        flips = None if refined is None else self._flips(refined)
-        verdict = gate.refused(report["reason"]) if refined is None else self._judge(refined, flips)
+        changed = None if refined is None else self._changed_codes(refined)
+        verdict = gate.refused(report["reason"]) if refined is None else self._judge(refined, changed)
         if not self.accelerator.is_main_process:
             return verdict
         reward.save(folder / "reward", report)
         write_json(folder / "gate.json", verdict.to_json() | {"margins": config.gate.model_dump(), "reward": report})
         proposed = self.start if refined is None else refined
         moved = write_moved(folder, self.start, proposed, self._gained(reward, proposed), verdict.accepted)
-        self._write_outcome(proposed if verdict.accepted else self.start, verdict.accepted)
+        self._write_tables(proposed if verdict.accepted else self.start, verdict.accepted)
         self.draft.counts.update(
             {
                 "items": len(self.inputs),
@@ -150,8 +152,8 @@ class Job:
                 "accepted": verdict.accepted,
                 "reasons": verdict.reasons,
                 "temperature": self.reference.temperature,
-                "raw_to_published": {"before": _gap(self.start), "after": _gap(proposed)},
-                "text_quality": self._told_quality(),
+                "raw_to_published": {"before": _relocated_share(self.start), "after": _relocated_share(proposed)},
+                "text_quality": self._quality_record(),
             }
         )
         (folder / CHECKPOINT).unlink(missing_ok=True)
@@ -161,8 +163,8 @@ class Job:
         near = NeighboursCodes(codes, self.tokenizer.codebook_size, self.neighbours, self.content, self.config.evidence)
 
         def propose(rows: np.ndarray, prefixes: Codes) -> Codes:
-            theirs = near.after(rows, prefixes, self.config.proposals)
-            return theirs if self.consensus is None else np.concatenate([theirs, self.consensus.after(rows, prefixes)], -1)
+            codes = near.after(rows, prefixes, self.config.proposals)
+            return codes if self.prediction is None else np.concatenate([codes, self.prediction.after(rows, prefixes)], -1)
 
         return propose
 
@@ -170,13 +172,13 @@ class Job:
         behaviour = ppmi_svd(self.neighbours, self.config.evidence.behaviour_dim)
         return RobustPrediction(self.tokenizer.head, states, np.concatenate([behaviour, item_vectors], axis=1))
 
-    def _told_quality(self) -> dict[str, float] | str:
+    def _quality_record(self) -> dict[str, float] | str:
         if self.quality is None:
             return "1 for every item: no text_quality was given"
         return {"mean": float(self.quality.mean()), "deviation": float(self.quality.std())}
 
     def _read_states(self, inputs: list[ItemInput]) -> tuple[Tensor, Tensor]:
-        """SID states (N, L, H) and EMB states (N, H) of N items, each process reading its share."""
+        """SID states (N, L, H) and EMB states (N, H) of N items; each process computes its share."""
         device, size = self.accelerator.device, self.config.batch_size
         order = sorted(range(len(inputs)), key=lambda row: (len(inputs[row].text), len(inputs[row].pictures)))
         starts = range(0, len(order), size)[self.accelerator.process_index :: self.accelerator.num_processes]
@@ -199,72 +201,68 @@ class Job:
         return {key: value.to(self.accelerator.device) for key, value in batch.items()}
 
     def _check_start(self) -> None:
-        """The SIDs must be this tokenizer's, else the gate would compare with someone else's start."""
+        """Check that the SIDs are those of this tokenizer; the gate compares with them."""
         if self.start.codebook_sizes != (self.tokenizer.codebook_size,) * self.tokenizer.num_levels:
             raise ArtifactError(
-                f"{self.config.sids} has codebooks {self.start.codebook_sizes}, the tokenizer {self.config.tokenizer} "
-                f"{self.tokenizer.num_levels} of {self.tokenizer.codebook_size}; assign SIDs with this tokenizer first"
+                f"{self.config.sids} has codebooks {self.start.codebook_sizes}, the tokenizer {self.config.tokenizer} has "
+                f"{self.tokenizer.num_levels} of size {self.tokenizer.codebook_size}; assign SIDs with this tokenizer first"
             )
         same = float((self.start.raw_codes == self.reference.greedy).all(1).mean())
         if same < 0.98:
             raise ArtifactError(
-                f"only {same:.0%} of the raw codes in {self.config.sids} are what {self.config.tokenizer} gives on this catalogue; "
+                f"{self.config.tokenizer} gives only {same:.0%} of the raw codes in {self.config.sids} on this catalogue (98% needed); "
                 "assign SIDs with this tokenizer, captions and interests first"
             )
 
     def learn_reward(self) -> tuple[SidReward, dict[str, Any]]:
-        """`sid_reward`, and its held-out report with `usable` and `reason`."""
+        """Fit `sid_reward`; returns it with its held-out report, which has `usable` and `reason`."""
         config = self.config
         return train_reward(self.material, self.fit_histories, self.held_out, config.evidence, config.reward, config.seed)
 
     def scorer(self, reward: SidReward) -> Scorer:
-        """The components of the reward of candidates, against everybody else's codes."""
+        """Scorer of the loop: reward components of candidates, given the current codes of all items."""
 
         def score(rows: np.ndarray, candidates: Codes, codes: Codes) -> dict[str, Floats]:
             table = self._table(codes)
             growth = self.reference.error_growth(rows, candidates)
             parts = table.components(rows, candidates, growth, self.config.evidence)
             parts["sid_reward"] = self._rewards(reward, table, rows, candidates)
-            if self.consensus is not None:
-                parts["robust_prediction"] = -self.consensus.growth(rows, candidates)
+            if self.prediction is not None:
+                parts["robust_prediction"] = -self.prediction.growth(rows, candidates)
             return parts
 
         return score
 
     def policy(self) -> HeadPolicy:
-        """The tokenizer as the policy that the loop moves, with the weights that `trainable` and `behaviour_rate` name."""
+        """Policy of the tokenizer, with the weights that `trainable` and `behaviour_rate` select."""
         tokenizer, loop = self.tokenizer, self.config.loop
-        tokenizer.emb_head.requires_grad_(False)  # no reward reaches it
-        turns = range(loop.noisy_readings if loop.noisy else 0)
-        noise = [noisy_inputs(self.inputs, turn) for turn in turns]
+        tokenizer.emb_head.requires_grad_(False)  # the reward does not depend on it
         if self.config.trainable == "all":
-            live = lambda inputs: lambda rows: tokenizer.hidden(self._collate([inputs[row] for row in rows.tolist()]))[0].float()  # noqa: E731
+            states = lambda rows: tokenizer.hidden(self._collate([self.inputs[row] for row in rows.tolist()]))[0].float()  # noqa: E731
             trained = [weight for weight in tokenizer.parameters() if weight.requires_grad]
-            states, noisy = live(self.inputs), [live(inputs) for inputs in noise]
         else:
-            cached = lambda states: lambda rows: states[rows]  # noqa: E731
+            states = lambda rows: self.reference.states[rows]  # noqa: E731
             trained = list(tokenizer.head.parameters())
-            states, noisy = cached(self.reference.states), [cached(self._read_states(inputs)[0]) for inputs in noise]
         rates = [1.0] * len(trained)
         if loop.behaviour_rate:
-            trained, rates = [*trained, self._values()], [*rates, loop.behaviour_rate]
-        return HeadPolicy(tokenizer.head, states, trained, self.reference, noisy, rates)
+            trained, rates = [*trained, self._behaviour_values()], [*rates, loop.behaviour_rate]
+        return HeadPolicy(tokenizer.head, states, trained, self.reference, rates)
 
-    def _values(self) -> Tensor:
-        """What the memory adds, to be trained for as long as the loop runs."""
-        memory = getattr(self.tokenizer.head, "behaviour", None)
-        if memory is None:
+    def _behaviour_values(self) -> Tensor:
+        """Values of the tokenizer's behaviour regression, set trainable."""
+        regression = getattr(self.tokenizer.head, "behaviour", None)
+        if regression is None:
             raise ConfigError(
                 f"refine.loop.behaviour_rate is {self.config.loop.behaviour_rate:g}, but the tokenizer {self.config.tokenizer} has no "
                 "behaviour regression; set it to 0, or train the tokenizer with behaviour"
             )
-        return memory.values.requires_grad_()
+        return regression.values.requires_grad_()
 
-    def loop(self, policy: Policy, scorer: Scorer) -> Refinement:
-        """The loop, not yet run."""
+    def loop(self, policy: Policy, scorer: Scorer, kind: type[Refinement] = Refinement) -> Refinement:
+        """Build the loop without running it; `kind` is a subclass with another estimator."""
         config, size = self.config, self.tokenizer.codebook_size
         metric = next_item_information(self.split, size, levels=2 if config.freeze_first_level else 1)
-        return Refinement(policy, self.reference, scorer, config.loop, self.accelerator, config.seed, self.quality, metric)
+        return kind(policy, self.reference, scorer, config.loop, self.accelerator, config.seed, self.quality, metric)
 
     def _refine(self, reward: SidReward) -> None:
         loop = self.loop(self.policy(), self.scorer(reward))
@@ -276,11 +274,11 @@ class Job:
         log.close()
 
     def _describe(self, number: int, codes: Codes) -> dict[str, Any]:
-        """Lift of a round's raw codes; every `checkpoint_every` rounds, where states are cached, what relocation would change in them."""
+        """Lift of a round's raw codes; every `checkpoint_every` rounds, with cached states, also after collision handling."""
         figures = {"lift": gate.level_lift(codes, self.held_out_pairs)}
         if number % self.config.loop.checkpoint_every == 0 and self.config.trainable == "heads":
             table = make_table(self.tokenizer, self.reference.states, self.inputs, self.catalog, self.config.collisions)
-            figures |= {"raw_to_published": _gap(table), "lift_published": gate.level_lift(table.codes, self.held_out_pairs)}
+            figures |= {"raw_to_published": _relocated_share(table), "lift_published": gate.level_lift(table.codes, self.held_out_pairs)}
         return figures
 
     def _table(self, codes: Codes) -> CodeTable:
@@ -296,15 +294,15 @@ class Job:
         return np.concatenate(pieces)
 
     def _gained(self, reward: SidReward, refined: SidTable) -> Floats:
-        """(M,) reward of each moved item's new codes in the new table less that of its old codes in the old table."""
+        """(M,) reward of each moved item's new codes in the new table minus that of its old codes in the old table."""
         rows = np.flatnonzero((self.start.codes != refined.codes).any(axis=1))
         if not len(rows):
             return np.zeros(0)
         now, then = (self._rewards(reward, self._table(codes), rows, codes[rows][:, None]) for codes in (refined.codes, self.start.codes))
         return (now - then)[:, 0]
 
-    def _flips(self, refined: SidTable) -> tuple[np.ndarray, np.ndarray] | None:
-        """Whether raw codes of a sample of items flip when they are read with noise: under the start, under the policy."""
+    def _changed_codes(self, refined: SidTable) -> tuple[np.ndarray, np.ndarray] | None:
+        """Whether raw codes of a sample of items change under noise, before and after refinement; None without texts."""
         rows, noisy = noisy_sample(self.inputs, [item.content_sha256 for item in self.catalog.items])
         if not rows:
             return None
@@ -315,12 +313,12 @@ class Job:
             self.tokenizer, moved = start.to(self.accelerator.device).eval(), self.tokenizer
             before, self.tokenizer = self._read_states(noisy)[0], moved
         return (
-            flipped(self.reference.head, before, self.reference.greedy[rows]),
-            flipped(self.tokenizer.head, after, refined.raw_codes[rows]),
+            changed_codes(self.reference.head, before, self.reference.greedy[rows]),
+            changed_codes(self.tokenizer.head, after, refined.raw_codes[rows]),
         )
 
-    def _judge(self, refined: SidTable, flips: tuple[np.ndarray, np.ndarray] | None) -> gate.GateResult:
-        """The gate, on every process; the quick recommender (several training runs) is asked only when everything cheaper has passed."""
+    def _judge(self, refined: SidTable, changed: tuple[np.ndarray, np.ndarray] | None) -> gate.GateResult:
+        """Apply the gate on every process. The quick recommender (several training runs) is used only if all cheaper guards pass."""
         config, tables = self.config.gate, (self.start, refined)
         size = self.tokenizer.codebook_size
         figures = [
@@ -336,32 +334,34 @@ class Job:
             for table in tables
         ]
         share, noise = gate.bootstrap(self.start.codes, refined.codes, size, self.held_out_pairs, config, self.config.seed)
-        if flips is not None:
-            figures, noise = _joined(figures, noise, *gate.flip_rate_figures(*flips))
+        if changed is not None:
+            figures, noise = _merged(figures, noise, *gate.flip_rate_figures(*changed))
         verdict = gate.decide(*figures, share, config, noise)
         ranked: dict[tuple[int, int], Mapping[str, float]] = {}
         for runs in (config.quick_seeds, config.quick_seeds + config.more_seeds):
-            # first where all else has passed, then again where it was the quick recommender that refused
-            wanted = self.quick is not None and verdict.accepted != bool(ranked) and runs * len(tables) > len(ranked)
-            if not broadcast_object_list([wanted])[0]:  # rank 0's word: all or none train
+            # the first runs follow if all other guards pass; further runs follow if the quick recommender refuses
+            needed = self.quick is not None and verdict.accepted != bool(ranked) and runs * len(tables) > len(ranked)
+            if not broadcast_object_list([needed])[0]:  # rank 0 decides, so that all processes train or none
                 break
-            more, error = _joined(figures, noise, *self._ranked(self.quick, tables, runs, ranked))
+            more, error = _merged(figures, noise, *self._ranked(self.quick, tables, runs, ranked))
             verdict = gate.decide(*more, share, config, error)
         return verdict
 
     def _ranked(
         self, quick: QuickRecommender, tables: Sequence[SidTable], seeds: int, known: dict[tuple[int, int], Mapping[str, float]]
     ) -> tuple[list[dict[str, float]], dict[str, float]]:
-        """`gate.ranking_figures` of the tables over so many seeds; training runs that are not `known` yet are shared out, each made by one
-        process alone, and taken down there."""
+        """`gate.ranking_figures` of the tables over a number of seeds.
+
+        Runs that are not in `known` are distributed over the processes, one process per run, and added to `known`.
+        """
         chosen = range(self.config.seed, self.config.seed + seeds)
         runs = [run for seed in chosen for place in range(len(tables)) if (run := (place, seed)) not in known]
-        mine = runs[self.accelerator.process_index :: self.accelerator.num_processes]
-        known.update(gather_object([((place, seed), dict(quick(tables[place], seed))) for place, seed in mine]))
+        own = runs[self.accelerator.process_index :: self.accelerator.num_processes]
+        known.update(gather_object([((place, seed), dict(quick(tables[place], seed))) for place, seed in own]))
         return gate.ranking_figures(lambda place, seed: known[place, seed], range(len(tables)), chosen)
 
-    def _write_outcome(self, table: SidTable, accepted: bool) -> None:
-        """The tokenizer and its SIDs: the refined ones, or the start's as they were."""
+    def _write_tables(self, table: SidTable, accepted: bool) -> None:
+        """Write tokenizer and SIDs: the refined ones, or those of the start."""
         if not accepted:
             self.tokenizer = ItemTokenizer.from_pretrained(tokenizer_folder(self.config.tokenizer))
         outcome = "refined by `mmsid refine`" if accepted else "kept as it was: `mmsid refine` was not accepted by its gate"
@@ -372,13 +372,13 @@ class Job:
         write_sids(self.draft.path / "sids", table, embedding, self.catalog, self.held_out, self.config.seed)
 
 
-def _joined(
+def _merged(
     figures: Sequence[dict[str, float]], noise: dict[str, float], more: Sequence[dict[str, float]], error: dict[str, float]
 ) -> tuple[list[dict[str, float]], dict[str, float]]:
-    """Figures of every table, and their noise, with more of them beside."""
+    """Metrics of every table and their standard errors, extended by further ones."""
     return [one | other for one, other in zip(figures, more, strict=True)], noise | error
 
 
-def _gap(table: SidTable) -> float:
-    """Share of the items whose published codes are not the policy's own."""
+def _relocated_share(table: SidTable) -> float:
+    """Share of the items whose published codes differ from their raw codes."""
     return float((table.codes != table.raw_codes).any(axis=1).mean())

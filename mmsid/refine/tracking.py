@@ -1,4 +1,4 @@
-"""Where the figures of a run go: one line of JSON per round, and whatever tracker accelerate has been told to feed."""
+"""Log of a run: one line of JSON per round in `log.jsonl`, and an optional tracker of accelerate."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ TrackerName = Literal["tensorboard", "wandb"]
 
 
 def check_tracker(name: TrackerName | None) -> None:
-    """Raises ConfigError where the tracker is not installed (accelerate would leave it out without a word)."""
+    """Raises ConfigError if the tracker is not installed; accelerate would skip it silently."""
     if {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available, None: lambda: True}[name]():
         return
     raise ConfigError(
-        f"refine.log_with is {name}, which is not installed; pip install {name}, or leave it out: log.jsonl is always written"
+        f"refine.log_with is {name}, which is not installed; pip install {name}, or remove the key (log.jsonl is always written)"
     )
 
 
 class RunLog:
-    """`log.jsonl` in `folder`, and the trackers of the accelerator; only rank 0 writes.
+    """Writes records to `log.jsonl` in `folder` and to the accelerator's trackers, on rank 0.
 
     Args:
-        folder: of the draft; the files of a tracker go to `folder`/trackers.
-        tracker: a name, or a tracker of your own.
-        first: round to continue at; lines of that round and later ones, left by an interrupted run, are dropped.
+        folder: draft folder; files of a tracker are written to `folder`/trackers.
+        tracker: a name, or a tracker object.
+        config: hyperparameters for the tracker.
+        first: round to continue at; lines of that round and later ones, left by an interrupted run, are removed.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class RunLog:
         accelerator.init_trackers("mmsid_refine", {name: value for name, value in config.items() if isinstance(value, (int, float, str))})
 
     def __call__(self, record: dict[str, Any]) -> None:
-        """Take one flat record down; `round` is the step of its numbers."""
+        """Write one flat record; `round` is the step of its numbers in a tracker."""
         if not self.accelerator.is_main_process:
             return
         with open(self.path, "a", encoding="utf-8") as handle:
@@ -55,6 +56,6 @@ class RunLog:
         self.accelerator.log(numbers, step=record.get("round"))
 
     def close(self) -> None:
-        """End the trackers' runs: before the draft is published, because their files lie in it."""
-        for tracker in self.accelerator.trackers:  # `end_training` would end the process group too
+        """End the trackers' runs. Call it before the draft is published, because their files are in it."""
+        for tracker in self.accelerator.trackers:  # `end_training` would also end the process group
             tracker.finish()
