@@ -1,12 +1,11 @@
-"""One difference over several data sets: arms of a finished bench, paired over users and seeds, every set weighing the same.
+"""Differences between variants of a finished bench, pooled over data sets with equal weight, paired over users and seeds.
 
-    mmsid bench --dataset amazon_scientific --suite refinement --only start,refined,best_of_n suite.within=0
-    mmsid bench --dataset amazon_beauty --suite refinement --only start,refined,best_of_n suite.within=0
+    python benchmarks/refinement.py --dataset amazon_scientific --only start,refined,best_of_n suite.within=0
+    python benchmarks/refinement.py --dataset amazon_beauty --only start,refined,best_of_n suite.within=0
     python benchmarks/pooled.py --runs runs --suite refinement --datasets amazon_scientific amazon_beauty --arms start refined best_of_n
 
-Per set and pair of arms: the difference of NDCG@10 at the seeds that both have. The pooled difference is the mean of the sets' own, a set
-with more users counting no more; an interval comes from draws of users and of seeds with replacement, in every set by itself (users and
-tokenizers of two sets are not the same, so nothing pairs across sets). `share` is a difference over the second arm's figure.
+The metric is NDCG@10 at the seeds that both variants have. The pooled difference is the mean of the data sets' differences. Intervals come
+from a bootstrap over users and seeds within each data set. `share` is a difference relative to the second variant.
 """
 
 from __future__ import annotations
@@ -25,13 +24,13 @@ METRIC = "NDCG@10"
 
 
 def main() -> None:
-    """Read the ranks of every arm, set and seed, then write `pooled.json` and `pooled.md`."""
+    """Read the ranks of every variant, data set and seed, then write `pooled.json` and `pooled.md`."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=Path, nargs="+", default=[Path("runs")], help="one for all data sets, or one for each")
     parser.add_argument("--suite", default="refinement")
     parser.add_argument("--datasets", nargs="+", required=True)
     parser.add_argument("--arms", nargs="+", required=True)
-    parser.add_argument("--seeds", type=int, nargs="+", help="instead of all that are finished")
+    parser.add_argument("--seeds", type=int, nargs="+", help="default: all finished seeds")
     parser.add_argument("--part", choices=("valid", "test"), default="test")
     parser.add_argument("--draws", type=int, default=10_000)
     parser.add_argument("--out", type=Path, default=Path("runs"))
@@ -50,23 +49,23 @@ def main() -> None:
 
 
 def read_arm(folder: Path, arm: str, part: str, seeds: list[int] | None) -> dict[int, np.ndarray]:
-    """Seed -> the metric of every user (P,), of the finished fits of one arm. Raises SystemExit where a seed has two."""
+    """Metric of every user (P,) per seed, of the finished fits of one variant. Raises SystemExit if a seed has two fits."""
     found: dict[int, np.ndarray] = {}
     for fit in sorted(path for path in folder.glob("fit-seed*") if is_complete(path)):
         seed = int(fit.name.split("-")[1].removeprefix("seed"))
         if seeds is None or seed in seeds:
             if seed in found:
                 raise SystemExit(
-                    f"{folder} holds two fits of seed {seed}; keep the one that is meant, or give the runs of each bench apart"
+                    f"{folder} has two fits of seed {seed}; keep one of them, or name the runs of each bench separately (--runs)"
                 )
             found[seed] = per_position(read_ranks(fit / f"{arm}.{part}.parquet", part).ranks, METRIC)
     if not found:
-        raise SystemExit(f"{folder} holds no finished fit; run the bench first")
+        raise SystemExit(f"{folder} has no finished fit; run the bench first")
     return found
 
 
 def compare(values: dict[str, dict[str, dict[int, np.ndarray]]], arm: str, baseline: str, draws: int) -> list[dict[str, object]]:
-    """Rows of one pair: each set, then all of them pooled."""
+    """Rows of one pair of variants: each data set, then all of them pooled."""
     gaps, figures, drawn, rows = [], [], [], []
     for place, (dataset, arms) in enumerate(values.items()):
         seeds = sorted(arms[arm].keys() & arms[baseline].keys())
@@ -79,7 +78,7 @@ def compare(values: dict[str, dict[str, dict[int, np.ndarray]]], arm: str, basel
 
 
 def resampled(gap: np.ndarray, draws: int, rng: np.random.Generator) -> np.ndarray:
-    """Mean of the differences (S, P) under draws of seeds and users, (draws,)."""
+    """Bootstrap means (draws,) of the differences (S, P) over seeds and users."""
     seeds, users = gap.shape
     found = []
     for start in range(0, draws, 250):
@@ -92,20 +91,20 @@ def resampled(gap: np.ndarray, draws: int, rng: np.random.Generator) -> np.ndarr
 def row(
     name: str, arm: str, baseline: str, figures: list[tuple[float, float]], gaps: list[float], drawn: list[np.ndarray], seeds: int
 ) -> dict[str, object]:
-    """Means over the sets that are given: figures of both arms, difference, interval, and the smallest effect that could have been seen."""
+    """Means over data sets: metrics of both variants, difference, interval, and the smallest detectable effect."""
     means, base = np.mean(drawn, axis=0), float(np.mean([one for _, one in figures]))
     low, high = np.quantile(means, [0.025, 0.975])
-    told = {"data": name, "arm": arm, "baseline": baseline, "seeds": seeds, "figure": float(np.mean([one for one, _ in figures]))}
-    told |= {"baseline_figure": base, "difference": float(np.mean(gaps)), "low": float(low), "high": float(high)}
-    return told | {"share": told["difference"] / base, "detectable_share": float(2.8 * means.std() / base)}
+    found = {"data": name, "arm": arm, "baseline": baseline, "seeds": seeds, "figure": float(np.mean([one for one, _ in figures]))}
+    found |= {"baseline_figure": base, "difference": float(np.mean(gaps)), "low": float(low), "high": float(high)}
+    return found | {"share": found["difference"] / base, "detectable_share": float(2.8 * means.std() / base)}
 
 
 def page(rows: list[dict[str, object]], part: str) -> str:
-    """Markdown."""
+    """Markdown table of the rows."""
     lines = [
         f"# {METRIC} on {part}, pooled over data sets",
         "",
-        "| data | arm | against | seeds | figures | difference | 95 % interval | share | could have seen |",
+        "| data | variant | baseline | seeds | figures | difference | 95 % interval | share | detectable share |",
     ]
     lines.append("|---" * 9 + "|")
     for one in rows:

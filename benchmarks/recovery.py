@@ -1,17 +1,14 @@
-"""Does refinement repair a damaged tokenizer, and does it leave a good one in peace? Drawn demo catalogue, truth known.
+"""Recovery of a tokenizer with damaged targets by refinement, and harm to a sound tokenizer, on the demo catalogue.
 
     mmsid demo-catalog demo/catalog --items 1200 --users 1500 --seed 0
     OMP_NUM_THREADS=1 python benchmarks/recovery.py --seeds 0
 
-Per seed two tokenizers of the same configuration are trained: `good`, and `damaged`, which learns from targets of which a share (20 %)
-was exchanged between items: their content stays, the vectors that their codes are made of are somebody else's. Both are refined, with KL
-to themselves, by the recipe `repair`, and go through the gate; what the gate let through is refined again, up to `--passes` in all, from a
-reference, trees and a reward that no longer believe the damaged start. Figures are of published codes: level-1 lift and target on the
-held-out users, and NDCG@10, HR@10 and HR@50 of the instrument on test (`--part valid` opens no test ranks).
+Two tokenizers per seed: `good`, and `damaged`, trained on targets of which a share (20 %) was exchanged between items. Both are refined
+with the recipe `repair` and the acceptance gate; an accepted result is refined again, up to `--passes` times. Metrics are of published
+codes: level-1 lift and target on held-out users; NDCG@10, HR@10 and HR@50 of the SID transformer (test; `--part valid` leaves test unread).
 
-`refined` is what the gate let through, `proposed` what the last pass wanted. `recovered` is (refined - damaged) / (good - damaged); where
-the damage is not above 0, or smaller than two deviations over recommender seeds (lift and target have none), no share is given. `harm`
-is good refined - good.
+`refined` is the accepted result, `proposed` the last result before the gate. `recovered` = (refined - damaged) / (good - damaged), without
+value where the loss is not above two deviations over recommender seeds (0 for lift and target). `harm` = good refined - good.
 """
 
 from __future__ import annotations
@@ -41,27 +38,27 @@ LATER = ("train_tokenizer", "assign", "refine")
 
 
 class Damaged(Training):
-    """The training of the product, on targets of which a share was exchanged between items."""
+    """Tokenizer training on targets of which a share was exchanged between items."""
 
     share = 0.2
 
     def _space(
-        self, readings: initialization.ContentStates, behaviour: initialization.Behaviour, start: initialization.StartSettings
+        self, content: initialization.ContentStates, behaviour: initialization.Behaviour, start: initialization.StartSettings
     ) -> np.ndarray:
-        space = super()._space(readings, behaviour, start)
+        space = super()._space(content, behaviour, start)
         rng = np.random.default_rng([self.config.seed, 11])
         rows = rng.permutation(len(space))[: round(self.share * len(space))]
-        space[rows] = space[np.roll(rows, 1)]  # nobody keeps his own
+        space[rows] = space[np.roll(rows, 1)]  # every item of the share gets the target of another
         return space
 
 
 def main() -> None:
-    """Run every seed that has no result yet, then write the tables."""
+    """Run every seed without result, then write the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", type=Path, default=Path(__file__).parents[1] / "configs" / "demo.yaml")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--recommender-seeds", type=int, default=2)
-    parser.add_argument("--passes", type=int, default=4, help="refine again what the gate let through, until it refuses")
+    parser.add_argument("--passes", type=int, default=4, help="refinements in a row; ends at the first that the gate refuses")
     parser.add_argument("--share", type=float, default=Damaged.share)
     parser.add_argument("--part", choices=("valid", "test"), default="test")
     parser.add_argument("--out", type=Path, default=Path("runs/recovery"))
@@ -81,12 +78,12 @@ def main() -> None:
 
 
 def one_seed(parsed: argparse.Namespace, seed: int) -> dict[str, Any]:
-    """Train, damage, refine, rank; -> figures per table and what was recovered."""
+    """Train, refine and rank both tokenizers; -> metrics per table, recovered shares and harm."""
     data = load_yaml(parsed.config, ["refine.recipe=repair", *parsed.overrides, f"seed={seed}", f"name=good{seed}", f"runs={parsed.out}"])
     data = {key: value for key, value in data.items() if key not in ("baselines", "train_recommender", "report")}
     configs = stage_configs(data, str(parsed.config))
     run_stages(configs)
-    # the annotations are the good run's; everything after them is made anew
+    # the damaged run uses the annotations of the good run
     read = {key: str(configs[stage].out) for stage, key in (("caption", "captions"), ("interests", "interests")) if stage in configs}
     again = {key: value for key, value in data.items() if key not in ("caption", "interests")} | {"name": f"damaged{seed}"}
     damaged = stage_configs(again | {stage: (data[stage] or {}) | read for stage in LATER}, str(parsed.config))
@@ -112,7 +109,7 @@ def one_seed(parsed: argparse.Namespace, seed: int) -> dict[str, Any]:
 
 
 def refine_again(config: RefineConfig, passes: int) -> list[RefineConfig]:
-    """Configurations of a finished refinement and of its further passes, each of what the one before published; none after a refusal."""
+    """Refine an accepted result again, up to `passes` in all; -> configurations of all passes, the last may be refused."""
     done = [config]
     while len(done) < passes and read_json(done[-1].out / "gate.json")["accepted"]:
         start = done[-1].out
@@ -123,7 +120,7 @@ def refine_again(config: RefineConfig, passes: int) -> list[RefineConfig]:
 
 
 def train_damaged(config: TrainTokenizerConfig) -> None:
-    """As `mmsid.tokenizer.train.run`, with the damaged targets."""
+    """`mmsid.tokenizer.train.run` with damaged targets."""
     if is_complete(config.out):
         return
     accelerator = make_accelerator(config.precision, unused_parameters=True)
@@ -136,7 +133,7 @@ def train_damaged(config: TrainTokenizerConfig) -> None:
 
 
 def proposed(start: SidTable, refined: Path) -> SidTable:
-    """What refinement wanted to publish, whatever the gate said."""
+    """SIDs that refinement proposed to the gate."""
     codes = start.codes.copy()
     row = {item_id: place for place, item_id in enumerate(start.item_ids)}
     for moved in read_table(refined / "moved.parquet").to_pylist():
@@ -145,7 +142,7 @@ def proposed(start: SidTable, refined: Path) -> SidTable:
 
 
 def measure(one: SidTable, catalog: Catalog, split: Split, seeds: range, part: str) -> dict[str, dict[str, float]]:
-    """Held-out lift and target, and ranking figures over recommender seeds: mean and deviation of each."""
+    """Mean and deviation of held-out lift and target, and of ranking metrics over recommender seeds."""
     held_out = gate.HeldOutPairs.from_histories(split.held_out_histories())
     target = gate.agreement(one.codes, max(one.codebook_sizes), held_out, gate.GateConfig().level_weights)
     found = {"lift": [gate.level_lift(one.codes, held_out)], "target": [target], **{metric: [] for metric in METRICS}}
@@ -160,26 +157,26 @@ def measure(one: SidTable, catalog: Catalog, split: Split, seeds: range, part: s
 
 
 def compare(figures: dict[str, dict[str, dict[str, float]]]) -> dict[str, dict[str, float | None]]:
-    """Per figure: the damage, the share of it recovered (None where the damage is within noise), and the harm to the good one."""
+    """Per metric: loss by damaged targets, recovered share of it (None where the loss is within noise), and harm to the good tokenizer."""
     damage, recovered, harm = {}, {}, {}
     for name in figures["good"]:
-        good, bad, repaired, after = (figures[arm][name] for arm in ("good", "damaged", "damaged refined", "good refined"))
+        good, bad, repaired, after = (figures[table][name] for table in ("good", "damaged", "damaged refined", "good refined"))
         damage[name] = good["mean"] - bad["mean"]
-        seen = damage[name] > 2 * np.sqrt((good["std"] ** 2 + bad["std"] ** 2) / 2)
-        recovered[name] = (repaired["mean"] - bad["mean"]) / damage[name] if seen else None
+        measurable = damage[name] > 2 * np.sqrt((good["std"] ** 2 + bad["std"] ** 2) / 2)
+        recovered[name] = (repaired["mean"] - bad["mean"]) / damage[name] if measurable else None
         harm[name] = after["mean"] - good["mean"]
     return {"damage": damage, "recovered": recovered, "harm": harm}
 
 
 def table(seed: int, found: dict[str, Any]) -> str:
-    """Markdown of one seed."""
+    """Markdown table of one seed."""
     names = list(found["figures"]["good"])
     lines = [f"## Seed {seed}, {found['share']:.0%} of the targets exchanged, {found['part']}", "", f"| | {' | '.join(names)} |"]
     lines.append("|---" * (len(names) + 1) + "|")
-    for arm, figures in found["figures"].items():
-        lines.append(f"| {arm} | " + " | ".join(f"{one['mean']:.4f} ± {one['std']:.4f}" for one in figures.values()) + " |")
-    for name, tell in (("damage", "{:.4f}"), ("recovered", "{:.0%}"), ("harm", "{:+.4f}")):
-        lines.append(f"| {name} | " + " | ".join("-" if v is None else tell.format(v) for v in found[name].values()) + " |")
+    for variant, figures in found["figures"].items():
+        lines.append(f"| {variant} | " + " | ".join(f"{one['mean']:.4f} ± {one['std']:.4f}" for one in figures.values()) + " |")
+    for name, form in (("damage", "{:.4f}"), ("recovered", "{:.0%}"), ("harm", "{:+.4f}")):
+        lines.append(f"| {name} | " + " | ".join("-" if v is None else form.format(v) for v in found[name].values()) + " |")
     lines += ["", *[f"- gate on {name} ({found['moved'][name]} items moved): {one}" for name, one in found["verdicts"].items()], ""]
     return "\n".join(lines)
 

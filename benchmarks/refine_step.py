@@ -1,15 +1,10 @@
-"""What an optimiser step of refinement costs beside a supervised step of the tokenizer on the same items.
+"""Cost of an optimiser step of refinement relative to a supervised step of the tokenizer on the same items.
 
     OMP_NUM_THREADS=1 python benchmarks/refine_step.py
 
-Draws a small demo catalogue, makes a tokenizer's closed-form start on it, and times on the same batches of items, with the same weights
-trained (query tokens, adapter, head: `trainable: all`):
-
-- supervised: read the batch, the losses of `train_tokenizer`, backward, clip, step;
-- refinement: read the batch, log-probabilities of every path of the items' trees, surrogate and exact KL, backward, clip, step;
-- refinement of the head alone on cached states (`trainable: heads`, the default), which the demo runs.
-
-Seconds are of the process' own CPU time, so that other jobs on the machine matter less; the ratio of medians is what counts.
+Times three steps on the same batches of a small demo catalogue: `supervised` (losses of `train_tokenizer`), `refinement` with
+`trainable: all` (log-probabilities of all paths, surrogate, exact KL), both including the backbone, and `refinement_heads` on cached states
+(the default). Times are CPU seconds of the process; the result is the ratio of medians.
 """
 
 from __future__ import annotations
@@ -34,7 +29,7 @@ from mmsid.tokenizer.training import Training
 
 
 def main() -> None:
-    """Time the three kinds of step, print and write `refine_step.json`."""
+    """Time the three kinds of step, print the result and write `refine_step.json`."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--items", type=int, default=192)
     parser.add_argument("--repeats", type=int, default=8)
@@ -57,7 +52,7 @@ def main() -> None:
 
 
 def time_steps(folder: Path, items: int, repeats: int) -> dict[str, list[float]]:
-    """Kind of step -> CPU seconds of each repetition; the first of each kind is warm-up and left out."""
+    """CPU seconds of each repetition per kind of step, without the first one (warm-up)."""
     write_demo_catalog(folder / "catalog", items=items, users=2 * items, seed=0)
     catalog_config = CatalogConfig(
         items=folder / "catalog" / "items.parquet",
@@ -84,9 +79,9 @@ def time_steps(folder: Path, items: int, repeats: int) -> dict[str, list[float]]
         "refinement": [weight for weight in tokenizer.parameters() if weight.requires_grad],
         "refinement_heads": list(tokenizer.head.parameters()),
     }
-    reading = {"refinement": lambda rows: read(rows.tolist()), "refinement_heads": lambda rows: states[rows]}
+    states_of = {"refinement": lambda rows: read(rows.tolist()), "refinement_heads": lambda rows: states[rows]}
     for name, trained in weights.items():
-        policy = HeadPolicy(tokenizer.head, reading[name], trained, reference)
+        policy = HeadPolicy(tokenizer.head, states_of[name], trained, reference)
         optimizer = torch.optim.Adam(trained, lr=1e-6)
         batches = [torch.from_numpy(training.plan.batch(step, 0, 1).rows) for step in range(repeats + 1)]
         seconds[name] = [refinement_step(policy, optimizer, rows) for rows in batches][1:]
@@ -94,16 +89,14 @@ def time_steps(folder: Path, items: int, repeats: int) -> dict[str, list[float]]
 
 
 def refinement_step(policy: HeadPolicy, optimizer: torch.optim.Optimizer, rows: torch.Tensor) -> float:
-    """One step as the loop takes it, on drawn paths with drawn advantages; -> CPU seconds."""
+    """One step of the loop on sampled paths with random advantages; -> CPU seconds."""
     config, reference = LoopConfig(), policy.reference
     old_all = reference.tree.log_prob[rows]
     picks = ppo.sample_groups(old_all, config.group, torch.Generator().manual_seed(0))
     signal = ppo.leave_one_out(torch.randn(picks.shape, generator=torch.Generator().manual_seed(1)))
     started = time.process_time()
     new_all = policy.log_prob(rows)
-    gain = ppo.surrogate(
-        new_all.gather(1, picks), old_all.gather(1, picks), signal, config.clip_low, config.clip_high, config.negatives
-    ).mean(1)
+    gain = ppo.surrogate(new_all.gather(1, picks), old_all.gather(1, picks), signal, config.clip_low, config.clip_high).mean(1)
     loss = (config.kl * ppo.exact_kl(new_all, old_all) - gain).mean()
     optimizer.zero_grad()
     loss.backward()
