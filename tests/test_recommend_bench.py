@@ -1,4 +1,4 @@
-"""The bench: its rules by hand, its jobs on a tiny catalogue, and the whole command with a failing arm, a kill and a second call."""
+"""Bench: selection rules, jobs on a tiny catalogue, and the command with a failing arm, a kill and a second call."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from mmsid.recommend.bench.plan import Plan
 from mmsid.recommend.bench.pool import BUDGET_SPENT, Outcome, Pool
 from mmsid.recommend.bench.results import collect
 from mmsid.recommend.bench.run import BenchOptions, run
-from mmsid.recommend.bench.selection import choose_finalists, choose_trial, judge
+from mmsid.recommend.bench.selection import choose_finalists, choose_trial, select
 from mmsid.recommend.classical import CLASSICAL_NAMES
 from mmsid.recommend.metrics import Ranks
 from mmsid.recommend.result_rows import difference_rows, read_ranks
@@ -51,19 +51,19 @@ SUITE = {
 
 @pytest.fixture
 def dataset(tmp_path) -> DatasetConfig:
-    """40 items, 90 users who walk through their group in a circle, and one published SID set."""
+    """40 items, 90 users whose histories cycle through one group of items, and one published SID set."""
     folder = tmp_path / "data"
     numbers = write_catalogue(folder)
-    sids = {"item_id": list(numbers), "someone": [f"<a_{n // 10}> <b_{n % 10}>" for n in numbers.values()]}
+    sids = {"item_id": list(numbers), "letter": [f"<a_{n // 10}> <b_{n % 10}>" for n in numbers.values()]}
     pq.write_table(pa.table(sids), folder / "reference_sids.parquet")
-    described = {
+    settings = {
         "name": "tiny",
         "catalog": {"items": folder / "items.parquet", "sequences": folder / "sequences.parquet"},
         "num_levels": 2,
         "codebook_size": 8,
         "published": {"sids": folder / "reference_sids.parquet"},
     }
-    return DatasetConfig(**described)
+    return DatasetConfig(**settings)
 
 
 def plan_for(dataset: DatasetConfig, work: Path, **changes) -> tuple[Plan, Bench]:
@@ -72,14 +72,14 @@ def plan_for(dataset: DatasetConfig, work: Path, **changes) -> tuple[Plan, Bench
 
 
 def screen(plan: Plan, bench: Bench, *names: str) -> None:
-    """All screening jobs of some arms, in this process."""
+    """Run all screening jobs of some arms in this process."""
     for arm in (arm for arm in plan.arms() if arm.name in names):
         bench(plan.sids(arm, plan.suite.seeds[0]))
         for trial in range(len(plan.suite.trials)):
             bench(plan.fit(arm, trial, plan.suite.seeds[0]))
 
 
-# --- what is shipped, and what is refused
+# --- configurations
 
 
 @pytest.mark.parametrize("suite", sorted(path.stem for path in (CONFIGS / "suites").glob("*.yaml")))
@@ -94,7 +94,7 @@ def test_every_shipped_suite_fits_every_shipped_data_set(name, suite):
     assert set(data.left_out) <= {"category_path"} and not set(data.left_out) & {arm.name for arm in plan.arms()}
 
 
-def test_the_sid_methods_has_every_rival():
+def test_the_suite_sid_methods_has_every_method():
     suite = load_suite("sid_methods")
     made = {(arm.sids.method, arm.sids.space) for arm in suite.arms.values() if arm.sids}
     assert made >= {(method, space) for method in ("rq_kmeans", "balanced_rq", "rq_vae") for space in ("text", "fused")}
@@ -110,19 +110,19 @@ def test_overrides_reach_both_files():
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "message"),
     [
         ({"arms": {"a": {"sids": {"method": "random"}, "classical": True}}}, "exactly one"),
         ({"arms": {"item_knn": {"sids": {"method": "random"}}}}, "names of the classical baselines"),
         ({"arms": SUITE["arms"] | {"both": {"fusion": "classical"}}}, "must be a SID arm"),
-        ({"claims": ["nobody"]}, "nobody.*is no arm"),
+        ({"claims": ["unknown"]}, "unknown.*is not an arm"),
         ({"seeds": [1, 1]}, "twice"),
-        ({"arms": {"ours": {"tokenizer": {"seed": 3}}}}, "given by the bench"),
+        ({"arms": {"ours": {"tokenizer": {"seed": 3}}}}, "set by the bench"),
         ({"trials": [{"model": {"droput": 0.1}}]}, "droput"),
     ],
 )
-def test_a_wrong_suite_is_refused(changes, words):
-    with pytest.raises(ConfigError, match=words):
+def test_an_invalid_suite_is_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
         build(SuiteConfig, SUITE | {"baselines": []} | changes, source="suite.yaml", section="")
 
 
@@ -131,44 +131,44 @@ def test_an_unknown_name_lists_the_shipped_ones():
         load_dataset("amazon")
 
 
-# --- the rules
+# --- selection
 
 
-def test_the_best_trial_on_valid_wins_and_the_first_of_equals():
+def test_the_best_trial_on_valid_is_chosen_and_ties_go_to_the_first():
     assert choose_trial({0: 0.10, 1: 0.12, 2: 0.11}) == 1
     assert choose_trial({0: 0.12, 1: 0.12}) == 0
 
 
-def test_within_five_percent_of_the_best_or_named():
+def test_finalists_are_close_to_the_best_or_listed():
     screened = {"best": 0.100, "edge": 0.095, "below": 0.0949, "claimed": 0.010}
     assert choose_finalists(screened, 0.05, {"claimed", "elsewhere"}) == ["best", "edge", "claimed"]
     assert choose_finalists({}, 0.05, {"claimed"}) == []
 
 
-def test_differences_pair_the_seeds_that_both_have():
+def test_differences_use_the_common_seeds():
     users = 400
     hit, miss = Ranks(np.zeros(users, int), np.ones(users, int)), Ranks(np.full(users, 99), np.ones(users, int))
-    ranks = {"full": {0: hit, 1: hit, 2: miss}, "screened": {0: miss}, "floor": {None: miss}, "other": {7: hit}}
-    rows = {(row["arm"], row["baseline"]): row for row in difference_rows(ranks, ["full", "floor"], "test") if row["metric"] == "HR@10"}
+    ranks = {"full": {0: hit, 1: hit, 2: miss}, "screened": {0: miss}, "classical": {None: miss}, "other": {7: hit}}
+    rows = {(row["arm"], row["baseline"]): row for row in difference_rows(ranks, ["full", "classical"], "test") if row["metric"] == "HR@10"}
     assert rows["screened", "full"]["mean"] == -1 and rows["screened", "full"]["seeds"] == 1
-    assert rows["floor", "full"]["mean"] == pytest.approx(-2 / 3) and rows["floor", "full"]["seeds"] == 3
-    assert ("other", "full") not in rows and rows["other", "floor"]["mean"] == 1
-    assert rows["screened", "floor"]["mean"] == 0 and not rows["screened", "floor"]["exceeds_noise"]
-    assert rows["other", "floor"]["exceeds_noise"] and rows["other", "floor"]["p_holm"] > rows["other", "floor"]["p"]
+    assert rows["classical", "full"]["mean"] == pytest.approx(-2 / 3) and rows["classical", "full"]["seeds"] == 3
+    assert ("other", "full") not in rows and rows["other", "classical"]["mean"] == 1
+    assert rows["screened", "classical"]["mean"] == 0 and not rows["screened", "classical"]["exceeds_noise"]
+    assert rows["other", "classical"]["exceeds_noise"] and rows["other", "classical"]["p_holm"] > rows["other", "classical"]["p"]
 
 
 # --- jobs, in this process
 
 
 def test_the_trial_is_chosen_by_valid_alone(dataset, tmp_path):
-    """Permuted test labels change the test ranks and nothing that is looked at before."""
+    """Permuted test labels change the test ranks and nothing else."""
     figures, tests = [], []
     for permuted in (False, True):
         plan, bench = plan_for(dataset, tmp_path / f"work{permuted}")
         if permuted:
             bench.split.test[:] = np.random.default_rng(0).permutation(bench.split.test)
         screen(plan, bench, "balanced_rq", "random")
-        choice = judge(plan)
+        choice = select(plan)
         rows, _ = collect(plan, choice.trials, ("valid",))
         figures.append((choice, [(row["arm"], row["valid"], row["trial"]) for row in rows]))
         arm = next(arm for arm in plan.arms() if arm.name == "balanced_rq")
@@ -177,57 +177,57 @@ def test_the_trial_is_chosen_by_valid_alone(dataset, tmp_path):
     assert tests[0] != tests[1]
 
 
-def test_without_test_its_ranks_are_not_opened(dataset, tmp_path):
+def test_part_valid_does_not_open_test_ranks(dataset, tmp_path):
     plan, bench = plan_for(dataset, tmp_path / "work")
     screen(plan, bench, "random")
     for path in (plan.work / "jobs").rglob("*.test.parquet"):
         path.unlink()
-    (row,), _ = collect(plan, judge(plan).trials, ("valid",))
+    (row,), _ = collect(plan, select(plan).trials, ("valid",))
     assert row["metrics"] == {} and row["valid"]["NDCG@10"]["mean"] > 0
     for path in (plan.work / "jobs").rglob("figures.json"):
         assert "test" not in json.loads(path.read_text()).get("random", {})
     with pytest.raises(MmsidError, match=r"test\.parquet"):
-        collect(plan, judge(plan).trials, ("valid", "test"))
+        collect(plan, select(plan).trials, ("valid", "test"))
 
 
-def test_seeds_vary_tokenizer_and_recommender_but_published_sids_stay(dataset, tmp_path):
+def test_seeds_change_tokenizer_and_recommender_but_not_published_sids(dataset, tmp_path):
     plan, bench = plan_for(dataset, tmp_path / "work")
     by_name = {arm.name: arm for arm in plan.arms()}
-    assert list(by_name) == ["random", "balanced_rq", "published_someone"]
-    made, imported = by_name["balanced_rq"], by_name["published_someone"]
+    assert list(by_name) == ["random", "balanced_rq", "published_letter"]
+    made, imported = by_name["balanced_rq"], by_name["published_letter"]
     assert plan.sids(made, 0).folder != plan.sids(made, 1).folder
     assert plan.sids(imported, 0).folder == plan.sids(imported, 1).folder
     assert plan.fit(imported, 0, 0).folder != plan.fit(imported, 0, 1).folder
-    screen(plan, bench, "published_someone")
-    (row,), _ = collect(plan, judge(plan).trials, ("valid", "test"))
+    screen(plan, bench, "published_letter")
+    (row,), _ = collect(plan, select(plan).trials, ("valid", "test"))
     assert row["collisions"] == 0 and "no tokenizer seed" in row["varies"] and len(row["intrinsic"]["perplexity"]) == 2
 
 
 def test_fusion_and_sasrec_are_screened_in_their_own_families(dataset, tmp_path):
-    arms = SUITE["arms"] | {"sasrec": {"sasrec": True}, "fused": {"fusion": "published_someone"}}
+    arms = SUITE["arms"] | {"sasrec": {"sasrec": True}, "fused": {"fusion": "published_letter"}}
     plan, _ = plan_for(dataset, tmp_path, arms=arms, claims=["fused"])
     by_name = {arm.name: arm for arm in plan.arms()}
-    assert set(by_name) == {"random", "balanced_rq", "published_someone", "sasrec"}
-    fit = plan.fit(by_name["published_someone"], 0, 0)
+    assert set(by_name) == {"random", "balanced_rq", "published_letter", "sasrec"}
+    fit = plan.fit(by_name["published_letter"], 0, 0)
     assert (fit.fusion, fit.classical) == ("fused", plan.classical().folder) and set(fit.needs) == {fit.sids, fit.classical}
     assert plan.fit(by_name["sasrec"], 0, 0).needs == ()
-    assert [row.family for row in plan.rows(by_name["published_someone"])] == ["sid", "fusion"]
+    assert [row.family for row in plan.rows(by_name["published_letter"])] == ["sid", "fusion"]
     assert by_name["sasrec"].family == "classical"
 
 
-def test_a_job_is_another_job_when_what_made_it_changes(dataset, tmp_path):
+def test_changed_inputs_give_another_job_folder(dataset, tmp_path):
     def folder(plan: Plan) -> str:
         return plan.fit(plan.arms()[0], 0, 0).folder.name
 
     plan, _ = plan_for(dataset, tmp_path)
-    known = folder(plan)
-    assert folder(Plan(dataset, plan.suite, plan.catalog_sha256, tmp_path / "elsewhere")) == known
-    assert folder(Plan(dataset, plan.suite, "another", tmp_path)) != known
-    assert folder(plan_for(dataset, tmp_path, schedule=SUITE["schedule"] | {"epochs": 3})[0]) != known
-    assert folder(plan_for(dataset.model_copy(update={"codebook_size": 9}), tmp_path)[0]) != known
+    first = folder(plan)
+    assert folder(Plan(dataset, plan.suite, plan.catalog_sha256, tmp_path / "elsewhere")) == first
+    assert folder(Plan(dataset, plan.suite, "another", tmp_path)) != first
+    assert folder(plan_for(dataset, tmp_path, schedule=SUITE["schedule"] | {"epochs": 3})[0]) != first
+    assert folder(plan_for(dataset.model_copy(update={"codebook_size": 9}), tmp_path)[0]) != first
 
 
-def test_arms_that_cannot_be_made_are_named(dataset, tmp_path):
+def test_unsupported_arms_are_listed_with_reasons(dataset, tmp_path):
     bare = dataset.model_copy(update={"published": None, "left_out": {"random": "for a reason"}})
     plan, _ = plan_for(bare, tmp_path)
     assert [arm.name for arm in plan.arms()] == ["balanced_rq"]
@@ -238,7 +238,7 @@ def test_arms_that_cannot_be_made_are_named(dataset, tmp_path):
 
 
 class Sum:
-    """A job of the pool's own test: `number` -1 kills its process, -2 fails."""
+    """A job of the pool test: `number` -1 kills its process, -2 fails."""
 
     def __init__(self, number: int, needs: tuple[int, ...] = ()) -> None:
         self.key, self.needs = number, needs
@@ -268,20 +268,20 @@ def test_a_killed_process_loses_its_own_job_only(tmp_path):
 
 
 def stamps(work: Path) -> dict[str, int]:
-    """When each finished job was finished; drafts, which get their manifest a moment before their name, do not count."""
+    """Modification times of the manifests of finished jobs, without drafts, which get their manifest before they are renamed."""
     finished = [path for path in sorted(work.rglob("manifest.json")) if not any(part.endswith(".draft") for part in path.parts)]
     return {str(path): path.stat().st_mtime_ns for path in finished}
 
 
 @pytest.mark.slow
 def test_the_command_resumes_after_a_kill_reports_a_failing_arm_and_then_does_nothing(dataset, tmp_path):
-    grounded = {"sids": {"method": "random"}, "recommender": "hybrid"}
-    sound = SUITE | {"arms": SUITE["arms"] | {"hybrid": grounded, "sasrec": {"sasrec": True}, "fused": {"fusion": "random"}}}
-    suite = sound | {"arms": sound["arms"] | {"broken": {"sids": {"method": "random", "num_levels": 1, "codebook_size": 2}}}}
+    hybrid = {"sids": {"method": "random"}, "recommender": "hybrid"}
+    working = SUITE | {"arms": SUITE["arms"] | {"hybrid": hybrid, "sasrec": {"sasrec": True}, "fused": {"fusion": "random"}}}
+    suite = working | {"arms": working["arms"] | {"broken": {"sids": {"method": "random", "num_levels": 1, "codebook_size": 2}}}}
     (tmp_path / "rules.yaml").write_text(yaml.safe_dump(suite, sort_keys=False))
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(json.loads(dataset.model_dump_json(exclude={"name"}, exclude_none=True))))
     command = [sys.executable, "-m", "mmsid.cli", "bench", "--dataset", "tiny.yaml", "--suite", "rules.yaml", "--results", "out"]
-    # killed as soon as one job is finished, workers and all
+    # kill all processes as soon as one job is finished
     first = subprocess.Popen(command, cwd=tmp_path, start_new_session=True, stderr=subprocess.DEVNULL)
     work = tmp_path / "runs" / "bench" / "tiny" / "rules"
     until = time.monotonic() + 300
@@ -292,7 +292,7 @@ def test_the_command_resumes_after_a_kill_reports_a_failing_arm_and_then_does_no
     assert kept and not (tmp_path / "out").exists()
 
     second = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
-    assert second.returncode == 1 and "broken (sids, seed 0)" in second.stderr and "2 codes name 2" in second.stderr
+    assert second.returncode == 1 and "broken (sids, seed 0)" in second.stderr and "2 codes give 2 SIDs" in second.stderr
     after = stamps(work)
     assert kept.items() <= after.items() and len(after) > len(kept)
     text = (tmp_path / "out" / "tiny.json").read_text()
@@ -300,7 +300,7 @@ def test_the_command_resumes_after_a_kill_reports_a_failing_arm_and_then_does_no
     assert set(written) == {"dataset", "arms", "differences"}
     assert "item0" not in text and '"u1"' not in text
     rows = {row["arm"]: row for row in written["arms"]}
-    assert set(rows) == {*CLASSICAL_NAMES, "random", "balanced_rq", "published_someone", "hybrid", "sasrec", "fused"}
+    assert set(rows) == {*CLASSICAL_NAMES, "random", "balanced_rq", "published_letter", "hybrid", "sasrec", "fused"}
     assert {name for name, row in rows.items() if row["family"] == "fusion"} == {"hybrid", "fused"}
     assert rows["balanced_rq"]["seeds"] == [0, 1] and rows["balanced_rq"]["metrics"]["NDCG@10"]["std"] >= 0
     assert rows["hybrid_knn"]["family"] == "classical" and rows["random"]["family"] == "sid"
@@ -311,14 +311,14 @@ def test_the_command_resumes_after_a_kill_reports_a_failing_arm_and_then_does_no
 
     options = BenchOptions(suite_name="rules", results=tmp_path / "out", runs=tmp_path / "runs")
     shutil.copy(tmp_path / "out" / "tiny.json", tmp_path / "before.json")
-    path = run(load_dataset(str(tmp_path / "tiny.yaml")), SuiteConfig(**sound), options)
+    path = run(load_dataset(str(tmp_path / "tiny.yaml")), SuiteConfig(**working), options)
     assert stamps(work) == after
     again = json.loads(path.read_text())
     assert again["arms"] == written["arms"] and again["differences"] == written["differences"]
 
 
 def test_the_finest_category_is_one_that_most_items_have():
-    """The last depth of a ragged tree belongs to two items, which any codes tell apart: it says nothing."""
+    """The last level of a ragged tree has two items, which any codes separate; it is ignored."""
     records = [
         {"depth": depth, "items": items, "v_measure": value}
         for depth, items, values in ((1, 100, (0.2, 0.3)), (2, 60, (0.5, 0.6)), (3, 50, (0.9, 0.9)), (4, 2, (1.0, 1.0)))

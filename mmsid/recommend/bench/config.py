@@ -1,7 +1,7 @@
-"""What a bench is told: a data set and a suite of arms, each one YAML, shipped below `configs/bench/` or the reader's own.
+"""Configuration of `mmsid bench`: a data set and a suite of arms, each one YAML file below `configs/bench/` or at any path.
 
-A suite names arms and rules and no data; a data set names its catalogue and what is true of it (sizes that fit it, published SIDs,
-arms that cannot be made of it). So one suite runs on every catalogue, and the same rules judge all of them.
+A suite lists arms and selection rules, but no data. A data set gives the catalogue and its properties (suitable sizes, published SIDs,
+arms that it does not support). So every suite runs on every catalogue under the same rules.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ KINDS = ("sids", "published", "tokenizer", "refine", "classical", "sasrec", "fus
 
 
 class PublishedConfig(Section):
-    """A reference_sids.parquet: `columns` names the sets to take, None all of them."""
+    """Published SIDs: a parquet file with `item_id` and one column of SID strings per set."""
 
     sids: Path
-    columns: tuple[str, ...] | None = None
 
 
 class DatasetConfig(Section):
     """One data set.
 
     Attributes:
-        name: of the results file.
-        captions, interests: finished annotation folders, where there are any; `use`: the fields that tokenizers and baselines read.
-        num_levels, codebook_size: of every arm that does not name its own.
-        published: SID sets that others made for this catalogue.
-        truth: best_achievable.json of the demo catalogue; adds the row of the best achievable figures.
-        left_out: arm of a suite -> why it cannot be made of this data; listed with the results as not run.
+        name: name of the results file.
+        captions, interests: finished annotation folders, if there are any.
+        use: the fields that tokenizers and baselines read.
+        num_levels, codebook_size: defaults of all arms.
+        published: SID sets published by others for this catalogue.
+        best_achievable: best_achievable.json of the demo catalogue; adds the row of the best achievable figures.
+        left_out: arm of a suite -> reason why this data set does not support it; listed in the results as not run.
     """
 
     renamed_keys: ClassVar[dict[str, str]] = {"truth": "best_achievable"}
@@ -60,45 +60,46 @@ class DatasetConfig(Section):
     left_out: dict[str, str] = Field(default_factory=dict)
 
 
-def _not_taken(settings: dict[str, Any], by_bench: set[str]) -> dict[str, Any]:
-    taken = sorted(by_bench & set(settings))
-    if taken:
-        raise ValueError(f"{taken[0]} is given by the bench; take it out")
+def _without_bench_keys(settings: dict[str, Any], bench_keys: set[str]) -> dict[str, Any]:
+    if found := sorted(bench_keys & set(settings)):
+        raise ValueError(f"{found[0]} is set by the bench; remove it")
     return settings
 
 
 class RefineArm(Section):
-    """The codes of a tokenizer arm after refinement, or after a control of it (`mmsid.refine.controls`).
+    """Codes of a tokenizer arm after refinement without its gate.
 
     Attributes:
-        of: the tokenizer arm that is the start.
+        of: the tokenizer arm that is refined.
+        control: name of the function that moves the codes (`refine` of `mmsid.recommend.bench.run.run`). `mmsid bench` knows `ppo`,
+            refinement itself; control variants run with `python benchmarks/refinement.py`.
         settings: overrides of the stage refine.
     """
 
     of: str
-    control: Literal["ppo", "per_item", "best_of_n", "shuffled", "random", "gumbel"] = "ppo"
+    control: str = "ppo"
     settings: dict[str, Any] = Field(default_factory=dict)
 
     @field_validator("settings")
     @classmethod
-    def _filled_in_by_the_bench(cls, value: dict[str, Any]) -> dict[str, Any]:
-        return _not_taken(value, {"out", "seed", "catalog", "captions", "interests", "tokenizer", "sids"})
+    def _refuse_bench_keys(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return _without_bench_keys(value, {"out", "seed", "catalog", "captions", "interests", "tokenizer", "sids"})
 
 
 class ArmConfig(Section):
-    """One entry of a suite: exactly one of the following.
+    """One entry of a suite. Exactly one of `sids`, `published`, `tokenizer`, `refine`, `classical`, `sasrec` and `fusion` is set.
 
     Attributes:
-        sids: how a baseline makes its SIDs; sizes default to the data set's.
+        sids: SID method of a baseline; sizes default to those of the data set.
         published: one arm per published SID set of the data set, named `<arm>_<column>`.
-        tokenizer: our tokenizer, trained and assigned anew for every seed; overrides of the stage train_tokenizer.
-        collisions: how our tokenizer's collisions are handled (of a baseline it stands in `sids`).
-        refine: a tokenizer arm's codes moved by refinement or by one of its controls, published whatever the gate says.
-        classical: popularity, item-kNN, TF-IDF kNN and their hybrid: deterministic, run once.
-        sasrec: a recommender of item ids, without SIDs; trials and seeds as for the SID arms.
-        fusion: name of a SID arm, whose item scores are fused with the hybrid baseline's; its trial and seeds are that arm's.
-        recommender: the architecture that ranks by these SIDs. The instrument compares tokenizers; flat and tiger are cross-checks;
-            grounded ranks the instrument's answer with retrieval evidence, and shows what SIDs are worth beside it.
+        tokenizer: item tokenizer, trained for every seed; overrides of the stage train_tokenizer.
+        collisions: collision policy of `tokenizer`; a baseline sets it in `sids`.
+        refine: codes of a tokenizer arm after refinement without its gate.
+        classical: popularity, item-kNN, TF-IDF kNN and their hybrid; deterministic, run once.
+        sasrec: SASRec on item ids, without SIDs; trials and seeds as for SID arms.
+        fusion: name of a SID arm whose item scores are fused with those of the classical hybrid; it uses the trial and seeds of that arm.
+        recommender: architecture of the recommender. The SID transformer compares tokenizers, flat and tiger are cross-checks, and
+            hybrid ranks the candidates of the SID transformer together with retrieval evidence.
     """
 
     renamed_keys: ClassVar[dict[str, str]] = {"floors": "classical"}
@@ -116,54 +117,56 @@ class ArmConfig(Section):
 
     @property
     def kind(self) -> str:
-        """The one that is set."""
+        """Name of the kind that is set."""
         return next(name for name in KINDS if getattr(self, name) is not None)
 
     def shape(self, model: ModelConfig) -> Any:
-        """The sizes of the arm's recommender, each by default its own.
+        """Sizes of the recommender of this arm; unset sizes have the default of the architecture.
 
         Raises:
             ConfigError: d_model is no multiple of heads.
         """
         if self.kind == "sasrec":
-            given = model.model_dump(exclude_none=True)
-            return SasrecShape(**{name: value for name, value in given.items() if name in SasrecShape.__dataclass_fields__})
+            settings = model.model_dump(exclude_none=True)
+            return SasrecShape(**{name: value for name, value in settings.items() if name in SasrecShape.__dataclass_fields__})
         return model.shape("sid_transformer" if self.recommender == "hybrid" else self.recommender)
 
     @field_validator("tokenizer")
     @classmethod
-    def _filled_in_by_the_bench(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
-        return None if value is None else _not_taken(value, {"out", "seed", "catalog", "captions", "interests"})
+    def _refuse_bench_keys(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        return None if value is None else _without_bench_keys(value, {"out", "seed", "catalog", "captions", "interests"})
 
     @model_validator(mode="after")
     def _exactly_one(self) -> ArmConfig:
-        named = [name for name in KINDS if getattr(self, name) is not None]
+        kinds = [name for name in KINDS if getattr(self, name) is not None]
         if self.tokenizer is None and "collisions" in self.model_fields_set:
-            raise ValueError("collisions stands beside `tokenizer` only; of a baseline it is a key of `sids`")
-        if len(named) != 1:
-            raise ValueError(f"an arm is exactly one of {', '.join(KINDS)}; this one names {', '.join(named) or 'none'}")
+            raise ValueError("collisions is set without `tokenizer`; for a baseline, set it inside `sids`")
+        if len(kinds) != 1:
+            raise ValueError(f"an arm is exactly one of {', '.join(KINDS)}; this one has {', '.join(kinds) or 'none'}")
         return self
 
 
 class TrialConfig(Section):
-    """One point of the tuning grid: what differs from the suite's `model` and `schedule`."""
+    """One point of the tuning grid: overrides of the `model` and `schedule` of the suite."""
 
     model: dict[str, Any] = Field(default_factory=dict)
     schedule: dict[str, Any] = Field(default_factory=dict)
 
 
 class SuiteConfig(Section):
-    """Arms and the rules that judge them.
+    """Arms and selection rules.
 
     Attributes:
-        seeds: the first screens and tunes; all of them train the arms that get so far. Seed s seeds tokenizer and recommender alike.
-        claims: arms that get all seeds in any case: those that a claim names.
-        baselines: arms that every other is compared with; they get all seeds too.
-        within: arms whose best valid NDCG@10 lies within this share of the best of their family get all seeds.
-        trials: the tuning grid, the same for every trained arm: all points at the first seed, the best on valid for the others.
-        jobs: parallel processes; default: the machine's cores.
-        budget_minutes: wall time of one call; jobs that would not fit are not started, and listed.
-        results: folder of the tables.
+        seeds: the first seed is used for screening and tuning, all seeds for the selected arms. A seed applies to tokenizer and
+            recommender.
+        claims: arms of which a claim is made; they always get all seeds.
+        baselines: arms that all others are compared with; they always get all seeds.
+        within: arms with a best valid NDCG@10 within this share of the best of their family get all seeds.
+        model, schedule: settings of all recommenders.
+        trials: tuning grid of every trained arm. All trials run at the first seed, the best on valid at the other seeds.
+        jobs: parallel processes; default: number of cores.
+        budget_minutes: wall time of one call; jobs that would exceed it are not started and are listed as not run.
+        results: folder of the result tables.
     """
 
     arms: dict[str, ArmConfig] = Field(min_length=1)
@@ -182,25 +185,25 @@ class SuiteConfig(Section):
     def _consistent(self) -> SuiteConfig:
         for arm in self.arms:
             if not arm or arm != Path(arm).name or arm.startswith(".") or arm in CLASSICAL_NAMES:
-                raise ValueError(f"arms: {arm!r} must be a folder name and none of the names of the classical baselines; rename it")
+                raise ValueError(
+                    f"arms: {arm!r} must be a folder name and must not be one of the names of the classical baselines; rename it"
+                )
         if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds: {self.seeds} names a seed twice; each seed is one run")
+            raise ValueError(f"seeds: {self.seeds} contains a seed twice; list each seed once")
         groups = tuple(f"{name}_" for name, arm in self.arms.items() if arm.kind == "published")
         classical = any(arm.classical for arm in self.arms.values())
         known = [*self.arms, *(CLASSICAL_NAMES if classical else ())]
         for name in (*self.claims, *self.baselines):
             if name not in known and not name.startswith(groups):
-                raise ValueError(f"{name!r} in claims or baselines is no arm; the arms are {', '.join(known)}")
+                raise ValueError(f"{name!r} in claims or baselines is not an arm; the arms are {', '.join(known)}")
         sid_arms = [name for name, arm in self.arms.items() if arm.kind in ("sids", "tokenizer", "refine")]
         for name, arm in self.arms.items():
             if arm.refine is not None and (arm.refine.of not in self.arms or self.arms[arm.refine.of].kind != "tokenizer"):
                 raise ValueError(f"arms: {name!r} refines {arm.refine.of!r}, which must be a tokenizer arm of this suite")
             if arm.fusion is not None and not (classical and (arm.fusion in sid_arms or arm.fusion.startswith(groups))):
-                raise ValueError(
-                    f"arms: {name!r} fuses {arm.fusion!r}, which must be a SID arm, with the classical, which must be there too"
-                )
-        for place in range(len(self.trials)):
-            model, _ = self.settings(place)
+                raise ValueError(f"arms: {name!r} fuses {arm.fusion!r}, which must be a SID arm; `classical` must be an arm as well")
+        for trial in range(len(self.trials)):
+            model, _ = self.settings(trial)
             for arm in self.arms.values():
                 arm.shape(model)
         return self
@@ -209,7 +212,7 @@ class SuiteConfig(Section):
         """Model and schedule of one trial.
 
         Raises:
-            ValueError (pydantic's): a key or value that they do not know.
+            ValueError: an unknown key or an invalid value (pydantic).
         """
         point = self.trials[trial]
         model = ModelConfig.model_validate(self.model.model_dump() | point.model)
@@ -217,20 +220,20 @@ class SuiteConfig(Section):
 
 
 def load_dataset(name: str, overrides: Sequence[str] = ()) -> DatasetConfig:
-    """A shipped data set by name, or any YAML by path; its name defaults to the file's.
+    """Load a shipped data set by name, or a YAML file by path. `name` defaults to that of the file.
 
     Raises:
-        ConfigError: no such file, or a wrong key.
+        ConfigError: the file does not exist or has an invalid key.
     """
     path = _find(name, "datasets")
     return _load(DatasetConfig, path, overrides, {"name": path.stem})
 
 
 def load_suite(name: str, overrides: Sequence[str] = ()) -> SuiteConfig:
-    """A shipped suite by name, or any YAML by path.
+    """Load a shipped suite by name, or a YAML file by path.
 
     Raises:
-        ConfigError: no such file, or a wrong key.
+        ConfigError: the file does not exist or has an invalid key.
     """
     return _load(SuiteConfig, _find(name, "suites"), overrides, {})
 
@@ -246,11 +249,11 @@ def _find(name: str, kind: str) -> Path:
     folder = _shipped() / kind
     if not (folder / f"{name}.yaml").is_file():
         shipped = ", ".join(sorted(found.stem for found in folder.glob("*.yaml")))
-        raise ConfigError(f"bench: {name!r} is none of the shipped {kind} ({shipped}); name one of them or the path of a YAML file")
+        raise ConfigError(f"bench: {name!r} is none of the shipped {kind} ({shipped}); use one of them or the path of a YAML file")
     return folder / f"{name}.yaml"
 
 
 def _shipped() -> Path:
-    """`configs/bench`, inside the installed package or at the top of a checkout."""
+    """The folder `configs/bench` in the installed package or in the repository."""
     package = Path(__file__).resolve().parents[2]
     return next((folder / "configs" / "bench" for folder in (package, package.parent) if (folder / "configs" / "bench").is_dir()), package)

@@ -1,21 +1,20 @@
-"""What one process of the bench does with one job: make SIDs, train and rank a recommender on them, or rank the classical classical.
+"""Jobs of a bench: make SIDs, train and rank a recommender on them, or rank the classical baselines.
 
-Every job writes one artefact folder, whole or not at all. Test ranks are written beside the valid ones, in a file of their own that
-nothing opens until the results of test are asked for: the figures of a job (`figures.json`) are of valid alone.
+Every job writes one artifact folder atomically. Test ranks are in a file of their own, which is read only if test results are
+requested. The figures of a job (`figures.json`) are those of valid.
 """
 
 from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mmsid.artifacts import MANIFEST, is_complete, read_json, read_manifest, write_json, writing
 from mmsid.catalog import Catalog, Split, adjacent_pairs, read_catalog, split_histories
-from mmsid.errors import ConfigError
 from mmsid.recommend.bench.config import DatasetConfig, RefineArm
 from mmsid.recommend.bench.plan import BenchJob
 from mmsid.recommend.classical import classical_baselines
@@ -33,18 +32,23 @@ from mmsid.tokenizer.sid_methods import MethodSources, MethodSpec, import_publis
 from mmsid.tokenizer.train import run as train_tokenizer
 from mmsid.tokenizer.train_config import TrainTokenizerConfig
 
-# control, settings of the stage refine -> the SID folder written; importable by name, because it goes to other processes
-Refine = Callable[[str, dict[str, Any]], Path]
+# control of a refine arm -> function from the keys of the stage refine to the SID folder written. Worker processes import it by name.
+Refiners = Mapping[str, Callable[[dict[str, Any]], Path]]
 
 PARTS: tuple[Part, ...] = ("valid", "test")
 FIGURES = "figures.json"
 
 
 class Bench:
-    """The data set as read once, and what is done with it. `inputs`: folder of what all jobs share (text embeddings)."""
+    """Runs jobs on one data set, which is read once.
 
-    def __init__(self, dataset: DatasetConfig, inputs: Path, refine: Refine | None = None) -> None:
-        self.dataset, self.refine = dataset, refine
+    Args:
+        inputs: folder of files that all jobs share (text embeddings).
+        refine: control -> function that refines the SIDs of an arm.
+    """
+
+    def __init__(self, dataset: DatasetConfig, inputs: Path, refine: Refiners | None = None) -> None:
+        self.dataset, self.refine = dataset, refine or {}
         self.catalog: Catalog = read_catalog(dataset.catalog)
         self.split: Split = split_histories(self.catalog, dataset.catalog.split)
         self.sources = MethodSources(
@@ -57,7 +61,7 @@ class Bench:
         )
 
     def __call__(self, job: BenchJob) -> None:
-        """Do a job; nothing if its folder is finished already."""
+        """Run a job, unless its folder is complete."""
         if is_complete(job.folder):
             return
         with writing(job.folder, stage=f"bench_{job.kind}", config=job.made_from | {"seed": job.seed}, inputs={"sids": job.sids}) as draft:
@@ -91,34 +95,32 @@ class Bench:
         write_json(folder / FIGURES, figures)
 
     def _train_tokenizer(self, spec: TrainTokenizerConfig, job: BenchJob, folder: Path) -> tuple[SidTable, float]:
-        """The stages train_tokenizer and assign; the table, and the seconds of a training that was finished in an earlier call.
+        """Run the stages train_tokenizer and assign. Returns the table, and the seconds of a training of an earlier call.
 
-        The tokenizer is kept beside the job, so that an interrupted training goes on from its last checkpoint.
+        The tokenizer is in a folder next to that of the job, so that an interrupted training resumes from its last checkpoint.
         """
-        config = spec.model_copy(update={"out": _tokenizer_beside(job.folder), "seed": job.seed})
+        config = spec.model_copy(update={"out": _tokenizer_folder(job.folder), "seed": job.seed})
         earlier = read_manifest(config.out, "train_tokenizer")["wall_seconds"] if is_complete(config.out) else 0.0
         if not earlier:
             train_tokenizer(config)
         scratch = folder / "scratch"
         annotations = {"captions": config.captions, "interests": config.interests}
-        chosen = {"seed": job.seed, "collisions": job.arm.config.collisions}
-        assigned = assign(AssignConfig(out=scratch / "sids", tokenizer=config.out, catalog=config.catalog, **annotations, **chosen))
-        _take_over(assigned, folder)
+        settings = {"seed": job.seed, "collisions": job.arm.config.collisions}
+        assigned = assign(AssignConfig(out=scratch / "sids", tokenizer=config.out, catalog=config.catalog, **annotations, **settings))
+        _move_files(assigned, folder)
         return read_sid_folder(folder), earlier
 
     def _refine(self, spec: RefineArm, job: BenchJob, folder: Path) -> SidTable:
-        if self.refine is None:
-            raise ConfigError(f"{job.arm.name} refines a tokenizer; run it through `mmsid bench`, which knows how")
         given = {
             "out": folder / "scratch" / "sids",
             "seed": job.seed,
             "catalog": self.dataset.catalog,
             "captions": self.dataset.captions,
             "interests": self.dataset.interests,
-            "tokenizer": _tokenizer_beside(job.sids),
+            "tokenizer": _tokenizer_folder(job.sids),
             "sids": job.sids,
         }
-        _take_over(self.refine(spec.control, spec.settings | given), folder)
+        _move_files(self.refine[spec.control](spec.settings | given), folder)
         return read_sid_folder(folder)
 
     def _import(self, job: BenchJob, folder: Path) -> SidTable:
@@ -169,7 +171,7 @@ class Bench:
         self._write(folder, rows)
 
     def _write(self, folder: Path, rows: dict[str, tuple[dict[Part, Evaluation], dict[str, Any]]]) -> None:
-        """Ranks of each part in a file of its own; figures of valid."""
+        """Write the ranks of each part to a separate file, and the figures of valid."""
         figures = {}
         for name, (found, extra) in rows.items():
             for part, evaluation in found.items():
@@ -179,37 +181,37 @@ class Bench:
 
 
 def finest_v_measures(records: list[dict[str, Any]]) -> list[float] | None:
-    """V-measure of every prefix length against the finest category that most items have, as UniSID reports it; None without categories.
+    """V-measure of every prefix length against the finest category level that most items have (as in UniSID); None without categories.
 
-    The deepest paths of a ragged tree belong to a handful of items, which any codes tell apart.
+    Deeper levels of a ragged tree have so few items that any codes separate them.
     """
-    most = max((record["items"] for record in records), default=0)
-    finest = max((record["depth"] for record in records if 2 * record["items"] > most), default=0)
+    num_items = max((record["items"] for record in records), default=0)
+    finest = max((record["depth"] for record in records if 2 * record["items"] > num_items), default=0)
     return [record["v_measure"] for record in records if record["depth"] == finest] or None
 
 
-def _tokenizer_beside(sids: Path) -> Path:
-    """Where the tokenizer of an arm is kept: beside its SIDs, so that refinement finds it, and an interrupted training too."""
+def _tokenizer_folder(sids: Path) -> Path:
+    """Folder of the tokenizer that made the SIDs in folder `sids`."""
     return sids.with_name(f"{sids.name}-tokenizer")
 
 
-def _take_over(made: Path, folder: Path) -> None:
-    """Move the files of a finished SID folder `folder`/scratch/sids up into `folder`."""
-    for path in made.iterdir():
+def _move_files(sids: Path, folder: Path) -> None:
+    """Move the files of the SID folder `folder`/scratch/sids into `folder`, and delete `folder`/scratch."""
+    for path in sids.iterdir():
         if path.name != MANIFEST:
             path.rename(folder / path.name)
-    shutil.rmtree(made.parent)
+    shutil.rmtree(sids.parent)
 
 
 def ranks_path(folder: Path, name: str, part: Part) -> Path:
-    """Where a job keeps the ranks of one of its rows."""
+    """File of the ranks of one row of a job."""
     return folder / f"{name}.{part}.parquet"
 
 
 class Prepare:
-    """Picklable: what a process calls once, before its first job."""
+    """Picklable function that a worker process calls once, before its first job."""
 
-    def __init__(self, dataset: DatasetConfig, inputs: Path, refine: Refine | None = None) -> None:
+    def __init__(self, dataset: DatasetConfig, inputs: Path, refine: Refiners | None = None) -> None:
         self.dataset, self.inputs, self.refine = dataset, inputs, refine
 
     def __call__(self) -> Callable[[BenchJob], None]:

@@ -1,7 +1,7 @@
-"""Which jobs a bench consists of, and what each is made from.
+"""Jobs of a bench and their inputs.
 
-A job's folder is named by the hash of what made it, so that a finished one is found again, and a changed catalogue, method, schedule
-or package version is another job.
+The folder name of a job contains the hash of its inputs. So a finished job is found again, and a changed catalogue, method, schedule
+or package version gives another job.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _PATHS = ("out", "seed", "catalog", "captions", "interests")
 
 @dataclass(frozen=True)
 class Arm:
-    """One row of the table to be: what the suite says under `entry`; of the published sets, one `column`."""
+    """One row of the result table: the arm `entry` of the suite, or one `column` of its published SID sets."""
 
     entry: str
     config: ArmConfig
@@ -33,29 +33,30 @@ class Arm:
 
     @property
     def name(self) -> str:
-        """As the table names it."""
+        """Name in the result table."""
         return self.entry if self.column is None else f"{self.entry}_{self.column}"
 
     @property
     def family(self) -> str:
-        """Arms of one family are screened against one another."""
+        """Family of the arm; screening compares the arms of one family."""
         if self.config.recommender == "hybrid":
             return "fusion"
         return {"sasrec": "classical", "fusion": "fusion"}.get(self.config.kind, "sid")
 
     @property
     def sids_seeded(self) -> bool:
-        """Whether the SIDs themselves vary with the seed; published ones are what they are."""
+        """True if the SIDs depend on the seed; published SIDs do not."""
         return self.column is None
 
 
 @dataclass(frozen=True)
 class BenchJob:
-    """One unit of work, and the folder that it writes.
+    """One unit of work, which writes `folder`.
 
-    `sids` makes an arm's Semantic IDs after `spec` (None: a published set), from those in `sids` where it refines them; `fit`
-    trains and ranks a recommender on `sids` with one trial's model and schedule, and beside it its `fusion` with the hybrid of `classical`;
-    `classical` ranks the classical ones. `made_from` is what the folder's name is the hash of, and what its manifest keeps.
+    Kind `sids` makes the Semantic IDs of an arm by `spec` (None: a published set), from those in folder `sids` if it refines them.
+    Kind `fit` trains and ranks a recommender on the SIDs in `sids` with model and schedule of one trial, and its `fusion` with the
+    hybrid in folder `classical`. Kind `classical` ranks the classical baselines. `made_from` holds the inputs: the folder name contains
+    their hash, and the manifest lists them.
     """
 
     kind: Literal["sids", "fit", "classical"]
@@ -73,18 +74,23 @@ class BenchJob:
 
     @property
     def key(self) -> Path:
-        """The folder: two jobs that write the same are the same job."""
+        """Identity of the job: its folder."""
         return self.folder
 
     @property
     def needs(self) -> tuple[Path, ...]:
-        """Folders that must be there before."""
+        """Folders that must be complete before the job starts."""
         return tuple(path for path in (self.sids, self.classical) if path is not None)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All jobs of one suite on one data set. `catalog_sha256`: of the catalogue as read; `work`: where jobs write."""
+    """All jobs of one suite on one data set.
+
+    Attributes:
+        catalog_sha256: hash of the catalogue.
+        work: folder of the jobs.
+    """
 
     dataset: DatasetConfig
     suite: SuiteConfig
@@ -92,7 +98,7 @@ class Plan:
     work: Path
 
     def arms(self) -> list[Arm]:
-        """Trained arms, in the suite's order; published sets one by one. Those that the data set leaves out are not among them."""
+        """Trained arms in the order of the suite, one per published set, without those that the data set leaves out."""
         found = []
         for name, config in self.suite.arms.items():
             if config.kind == "published":
@@ -102,33 +108,33 @@ class Plan:
         return [arm for arm in found if arm.name not in self.dataset.left_out]
 
     def left_out(self) -> dict[str, str]:
-        """Arms of the suite that cannot be made of this data -> why."""
-        found = {name: why for name, why in self.dataset.left_out.items() if name in self.suite.arms}
+        """Arms of the suite that the data set does not support -> reason."""
+        found = {name: reason for name, reason in self.dataset.left_out.items() if name in self.suite.arms}
         if self.dataset.published is None:
             found |= {name: "the data set has no published SIDs" for name, arm in self.suite.arms.items() if arm.kind == "published"}
         return found
 
     def classical(self) -> BenchJob | None:
-        """The job of the classical classical, if the suite has them."""
-        named = [name for name, arm in self.suite.arms.items() if arm.kind == "classical"]
-        if not named:
+        """The job of the classical baselines, or None if the suite has none."""
+        name = next((name for name, arm in self.suite.arms.items() if arm.kind == "classical"), None)
+        if name is None:
             return None
-        arm = Arm(named[0], self.suite.arms[named[0]])
+        arm = Arm(name, self.suite.arms[name])
         return self._job("classical", arm, self._data(), self.suite.seeds[0])
 
     def sid_jobs(self, arm: Arm, seed: int) -> list[BenchJob]:
-        """The jobs that make an arm's SIDs, in order: what is refined, then the refined."""
-        start = [self.sids(Arm(arm.config.refine.of, self.suite.arms[arm.config.refine.of]), seed)] if arm.config.refine else []
+        """Jobs that make the SIDs of an arm; a refined arm needs those of its start first."""
+        start = [self.sids(self._start_of(arm), seed)] if arm.config.refine else []
         return [*start, self.sids(arm, seed)]
 
     def sids(self, arm: Arm, seed: int) -> BenchJob:
-        """The job that makes an arm's SIDs."""
+        """The job that makes the SIDs of an arm."""
         if arm.config.refine is not None:
-            start = self.sids(Arm(arm.config.refine.of, self.suite.arms[arm.config.refine.of]), seed)
+            start = self.sids(self._start_of(arm), seed)
             made_from = {"start": start.made_from, "refine": plain(arm.config.refine), "seed": seed}
             return self._job("sids", arm, made_from, seed, spec=arm.config.refine, sids=start.folder)
         spec = self.spec(arm)
-        # paths are no part of what SIDs are made from; what lies there enters by its hash
+        # paths are not hashed; the hashes of the files are
         made_from: dict[str, Any] = self._data() | {"arm": None if spec is None else _without(plain(spec), _PATHS)}
         if arm.column is not None:
             made_from |= {"published": file_sha256(self.dataset.published.sids), "column": arm.column}
@@ -140,7 +146,7 @@ class Plan:
         return self._job("sids", arm, made_from, seed, spec=spec)
 
     def fit(self, arm: Arm, trial: int, seed: int) -> BenchJob:
-        """The job that trains and ranks a recommender: on an arm's SIDs, or SASRec on item ids."""
+        """The job that trains and ranks a recommender on the SIDs of an arm, or SASRec on item ids."""
         model, schedule = self.suite.settings(trial)
         settings = {"model": plain(model), "schedule": plain(schedule), "seed": seed}
         of_trial: dict[str, Any] = {"trial": trial, "model": model, "schedule": schedule}
@@ -154,7 +160,7 @@ class Plan:
         return self._job("fit", arm, made_from, seed, sids=sids.folder, **of_trial)
 
     def rows(self, arm: Arm) -> list[Arm]:
-        """The rows of the table that come from an arm's fits: the arm, and its fusion if the suite has one."""
+        """Rows of the result table from the fits of an arm: the arm, and its fusion if the suite has one."""
         fusion = self.fusion(arm)
         return [arm] if fusion is None else [arm, fusion]
 
@@ -163,32 +169,34 @@ class Plan:
         return next((Arm(name, config) for name, config in self.suite.arms.items() if config.fusion == arm.name), None)
 
     def spec(self, arm: Arm) -> MethodSpec | TrainTokenizerConfig | None:
-        """How the arm's SIDs are made, sizes filled in from the data set; None for a published set.
+        """Settings of the SIDs of an arm, with the sizes of the data set as defaults; None for a published set.
 
         Raises:
-            ConfigError: an override of the tokenizer that its stage does not know.
+            ConfigError: an override that the stage train_tokenizer does not have.
         """
         sizes = {"num_levels": self.dataset.num_levels, "codebook_size": self.dataset.codebook_size}
         if arm.config.sids is not None:
-            given = arm.config.sids
-            return given.model_copy(update={name: size for name, size in sizes.items() if name not in given.model_fields_set})
+            method = arm.config.sids
+            return method.model_copy(update={name: size for name, size in sizes.items() if name not in method.model_fields_set})
         if arm.config.tokenizer is None:
             return None
-        filled = {
-            "out": self.work,  # the job names its own
+        inputs = {
+            "out": self.work,  # replaced by the job
             "catalog": self.dataset.catalog,
             "captions": self.dataset.captions,
             "interests": self.dataset.interests,
             "use": self.dataset.use,
         }
-        return build(TrainTokenizerConfig, filled | sizes | arm.config.tokenizer, source="suite", section=f"arms.{arm.name}.tokenizer")
+        return build(TrainTokenizerConfig, inputs | sizes | arm.config.tokenizer, source="suite", section=f"arms.{arm.name}.tokenizer")
+
+    def _start_of(self, arm: Arm) -> Arm:
+        """The arm that a refined arm starts from."""
+        return Arm(arm.config.refine.of, self.suite.arms[arm.config.refine.of])
 
     def _columns(self) -> tuple[str, ...]:
         published = self.dataset.published
         if published is None:
             return ()
-        if published.columns is not None:
-            return published.columns
         return tuple(name for name in read_table(published.sids).column_names if name != "item_id")
 
     def _data(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""From finished jobs to rows: what each arm reached, how its SIDs are, and which differences exceed noise."""
+"""Results of finished jobs: one row per arm, figures of its SIDs, and differences between arms with their significance."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from mmsid.recommend.result_rows import ReadRanks, best_achievable_row, differen
 
 
 def collect(plan: Plan, chosen: Mapping[str, int], parts: tuple[Part, ...]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Rows and differences of all finished jobs: the chosen trial of every arm at each seed that is there, and the classical.
+    """Rows and differences of all finished jobs: the chosen trial of every arm at every finished seed, and the classical baselines.
 
     Args:
         chosen: arm -> trial.
-        parts: which ranks are opened; without `test`, the files of test ranks are not touched.
+        parts: parts whose ranks are read; without `test`, files of test ranks are not opened.
     """
     rows, ranks = [], {part: {} for part in parts}
     classical = plan.classical()
@@ -44,16 +44,16 @@ def collect(plan: Plan, chosen: Mapping[str, int], parts: tuple[Part, ...]) -> t
             for part in parts:
                 ranks[part][row.name] = {job.seed: one[part].ranks for job, one in zip(fits, read, strict=True)}
     if plan.dataset.best_achievable is not None:
-        optimum = best_achievable_row(plan.dataset.best_achievable)
-        rows.append(optimum if "test" in parts else optimum | {"metrics": {}})
+        best_achievable = best_achievable_row(plan.dataset.best_achievable)
+        rows.append(best_achievable if "test" in parts else best_achievable | {"metrics": {}})
     return rows, _differences(plan, ranks)
 
 
-def not_run(plan: Plan, choice: Choice, rows: list[dict[str, Any]], why: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Arms of the suite without a row, and finalists that lack seeds, each with its reason: nothing is dropped in silence.
+def not_run(plan: Plan, choice: Choice, rows: list[dict[str, Any]], reasons: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Arms of the suite without a row, and selected arms with missing seeds, each with the reason.
 
     Args:
-        why: arm -> what kept a job of it from being done in this call.
+        reasons: arm -> error of a job in this call.
     """
     found: list[dict[str, Any]] = [{"arm": name, "reason": reason} for name, reason in plan.left_out().items()]
     seeds = {row["arm"]: row["seeds"] for row in rows}
@@ -63,9 +63,9 @@ def not_run(plan: Plan, choice: Choice, rows: list[dict[str, Any]], why: Mapping
     for name in names:
         missing = [seed for seed in plan.suite.seeds if seed not in seeds.get(name, [])]
         if name not in seeds:
-            found.append({"arm": name, "reason": why.get(name, "not asked for in this call")})
+            found.append({"arm": name, "reason": reasons.get(name, "not requested in this call")})
         elif name in choice.finalists and missing:
-            found.append({"arm": name, "seeds": missing, "reason": why.get(name, "not asked for in this call")})
+            found.append({"arm": name, "seeds": missing, "reason": reasons.get(name, "not requested in this call")})
     return found
 
 
@@ -78,7 +78,7 @@ def _differences(plan: Plan, ranks: Mapping[Part, Mapping[str, Mapping[int | Non
 
 
 def _figures(read: list[dict[Part, ReadRanks]]) -> dict[str, Any]:
-    """`metrics` (test) and `valid`, means and deviations over seeds; empty where the part was not read."""
+    """`metrics` (test) and `valid`: mean and standard deviation over seeds; empty if the part was not read."""
     found = {}
     for part, key in (("test", "metrics"), ("valid", "valid")):
         found[key] = over_seeds([one[part].summary() for one in read]) if part in read[0] else {}
@@ -92,7 +92,7 @@ def _classical_row(job: BenchJob, name: str, read: dict[Part, ReadRanks]) -> dic
 
 
 def _arm_row(plan: Plan, arm: Arm, fits: list[BenchJob], read: list[dict[Part, ReadRanks]]) -> dict[str, Any]:
-    """One trained arm, or its fusion; figures of its SIDs, if it has any, are means over the seeds' tables."""
+    """Row of a trained arm or its fusion. Figures of its SIDs are means over the tables of all seeds."""
     figures = [read_json(job.folder / FIGURES)[arm.name] for job in fits]
     row = {
         "arm": arm.name,
@@ -130,6 +130,6 @@ def _sid_figures(arm: Arm, fits: list[BenchJob]) -> dict[str, Any]:
 
 
 def _mean(values: list[float]) -> float | int:
-    """The mean, as an integer where it is one: counts of a single table stay counts."""
+    """Rounded mean; an integer if the values are integers with an integer mean."""
     mean = round(float(np.mean(values)), 2)
     return int(mean) if mean.is_integer() and all(isinstance(value, int) for value in values) else mean

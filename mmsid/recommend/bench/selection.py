@@ -1,4 +1,4 @@
-"""The two choices that a bench makes, both on valid alone: each arm's trial, and which arms get all seeds."""
+"""Selection on valid: the trial of each arm, and the arms that get all seeds (finalists)."""
 
 from __future__ import annotations
 
@@ -13,14 +13,19 @@ SELECTED_BY = "NDCG@10"
 
 
 class Choice(NamedTuple):
-    """`trials`: arm -> its best trial, for arms whose trials are all finished. `finalists`: arms that are to get all seeds."""
+    """Result of the selection.
+
+    Attributes:
+        trials: arm -> best trial, for arms whose trials are all finished.
+        finalists: arms that get all seeds.
+    """
 
     trials: dict[str, int]
     finalists: set[str]
 
 
-def judge(plan: Plan) -> Choice:
-    """Look at the valid figures of all finished screening jobs of a plan. A fusion has the trial and the seeds of its arm."""
+def select(plan: Plan) -> Choice:
+    """Select trials and finalists by the valid figures of all finished screening jobs. A fusion has the trial and seeds of its arm."""
     trials: dict[str, int] = {}
     screened: dict[str, dict[str, float]] = {}
     for arm in plan.arms():
@@ -34,16 +39,17 @@ def judge(plan: Plan) -> Choice:
         for row in plan.rows(arm):
             screened.setdefault(row.family, {})[row.name] = figures[trials[arm.name]][row.name]["valid"][SELECTED_BY]
     always = {*plan.suite.claims, *plan.suite.baselines}
-    named = {name for family in screened.values() for name in choose_finalists(family, plan.suite.within, always)}
-    return Choice(trials, {row.name for arm in plan.arms() for row in plan.rows(arm) if named & {one.name for one in plan.rows(arm)}})
+    selected = {name for family in screened.values() for name in choose_finalists(family, plan.suite.within, always)}
+    rows = [[row.name for row in plan.rows(arm)] for arm in plan.arms()]
+    return Choice(trials, {name for names in rows for name in names if selected & set(names)})
 
 
 def choose_trial(valid: Mapping[int, float]) -> int:
-    """The trial with the best valid figure; of equals the first of the suite."""
+    """The trial with the best valid figure; ties go to the first trial of the suite."""
     return min(valid, key=lambda trial: (-valid[trial], trial))
 
 
 def choose_finalists(screened: Mapping[str, float], within: float, always: Collection[str]) -> list[str]:
-    """Of one family: arms within the share `within` of the best valid figure, or named in `always`, in the order given."""
+    """Arms of one family within the share `within` of the best valid figure, or listed in `always`, in the given order."""
     best = max(screened.values(), default=0.0)
     return [arm for arm, value in screened.items() if value >= (1 - within) * best or arm in always]

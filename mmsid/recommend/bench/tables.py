@@ -1,14 +1,14 @@
-"""The table of a bench as a person reads it."""
+"""Markdown table of the results of a bench."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from mmsid.recommend.result_tables import method_table, difference_table
+from mmsid.recommend.result_tables import difference_table, method_table
 
 
 def bench_table(written: dict[str, Any]) -> str:
-    """Markdown: what was run under which rules, the arms by family and NDCG@10, what was not run, the differences."""
+    """Format bench results as Markdown: rules, methods by family and NDCG@10, methods that were not run, and differences."""
     dataset, rows = written["dataset"], written["arms"]
     suite, compute = dataset["suite"], dataset["compute"]
     lines = [
@@ -16,12 +16,12 @@ def bench_table(written: dict[str, Any]) -> str:
         "",
         f"{dataset['items']:,} items, {dataset['valid_users']:,} valid and {dataset['test_users']:,} test users, split "
         f"{dataset['split']['method']}; mmsid {suite['package_version']}, suite {suite['name']}.",
-        f"Every trained arm: the same recommender, {len(suite['trials'])} trials at seed {suite['seeds'][0]}, the best on "
-        f"{suite['selected_by']}. Arms within {suite['within']:.0%} of the best on valid, and those that a claim names: "
-        f"{len(suite['seeds'])} seeds, tokenizer and recommender seed together (published SIDs: recommender seed only). "
-        "± is the deviation over seeds; bold: best of its family.",
+        f"Every trained method uses the same recommender, with {len(suite['trials'])} trials at seed {suite['seeds'][0]} and the best on "
+        f"{suite['selected_by']}. Methods within {suite['within']:.0%} of the best on valid, claimed methods and baselines have "
+        f"{len(suite['seeds'])} seeds of tokenizer and recommender (published SIDs: of the recommender only). "
+        "± is the standard deviation over seeds. Bold: best of its family.",
         f"Compute: {compute['core_minutes_of_all_jobs']:.0f} core minutes in all, {compute['processes']} processes of one thread, budget "
-        f"{compute['budget_minutes']:g} minutes a call.",
+        f"{compute['budget_minutes']:g} minutes per call.",
         "",
         method_table(rows, best_first=True),
     ]
@@ -30,7 +30,8 @@ def bench_table(written: dict[str, Any]) -> str:
         lines += [
             "## The Semantic IDs",
             "",
-            "| arm | perplexity per level | codes per level | level-1 co-engagement lift | V-measure, finest category | seconds | trial |",
+            "| method | perplexity per level | codes per level | level-1 co-engagement lift | V-measure, finest category | seconds "
+            "| trial |",
             "|---|---|---|---|---|---|---|",
             *[_intrinsic(row) for row in intrinsic],
             "",
