@@ -1,1 +1,1 @@
-"""The bench: every arm on one data set under one recommender, one budget and one tuning rule, in parallel, resumable."""
+"""Bench: comparison of SID methods on one data set under one recommender, budget and tuning rule, in parallel and resumable."""
