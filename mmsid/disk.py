@@ -1,15 +1,12 @@
-"""Between a program and its disk: files replaced whole, one writer per folder, and failures told so that a person can mend them.
+"""Atomic replacement of files, a lock for the one job that writes a folder, and error messages for failures of the disk.
 
-A full disk, a read-only folder or a second job is no bug: each becomes an `ArtifactError` that says what to do, and what was
-finished before stays where it is.
+A full disk, a read-only folder and a second job raise `ArtifactError` with a remedy. Files that were finished before are kept.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
-import json
 import os
 import re
 import shutil
@@ -17,37 +14,38 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from mmsid.errors import ArtifactError
 
-_RUST_OS_ERROR = re.compile(r"\(os error (\d+)\)")  # safetensors tells the number in its text alone
+_RUST_OS_ERROR = re.compile(r"\(os error (\d+)\)")  # safetensors gives the errno only in its message
 
 
 @contextlib.contextmanager
 def disk_errors(out: Path, kept: str) -> Iterator[None]:
-    """Failures of the disk under `out` become an ArtifactError; any other exception passes as it is.
+    """Turns failures of the disk under `out` into an ArtifactError. Other exceptions pass unchanged.
 
     Args:
-        kept: what a next run finds again, for the message.
+        kept: sentence for the message that names the files which the next run reuses.
     """
     try:
         yield
     except OSError as error:
-        told = _told(error.errno, error.filename, out, kept)
-        if told is None:
+        failure = _disk_error(error.errno, error.filename, out, kept)
+        if failure is None:
             raise
-        raise told from error
+        raise failure from error
     except SafetensorError as error:
         number = _RUST_OS_ERROR.search(str(error))
-        told = _told(int(number[1]), None, out, kept) if number else None
-        if told is None:
+        failure = _disk_error(int(number[1]), None, out, kept) if number else None
+        if failure is None:
             raise
-        raise told from error
+        raise failure from error
 
 
-def _told(number: int | None, file: str | bytes | None, out: Path, kept: str) -> ArtifactError | None:
-    """The message for a failure of the disk, or None when `number` is no such failure or is about a file elsewhere."""
+def _disk_error(number: int | None, file: str | bytes | None, out: Path, kept: str) -> ArtifactError | None:
+    """The ArtifactError for errno `number`; None if it is no failure of the disk, or concerns a file outside the folder of `out`."""
     name = os.fsdecode(file) if isinstance(file, (str, bytes)) else None
     where = f" ({name})" if name else ""
     if number in (errno.ENOSPC, errno.EDQUOT):
@@ -69,46 +67,38 @@ def _free(out: Path) -> str:
     try:
         return f"{shutil.disk_usage(folder).free:,} bytes are left"
     except OSError:
-        return "what is left is unknown"
+        return "the free space is unknown"
 
 
 @contextlib.contextmanager
 def folder_lock(out: Path) -> Iterator[None]:
-    """Hold the lock `.<name>.lock` beside `out`. The kernel drops it when its process dies, however it dies: none is ever stale.
+    """Exclusive lock `.<name>.lock` beside the folder `out`. The kernel releases it when its process ends, also after SIGKILL.
 
-    The lock file names its holder (process, machine), for the message alone.
+    The lock file contains the process id and the machine of its holder, for the error message.
 
     Raises:
-        ArtifactError: another job holds it, or the file system has no locks.
+        ArtifactError: another job holds the lock, or the file system has no locks.
     """
-    lock = out.parent / f".{out.name}.lock"
-    handle = os.open(lock, os.O_CREAT | os.O_RDWR, 0o644)
+    path = out.parent / f".{out.name}.lock"
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            holder = _holder(handle)
-            raise ArtifactError(f"another job{holder} is writing {out} right now; wait for it, stop it, or name another folder") from error
-        except OSError as error:
-            raise ArtifactError(f"{lock} cannot be locked ({error.strerror}); name a folder on a file system that has locks") from error
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, json.dumps({"process": os.getpid(), "machine": socket.gethostname()}).encode(), 0)
+        lock = FileLock(path, fallback_to_soft=False).acquire(blocking=False)  # a soft lock would outlive a killed process
+    except Timeout as error:
+        holder = path.read_text(errors="replace")[:100]
+        raise ArtifactError(
+            f"another job is writing {out} (lock {path}, held by {holder!r}); wait for it, stop it, or name another folder"
+        ) from error
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+        raise ArtifactError(f"{path} cannot be locked ({error.strerror}); name a folder on a file system that has locks") from error
+    with lock:
+        path.write_text(f"process {os.getpid()} on {socket.gethostname()}")
         yield
-    finally:
-        os.close(handle)  # the file stays: removing it would let a third job lock a new file beside a running second one
-
-
-def _holder(handle: int) -> str:
-    try:
-        found = json.loads(os.pread(handle, 4096, 0))
-        return f" (process {int(found['process'])} on {str(found['machine'])[:100]})"
-    except (OSError, ValueError, KeyError, TypeError):  # it has only just taken the lock
-        return ""
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary sibling to write; on leaving it is fsynced and takes the place of `path` in one step."""
+    """Yields a temporary file beside `path`. On exit the file is fsynced and replaces `path` atomically."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -120,17 +110,19 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def reserve(path: Path, size: int) -> None:
-    """Make a file of `size` bytes whose blocks are taken now: writing into a mapped hole of a full disk kills the process (SIGBUS).
+    """Creates a file of `size` bytes and allocates its blocks.
+
+    Without allocation, a write through a memory map on a full disk kills the process (SIGBUS).
 
     Raises:
-        OSError: the disk has no room for it.
+        OSError: the disk is full.
     """
     with open(path, "wb") as file:
         os.posix_fallocate(file.fileno(), 0, size)
 
 
 def fsync(path: Path) -> None:
-    """Wait until a file or the entries of a folder are on the disk itself."""
+    """Flushes a file, or the entries of a folder, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
