@@ -159,15 +159,16 @@ class _Axis:
         """Axis that covers all `values` with about four steps of 1, 2 or 5 times a power of ten."""
         low, high = min(values), max(values)
         rough = max(high - low, 1e-9) / 4
-        power = 10.0 ** math.floor(math.log10(rough))
+        power = 10.0 ** (math.log10(rough) // 1)
         step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * (1 - 1e-9))
-        return cls(math.floor(low / step + 1e-9) * step, max(math.ceil(high / step - 1e-9), math.floor(low / step + 1e-9) + 1) * step, step)
+        first = int((low / step + 1e-9) // 1)
+        return cls(first * step, max(math.ceil(high / step - 1e-9), first + 1) * step, step)
 
     def position(self, value: float) -> float:
         # 2 % at each end are left for the width of the marks
         return round(2 + 96 * (value - self.low) / (self.high - self.low), 2)
 
     def ticks(self) -> list[tuple[float, str]]:
-        decimals = max(0, -math.floor(math.log10(self.step) + 1e-9))
+        decimals = max(0, -int((math.log10(self.step) + 1e-9) // 1))
         count = round((self.high - self.low) / self.step)
         return [(self.position(self.low + n * self.step), f"{self.low + n * self.step + 0.0:.{decimals}f}") for n in range(count + 1)]

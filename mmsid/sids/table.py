@@ -161,7 +161,9 @@ class SidTable:
             raise ArtifactError(f"{path} does not exist; run `mmsid assign` or `mmsid baselines`, or correct the path")
         verify_file(path)
         table = read_table(path)
-        metadata = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
+        metadata = {
+            key.decode("utf-8", "replace"): value.decode("utf-8", "replace") for key, value in (table.schema.metadata or {}).items()
+        }
         version = metadata.get("mmsid_sids_version")
         if version != str(SCHEMA_VERSION):
             found = "none" if version is None else version
