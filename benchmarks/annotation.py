@@ -1,17 +1,8 @@
-"""Does the annotation job keep the model busy, and are its three ways one? Drawn ads, the shipped demo model, one thread.
+"""Overhead of the annotation job, and equality of its rows across engines. Demo ads, the shipped demo model, one thread.
 
     python benchmarks/annotation.py --out benchmarks/results/annotation.json
 
-overhead  wall time of the job over the time that its own model calls took (reading, decoding, hashing, preparing, judging and writing
-          should hide behind them), and over bare `model.generate` on the same batches, prepared beforehand.
-naive     the job's rate over that of a loop that reads, prepares and generates one picture after another.
-server    the same ads by a model in process and by a server on loopback: rows that differ in item, creative, text, status, reason, flags
-          or attempts. Needs the extra `serve`.
-ray       the same with two Ray actors, on a machine with two CPU slots or more. Needs the extra `ray`.
-faults    wall time against a server that spoils every fifth request in ten ways, over the time against a healthy one; each good answer
-          takes .25 s, sixteen are under way at once. Needs the extra `serve`.
-
-Ratios are of one run on one machine; seconds depend on it.
+The parts are `overhead`, `naive`, `server`, `ray` and `faults`, see the methods of `Bench`. Ratios come from a single run.
 """
 
 from __future__ import annotations
@@ -32,7 +23,7 @@ from mmsid.annotate.caption import CaptionConfig, picture_loader, run
 from mmsid.annotate.generator import Request
 from mmsid.annotate.huggingface import HuggingFaceGenerator
 from mmsid.annotate.job import annotate
-from mmsid.annotate.job_config import JobInput, Task
+from mmsid.annotate.job_inputs import JobInput, Task
 from mmsid.annotate.prompts import load_prompt
 from mmsid.annotate.readers import read_rows
 from mmsid.annotate.records import Caption, parse_caption
@@ -43,13 +34,13 @@ from mmsid.catalog.demo import write_demo_catalog
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from chat_server import FAULTS, Batching, ChatServer
 
-TOLD = ("item_id", "creative", "caption", "status", "reason", "flags", "attempts")
+COMPARED = ("item_id", "creative", "caption", "status", "reason", "flags", "attempts")
 BATCH, TOKENS = 16, 96
 PARTS = ("overhead", "naive", "server", "ray", "faults")
 
 
-class Watched(HuggingFaceGenerator):
-    """The demo model, which remembers what it was fed and how long its `generate` took."""
+class TimedModel(HuggingFaceGenerator):
+    """The demo model with a record of its input batches and the seconds of its `generate` calls."""
 
     def __init__(self) -> None:
         super().__init__("demo", max_new_tokens=TOKENS)
@@ -65,29 +56,29 @@ class Watched(HuggingFaceGenerator):
 
 
 def main() -> None:
-    """The parts asked for, one JSON, one line each."""
+    """Run the parts given on the command line and write one JSON file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ads", type=int, default=500)
-    parser.add_argument("--naive-ads", type=int, default=60, help="ads of the one-by-one loop")
+    parser.add_argument("--naive-ads", type=int, default=60, help="ads of the sequential loop")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/annotation.json"))
     parsed = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), parsed.ads)
-        results: dict[str, Any] = {"ads": parsed.ads, "pictures": len(bench.units), "threads": 1}
+        results: dict[str, Any] = {"ads": parsed.ads, "pictures": len(bench.inputs), "threads": 1}
         if parsed.out.is_file() and (earlier := read_json(parsed.out))["ads"] == parsed.ads:
-            results = earlier  # parts may be run one at a time
+            results = earlier  # parts may be run in separate calls
         if "overhead" in parsed.parts or "naive" in parsed.parts:
             results["overhead"] = bench.overhead()
         if "naive" in parsed.parts:
-            results["naive"] = bench.naive(parsed.naive_ads, results["overhead"]["job_seconds"] / len(bench.units))
+            results["naive"] = bench.naive(parsed.naive_ads, results["overhead"]["job_seconds"] / len(bench.inputs))
         if "server" in parsed.parts:
             with ChatServer(Batching(HuggingFaceGenerator("demo", max_new_tokens=TOKENS), BATCH)) as server:
-                treat = {"base_url": server.url, "concurrency": 2 * BATCH}
-                results["server"] = bench.beside_local(generator="openai", server=treat)
+                options = {"base_url": server.url, "concurrency": 2 * BATCH}
+                results["server"] = bench.compare_with_local(generator="openai", server=options)
         if "ray" in parsed.parts:
-            results["ray"] = bench.beside_local(engine="ray", ray={"actors": 2, "cpus_per_actor": 0.5, "rows_per_task": 64})
+            results["ray"] = bench.compare_with_local(engine="ray", ray={"actors": 2, "cpus_per_actor": 0.5, "rows_per_task": 64})
         if "faults" in parsed.parts:
             results["faults"] = bench.faults()
     parsed.out.parent.mkdir(parents=True, exist_ok=True)
@@ -96,32 +87,33 @@ def main() -> None:
 
 
 class Bench:
-    """Drawn ads, and what the parts share."""
+    """Demo ads and the parts of the benchmark."""
 
     def __init__(self, folder: Path, ads: int) -> None:
         self.folder = folder
         self.catalog = CatalogConfig(items=write_demo_catalog(folder / "ads", items=ads, users=0, seed=11) / "items.parquet")
         self.items = read_catalog(self.catalog).items
-        self.units = [JobInput(item.item_id, at, (path,)) for item in self.items for at, path in enumerate(item.images)]
+        self.inputs = [JobInput(item.item_id, at, (path,)) for item in self.items for at, path in enumerate(item.images)]
         self.prompt = load_prompt("caption_demo")
         self.runs = 0
         self.load = picture_loader(self.config())
 
     def config(self, **options: Any) -> CaptionConfig:
-        """A caption job of its own, without a cache that would spare the work."""
+        """A caption job with its own output folder and without a cache."""
         self.runs += 1
         out = self.folder / f"run{self.runs}" / "caption"
         return CaptionConfig(**{"out": out, "catalog": self.catalog, "batch_size": BATCH, "max_new_tokens": TOKENS} | options)
 
     def overhead(self) -> dict[str, float]:
-        model = Watched()
-        model.generate([Request(self.prompt.text, (self.load(self.units[0].pictures[0]),))])  # loaded and warm
+        """Wall time of the job relative to its own model calls, and to bare `model.generate` on the same prepared batches."""
+        model = TimedModel()
+        model.generate([Request(self.prompt.text, (self.load(self.inputs[0].pictures[0]),))])  # loads the model
         model.batches.clear()
         model.seconds = 0.0
         config = self.config()
         task = Task("caption", self.prompt, Caption, parse_caption, self.load)
         with writing(config.out, stage="caption", config=config, resume=True) as draft:
-            job = timed(lambda: annotate(self.units, len(self.units), task, model, config, draft))
+            job = timed(lambda: annotate(self.inputs, len(self.inputs), task, model, config, draft))
         in_model, batches = model.seconds, list(model.batches)
         bare = timed(lambda: [HuggingFaceGenerator.tokens(model, *batch) for batch in batches])
         return {
@@ -133,8 +125,9 @@ class Bench:
         }
 
     def naive(self, ads: int, job_seconds_each: float) -> dict[str, float]:
+        """Speed of the job relative to a loop that reads, prepares and generates one picture at a time."""
         model = HuggingFaceGenerator("demo", max_new_tokens=TOKENS)
-        paths = [unit.pictures[0] for unit in self.units[:ads]]
+        paths = [one.pictures[0] for one in self.inputs[:ads]]
         model.generate([Request(self.prompt.text, (self.load(paths[0]),))])
         each = timed(lambda: [model.generate([Request(self.prompt.text, (self.load(path),))]) for path in paths]) / len(paths)
         return {
@@ -145,15 +138,16 @@ class Bench:
 
     @functools.cached_property
     def local(self) -> tuple[list[dict], float]:
-        """Rows of the model in process, and the seconds they took."""
+        """Rows of a model in this process, and the seconds that the job took."""
         return self.captioned()
 
     def captioned(self, engine: Literal["local", "ray"] = "local", **options: Any) -> tuple[list[dict], float]:
         config = self.config(shard_rows=128, **options)
         seconds = timed(lambda: run(config, engine=engine))
-        return [{name: row[name] for name in TOLD} for row in read_rows(config.out, "caption")], seconds
+        return [{name: row[name] for name in COMPARED} for row in read_rows(config.out, "caption")], seconds
 
-    def beside_local(self, **options: Any) -> dict[str, Any]:
+    def compare_with_local(self, **options: Any) -> dict[str, Any]:
+        """Rows of a server or of Ray that differ from the local rows in item, creative, text, status, reason, flags or attempts."""
         local, local_seconds = self.local
         rows, seconds = self.captioned(**options)
         ok = sum(row["status"] == "ok" for row in rows)
@@ -161,7 +155,8 @@ class Bench:
         return found | {"local_seconds": round(local_seconds, 1), "seconds": round(seconds, 1)}
 
     def faults(self) -> dict[str, Any]:
-        answers = {sha256(self.load(unit.pictures[0]).tobytes()): json.dumps({"caption": f"ad {at}"}) for at, unit in enumerate(self.units)}
+        """Wall time with a server that fails every fifth request in ten ways, relative to a healthy one (.25 s per answer)."""
+        answers = {sha256(self.load(one.pictures[0]).tobytes()): json.dumps({"caption": f"ad {at}"}) for at, one in enumerate(self.inputs)}
 
         def answer(request: Request) -> str:
             return answers[sha256(request.pictures[0].tobytes())]
@@ -180,15 +175,15 @@ class Bench:
 
 
 def timed(work: Callable[[], Any]) -> float:
-    """Seconds of wall time."""
+    """Wall time of `work` in seconds."""
     started = time.perf_counter()
     work()
     return time.perf_counter() - started
 
 
-def differing(these: list[dict], those: list[dict]) -> int:
-    """Rows that differ, those that only one side has included."""
-    return sum(a != b for a, b in zip(these, those)) + abs(len(these) - len(those))
+def differing(expected: list[dict], found: list[dict]) -> int:
+    """Number of rows that differ, including rows that only one list has."""
+    return sum(a != b for a, b in zip(expected, found)) + abs(len(expected) - len(found))
 
 
 if __name__ == "__main__":

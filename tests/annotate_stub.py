@@ -1,4 +1,4 @@
-"""A small pictured catalogue and a generator without a model, for the tests of the annotation jobs."""
+"""A small catalogue with pictures and a generator without a model, for the tests of annotation jobs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mmsid.catalog import CatalogConfig
 
 
 def write_catalog(folder: Path, items: int = 24) -> CatalogConfig:
-    """`items` items: most with one plain picture, every fifth with two; colours differ, so every picture is its own."""
+    """`items` items: every fifth with two plain pictures, the others with one. All pictures differ in colour."""
     (folder / "images").mkdir(parents=True)
     lines = []
     for at in range(items):
@@ -34,11 +34,11 @@ def caption_config(catalog: CatalogConfig, out: Path, **options) -> CaptionConfi
 
 
 class StubGenerator:
-    """Captions a picture by its first pixel; `broken` decides from (colour, drawn?) whether the answer is spoiled."""
+    """Captions a picture by its first pixel. `broken(colour, sampled)` returns an invalid answer, or None for a valid one."""
 
     model_id = "stub@0"
 
-    def __init__(self, broken=lambda colour, drawn: None, sleep: float = 0.0) -> None:
+    def __init__(self, broken=lambda colour, sampled: None, sleep: float = 0.0) -> None:
         self.broken, self.sleep = broken, sleep
         self.calls: list[list[Request]] = []
 
@@ -52,16 +52,16 @@ class StubGenerator:
         return [self._answer(request) for request in requests]
 
     @property
-    def asked(self) -> int:
+    def num_requests(self) -> int:
         return sum(len(requests) for requests in self.calls)
 
     def _answer(self, request: Request) -> str | GenerationFailure:
         colour = request.pictures[0].getpixel((0, 0))
-        drawn = request.temperature > 0
-        spoiled = self.broken(colour, drawn)
-        if spoiled is not None:
-            return spoiled
-        return json.dumps({"caption": f"a plain card of colour {colour}" + (f", drawn {request.seed % 97}" if drawn else "")})
+        sampled = request.temperature > 0
+        invalid = self.broken(colour, sampled)
+        if invalid is not None:
+            return invalid
+        return json.dumps({"caption": f"a plain card of colour {colour}" + (f", sampled {request.seed % 97}" if sampled else "")})
 
 
 def rows_of(folder: Path, stage: str = "caption") -> list[dict]:

@@ -1,4 +1,4 @@
-"""The miner without a language model: worked by hand on four items, and what it must never look at."""
+"""The co-engagement miner: a worked example of four items, and no use of held-out interactions."""
 
 import json
 import math
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from annotate_stub import rows_of
 
-from mmsid.annotate.coengagement import Phrase, evidence_of, mine
+from mmsid.annotate.coengagement import Phrase, mine_phrases, phrases_json
 from mmsid.annotate.interests import InterestsConfig, run
 from mmsid.annotate.readers import read_interests
 from mmsid.artifacts import read_manifest
@@ -32,7 +32,7 @@ def test_phrases_of_four_items_worked_by_hand(catalog_config):
     row = catalog.row_of
     histories = [[row["kettle"], row["stove"]], [row["kettle"], row["stove"]], [row["kettle"], row["camplamp"]]]
     weights = co_engagement([np.array(rows) for rows in histories], 4)
-    mined = dict(zip([item.item_id for item in catalog.items], mine(catalog, weights, {})))
+    mined = dict(zip([item.item_id for item in catalog.items], mine_phrases(catalog, weights, {})))
     # kettle's neighbours: stove with weight 2, camplamp with weight 1; phrases of two items: camping (both), lamp (camplamp)
     assert mined["kettle"] == [Phrase("camping", 1.0), Phrase("lamp", round(1 / 3, 4))]
     assert mined["stove"] == mined["camplamp"] == []  # their only neighbour, kettle, shares no word with any item
@@ -40,21 +40,21 @@ def test_phrases_of_four_items_worked_by_hand(catalog_config):
     assert math.log(5 / 3) + 1 > (math.log(5 / 3) + 1) / 3  # both phrases are equally rare, so support alone ranks them
 
 
-def test_a_caption_joins_in_and_a_pair_swallows_its_words(catalog_config):
+def test_captions_are_used_and_a_word_pair_replaces_its_words(catalog_config):
     catalog = read_catalog(catalog_config)
     row = catalog.row_of
     weights = co_engagement([np.array([row["kettle"], row["stove"]]), np.array([row["camplamp"], row["stove"]])], 4)
-    mined = mine(catalog, weights, {"stove": "a gas flame for the tent", "camplamp": "gas flame"})
-    # "gas flame" is as well supported and as rare as "gas" and "flame": the pair goes first, its words say nothing new
+    mined = mine_phrases(catalog, weights, {"stove": "a gas flame for the tent", "camplamp": "gas flame"})
+    # "gas flame" is as well supported and as rare as "gas" and "flame": the pair comes first and its words add nothing new
     assert [phrase.text for phrase in mined[row["kettle"]]] == ["gas flame", "camping"]
     assert all("for the" not in phrase.text for phrases in mined for phrase in phrases)
 
 
-def test_the_stage_writes_targets_with_their_source_and_excuses_the_lonely(catalog_config, tmp_path):
+def test_the_stage_writes_the_source_and_the_gate_leaves_out_items_without_coengagement(catalog_config, tmp_path):
     out = run(InterestsConfig(out=tmp_path / "interests", catalog=catalog_config, generator="coengagement", max_quarantined=0.0))
     rows = {row["item_id"]: row for row in rows_of(out, "interests")}
     assert rows["kettle"]["status"] == "ok" and rows["kettle"]["source"] == "coengagement"
-    assert rows["desklamp"]["reason"] == "no_coengagement"  # it was engaged with only as valid and test
+    assert rows["desklamp"]["reason"] == "no_coengagement"  # its only interactions are in valid and test
     assert read_manifest(out)["counts"] == {"in": 4, "ok": 1, "quarantined": 3}
     mined = read_interests(out)["kettle"]
     assert mined.source == "coengagement"
@@ -62,5 +62,5 @@ def test_the_stage_writes_targets_with_their_source_and_excuses_the_lonely(catal
     assert mined.summary == "camping, lamp"
 
 
-def test_evidence_survives_its_journey():
-    assert json.loads(evidence_of([Phrase("a b", 0.25)])) == [["a b", 0.25]]
+def test_phrases_as_json():
+    assert json.loads(phrases_json([Phrase("a b", 0.25)])) == [["a b", 0.25]]

@@ -1,4 +1,4 @@
-"""Hugging Face models in process: padding, drawing, what a model is called, which prompt it gets. Tiny models, no hub."""
+"""Hugging Face models in this process: padding, sampling, model ids, default prompts. Tiny models, no hub access."""
 
 import json
 import os
@@ -113,21 +113,21 @@ def requests(pictures: bool = True, temperature: float = 0.0) -> list[Request]:
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 @pytest.mark.parametrize("pictures", [True, False])
-def test_a_picture_model_says_the_same_alone_and_in_a_batch(llava, pictures, temperature):
+def test_a_vision_model_answers_the_same_alone_and_in_a_batch(llava, pictures, temperature):
     generator = HuggingFaceGenerator(llava, max_new_tokens=12)
-    asked = requests(pictures, temperature)
-    alone = [generator.generate([request])[0] for request in asked]
-    assert generator.generate(asked) == alone
-    assert generator.generate(asked[::-1]) == alone[::-1]
+    batch = requests(pictures, temperature)
+    alone = [generator.generate([request])[0] for request in batch]
+    assert generator.generate(batch) == alone
+    assert generator.generate(batch[::-1]) == alone[::-1]
     assert len(set(alone)) > 1
     assert all(alone)
 
 
-def test_a_text_model_says_the_same_alone_and_in_a_batch(text_model):
+def test_a_text_model_answers_the_same_alone_and_in_a_batch(text_model):
     generator = HuggingFaceGenerator(text_model, max_new_tokens=12)
-    asked = requests(pictures=False)
-    alone = [generator.generate([request])[0] for request in asked]
-    assert generator.generate(asked) == alone
+    batch = requests(pictures=False)
+    alone = [generator.generate([request])[0] for request in batch]
+    assert generator.generate(batch) == alone
     with pytest.raises(ConfigError, match="reads text only"):
         generator.generate(requests())
 
@@ -138,37 +138,37 @@ def test_pictures_and_texts_may_share_a_call(llava):
     assert generator.generate(mixed) == [generator.generate([request])[0] for request in mixed]
 
 
-def test_a_batch_that_does_not_fit_is_halved_and_a_request_that_never_fits_fails_alone(text_model, monkeypatch):
+def test_a_batch_that_exceeds_the_device_is_halved_and_only_an_oversized_request_fails(text_model, monkeypatch):
     generator = HuggingFaceGenerator(text_model, max_new_tokens=4)
-    asked = requests(pictures=False)
-    expected = generator.generate(asked)
-    whole = generator._batch
+    batch = requests(pictures=False)
+    expected = generator.generate(batch)
+    generate_once = generator._generate_once
 
-    def small_memory(batch):
-        if len(batch) > 1 or "interests" in batch[0].prompt:
+    def small_device(requests):
+        if len(requests) > 1 or "interests" in requests[0].prompt:
             raise torch.OutOfMemoryError("no")
-        return whole(batch)
+        return generate_once(requests)
 
-    monkeypatch.setattr(generator, "_batch", small_memory)
-    answers = generator.generate(asked)
+    monkeypatch.setattr(generator, "_generate_once", small_device)
+    answers = generator.generate(batch)
     assert answers[:3] == expected[:3]
     assert answers[3].reason == "out_of_memory"
 
 
-def test_the_next_inputs_are_prepared_while_the_model_is_at_the_last(text_model):
-    both = threading.Barrier(2, timeout=60)
+def test_inputs_are_prepared_while_the_model_runs_another_call(text_model):
+    both_prepared = threading.Barrier(2, timeout=60)
 
-    class Watched(HuggingFaceGenerator):
-        def inputs(self, batch):
-            found = super().inputs(batch)
-            both.wait()  # passes only when both calls' inputs are ready
-            return found
+    class Synchronised(HuggingFaceGenerator):
+        def inputs(self, requests):
+            inputs = super().inputs(requests)
+            both_prepared.wait()  # passes only when the inputs of both calls are ready
+            return inputs
 
-    generator = Watched(text_model, max_new_tokens=4)
-    asked = requests(pictures=False)
-    with ThreadPoolExecutor(generator.calls_at_once) as calls:
-        halves = list(calls.map(generator.generate, [asked[:2], asked[2:]]))
-    assert halves[0] + halves[1] == HuggingFaceGenerator(text_model, max_new_tokens=4).generate(asked)
+    generator = Synchronised(text_model, max_new_tokens=4)
+    batch = requests(pictures=False)
+    with ThreadPoolExecutor(generator.max_concurrent_calls) as calls:
+        halves = list(calls.map(generator.generate, [batch[:2], batch[2:]]))
+    assert halves[0] + halves[1] == HuggingFaceGenerator(text_model, max_new_tokens=4).generate(batch)
 
 
 @pytest.mark.parametrize("side", [100, 400, 1_500])
@@ -178,31 +178,31 @@ def test_a_picture_costs_no_more_tokens_than_its_budget(side):
     grid = processor(Image.new("RGB", (side, side * 2 // 3)), return_tensors="pt")["image_grid_thw"][0]
     tokens = int(grid.prod()) // 4
     assert tokens <= 64
-    assert tokens > 40 or side == 100  # and what is allowed is used
+    assert tokens > 40 or side == 100  # the budget is used
 
 
-def test_a_processor_of_one_size_has_no_budget(llava):
+def test_picture_tokens_is_refused_for_a_processor_of_one_size(llava):
     with pytest.raises(ConfigError, match=r"picture_tokens: .* same number of tokens"):
         HuggingFaceGenerator(llava, picture_tokens=64).generate(requests()[:1])
 
 
-def test_a_generator_is_the_same_after_a_journey(llava, tmp_path, monkeypatch):
+def test_a_pickled_generator_answers_the_same(llava, tmp_path, monkeypatch):
     generator = HuggingFaceGenerator(llava, max_new_tokens=6)
-    said = generator.generate(requests())
+    expected = generator.generate(requests())
     monkeypatch.chdir(tmp_path)
-    there = pickle.loads(pickle.dumps(generator))
-    assert (there.model_id, there.parameters) == (generator.model_id, generator.parameters)
-    assert there.generate(requests()) == said
+    copy = pickle.loads(pickle.dumps(generator))
+    assert (copy.model_id, copy.parameters) == (generator.model_id, generator.parameters)
+    assert copy.generate(requests()) == expected
 
 
-def test_drawing_follows_the_softmax():
+def test_sampling_follows_the_softmax():
     scores = torch.log(torch.tensor([[0.7, 0.2, 0.1]])).repeat(4_000, 1)
     noise = SeededGumbel([Request("", temperature=1.0, seed=seed) for seed in range(4_000)])
     share = torch.bincount(noise(None, scores).argmax(dim=1), minlength=3) / 4_000
     assert torch.allclose(share, torch.tensor([0.7, 0.2, 0.1]), atol=0.025)  # 3.5 standard errors of a share at n = 4,000
 
 
-def test_the_name_of_a_model_follows_its_weights(llava, tmp_path):
+def test_the_model_id_depends_on_the_weights(llava, tmp_path):
     copy = shutil.copytree(llava, tmp_path / "tiny_llava")
     first = HuggingFaceGenerator(llava)
     assert first.model_id.startswith("tiny_llava@") and len(first.model_id) == len("tiny_llava@") + 12
@@ -217,7 +217,7 @@ def test_the_name_of_a_model_follows_its_weights(llava, tmp_path):
     assert HuggingFaceGenerator(copy).parameters != first.parameters
 
 
-def test_models_that_are_not_there_or_pickled_are_named_with_a_remedy(tmp_path):
+def test_missing_and_pickled_models_raise_errors_with_a_remedy(tmp_path):
     with pytest.raises(ConfigError, match="does not exist"):
         HuggingFaceGenerator(tmp_path / "nowhere")
     with pytest.raises(ConfigError, match="neither a folder nor"):
@@ -228,7 +228,7 @@ def test_models_that_are_not_there_or_pickled_are_named_with_a_remedy(tmp_path):
         HuggingFaceGenerator(tmp_path)
 
 
-def test_both_stages_walk_with_models_that_only_babble(llava, text_model, tmp_path):
+def test_both_stages_finish_with_models_that_answer_nonsense(llava, text_model, tmp_path):
     catalog = write_catalog(tmp_path / "catalog", items=5)
     options = {"max_quarantined": 1.0, "max_new_tokens": 8, "retries": 1}
     config = caption_config(catalog, tmp_path / "caption", model=llava, **options)
@@ -236,8 +236,8 @@ def test_both_stages_walk_with_models_that_only_babble(llava, text_model, tmp_pa
     assert len(rows) == 6
     assert all(row["status"] == "quarantined" and len(row["attempts"]) == 2 and row["rejected"] for row in rows)
     assert {row["prompt_sha256"] for row in rows} == {load_prompt("caption").sha256}
-    mining = InterestsConfig(out=tmp_path / "interests", catalog=catalog, model=text_model, captions=config.out, **options)
-    rows = rows_of(run_interests(mining), "interests")
+    interests_config = InterestsConfig(out=tmp_path / "interests", catalog=catalog, model=text_model, captions=config.out, **options)
+    rows = rows_of(run_interests(interests_config), "interests")
     assert [row["creative"] for row in rows] == [0] * 5
     assert {row["source"] for row in rows} == {"llm"}
 
@@ -254,14 +254,14 @@ def test_the_interest_prompt_gets_title_description_and_caption(tmp_path):
     miner = Miner()
     config = InterestsConfig(out=tmp_path / "interests", catalog=catalog, captions=tmp_path / "caption", prompt="interests")
     run_interests(config, miner)
-    asked = [request for call in miner.calls for request in call]
-    assert len(asked) == 5 and not any(request.pictures for request in asked)
+    sent = [request for call in miner.calls for request in call]
+    assert len(sent) == 5 and not any(request.pictures for request in sent)
     assert any(
-        '"title": "thing number 4"' in request.prompt and "a plain card of colour (28, 124, 0) ; " in request.prompt for request in asked
+        '"title": "thing number 4"' in request.prompt and "a plain card of colour (28, 124, 0) ; " in request.prompt for request in sent
     )
 
 
-def test_a_captioner_of_ours_gets_the_prompt_it_was_trained_on(tmp_path):
+def test_a_trained_captioner_gets_the_prompt_of_its_training(tmp_path):
     from mmsid.annotate.caption import default_prompt
     from mmsid.artifacts import writing
 
@@ -283,7 +283,7 @@ def test_the_caption_command_killed_at_random_moments_ends_with_the_same_rows(ll
         (tmp_path / f"{name}.yaml").write_text(text)
     command = [sys.executable, "-m", "mmsid.cli", "caption", "--config"]
     subprocess.run([*command, str(tmp_path / "clean.yaml")], check=True, capture_output=True)
-    chance, kills, finished = random.Random(3), 0, tmp_path / "killed" / "caption" / "manifest.json"
+    rng, kills, finished = random.Random(3), 0, tmp_path / "killed" / "caption" / "manifest.json"
     for _ in range(10):
         if finished.exists():
             break
@@ -291,9 +291,9 @@ def test_the_caption_command_killed_at_random_moments_ends_with_the_same_rows(ll
         shards = tmp_path / "killed" / ".caption.draft" / "shards"
         before = len(list(shards.glob("*.parquet")))
         while job.poll() is None and kills < 3 and len(list(shards.glob("*.parquet"))) == before:
-            time.sleep(0.02)  # imports take seconds: wait for real work before the dice are thrown
+            time.sleep(0.02)  # imports take seconds: wait for a first shard before the kill
         if kills < 3 and job.poll() is None:
-            time.sleep(chance.uniform(0.0, 0.5))
+            time.sleep(rng.uniform(0.0, 0.5))
             os.kill(job.pid, signal.SIGKILL)
             kills += 1
         job.wait()

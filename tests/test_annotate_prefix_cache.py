@@ -1,4 +1,4 @@
-"""The rules that open every prompt go through a text model once, and no answer changes by it."""
+"""The common prefix of prompts is computed once by a text model, and answers do not change."""
 
 import pytest
 import torch
@@ -26,31 +26,31 @@ def text_model(folder, window=None):
     return HuggingFaceGenerator(folder, max_new_tokens=16)
 
 
-def asked(rules=RULES, temperature=0.0):
+def requests(rules=RULES, temperature=0.0):
     return [Request(rules + evidence, (), temperature, seed) for seed, evidence in enumerate(EVIDENCE)]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_answers_are_those_without_it_and_the_rules_are_read_once(tmp_path, temperature):
-    fresh = text_model(tmp_path / "model")
-    alone = [HuggingFaceGenerator(tmp_path / "model", max_new_tokens=16).generate([one])[0] for one in asked(temperature=temperature)]
-    assert len(set(alone)) == len(alone)
-    assert fresh.generate(asked(temperature=temperature)) == alone
-    assert fresh.generate(asked(temperature=temperature)[::-1]) == alone[::-1]
-    assert fresh.generate(asked(temperature=temperature)[1:2]) == alone[1:2], "one row, the beginning known"
-    assert fresh.prefix.computed == 1
-
-
-def test_other_rules_are_a_new_beginning(tmp_path):
+def test_answers_do_not_change_and_the_prefix_is_computed_once(tmp_path, temperature):
     model = text_model(tmp_path / "model")
-    others = asked("find out who would want this and why, in few words that could be said of no other product. " * 8)
+    alone = [HuggingFaceGenerator(tmp_path / "model", max_new_tokens=16).generate([one])[0] for one in requests(temperature=temperature)]
+    assert len(set(alone)) == len(alone)
+    assert model.generate(requests(temperature=temperature)) == alone
+    assert model.generate(requests(temperature=temperature)[::-1]) == alone[::-1]
+    assert model.generate(requests(temperature=temperature)[1:2]) == alone[1:2], "a single row with the known prefix"
+    assert model.prefix_cache.computed == 1
+
+
+def test_other_instructions_replace_the_prefix(tmp_path):
+    model = text_model(tmp_path / "model")
+    others = requests("find out who would want this and why, in few words that could be said of no other product. " * 8)
     expected = [HuggingFaceGenerator(tmp_path / "model", max_new_tokens=16).generate([one])[0] for one in others]
-    model.generate(asked())
-    assert model.generate(others) == expected and model.prefix.computed == 2
+    model.generate(requests())
+    assert model.generate(others) == expected and model.prefix_cache.computed == 2
 
 
 @pytest.mark.parametrize("rules, window", [("short ", None), (RULES, 16)])
-def test_short_rules_and_windowed_models_are_read_as_before(tmp_path, rules, window):
+def test_short_prefixes_and_sliding_windows_do_not_use_the_cache(tmp_path, rules, window):
     model = text_model(tmp_path / "model", window)
-    alone = [model.generate([one])[0] for one in asked(rules)]
-    assert model.generate(asked(rules)) == alone and model.prefix.computed == 0
+    alone = [model.generate([one])[0] for one in requests(rules)]
+    assert model.generate(requests(rules)) == alone and model.prefix_cache.computed == 0

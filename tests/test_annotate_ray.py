@@ -1,4 +1,4 @@
-"""One job in three places: this process, the ranks of `accelerate launch`, the actors of a real Ray; the rows are the same."""
+"""One annotation job in this process, in the processes of `accelerate launch` and in Ray actors gives the same rows."""
 
 import os
 import signal
@@ -18,15 +18,15 @@ from mmsid.catalog.demo import write_demo_catalog
 from mmsid.errors import ConfigError
 from mmsid.ray_pool import RayConfig, _actors
 
-SAME = ("item_id", "creative", "caption", "status", "reason", "flags", "attempts", "rejected")
+COMPARED = ("item_id", "creative", "caption", "status", "reason", "flags", "attempts", "rejected")
 ADS = 60
 
 
-def told(rows):
-    return [{name: row[name] for name in SAME} for row in rows]
+def compared(rows):
+    return [{name: row[name] for name in COMPARED} for row in rows]
 
 
-def test_without_the_extra_the_remedy_is_named(tmp_path, monkeypatch):
+def test_a_missing_ray_raises_an_error_with_the_install_command(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     catalog = write_catalog(tmp_path / "catalog", items=2)
     with pytest.raises(ConfigError, match=r"pip install 'mmsid\[ray\]'"):
@@ -45,7 +45,7 @@ def test_without_the_extra_the_remedy_is_named(tmp_path, monkeypatch):
         ({"CPU": 32.0, "GPU": 1.0}, {"actors": 2, "gpus_per_actor": 1.0}, "lower ray.actors"),
     ],
 )
-def test_actors_never_take_every_slot(slots, options, expected):
+def test_actors_leave_one_slot_free(slots, options, expected):
     class Cluster:
         @staticmethod
         def cluster_resources():
@@ -60,7 +60,7 @@ def test_actors_never_take_every_slot(slots, options, expected):
 
 
 class KilledOnce(HuggingFaceGenerator):
-    """Kills the process that it lives in at its third batch, once; `marker` tells later lives, and who died."""
+    """Kills its own process at the third batch, once. The file `marker` holds the id of the killed process."""
 
     def __init__(self, marker: Path) -> None:
         super().__init__("demo", max_new_tokens=96)
@@ -94,37 +94,37 @@ def local_rows(ads, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_the_demo_model_behind_a_server_says_what_it_says_in_process(ads, local_rows, tmp_path):
+def test_the_demo_model_behind_a_server_gives_the_same_rows(ads, local_rows, tmp_path):
     with ChatServer(Batching(HuggingFaceGenerator("demo", max_new_tokens=96), batch_size=4)) as server:
-        treat = {"base_url": server.url, "concurrency": 8}
-        rows = rows_of(run(ads_config(ads, tmp_path / "caption", generator="openai", server=treat)))
-    assert told(rows) == told(local_rows)
+        options = {"base_url": server.url, "concurrency": 8}
+        rows = rows_of(run(ads_config(ads, tmp_path / "caption", generator="openai", server=options)))
+    assert compared(rows) == compared(local_rows)
     assert len(rows) >= ADS and all(row["status"] == "ok" for row in rows)
 
 
 @pytest.mark.slow
-def test_on_ray_with_an_actor_killed_halfway_the_rows_are_those_of_this_process(ray, ads, local_rows, tmp_path):
+def test_ray_gives_the_same_rows_when_an_actor_is_killed(ray, ads, local_rows, tmp_path):
     marker = tmp_path / "killed"
     config = ads_config(ads, tmp_path / "caption", cache=tmp_path / "answers.sqlite")
     out = run(config, KilledOnce(marker), engine="ray")
     assert marker.read_text() != str(os.getpid())
     assert rows_of(out) == local_rows
     assert read_manifest(out)["counts"] == {"in": len(local_rows), "ok": len(local_rows), "quarantined": 0}
-    # what the actors answered is in the cache for every engine
+    # the cache holds the results of the actors, for every engine
     second = run(ads_config(ads, tmp_path / "second" / "caption", cache=tmp_path / "answers.sqlite"))
     assert rows_of(second) == local_rows
     assert "generated" not in read_manifest(second)["extra"]["work"]
 
 
 @pytest.mark.slow
-def test_errors_of_the_actors_are_told_as_they_are_here(ray, tmp_path):
+def test_errors_of_actors_are_raised_unchanged(ray, tmp_path):
     catalog = write_catalog(tmp_path / "catalog", items=4)
 
     class Broken(StubGenerator):
         def generate(self, requests):
-            raise ConfigError("the model is broken; mend it")
+            raise ConfigError("the model is broken; replace it")
 
-    with pytest.raises(ConfigError, match=r"^the model is broken; mend it$"):
+    with pytest.raises(ConfigError, match=r"^the model is broken; replace it$"):
         run(caption_config(catalog, tmp_path / "caption"), Broken(), engine="ray")
 
 
@@ -138,7 +138,7 @@ def _yaml(folder: Path, ads: CatalogConfig, name: str) -> Path:
 
 
 @pytest.mark.slow
-def test_accelerate_launch_shares_the_shards_between_its_processes(ads, local_rows, tmp_path):
+def test_accelerate_launch_distributes_the_shards(ads, local_rows, tmp_path):
     script = Path(__file__).parents[1] / "scripts" / "caption.py"
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
     done = subprocess.run(

@@ -147,7 +147,7 @@ def test_rows_that_a_server_failed_are_tried_again_on_every_resume(catalog, loca
         run(config, down)
     cleaned = StubGenerator()
     assert rows_of(run(config, cleaned)) == local_rows
-    assert 0 < cleaned.asked < 28
+    assert 0 < cleaned.num_requests < 28
 
 
 def test_a_wrong_key_or_model_stops_the_job_at_once_and_the_key_is_written_nowhere(catalog, tmp_path, monkeypatch, capfd):
@@ -255,7 +255,11 @@ def test_a_generator_is_the_same_after_a_journey(catalog, tmp_path):
         asking = OpenAIGenerator("m", ServerConfig(base_url=server.url), revision="r", max_new_tokens=9, schema={"a": 1}, batch_size=2)
         asking.generate([coloured(1)])
         there = pickle.loads(pickle.dumps(asking))
-        assert (there.model_id, there.parameters, there.calls_at_once) == (asking.model_id, asking.parameters, asking.calls_at_once)
+        assert (there.model_id, there.parameters, there.max_concurrent_calls) == (
+            asking.model_id,
+            asking.parameters,
+            asking.max_concurrent_calls,
+        )
         assert there.generate([coloured(2)]) == [answer(coloured(2))]
         asking.close(), there.close()
 

@@ -20,7 +20,7 @@ def run(name: str, *arguments: str, out: Path) -> dict:
 @pytest.mark.slow
 def test_scale_interrupts_a_job_and_resumes_the_last_shard(tmp_path):
     (size,) = run("scale", "--rows", "1500", out=tmp_path / "scale.json")["sizes"]
-    assert size["rows"] == 1500 and size["asked_on_resume"] == 1500 - 1024
+    assert size["rows"] == 1500 and size["requests_on_resume"] == 1500 - 1024
     assert {f"{step}_{what}" for step in ("read", "job", "resume") for what in ("seconds", "mb")} <= size.keys()
 
 

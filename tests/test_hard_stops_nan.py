@@ -105,5 +105,5 @@ def test_a_recommender_that_computes_nan_is_not_ranked(tmp_path, shape):
 def test_a_captioner_with_nan_is_not_loaded(tmp_path):
     shutil.copytree(demo_weights(), tmp_path / "model")
     poison(tmp_path / "model" / "model.safetensors", "weight")
-    with pytest.raises(ConfigError, match="holds NaN or infinite values; copy the model anew"):
+    with pytest.raises(ConfigError, match="contains NaN or infinite values; copy the model again"):
         HuggingFaceGenerator(tmp_path / "model").model  # noqa: B018 - loaded when it is first asked for

@@ -1,1 +1,1 @@
-"""Captions, interests and judged text quality: one job runner, several generators."""
+"""Captions, interests, judgements and text quality: annotation stages with a common job runner and several generators."""

@@ -1,7 +1,7 @@
-"""From units to finished rows: read pictures ahead, look answers up, ask for the rest, judge what comes, ask again.
+"""Turn job inputs into finished rows: read pictures ahead, look up the cache, generate in batches, validate, retry.
 
-This is the part of an annotation job that is the same wherever it runs: in this process over whole shards, or in a Ray actor
-over a piece of one. A row depends on its unit alone, never on what shared the chunk, the batch or the machine.
+An annotation job uses this class in its own process for whole shards, or in a Ray actor for pieces of a shard.
+A row depends on its own input only, never on the batch, the shard or the machine.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from PIL import Image
 from pydantic import ValidationError
 
 from mmsid.annotate.generator import GenerationFailure, Generator, Request
-from mmsid.annotate.job_config import JobConfig, JobInput, Task
+from mmsid.annotate.job_config import JobConfig
+from mmsid.annotate.job_inputs import JobInput, Task
 from mmsid.annotate.prompts import PLACEHOLDER
 from mmsid.annotate.records import SCHEMA_VERSION
 from mmsid.annotate.text_flags import REFUSAL, evidence_flags, output_flags
-from mmsid.annotate.text_overlays import flags_of
+from mmsid.annotate.text_overlays import picture_flags
 from mmsid.artifacts import sha256
 from mmsid.errors import AnnotationError, PictureError
 
@@ -31,16 +32,16 @@ ElementT = TypeVar("ElementT")
 
 
 class Cache(Protocol):
-    """Where good answers are kept by content (`AnnotationCache`, or a door to one in another process)."""
+    """Store of valid results by `input_sha256`: `AnnotationCache`, or a proxy of one in another process."""
 
     def get(self, keys: Iterable[str]) -> dict[str, dict[str, Any]]: ...
 
-    def put(self, outcomes: Mapping[str, Mapping[str, Any]]) -> None: ...
+    def put(self, results: Mapping[str, Mapping[str, Any]]) -> None: ...
 
 
 @dataclass
-class _Outcome:
-    """What became of one input: a record, or a reason. `attempts` holds each attempt's verdict ("ok" or its reason)."""
+class _Result:
+    """Result of one input: a record, or the reason why there is none. `attempts` holds "ok" or a reason code per attempt."""
 
     key: str | None
     record: dict[str, Any] | None = None
@@ -52,18 +53,18 @@ class _Outcome:
 
 @dataclass
 class _PendingRequest:
-    """One input that a generator is asked for: the unit it came from, the request, and what earlier attempts came to."""
+    """A request to the generator, the input that it belongs to, and the reason codes of earlier attempts."""
 
-    unit: JobInput
+    input: JobInput
     request: Request
-    history: list[str]
+    earlier_attempts: list[str]
 
 
 def job_identity(task: Task, generator: Generator, config: JobConfig) -> dict[str, Any]:
-    """Everything but picture and text that an answer hangs on: the first part of every cache key."""
+    """Everything except picture and text that can change an answer. It is part of every cache key."""
     return {
         "schema_version": SCHEMA_VERSION,
-        "what": task.what,
+        "what": task.stage,
         "prompt_sha256": task.prompt.sha256,
         "model_id": generator.model_id,
         "parameters": dict(generator.parameters),
@@ -78,10 +79,10 @@ def job_identity(task: Task, generator: Generator, config: JobConfig) -> dict[st
 
 
 class Annotator:
-    """Makes rows of units. A context manager: leaving it, for whatever reason, ends what is still under way.
+    """Makes rows from job inputs with a generator and a cache. Leaving the context cancels pending calls.
 
     Attributes:
-        work: how many inputs were `generated`, taken from the cache (`cache_hits`), or the same as another's (`duplicates`).
+        work: number of inputs that were `generated`, found in the cache (`cache_hits`), or equal to another input (`duplicates`).
     """
 
     def __init__(self, task: Task, generator: Generator, config: JobConfig, cache: Cache) -> None:
@@ -89,243 +90,246 @@ class Annotator:
         self.identity = job_identity(task, generator, config)
         self.work: Counter[str] = Counter()
         self._instruction = task.prompt.text.replace(PLACEHOLDER, "")
-        self._failed_before: dict[str, _Outcome] = {}
-        self._calls_at_once = getattr(generator, "calls_at_once", 1)
-        self._calls = ThreadPoolExecutor(self._calls_at_once, "generate")
-        self._readers = ThreadPoolExecutor(config.readers, "read")
+        self._failures: dict[str, _Result] = {}
+        self._max_calls = getattr(generator, "max_concurrent_calls", 1)
+        self._generate_pool = ThreadPoolExecutor(self._max_calls, "generate")
+        self._reader_pool = ThreadPoolExecutor(config.readers, "read")
 
     def __enter__(self) -> Annotator:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._calls.shutdown(wait=False, cancel_futures=True)
+        self._generate_pool.shutdown(wait=False, cancel_futures=True)
         close = getattr(self.generator, "close", None)
         if close is not None:
-            close()  # first, so that a server's answer is not waited for when the job was interrupted
-        self._readers.shutdown(cancel_futures=True)
-        self._calls.shutdown()
+            close()  # before the pools are joined, so that an interrupted job does not wait for a server
+        self._reader_pool.shutdown(cancel_futures=True)
+        self._generate_pool.shutdown()
 
-    def rows(self, chunk: Sequence[JobInput]) -> Iterator[None]:
-        """Yield once per finished unit; the generator's return value is the rows, in the order of `chunk`."""
-        outcomes = yield from _Chunk(self, chunk).outcomes()
-        return [self._row(unit, outcome) for unit, outcome in zip(chunk, outcomes)]
+    def rows(self, inputs: Sequence[JobInput]) -> Iterator[None]:
+        """Yield once per finished input. The generator's return value is the list of rows, in the order of `inputs`."""
+        results = yield from _AnnotationRun(self, inputs).results()
+        return [self._row(one, result) for one, result in zip(inputs, results)]
 
-    # What a chunk asks of it
+    def prepare(self, inputs: Sequence[JobInput]) -> Iterator[tuple[int, _Result | tuple[str, Request]]]:
+        """Read pictures ahead of the generator. Yields the position of each input with its (key, request), or with a failure.
 
-    def prepared(self, chunk: Sequence[JobInput]) -> Iterator[tuple[int, _Outcome | tuple[str, Request]]]:
-        """Positions in `chunk` with their requests, or why there is none; read ahead, so that no generator waits for a picture.
-
-        Longest first: batches of like length waste no padding, and a batch too large for the memory shows at once.
+        The longest inputs come first: batches of equal length need little padding, and an oversized batch fails early.
         """
-        order = iter(sorted(range(len(chunk)), key=lambda at: (-len(chunk[at].pictures), -len(chunk[at].evidence), at)))
+        order = iter(sorted(range(len(inputs)), key=lambda at: (-len(inputs[at].pictures), -len(inputs[at].evidence), at)))
         reading: deque[tuple[int, Future]] = deque()
         while True:
             for at in islice(order, 2 * self.config.batch_size - len(reading)):
-                reading.append((at, self._readers.submit(self._prepare, chunk[at])))
+                reading.append((at, self._reader_pool.submit(self._prepare, inputs[at])))
             if not reading:
                 return
-            at, ready = reading.popleft()
-            yield at, ready.result()
+            at, prepared = reading.popleft()
+            yield at, prepared.result()
 
-    def known(self, keys: list[str]) -> dict[str, _Outcome]:
-        """Answers at hand. An entry that no longer fits the schema (another program's, say) is treated as absent."""
-        known = {key: self._failed_before[key] for key in keys if key in self._failed_before}
-        for key, kept in self.cache.get(keys).items():
+    def lookup(self, keys: list[str]) -> dict[str, _Result]:
+        """Results that are known already: earlier failures of this job, and cache entries that fit the record's schema."""
+        found = {key: self._failures[key] for key in keys if key in self._failures}
+        for key, entry in self.cache.get(keys).items():
             try:
-                record = self.task.record.model_validate(kept["record"]).model_dump()
-                known[key] = _Outcome(key, record, flags=list(kept["flags"]), attempts=list(kept["attempts"]))
+                record = self.task.record.model_validate(entry["record"]).model_dump()
+                found[key] = _Result(key, record, flags=list(entry["flags"]), attempts=list(entry["attempts"]))
             except (ValidationError, KeyError, TypeError):
                 continue
-        return known
+        return found
 
-    def give_up(self, key: str, outcome: _Outcome) -> None:
-        """Remember a failure, so that an exact duplicate later on is not tried in vain."""
-        self._failed_before[key] = outcome
+    def record_failure(self, key: str, result: _Result) -> None:
+        """Keep a final failure, so that later exact duplicates are not generated again."""
+        self._failures[key] = result
 
-    def ask(self, batches: Iterable[dict[str, _PendingRequest]]) -> Iterator[dict[str, _Outcome]]:
-        """Judged answers, batch by batch as they come; good ones go to the cache at once.
+    def generate(self, batches: Iterable[dict[str, _PendingRequest]]) -> Iterator[dict[str, _Result]]:
+        """Validated results per batch, in order of completion. Valid ones are written to the cache at once.
 
-        A generator that works at several calls at once gets the next batch before it has answered the last.
+        At most `generator.max_concurrent_calls` batches are in flight.
         """
-        flying: dict[Future, dict[str, _PendingRequest]] = {}
+        in_flight: dict[Future, dict[str, _PendingRequest]] = {}
         for batch in batches:
-            flying[self._calls.submit(self.generator.generate, [asking.request for asking in batch.values()])] = batch
-            if len(flying) >= self._calls_at_once:
-                yield from self._landed(flying)
-        while flying:
-            yield from self._landed(flying)
+            requests = [pending.request for pending in batch.values()]
+            in_flight[self._generate_pool.submit(self.generator.generate, requests)] = batch
+            if len(in_flight) >= self._max_calls:
+                yield from self._completed(in_flight)
+        while in_flight:
+            yield from self._completed(in_flight)
 
-    def again(
-        self, failed: Mapping[str, tuple[JobInput, _Outcome]], attempt: int
-    ) -> tuple[dict[str, _PendingRequest], dict[str, _Outcome]]:
-        """The same requests, drawn instead of greedy, each with a seed of its own; and those whose picture went away meanwhile."""
-        batch, gone = {}, {}
+    def retry_batch(
+        self, failed: Mapping[str, tuple[JobInput, _Result]], attempt: int
+    ) -> tuple[dict[str, _PendingRequest], dict[str, _Result]]:
+        """Requests of failed inputs for another attempt, sampled with a seed per input; and results of pictures that became unreadable."""
+        batch, unreadable = {}, {}
         temperature = max(self.config.temperature, self.config.retry_temperature)
-        for (key, (unit, before)), ready in zip(failed.items(), self._readers.map(self._prepare, [unit for unit, _ in failed.values()])):
-            if isinstance(ready, _Outcome):
-                gone[key] = _Outcome(key, reason=ready.reason, flags=before.flags, attempts=[*before.attempts, str(ready.reason)])
+        prepared_inputs = self._reader_pool.map(self._prepare, [one for one, _ in failed.values()])
+        for (key, (one, before)), prepared in zip(failed.items(), prepared_inputs):
+            if isinstance(prepared, _Result):
+                attempts = [*before.attempts, str(prepared.reason)]
+                unreadable[key] = _Result(key, reason=prepared.reason, flags=before.flags, attempts=attempts)
                 continue
-            request = Request(ready[1].prompt, ready[1].pictures, temperature, _seed(key, attempt))
-            batch[key] = _PendingRequest(unit, request, before.attempts)
-        return batch, gone
+            request = Request(prepared[1].prompt, prepared[1].pictures, temperature, _seed(key, attempt))
+            batch[key] = _PendingRequest(one, request, before.attempts)
+        return batch, unreadable
 
-    def _landed(self, flying: dict[Future, dict[str, _PendingRequest]]) -> Iterator[dict[str, _Outcome]]:
-        for call in wait(flying, return_when=FIRST_COMPLETED).done:
-            batch, answers = flying.pop(call), call.result()
+    def _completed(self, in_flight: dict[Future, dict[str, _PendingRequest]]) -> Iterator[dict[str, _Result]]:
+        for call in wait(in_flight, return_when=FIRST_COMPLETED).done:
+            batch, answers = in_flight.pop(call), call.result()
             if len(answers) != len(batch):
                 raise AnnotationError("generator_broken", f"{self.generator.model_id}: {len(batch)} requests, {len(answers)} answers")
             self.work["generated"] += len(batch)
-            results = {key: self._judge(key, asking, answer) for (key, asking), answer in zip(batch.items(), answers)}
-            good = {key: outcome for key, outcome in results.items() if outcome.record is not None}
-            self.cache.put({key: {"record": o.record, "flags": o.flags, "attempts": o.attempts} for key, o in good.items()})
+            results = {key: self._validate(key, pending, answer) for (key, pending), answer in zip(batch.items(), answers)}
+            valid = {key: result for key, result in results.items() if result.record is not None}
+            self.cache.put({key: {"record": r.record, "flags": r.flags, "attempts": r.attempts} for key, r in valid.items()})
             yield results
 
-    def _prepare(self, unit: JobInput) -> _Outcome | tuple[str, Request]:
-        """Read the unit's pictures and name its input, or say why it cannot be asked."""
-        if unit.reason is not None:
-            return _Outcome(key=None, reason=unit.reason)
+    def _prepare(self, one: JobInput) -> _Result | tuple[str, Request]:
+        """Read the input's pictures and compute its cache key. Returns (key, request), or the failure."""
+        if one.reason is not None:
+            return _Result(key=None, reason=one.reason)
         try:
-            pictures = self._pictures(unit)
+            pictures = self._load_pictures(one)
         except PictureError as error:
-            return _Outcome(key=None, reason=f"picture_{error.reason}")
-        seen = [sha256(f"{picture.size}".encode() + picture.tobytes()) for picture in pictures]
-        key = sha256({**self.identity, "pictures": seen, "evidence": unit.evidence})
-        return key, Request(self.task.prompt.render(unit.evidence), pictures, self.config.temperature, _seed(key, 0))
+            return _Result(key=None, reason=f"picture_{error.reason}")
+        hashes = [sha256(f"{picture.size}".encode() + picture.tobytes()) for picture in pictures]
+        key = sha256({**self.identity, "pictures": hashes, "evidence": one.evidence})
+        return key, Request(self.task.prompt.render(one.evidence), pictures, self.config.temperature, _seed(key, 0))
 
-    def _pictures(self, unit: JobInput) -> tuple[Image.Image, ...]:
-        pictures, problem = [], None
-        for path in unit.pictures:
+    def _load_pictures(self, one: JobInput) -> tuple[Image.Image, ...]:
+        pictures, first_error = [], None
+        for path in one.pictures:
             try:
-                pictures.append(self._shrunk(self.task.load_picture(path)))
+                pictures.append(self._shrink(self.task.load_picture(path)))
             except PictureError as error:
                 if not self.task.any_picture:
                     raise
-                problem = problem or error
+                first_error = first_error or error
             if self.task.any_picture and pictures:
                 break
-        if problem and not pictures:
-            raise problem
+        if first_error and not pictures:
+            raise first_error
         return tuple(pictures)
 
-    def _shrunk(self, picture: Image.Image) -> Image.Image:
+    def _shrink(self, picture: Image.Image) -> Image.Image:
         if self.config.max_side is not None and max(picture.size) > self.config.max_side:
             picture.thumbnail((self.config.max_side, self.config.max_side), Image.Resampling.LANCZOS)
         return picture
 
-    def _judge(self, key: str, asking: _PendingRequest, answer: str | GenerationFailure) -> _Outcome:
-        flags = evidence_flags([_unescaped(asking.unit.evidence)]) + flags_of(asking.request.pictures)
+    def _validate(self, key: str, pending: _PendingRequest, answer: str | GenerationFailure) -> _Result:
+        flags = evidence_flags([_unescaped(pending.input.evidence)]) + picture_flags(pending.request.pictures)
         if isinstance(answer, GenerationFailure):
-            attempts = [*asking.history, answer.reason]
-            return _Outcome(key, reason=answer.reason, flags=flags, attempts=attempts, rejected=_excerpt(answer.detail))
+            attempts = [*pending.earlier_attempts, answer.reason]
+            return _Result(key, reason=answer.reason, flags=flags, attempts=attempts, rejected=_excerpt(answer.detail))
         try:
             record = self.task.parse(answer)
         except AnnotationError as error:
             flags += [REFUSAL] if error.reason == REFUSAL else []
-            return _Outcome(key, reason=error.reason, flags=flags, attempts=[*asking.history, error.reason], rejected=_excerpt(answer))
+            attempts = [*pending.earlier_attempts, error.reason]
+            return _Result(key, reason=error.reason, flags=flags, attempts=attempts, rejected=_excerpt(answer))
         flags += output_flags(record.texts(), self._instruction)
-        return _Outcome(key, record.model_dump(), flags=flags, attempts=[*asking.history, "ok"])
+        return _Result(key, record.model_dump(), flags=flags, attempts=[*pending.earlier_attempts, "ok"])
 
-    def _row(self, unit: JobInput, outcome: _Outcome) -> dict[str, Any]:
-        record = outcome.record or {}
+    def _row(self, one: JobInput, result: _Result) -> dict[str, Any]:
+        record = result.record or {}
         return {
-            "item_id": unit.item_id,
-            "creative": unit.creative,
+            "item_id": one.item_id,
+            "creative": one.creative,
             **{name: _to_column(record.get(name)) for name in self.task.record.model_fields},
             **self.task.constants,
-            "status": "ok" if outcome.record is not None else "quarantined",
-            "reason": outcome.reason,
-            "flags": outcome.flags,
-            "attempts": outcome.attempts,
-            "rejected": outcome.rejected,
+            "status": "ok" if result.record is not None else "quarantined",
+            "reason": result.reason,
+            "flags": result.flags,
+            "attempts": result.attempts,
+            "rejected": result.rejected,
             "prompt_sha256": self.task.prompt.sha256,
             "model_id": self.generator.model_id,
-            "input_sha256": outcome.key,
+            "input_sha256": result.key,
         }
 
 
-class _Chunk:
-    """The units of one chunk on their way to an outcome each. Exact duplicates wait for the one of them that is asked."""
+class _AnnotationRun:
+    """State of one pass over a list of inputs. Exact duplicates share the request of their first occurrence."""
 
-    def __init__(self, annotator: Annotator, chunk: Sequence[JobInput]) -> None:
-        self.annotator, self.chunk = annotator, chunk
-        self.found: list[_Outcome | None] = [None] * len(chunk)
-        self.asked: dict[str, list[int]] = {}
-        self.failed: dict[str, tuple[JobInput, _Outcome]] = {}
+    def __init__(self, annotator: Annotator, inputs: Sequence[JobInput]) -> None:
+        self.annotator, self.inputs = annotator, inputs
+        self.found: list[_Result | None] = [None] * len(inputs)
+        self.positions: dict[str, list[int]] = {}  # of the inputs that wait for a key's result
+        self.failed: dict[str, tuple[JobInput, _Result]] = {}
         self.finished = 0
 
-    def outcomes(self) -> Iterator[None]:
-        """Yield once per finished unit; returns the outcomes in the chunk's order."""
-        annotator, size, retries = self.annotator, self.annotator.config.batch_size, self.annotator.config.retries
-        told = 0
-        for _ in self._attempts(size, retries):
-            yield from repeat(None, self.finished - told)
-            told = self.finished
-        if told != len(self.chunk):
-            what = annotator.task.what
-            raise AnnotationError("rows_lost", f"{what}: a shard ended with rows unanswered; this is a bug, please report it")
+    def results(self) -> Iterator[None]:
+        """Yield once per finished input. The generator's return value is the list of results, in the order of the inputs."""
+        reported = 0
+        for _ in self._attempts(self.annotator.config.batch_size, self.annotator.config.retries):
+            yield from repeat(None, self.finished - reported)
+            reported = self.finished
+        if reported != len(self.inputs):
+            stage = self.annotator.task.stage
+            raise AnnotationError(
+                "rows_lost", f"{stage}: only {reported} of {len(self.inputs)} rows of a shard were made; this is a bug, please report it"
+            )
         return self.found
 
     def _attempts(self, size: int, retries: int) -> Iterator[None]:
-        """Yield after every batch of answers."""
-        for results in self.annotator.ask(self._first(size)):
-            self._settle(results, last=retries == 0)
+        """Yield after every batch of results."""
+        for results in self.annotator.generate(self._first_batches(size)):
+            self._store(results, last=retries == 0)
             yield
-        yield  # whatever needed no answer
+        yield  # results that needed no generation
         for attempt in range(1, retries + 1):
             failed, self.failed = self.failed, {}
-            for results in self.annotator.ask(self._again(failed, attempt, size)):
-                self._settle(results, last=attempt == retries)
+            for results in self.annotator.generate(self._retry_batches(failed, attempt, size)):
+                self._store(results, last=attempt == retries)
                 yield
         yield
 
-    def _first(self, size: int) -> Iterator[dict[str, _PendingRequest]]:
-        """Batches of inputs that no answer is known to."""
+    def _first_batches(self, size: int) -> Iterator[dict[str, _PendingRequest]]:
+        """Batches of the requests whose result is not known yet."""
         annotator, pending = self.annotator, {}
-        for window in batched(annotator.prepared(self.chunk), size):
-            known = annotator.known([ready[0] for _, ready in window if not isinstance(ready, _Outcome)])
-            for at, ready in window:
-                if isinstance(ready, _Outcome):
-                    self._finish(at, ready)
+        for window in batched(annotator.prepare(self.inputs), size):
+            known = annotator.lookup([prepared[0] for _, prepared in window if not isinstance(prepared, _Result)])
+            for at, prepared in window:
+                if isinstance(prepared, _Result):
+                    self._finish(at, prepared)
                     continue
-                key, request = ready
+                key, request = prepared
                 if key in known:
                     self._finish(at, known[key])
                     annotator.work["cache_hits"] += 1
-                elif key in self.asked:
-                    self.asked[key].append(at)
+                elif key in self.positions:
+                    self.positions[key].append(at)
                     annotator.work["duplicates"] += 1
                 else:
-                    self.asked[key] = [at]
-                    pending[key] = _PendingRequest(self.chunk[at], request, [])
+                    self.positions[key] = [at]
+                    pending[key] = _PendingRequest(self.inputs[at], request, [])
             while len(pending) >= size:
                 yield {key: pending.pop(key) for key in list(islice(pending, size))}
         if pending:
             yield pending
 
-    def _again(self, failed: dict[str, tuple[JobInput, _Outcome]], attempt: int, size: int) -> Iterator[dict[str, _PendingRequest]]:
+    def _retry_batches(self, failed: dict[str, tuple[JobInput, _Result]], attempt: int, size: int) -> Iterator[dict[str, _PendingRequest]]:
         for keys in batched(failed, size):
-            batch, gone = self.annotator.again({key: failed[key] for key in keys}, attempt)
-            self._settle(gone, last=True)
+            batch, unreadable = self.annotator.retry_batch({key: failed[key] for key in keys}, attempt)
+            self._store(unreadable, last=True)
             if batch:
                 yield batch
 
-    def _settle(self, results: Mapping[str, _Outcome], last: bool) -> None:
-        for key, outcome in results.items():
-            if outcome.record is None and not last:
-                self.failed[key] = (self.chunk[self.asked[key][0]], outcome)
+    def _store(self, results: Mapping[str, _Result], last: bool) -> None:
+        for key, result in results.items():
+            if result.record is None and not last:
+                self.failed[key] = (self.inputs[self.positions[key][0]], result)
                 continue
-            if outcome.record is None:
-                self.annotator.give_up(key, outcome)
-            for at in self.asked.pop(key):
-                self._finish(at, outcome)
+            if result.record is None:
+                self.annotator.record_failure(key, result)
+            for at in self.positions.pop(key):
+                self._finish(at, result)
 
-    def _finish(self, at: int, outcome: _Outcome) -> None:
-        self.found[at] = outcome
+    def _finish(self, at: int, result: _Result) -> None:
+        self.found[at] = result
         self.finished += 1
 
 
 def batched(elements: Iterable[ElementT], size: int) -> Iterator[list[ElementT]]:
-    """Runs of `size` elements in order, the last one shorter (itertools.batched came with Python 3.12)."""
+    """Lists of `size` elements in order, the last one shorter (like itertools.batched of Python 3.12)."""
     elements = iter(elements)
     while batch := list(islice(elements, size)):
         yield batch
@@ -336,7 +340,7 @@ def _to_column(value: Any) -> str | None:
 
 
 def _unescaped(evidence: str) -> str:
-    """Evidence as its author wrote it (`evidence_json` escapes brackets), for the detectors."""
+    """Evidence without the escapes of `evidence_json`, as the detectors need it."""
     return json.dumps(json.loads(evidence), ensure_ascii=False) if evidence else ""
 
 
@@ -345,5 +349,5 @@ def _seed(key: str, attempt: int) -> int:
 
 
 def _excerpt(text: str) -> str:
-    """The start of a refused answer, made safe to print, for whoever looks into a quarantine."""
+    """The first 300 characters of a rejected answer, with unprintable characters replaced by spaces."""
     return "".join(character if character.isprintable() else " " for character in text[:300])

@@ -1,4 +1,4 @@
-"""Answers kept across runs, by content: one sqlite file, safe to share between jobs and to delete at any time."""
+"""Cache of annotation results by content hash: one sqlite file that jobs may share and that can be deleted at any time."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from mmsid.errors import AnnotationError
 
 
 class AnnotationCache:
-    """Maps an `input_sha256` to the finished outcome of a generation (only good ones are kept: failures deserve another try).
+    """Maps `input_sha256` to the result of a generation. Only valid results are stored, so that failures are tried again.
 
-    With `path=None` the store is a private temporary file that vanishes with the job: duplicates inside one job still meet.
-    Each `put` is one transaction; a SIGKILL loses at most the transaction under way.
+    With `path=None` the store is a temporary file of this job: it only shares results between duplicates within the job.
+    Each `put` is one transaction; a SIGKILL loses at most the transaction in progress.
 
     Raises:
         AnnotationError: reason `cache_unreadable`, when the file is not a sqlite database or cannot be written; `cache_full`
-            when its disk is full, `cache_busy` when another job kept it locked for a minute.
+            when its disk is full; `cache_busy` when another job kept it locked for a minute.
     """
 
     def __init__(self, path: Path | None) -> None:
@@ -34,30 +34,30 @@ class AnnotationCache:
             self._db.execute("CREATE TABLE IF NOT EXISTS annotations (input_sha256 TEXT PRIMARY KEY, outcome TEXT NOT NULL) WITHOUT ROWID")
             self._db.commit()
         except (sqlite3.Error, OSError) as error:
-            raise self._broken(error) from error
+            raise self._cache_error(error) from error
 
     def get(self, keys: Iterable[str]) -> dict[str, dict[str, Any]]:
-        """The outcomes known among `keys`."""
-        wanted = list(dict.fromkeys(keys))
+        """The stored results of those `keys` that are in the cache."""
+        unique = list(dict.fromkeys(keys))
         found: dict[str, dict[str, Any]] = {}
         try:
-            for start in range(0, len(wanted), 500):
-                part = wanted[start : start + 500]
+            for start in range(0, len(unique), 500):
+                part = unique[start : start + 500]
                 marks = ",".join("?" * len(part))
                 rows = self._db.execute(f"SELECT input_sha256, outcome FROM annotations WHERE input_sha256 IN ({marks})", part)
-                found.update((key, json.loads(outcome)) for key, outcome in rows)
+                found.update((key, json.loads(result)) for key, result in rows)
         except (sqlite3.Error, json.JSONDecodeError) as error:
-            raise self._broken(error) from error
+            raise self._cache_error(error) from error
         return found
 
-    def put(self, outcomes: Mapping[str, Mapping[str, Any]]) -> None:
-        """Keep `outcomes`; the first answer to a key stays (a row once published never changes under a reader)."""
-        rows = [(key, json.dumps(outcome, ensure_ascii=False)) for key, outcome in outcomes.items()]
+    def put(self, results: Mapping[str, Mapping[str, Any]]) -> None:
+        """Store `results`. An existing entry is kept, so that a published row never changes."""
+        rows = [(key, json.dumps(result, ensure_ascii=False)) for key, result in results.items()]
         try:
             with self._db:
                 self._db.executemany("INSERT OR IGNORE INTO annotations VALUES (?, ?)", rows)
         except sqlite3.Error as error:
-            raise self._broken(error) from error
+            raise self._cache_error(error) from error
 
     def close(self) -> None:
         self._db.close()
@@ -68,12 +68,12 @@ class AnnotationCache:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def _broken(self, error: Exception) -> AnnotationError:
+    def _cache_error(self, error: Exception) -> AnnotationError:
         code = getattr(error, "sqlite_errorname", "")
         where = self.path or "in the folder for temporary files"
         if code == "SQLITE_FULL":
             return AnnotationError(
-                "cache_full", f"annotation cache {where}: the disk is full; free some space and run again: answers are kept"
+                "cache_full", f"annotation cache {where}: the disk is full; free some space and run again (results are kept)"
             )
         if code.startswith("SQLITE_BUSY"):
             return AnnotationError("cache_busy", f"annotation cache {where}: another job keeps it locked; wait, or name another `cache`")
@@ -81,5 +81,5 @@ class AnnotationCache:
             return AnnotationError("cache_unreadable", f"annotation cache {where}: {error}; make it writable, or name another `cache`")
         return AnnotationError(
             "cache_unreadable",
-            f"annotation cache {self.path}: {error}; delete the file (answers are then generated anew) or set cache: null",
+            f"annotation cache {self.path}: {error}; delete the file (results are then generated again) or set cache: null",
         )

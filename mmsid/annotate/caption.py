@@ -1,4 +1,7 @@
-"""Stage `caption` (CMSA): one caption per creative, written by a vision-language model from the picture alone."""
+"""Stage `caption` (CMSA): one caption per creative, written by a vision-language model from the picture.
+
+The functions that build the generator, the prompt and the picture loader are shared with the stages `interests` and `judge`.
+"""
 
 from __future__ import annotations
 
@@ -10,66 +13,70 @@ from PIL import Image
 
 from mmsid.annotate.generator import Generator
 from mmsid.annotate.job import annotate
-from mmsid.annotate.job_config import JobInput, ModelJobConfig, Task
+from mmsid.annotate.job_config import ModelJobConfig
+from mmsid.annotate.job_inputs import JobInput, Task
 from mmsid.annotate.prompts import evidence_json, load_prompt
 from mmsid.annotate.records import Caption, Record, parse_caption
 from mmsid.annotate.server import OpenAIGenerator
-from mmsid.annotate.text_overlays import masked
+from mmsid.annotate.text_overlays import mask_overlays
 from mmsid.artifacts import Draft, is_complete, read_manifest, writing
 from mmsid.backbone.packaged_weights import DEMO
 from mmsid.catalog import Item, PictureLimits, load_picture, read_catalog
 from mmsid.progress import done, is_main_process
 from mmsid.ray_pool import Engine
 
-PICTURE = "picture_"  # prefix of the catalogue's problem codes that name a refused picture
-
 
 class CaptionConfig(ModelJobConfig):
-    """What to caption and with which model. Prompt: `caption_demo` for our own small models, else `caption`."""
+    """Options of the caption stage. The default prompt is `caption_demo` for the small captioners of mmsid, else `caption`."""
 
 
 def run(config: CaptionConfig, generator: Generator | None = None, engine: Engine = "local") -> Path:
-    """Caption every creative of the catalogue into `config.out`; `generator` replaces the configured model (tests).
+    """Caption every creative of the catalogue into `config.out`.
 
-    `engine` says where: in this process (or the ranks of `accelerate launch`), or in the actors of a Ray cluster.
+    Args:
+        generator: replaces the configured model.
+        engine: `local` (this process, or the processes of `accelerate launch`) or `ray` (actors of a Ray cluster).
 
     Raises:
-        AnnotationError: reason `gate`, when too many creatives failed (the rows stay in the draft, see `job`).
+        AnnotationError: reason `gate`, when too many creatives failed (the draft keeps the rows, see `job.annotate`).
         ConfigError, CatalogError: model, prompt or catalogue cannot be used.
     """
     prompt = load_prompt(config.prompt or default_prompt("caption", config))
     task = Task("caption", prompt, Caption, parse_caption, picture_loader(config))
     with writing(config.out, stage="caption", config=config, inputs=input_paths(config), resume=True) as draft:
         catalog = read_catalog(config.catalog)
-        total = sum(len(_units(item, with_text=False)) for item in catalog.items)
-        units = (unit for item in catalog.items for unit in _units(item, prompt.wants_evidence))
-        annotate(units, total, task, generator or model_of(config, Caption), config, draft, engine)
+        total = sum(len(_job_inputs(item, with_text=False)) for item in catalog.items)
+        inputs = (one for item in catalog.items for one in _job_inputs(item, prompt.wants_evidence))
+        annotate(inputs, total, task, generator or build_generator(config, Caption), config, draft, engine)
         draft.extra.update(catalog_sha256=catalog.sha256, prompt=prompt.name, prompt_sha256=prompt.sha256)
-    if is_main_process():
-        done(closing_line("caption", draft, config.out))
+    print_summary("caption", draft, config.out)
     return config.out
 
 
-def _units(item: Item, with_text: bool) -> list[JobInput]:
-    """A unit per usable creative, then one per creative that the catalogue refused; `no_picture` when there is neither."""
+def _job_inputs(item: Item, with_text: bool) -> list[JobInput]:
+    """One input per usable creative, then one per refused creative; a single one with reason `no_picture` if the item has neither."""
     evidence = evidence_json(title=item.title, description=item.description) if with_text else ""
-    units = [JobInput(item.item_id, at, (path,), evidence) for at, path in enumerate(item.images)]
-    refused = [problem for problem in item.problems if problem.startswith(PICTURE)]
-    units += [JobInput(item.item_id, len(units) + at, reason=reason) for at, reason in enumerate(refused)]
-    return units or [JobInput(item.item_id, reason="no_picture")]
+    inputs = [JobInput(item.item_id, at, (path,), evidence) for at, path in enumerate(item.images)]
+    inputs += [JobInput(item.item_id, len(inputs) + at, reason=reason) for at, reason in enumerate(refused_pictures(item))]
+    return inputs or [JobInput(item.item_id, reason="no_picture")]
 
 
-def default_prompt(kind: str, config: ModelJobConfig) -> str:
-    """The prompt that suits the model: a captioner of ours answers the one it was trained on, hub models need it spelled out."""
+def refused_pictures(item: Item) -> list[str]:
+    """The catalogue's problem codes of the item's refused pictures, such as `picture_missing`."""
+    return [problem for problem in item.problems if problem.startswith("picture_")]
+
+
+def default_prompt(stage: str, config: ModelJobConfig) -> str:
+    """The prompt that fits the model: a trained captioner gets the prompt of its training, a hub model the detailed one."""
     if str(config.model) == DEMO:
-        return f"{kind}_demo"
+        return f"{stage}_demo"
     if config.server is None and is_complete(Path(config.model)):
-        return read_manifest(Path(config.model))["config"].get(f"{kind}_prompt") or f"{kind}_demo"
-    return kind
+        return read_manifest(Path(config.model))["config"].get(f"{stage}_prompt") or f"{stage}_demo"
+    return stage
 
 
-def model_of(config: ModelJobConfig, record: type[Record]) -> Generator:
-    """The configured model, in process or behind a server."""
+def build_generator(config: ModelJobConfig, record: type[Record]) -> Generator:
+    """The generator of the configured model: a Hugging Face model in this process, or a client of the server."""
     if config.server is not None:
         return OpenAIGenerator(
             str(config.model),
@@ -79,7 +86,7 @@ def model_of(config: ModelJobConfig, record: type[Record]) -> Generator:
             schema=record.model_json_schema(),
             batch_size=config.batch_size,
         )
-    from mmsid.annotate.huggingface import HuggingFaceGenerator  # seconds of imports, for those alone who need a model
+    from mmsid.annotate.huggingface import HuggingFaceGenerator  # the import takes seconds; a server does not need it
 
     return HuggingFaceGenerator(
         config.model,
@@ -92,8 +99,11 @@ def model_of(config: ModelJobConfig, record: type[Record]) -> Generator:
 
 
 def picture_loader(config: ModelJobConfig) -> partial[Image.Image]:
-    """Reads a creative under the catalogue's limits, in whatever process and folder it is called; with `mask_overlays` shrunk and
-    masked, so that what is looked at is what is fed."""
+    """A function that loads a picture under the catalogue's limits. It can be pickled and called in any process and folder.
+
+    With `mask_overlays` it also shrinks the picture to `max_side` and masks it, in this order: the detector has to see the picture
+    at the size that the model reads.
+    """
     load = partial(_load, config.catalog.pictures, config.catalog.root.absolute())
     return partial(_load_masked, load, config.max_side) if config.mask_overlays else load
 
@@ -106,22 +116,24 @@ def _load_masked(load: Callable[[Path], Image.Image], max_side: int | None, path
     picture = load(path)
     if max_side is not None:
         picture.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
-    return masked(picture)
+    return mask_overlays(picture)
 
 
 def input_paths(config: ModelJobConfig) -> dict[str, Path]:
-    """Files and finished folders that the rows are made from (for the manifest)."""
+    """The files and artefact folders that the rows are made from, for the manifest."""
     paths = {"items": config.catalog.items, "sequences": config.catalog.sequences}
     model = Path(config.model) if config.server is None and is_complete(Path(config.model)) else None
     return {name: path for name, path in (paths | {"model": model}).items() if path is not None}
 
 
-def closing_line(what: str, draft: Draft, out: Path) -> str:
-    """What was written, for the last line of the stage."""
+def print_summary(stage: str, draft: Draft, out: Path) -> None:
+    """Print the closing line of an annotation stage (on rank 0, which has the counts): rows by status, reasons, generations."""
+    if not is_main_process():
+        return
     counts, reasons = draft.counts, draft.extra["reasons"]
     why = f": {', '.join(f'{reason} {count:,}' for reason, count in list(reasons.items())[:3])}" if reasons else ""
     work = draft.extra["work"]
-    return (
-        f"{what}: wrote {counts['in']:,} rows ({counts['ok']:,} ok, {counts['quarantined']:,} quarantined{why}; "
+    done(
+        f"{stage}: wrote {counts['in']:,} rows ({counts['ok']:,} ok, {counts['quarantined']:,} quarantined{why}; "
         f"{work.get('generated', 0):,} generations, {work.get('cache_hits', 0):,} from the cache) to {out}"
     )

@@ -1,11 +1,8 @@
-"""An honest interest miner without any language model: what do the items say that people engage with beside this one?
+"""Interest miner without a language model: key phrases of the items that users engage with together with an item (TF-IDF weighted).
 
-For item i with neighbours j of weight w_ij (co-engagement in the fit part of train, symmetric, 1 / distance), a phrase p gets
-
-    support_i(p) = sum_j w_ij [p in j] / sum_j w_ij        score_i(p) = support_i(p) * (ln((1 + N) / (1 + n_p)) + 1)
-
-with N items, n_p of which hold the phrase. Descriptors are the best-scored phrases, confidence is the support. The rows are
-reconstruction targets only (`source` = "coengagement"): they speak of behaviour, which no encoder may read.
+With co-engagement weights w_ij and N items, n_p of which contain phrase p, the descriptors of item i are the phrases of highest
+    score_i(p) = support_i(p) * (ln((1 + N) / (1 + n_p)) + 1),    support_i(p) = sum_j w_ij [p in j] / sum_j w_ij.
+The support is the confidence. Such rows (`source` = "coengagement") are reconstruction targets and never encoder input.
 """
 
 from __future__ import annotations
@@ -26,23 +23,25 @@ from mmsid.annotate.text_flags import normalise
 from mmsid.catalog import Catalog, Item
 
 _WORD = re.compile(r"[^\W\d_][\w'’-]{1,39}")
+MIN_ITEMS = 2  # a phrase of a single item names a thing, not an interest
+MAX_PHRASES = 50_000  # size of the vocabulary: the phrases of the most items
 
 
 class Phrase(NamedTuple):
-    """A mined phrase and its support, the share in [0, 1] of the item's co-engagement whose items hold it."""
+    """A mined phrase and its support: the share in [0, 1] of the item's co-engagement weight whose items contain it."""
 
     text: str
     support: float
 
 
 class CoengagementGenerator:
-    """Writes the record of an item from its ranked phrases (the request's prompt is `evidence_of`): no model is involved."""
+    """Generator that turns an item's ranked phrases (the prompt is `phrases_json`) into its record, without a model."""
 
     model_id = "coengagement-1"
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """None: the evidence holds everything."""
+        """Empty: the evidence determines the answer."""
         return {}
 
     def generate(self, requests: list[Request]) -> list[str]:
@@ -54,37 +53,30 @@ class CoengagementGenerator:
         return json.dumps({"descriptors": descriptors, "summary": ", ".join(text for text, _ in phrases)}, ensure_ascii=False)
 
 
-def evidence_of(phrases: list[Phrase]) -> str:
-    """Ranked phrases as the evidence text of a unit."""
+def phrases_json(phrases: list[Phrase]) -> str:
+    """Ranked phrases as the evidence text of a `JobInput`."""
     return json.dumps([[phrase.text, phrase.support] for phrase in phrases], ensure_ascii=False)
 
 
-def mine(
-    catalog: Catalog,
-    weights: sparse.csr_matrix,
-    captions: Mapping[str, str],
-    *,
-    num_descriptors: int = 5,
-    min_items: int = 2,
-    max_phrases: int = 50_000,
+def mine_phrases(
+    catalog: Catalog, weights: sparse.csr_matrix, captions: Mapping[str, str], *, num_descriptors: int = 5
 ) -> list[list[Phrase]]:
-    """Key phrases of each item's co-engaged items, best first; an empty list where there is no co-engagement (or no phrase).
+    """Key phrases of each item's co-engaged items, best first; an empty list for an item without co-engagement or phrases.
 
     Args:
-        weights: (N, N) co-engagement of the fit histories, empty diagonal (`catalog.co_engagement`).
+        weights: (N, N) co-engagement of the fit histories, symmetric, 1 / distance, empty diagonal (`catalog.co_engagement`).
         captions: item id -> caption; may be empty.
-        min_items: phrases of fewer items name a thing, not an interest.
-        max_phrases: the vocabulary keeps the phrases of the most items.
+        num_descriptors: largest number of phrases per item.
     """
-    vocabulary, held = _phrase_table([_phrases(item, captions.get(item.item_id, "")) for item in catalog.items], min_items, max_phrases)
+    vocabulary, contains = _phrase_table([_phrases(item, captions.get(item.item_id, "")) for item in catalog.items])
     num_items = len(catalog.items)
-    frequency = np.asarray(held.sum(axis=0)).ravel()
+    frequency = np.asarray(contains.sum(axis=0)).ravel()
     rarity = np.log((1 + num_items) / (1 + frequency)) + 1
     mined: list[list[Phrase]] = []
-    for start in range(0, num_items, 1_024):  # in blocks: the product of all items with all phrases need not fit in memory
+    for start in range(0, num_items, 1_024):  # in blocks, because the (items, phrases) product may exceed the available memory
         block = weights[start : start + 1_024]
         totals = np.asarray(block.sum(axis=1)).ravel()
-        shares = (sparse.diags(np.divide(1.0, totals, out=np.zeros_like(totals), where=totals > 0)) @ block @ held).tocsr()
+        shares = (sparse.diags(np.divide(1.0, totals, out=np.zeros_like(totals), where=totals > 0)) @ block @ contains).tocsr()
         shares.sort_indices()
         for row in range(shares.shape[0]):
             inside = slice(shares.indptr[row], shares.indptr[row + 1])
@@ -93,19 +85,19 @@ def mine(
 
 
 def _best(columns: np.ndarray, support: np.ndarray, rarity: np.ndarray, vocabulary: list[str], count: int) -> list[Phrase]:
-    """The best phrases that each say something new; ties go to the longer phrase, then by alphabet."""
-    scores = np.round(support * rarity[columns], 9)  # rounded: equal scores must tie whatever the order of summation
+    """The best phrases that each add a new word; ties go to the longer phrase, then to the alphabet."""
+    scores = np.round(support * rarity[columns], 9)  # rounded, so that equal scores tie in any order of summation
     shortlist = np.argsort(-scores, kind="stable")[: 20 * count]
-    floor = scores[shortlist[-1]] if len(shortlist) else 0.0
-    candidates = np.flatnonzero(scores >= floor)
+    lowest = scores[shortlist[-1]] if len(shortlist) else 0.0
+    candidates = np.flatnonzero(scores >= lowest)
     ranked = sorted(candidates, key=lambda at: (-scores[at], -vocabulary[columns[at]].count(" "), vocabulary[columns[at]]))
     chosen: list[Phrase] = []
-    said: set[str] = set()
+    used_words: set[str] = set()
     for at in ranked:
         words = set(vocabulary[columns[at]].split())
-        if words <= said:
+        if words <= used_words:
             continue
-        said |= words
+        used_words |= words
         chosen.append(Phrase(vocabulary[columns[at]], round(min(float(support[at]), 1.0), 4)))
         if len(chosen) == count:
             break
@@ -113,7 +105,7 @@ def _best(columns: np.ndarray, support: np.ndarray, rarity: np.ndarray, vocabula
 
 
 def _phrases(item: Item, caption: str) -> set[str]:
-    """Words and pairs of neighbouring words of an item's texts; pairs never reach across fields or over a stop word."""
+    """Words and word pairs of an item's texts without stop words; a pair lies within one field."""
     found: set[str] = set()
     for text in (item.title, item.description, *item.categories, caption):
         words = _WORD.findall(normalise(text))
@@ -128,11 +120,11 @@ def _pairs(words: list[str]) -> Iterator[str]:
             yield f"{first} {second}"
 
 
-def _phrase_table(phrases: list[set[str]], min_items: int, max_phrases: int) -> tuple[list[str], sparse.csr_matrix]:
-    """Vocabulary (alphabetical) and (N, P) 0/1 matrix of which item holds which phrase."""
+def _phrase_table(phrases: list[set[str]]) -> tuple[list[str], sparse.csr_matrix]:
+    """Vocabulary in alphabetical order, and the (N, P) 0/1 matrix of which item contains which phrase."""
     frequency = Counter(phrase for found in phrases for phrase in found)
-    kept = sorted((phrase for phrase, count in frequency.items() if count >= min_items), key=lambda phrase: (-frequency[phrase], phrase))
-    vocabulary = sorted(kept[:max_phrases])
+    kept = sorted((phrase for phrase, count in frequency.items() if count >= MIN_ITEMS), key=lambda phrase: (-frequency[phrase], phrase))
+    vocabulary = sorted(kept[:MAX_PHRASES])
     column = {phrase: at for at, phrase in enumerate(vocabulary)}
     columns = [sorted(column[phrase] for phrase in found if phrase in column) for found in phrases]
     pointers = np.concatenate([[0], np.cumsum([len(found) for found in columns])]).astype(np.int64)

@@ -1,7 +1,7 @@
-"""The processes of `accelerate launch` sharing one annotation job: each takes every n-th shard, rank 0 adds the counts up.
+"""One annotation job in several processes of `accelerate launch`: each takes every n-th shard, rank 0 sums the counts.
 
-They meet twice: before the first shard (until rank 0 has made the draft folder) and at the end, where rank 0 waits for a file of
-each. A file, because a collective would give up after half an hour, and shards can take longer than that.
+The processes synchronise before the first shard. At the end, rank 0 waits for one file per rank instead of a collective operation,
+because a collective times out after half an hour and a shard can take longer.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ _POLL_SECONDS = 0.2
 
 
 class JobProcesses:
-    """`index` of this process among `count`; one alone outside of a launcher.
+    """The processes of a job; a single one without a launcher. Waiting has no time limit: the launcher ends all ranks when one dies.
 
-    A rank that dies takes the others along: that is the launcher's promise, so waiting has no time limit of its own.
+    Attributes:
+        index: of this process.
+        count: of all processes.
     """
 
     def __init__(self, draft: Path) -> None:
@@ -29,35 +31,35 @@ class JobProcesses:
         self.index, self.count = 0, int(os.environ.get("WORLD_SIZE", "1"))
         if self.count > 1:
             import torch
-            from accelerate import PartialState  # a second of imports, for those alone who were launched together
+            from accelerate import PartialState  # the import takes a second, and a single process does not need it
 
             self._state = PartialState(cpu=not torch.cuda.is_available())
             self.index, self.count = self._state.process_index, self._state.num_processes
 
-    def begin(self, tidy: Callable[[], None]) -> None:
-        """Meet; rank 0 alone calls `tidy` and clears what an earlier run left of `gather`; meet again."""
-        self._meet()
+    def begin(self, clean_up: Callable[[], None]) -> None:
+        """Synchronise; rank 0 calls `clean_up` and removes count files of an earlier run; synchronise again."""
+        self._synchronise()
         if self.index == 0:
-            for left in self._draft.glob("rank-*.json"):
-                left.unlink()
-            tidy()
-        self._meet()
+            for stale in self._draft.glob("rank-*.json"):
+                stale.unlink()
+            clean_up()
+        self._synchronise()
 
-    def gather(self, tally: JobCounts) -> bool:
-        """On rank 0: add the other ranks' tallies to `tally`, True. Elsewhere: leave `tally` for rank 0, False."""
+    def gather(self, job_counts: JobCounts) -> bool:
+        """On rank 0: add the counts of the other ranks to `job_counts` and return True. Elsewhere: write `job_counts` for rank 0."""
         if self.index > 0:
-            write_json(self._report(self.index), tally.plain())
+            write_json(self._counts_file(self.index), job_counts.to_dict())
             return False
         for index in range(1, self.count):
-            while not self._report(index).is_file():
+            while not self._counts_file(index).is_file():
                 time.sleep(_POLL_SECONDS)
-            tally.merge(read_json(self._report(index)))
-            self._report(index).unlink()
+            job_counts.merge(read_json(self._counts_file(index)))
+            self._counts_file(index).unlink()
         return True
 
-    def _meet(self) -> None:
+    def _synchronise(self) -> None:
         if self._state is not None:
             self._state.wait_for_everyone()
 
-    def _report(self, index: int) -> Path:
+    def _counts_file(self, index: int) -> Path:
         return self._draft / f"rank-{index}.json"

@@ -1,4 +1,4 @@
-"""What a job asks of a generator. In-process models and servers stand behind this one door."""
+"""Interface between annotation jobs and generators (models in this process, servers, or the co-engagement miner)."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from PIL import Image
 
 @dataclass(frozen=True)
 class Request:
-    """One thing to answer: the rendered prompt, its pictures (RGB), how to decode.
+    """One request to a generator: the rendered prompt, its pictures (RGB) and the decoding options.
 
-    `temperature` 0 is greedy. Above 0 the answer is drawn with `seed`, and is the same whatever shares the batch.
+    `temperature` 0 is greedy decoding. Above 0 the answer is sampled with `seed`, and does not depend on the rest of the batch.
     """
 
     prompt: str
@@ -23,31 +23,31 @@ class Request:
 
 @dataclass(frozen=True)
 class GenerationFailure:
-    """A request that got no text (time-out, out of memory): a short reason code and a detail for people."""
+    """A request without an answer (time-out, out of memory): a short reason code, and a detail for people."""
 
     reason: str
     detail: str = ""
 
 
-# Reasons that lie with a server or a machine, not with the input: a job that is resumed tries these rows again.
-PASSING = frozenset({"server_timeout", "server_busy", "server_error", "server_unreachable", "server_garbled", "out_of_memory"})
+# Reasons caused by a server or a machine, not by the input. A resumed job tries these rows again.
+TRANSIENT = frozenset({"server_timeout", "server_busy", "server_error", "server_unreachable", "server_garbled", "out_of_memory"})
 
 
 class Generator(Protocol):
-    """Answers requests in order, one text or failure each. It may run them at once, in batches, or against a server.
+    """Answers requests in order, with one text or failure each.
 
-    Two attributes are optional. `calls_at_once` (default 1): how many `generate` calls to have under way, each in a thread of its
-    own, so that the next batch is at hand when the last is answered. `close()`: end what is under way and let go of connections;
-    a later `generate` starts anew. For the Ray engine a generator must pickle, and be the same after it.
+    Two attributes are optional. `max_concurrent_calls` (default 1) is the number of `generate` calls in flight, each in its own
+    thread, so that the next batch is prepared while the current one is generated. `close()` cancels running calls and releases
+    connections; a later `generate` connects again. The Ray engine needs a generator that can be pickled.
     """
 
     model_id: str
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """Everything beside model and request that can change an answer (token limit, dtype): part of the cache key."""
+        """Everything besides model and request that can change an answer (token limit, dtype). It is part of the cache key."""
         ...
 
     def generate(self, requests: list[Request]) -> list[str | GenerationFailure]:
-        """Answer every request; the list has the length and order of `requests`."""
+        """Answer every request. The list has the length and order of `requests`."""
         ...

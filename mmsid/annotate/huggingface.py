@@ -1,6 +1,6 @@
-"""Hugging Face models in process: any image-text-to-text model, or a text model for text-only prompts.
+"""Generator of Hugging Face models in this process: image-text-to-text models, or text models for text-only prompts.
 
-`demo` names the weights shipped with mmsid; they are loaded through the same classes as any hub model.
+`demo` names the weights shipped with mmsid, which are loaded with the same classes as any hub model.
 """
 
 from __future__ import annotations
@@ -31,30 +31,32 @@ from mmsid.backbone.packaged_weights import DEMO, demo_weights
 from mmsid.backbone.text import no_loading_bar
 from mmsid.errors import ConfigError
 
-_FETCHED = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
-_SETTINGS = ("*config.json", "*token*.json", "vocab*", "merges.txt", "chat_template*", "*.jinja", "*.model")  # what can change an answer
+_DOWNLOADED = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
+# files besides the weights that can change an answer
+_SETTINGS = ("*config.json", "*token*.json", "vocab*", "merges.txt", "chat_template*", "*.jinja", "*.model")
 
 
 class HuggingFaceGenerator:
-    """Greedy (or seeded) batched generation with left padding.
+    """Batched generation, greedy or sampled with a seed per request.
 
-    A request's answer does not depend on what shares its batch: greedy decoding is padded on the left under a mask, and a
-    drawn answer takes its noise from its own seed (Gumbel-max), not from a generator shared by the batch.
-    `model_id` is the model's name and the first 12 hex digits of the hash of its safetensors. The weights are loaded with the
-    first request: until then the object is only a description, which is how it travels to another process (by its arguments).
+    An answer does not depend on the other requests of its batch: prompts are padded on the left under a mask, and sampling noise
+    comes from the request's own seed (Gumbel-max trick). `model_id` is the model's name and the first 12 hex digits of the hash of
+    its safetensors. The weights are loaded with the first request. Pickling stores the constructor's arguments only.
 
     Args:
-        name: `demo`, a local folder (a finished `train_captioner` folder, too), or a hub id (offline: from the local cache).
+        name: `demo`, a local folder (also a finished `train_captioner` folder), or a hub id (offline: from the local cache).
+        revision: git revision of a hub model.
         dtype: number format of the weights: `auto` (as stored), `float32`, `bfloat16`, `float16`.
-        device: `auto` = cuda when there is one, under `accelerate launch` the one of this rank.
-        picture_tokens: pictures are shrunk to at most so many tokens by the model's own processor; None = as it is set.
+        device: `auto` is cuda if there is one; under `accelerate launch` the device of this rank.
+        max_new_tokens: longest answer.
+        picture_tokens: largest number of tokens per picture; the model's own processor shrinks pictures accordingly. None: its default.
 
     Raises:
-        ConfigError: the model cannot be found, has no safetensors, or is of no supported kind; its processor does not scale
-            tokens with the picture's size but `picture_tokens` is given.
+        ConfigError: the model cannot be found, has no safetensors, or is not supported; `picture_tokens` is given, but the
+            processor's token count does not depend on the picture's size.
     """
 
-    calls_at_once = 2  # one call's inputs are prepared while the other's are in the model
+    max_concurrent_calls = 2  # the inputs of one call are prepared while the model runs the other
 
     def __init__(
         self,
@@ -67,34 +69,34 @@ class HuggingFaceGenerator:
         picture_tokens: int | None = None,
     ) -> None:
         self.name, self.revision, self.dtype, self.max_new_tokens = str(name), revision, dtype, max_new_tokens
-        self.asked_device, self.picture_tokens = device, picture_tokens
+        self.device, self.picture_tokens = device, picture_tokens
         self.folder = _locate(self.name, revision)
         self.model_id = f"{_short_name(self.name)}@{_files_sha256(self.folder, ('*.safetensors',))[:12]}"
         self._settings_sha256 = _files_sha256(self.folder, _SETTINGS)
-        self._loading, self._in_model = threading.Lock(), threading.Lock()
-        self.prefix = PrefixCache()
+        self._load_lock, self._model_lock = threading.Lock(), threading.Lock()
+        self.prefix_cache = PrefixCache()
 
     def __reduce__(self) -> tuple[Any, ...]:
         name = str(Path(self.name).absolute()) if Path(self.name).is_dir() else self.name
-        options = {"revision": self.revision, "dtype": self.dtype, "device": self.asked_device}
+        options = {"revision": self.revision, "dtype": self.dtype, "device": self.device}
         options |= {"max_new_tokens": self.max_new_tokens, "picture_tokens": self.picture_tokens}
         return functools.partial(HuggingFaceGenerator, **options), (name,)
 
     @functools.cached_property
     def reads_pictures(self) -> bool:
-        """False for a model that reads text only."""
+        """True for an image-text-to-text model, False for a text-only model."""
         try:
             return AutoConfig.from_pretrained(self.folder).model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
         except (OSError, ValueError) as error:
-            raise self._unusable(error) from error
+            raise self._load_error(error) from error
 
     @functools.cached_property
     def processor(self) -> Any:
-        """The model's own processor (or text tokenizer), padding on the left."""
+        """The model's processor (or text tokenizer), with left padding."""
         try:
             processor = (AutoProcessor if self.reads_pictures else AutoTokenizer).from_pretrained(self.folder)
         except (OSError, ValueError, ImportError) as error:
-            raise self._unusable(error) from error
+            raise self._load_error(error) from error
         tokenizer = getattr(processor, "tokenizer", processor)
         tokenizer.padding_side = "left"
         if tokenizer.pad_token_id is None:
@@ -107,65 +109,67 @@ class HuggingFaceGenerator:
 
     @functools.cached_property
     def model(self) -> torch.nn.Module:
-        """The weights, on the device."""
+        """The loaded model on the device, in evaluation mode."""
         model_class = AutoModelForImageTextToText if self.reads_pictures else AutoModelForCausalLM
-        wanted = self.dtype if self.dtype == "auto" else getattr(torch, self.dtype)
+        dtype = self.dtype if self.dtype == "auto" else getattr(torch, self.dtype)
         try:
             with no_loading_bar():
-                model = model_class.from_pretrained(self.folder, dtype=wanted, use_safetensors=True)
+                model = model_class.from_pretrained(self.folder, dtype=dtype, use_safetensors=True)
         except (OSError, ValueError, ImportError) as error:
-            raise self._unusable(error) from error
+            raise self._load_error(error) from error
         for name, weight in model.named_parameters():
             if not torch.isfinite(weight).all():
-                raise ConfigError(f"model {self.name!r} in {self.folder}: {name} holds NaN or infinite values; copy the model anew")
-        return model.to(_device(self.asked_device)).eval()
+                raise ConfigError(f"model {self.name!r} in {self.folder}: {name} contains NaN or infinite values; copy the model again")
+        return model.to(_device(self.device)).eval()
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """Part of the cache key: token limit, number format, and the hash of tokenizer, processor and template files."""
+        """Part of the cache key: token limit, dtype, and the hash of tokenizer, processor and template files."""
         budget = {} if self.picture_tokens is None else {"picture_tokens": self.picture_tokens}
         return {"max_new_tokens": self.max_new_tokens, "dtype": self.dtype, "settings_sha256": self._settings_sha256, **budget}
 
     def generate(self, requests: list[Request]) -> list[str | GenerationFailure]:
-        """Answer in order. Requests with unlike numbers of pictures go in separate batches.
+        """Answer requests in order. Requests with different numbers of pictures run in separate batches.
 
-        A batch too large for the device's memory is halved; a single request that does not fit is a failure `out_of_memory`.
-        Raises ConfigError when a text-only model is handed pictures, or the model cannot be loaded.
+        A batch that exceeds the device's memory is halved; a single request that exceeds it returns the failure `out_of_memory`.
+
+        Raises:
+            ConfigError: a text-only model got pictures, or the model cannot be loaded.
         """
-        with self._loading:
-            _ = self.processor, self.model  # both load here, once, whichever thread comes first
+        with self._load_lock:
+            _ = self.processor, self.model  # loads both once, in whichever thread comes first
         answers: list[str | GenerationFailure] = [""] * len(requests)
         groups: dict[tuple[int, bool], list[int]] = {}
         for at, request in enumerate(requests):
             groups.setdefault((len(request.pictures), request.temperature > 0), []).append(at)
         for group in groups.values():
-            for at, answer in zip(group, self._fitting([requests[at] for at in group])):
+            for at, answer in zip(group, self._generate_batch([requests[at] for at in group])):
                 answers[at] = answer
         return answers
 
-    def _unusable(self, error: Exception) -> ConfigError:
+    def _load_error(self, error: Exception) -> ConfigError:
         return ConfigError(f"model {self.name!r} in {self.folder} cannot be loaded: {error}")
 
-    def _fitting(self, requests: list[Request]) -> list[str | GenerationFailure]:
+    def _generate_batch(self, requests: list[Request]) -> list[str | GenerationFailure]:
         try:
-            return list(self._batch(requests))
+            return list(self._generate_once(requests))
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
         if len(requests) == 1:
-            return [GenerationFailure("out_of_memory", "one request alone exceeds the device's memory; lower max_side or max_new_tokens")]
+            return [GenerationFailure("out_of_memory", "a single request exceeds the device's memory; lower max_side or max_new_tokens")]
         half = len(requests) // 2
-        return self._fitting(requests[:half]) + self._fitting(requests[half:])
+        return self._generate_batch(requests[:half]) + self._generate_batch(requests[half:])
 
-    def _batch(self, requests: list[Request]) -> list[str]:
+    def _generate_once(self, requests: list[Request]) -> list[str]:
         if requests[0].pictures and not self.reads_pictures:
             raise ConfigError(f"model {self.name!r} reads text only but was given pictures; set pictures: false or name a vision model")
         inputs = self.inputs(requests)
-        with self._in_model:
+        with self._model_lock:
             tokens = self.tokens(inputs, requests)
         return self.texts(tokens, inputs)
 
     def inputs(self, requests: list[Request]) -> dict[str, torch.Tensor]:
-        """What the model reads: chat template, text tokens and pixels of requests with equally many pictures."""
+        """Model inputs of requests with equal numbers of pictures: token ids of the chat template, attention mask, pixels."""
         chats = [[{"role": "user", "content": self._content(request)}] for request in requests]
         options: dict[str, Any] = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
         if self.reads_pictures:
@@ -173,7 +177,7 @@ class HuggingFaceGenerator:
         else:
             options["padding"] = True
         inputs = self.processor.apply_chat_template(chats, **options)
-        inputs.pop("labels", None)  # PaliGemma's processor returns them even when nothing is trained
+        inputs.pop("labels", None)  # PaliGemma's processor returns labels for inference, too
         return {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
 
     @torch.inference_mode()
@@ -181,8 +185,8 @@ class HuggingFaceGenerator:
         """Prompt and answer tokens (B, T), padded on both sides."""
         device, dtype = self.model.device, self.model.dtype
         inputs = {name: value.to(device, dtype if value.is_floating_point() else None) for name, value in inputs.items()}
-        if not self.reads_pictures:  # of picture models some number their positions their own way
-            inputs = self.prefix.apply(self.model, inputs)
+        if not self.reads_pictures:  # some vision models compute positions differently, so only text models use the prefix cache
+            inputs = self.prefix_cache.apply(self.model, inputs)
         noise = LogitsProcessorList([SeededGumbel(requests)]) if requests[0].temperature > 0 else None
         return self.model.generate(
             **inputs,
@@ -197,7 +201,7 @@ class HuggingFaceGenerator:
         )
 
     def texts(self, tokens: torch.Tensor, inputs: dict[str, torch.Tensor]) -> list[str]:
-        """The answers alone."""
+        """Decoded answers without their prompts."""
         return self._text_tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
     @property
@@ -212,9 +216,9 @@ class HuggingFaceGenerator:
 
 
 class SeededGumbel(LogitsProcessor):
-    """Turns greedy decoding into sampling: argmax(logits / T + Gumbel noise) is a draw from softmax(logits / T).
+    """Turns greedy decoding into sampling: argmax(logits / T + Gumbel noise) is a sample of softmax(logits / T).
 
-    Every row has a generator of its own (seeded by its request), so a draw is the same alone and in any batch.
+    Every row has its own random generator, seeded by its request, so a sample does not depend on the batch.
     """
 
     def __init__(self, requests: list[Request]) -> None:
@@ -229,7 +233,7 @@ class SeededGumbel(LogitsProcessor):
 
 
 def _locate(name: str, revision: str | None) -> Path:
-    """The folder that holds the model, without code or pickles: only safetensors and plain settings are ever fetched."""
+    """The model's folder. Only safetensors and configuration files are downloaded, never code or pickled weights."""
     if name == DEMO:
         return demo_weights()
     folder = Path(name)
@@ -237,26 +241,26 @@ def _locate(name: str, revision: str | None) -> Path:
         if folder.is_absolute() or name.startswith((".", "~")):
             raise ConfigError(f"model folder {name} does not exist; correct the path, or run the stage that writes it first")
         try:
-            folder = Path(snapshot_download(name, revision=revision, allow_patterns=list(_FETCHED)))
+            folder = Path(snapshot_download(name, revision=revision, allow_patterns=list(_DOWNLOADED)))
         except (OSError, ValueError) as error:
             raise ConfigError(
-                f"model {name!r} is neither a folder nor to be had from the hub ({type(error).__name__}); download it first, or use `demo`"
+                f"model {name!r} is neither a folder nor available from the hub ({type(error).__name__}); download it first, or use `demo`"
             ) from error
-    elif not (folder / "config.json").is_file():  # a stage's folder: the model lies one below its manifest
+    elif not (folder / "config.json").is_file():  # an artefact folder: the model is in a subfolder beside the manifest
         inner = sorted(found.parent for found in folder.glob("*/config.json"))
         folder = inner[0] if len(inner) == 1 else folder
     if not any(folder.glob("*.safetensors")):
-        raise ConfigError(f"model {name!r}: no safetensors in {folder}; pickled weights are refused")
+        raise ConfigError(f"model {name!r}: no safetensors in {folder}; pickled weights are refused, so convert the model to safetensors")
     return folder
 
 
 def limit_picture_tokens(image_processor: Any, tokens: int, name: str) -> None:
-    """Make `image_processor` shrink pictures to at most `tokens` tokens: the largest single lever on what a caption costs.
+    """Make `image_processor` shrink pictures to at most `tokens` tokens, which lowers the cost of a caption most.
 
-    Processors of the Qwen-VL kind spend one token on every (patch * merge) ** 2 pixels, up to `size["longest_edge"]` pixels in all.
+    Qwen-VL processors use one token per (patch * merge) ** 2 pixels and at most `size["longest_edge"]` pixels per picture.
 
     Raises:
-        ConfigError: the processor resizes every picture to one size, so that there is nothing to choose.
+        ConfigError: the processor resizes every picture to one size.
     """
     patch, merge = getattr(image_processor, "patch_size", None), getattr(image_processor, "merge_size", None)
     size = getattr(image_processor, "size", None)
@@ -269,9 +273,9 @@ def limit_picture_tokens(image_processor: Any, tokens: int, name: str) -> None:
             setattr(image_processor, pixel_limit, min(pixels, getattr(image_processor, pixel_limit)))
 
 
-def _device(asked: str) -> torch.device:
-    if asked != "auto":
-        return torch.device(asked)
+def _device(name: str) -> torch.device:
+    if name != "auto":
+        return torch.device(name)
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else torch.device("cpu")
 
 

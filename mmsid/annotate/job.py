@@ -1,15 +1,8 @@
-"""The one job runner behind every annotation: units in, typed rows out, nothing lost, nothing doubled, nothing made up.
+"""Job runner of all annotation stages: inputs in, typed rows out, in shards that are written atomically.
 
-The units are cut, in the catalogue's canonical order, into shards of fixed content. A shard is annotated in batches sorted by
-length and written in one atomic step, so a job killed at any moment resumes at the first missing shard and ends with the very
-rows of an undisturbed run; answers given inside the lost shard are still in the cache. Accounting is exact:
-in = ok + quarantined(reason). Only one shard's rows are held at a time (on Ray: those that are under way).
-
-Where the work is done changes nothing about the rows: in this process, in every process of `accelerate launch` (each takes
-every n-th shard), or in the actors of a Ray cluster (each takes pieces of shards); a draft begun by one is finished by another.
-
-Error-rate gate: when too many attempted units are quarantined, nothing is published and the stage fails. The draft folder
-keeps every row; the next run of the same configuration tries the quarantined units again and nothing else.
+Inputs are cut into shards in the catalogue's canonical order. A killed job resumes at the first missing shard and ends with the same
+rows as an undisturbed run. Counts are exact: in = ok + quarantined. Rows are the same from one process, from `accelerate launch`
+(every process takes every n-th shard) and from Ray actors (pieces of shards); any of them can resume a draft of another.
 """
 
 from __future__ import annotations
@@ -26,9 +19,10 @@ import pyarrow.compute as pc
 from mmsid.annotate.annotator import Annotator, Cache, batched, job_identity
 from mmsid.annotate.cache import AnnotationCache
 from mmsid.annotate.distributed import JobProcesses
-from mmsid.annotate.generator import PASSING, Generator
-from mmsid.annotate.job_config import EXCUSED, JobConfig, JobInput, Task
+from mmsid.annotate.generator import TRANSIENT, Generator
+from mmsid.annotate.job_config import JobConfig
 from mmsid.annotate.job_counts import JobCounts
+from mmsid.annotate.job_inputs import NO_INPUT, JobInput, Task
 from mmsid.annotate.records import Record
 from mmsid.artifacts import Draft, read_table, sha256, write_json, write_table
 from mmsid.errors import AnnotationError, ArtifactError
@@ -42,80 +36,85 @@ GATE_FILE = "gate.json"
 
 
 def annotate(
-    units: Iterable[JobInput], total: int, task: Task, generator: Generator, config: JobConfig, draft: Draft, engine: Engine = "local"
+    inputs: Iterable[JobInput], total: int, task: Task, generator: Generator, config: JobConfig, draft: Draft, engine: Engine = "local"
 ) -> None:
-    """Annotate `units` into `draft.path/shards/part-NNNNN.parquet`; fill the draft's counts.
+    """Annotate `inputs` into `draft.path/shards/part-NNNNN.parquet` and fill the draft's counts.
+
+    Error-rate gate: if more than `config.max_quarantined` of the attempted rows fail, nothing is published and AnnotationError is
+    raised. The draft keeps every row, and the next run of the same configuration tries only the failed ones again.
 
     Args:
-        units: in canonical order, (item_id, creative) unique; read once, never held.
-        total: how many they are, for the progress bar.
-        draft: opened with `resume=True`; shards that a killed run finished there are kept when they hold the same units.
-        engine: where the rows are made (see the module's text); not part of what they are.
+        inputs: in canonical order, with unique (item_id, creative). The iterable is consumed once and never held as a whole.
+        total: number of inputs, for the progress bar.
+        draft: opened with `resume=True`. Shards of an earlier run are kept when they were made from the same inputs.
+        engine: where the rows are made: `local` or `ray`. It does not change the rows.
 
     Raises:
-        AnnotationError: reason `gate`, when more than `max_quarantined` of the attempted units failed (see the module's text);
-            reason `cache_unreadable`; reason `server_gone`, when a server stopped answering altogether.
-        ConfigError: the model cannot be used; Ray is asked for and not installed, or its cluster is too small.
+        AnnotationError: reason `gate` (see above); `cache_unreadable`, `cache_busy` or `cache_full`; `server_gone`, when a server
+            stopped answering.
+        ConfigError: the model cannot be used; Ray is not installed, or its cluster is too small.
     """
-    ranks = JobProcesses(draft.path)
-    if engine == "ray":
-        from mmsid.annotate.ray_backend import RayAnnotation  # Ray is an extra, and takes a second to import
 
-        with RayAnnotation(task, generator, config) as fleet:
-            job = _Job(task, generator, config, draft, fleet.cache, ranks)
-            _watch(job.run_on(fleet, units), task, total)
-            work = fleet.work
+    def consume(steps: Iterator[int | None]) -> None:
+        for _ in track(steps, what=task.stage, total=total, unit="rows", size=lambda rows: 1 if rows is None else rows):
+            pass
+
+    processes = JobProcesses(draft.path)
+    if engine == "ray":
+        from mmsid.annotate.ray_backend import RayAnnotation  # Ray is an extra, and its import takes a second
+
+        with RayAnnotation(task, generator, config) as backend:
+            job = _Job(task, generator, config, draft, backend.cache, processes)
+            consume(job.run_on_ray(backend, inputs))
+            work = backend.work
     else:
         with AnnotationCache(config.cache) as cache, Annotator(task, generator, config, cache) as annotator:
-            job = _Job(task, generator, config, draft, cache, ranks)
-            _watch(job.run(annotator, units), task, total)
+            job = _Job(task, generator, config, draft, cache, processes)
+            consume(job.run(annotator, inputs))
             work = annotator.work
-    job.tally.work.update(work)
-    job.close()
-
-
-def _watch(steps: Iterator[int | None], task: Task, total: int) -> None:
-    for _ in track(steps, what=task.what, total=total, unit="rows", size=lambda rows: 1 if rows is None else rows):
-        pass
+    job.job_counts.work.update(work)
+    job.finish()
 
 
 @dataclass(frozen=True)
 class _Shard:
-    """One file to be: its place, its units, and the hash of what it is made from."""
+    """One output file: its path, its inputs, and the hash of what it is made from."""
 
     path: Path
-    units: list[JobInput]
+    inputs: list[JobInput]
     digest: str
 
 
 class _Job:
-    def __init__(self, task: Task, generator: Generator, config: JobConfig, draft: Draft, cache: Cache, ranks: JobProcesses) -> None:
-        self.task, self.config, self.draft, self.cache, self.ranks = task, config, draft, cache, ranks
+    """Shards of one job: which are missing, how they are made and written, and the counts over all of them."""
+
+    def __init__(self, task: Task, generator: Generator, config: JobConfig, draft: Draft, cache: Cache, processes: JobProcesses) -> None:
+        self.task, self.config, self.draft, self.cache, self.processes = task, config, draft, cache, processes
         self.shards = draft.path / "shards"
         self.identity = job_identity(task, generator, config)
-        self.tally = JobCounts()
+        self.job_counts = JobCounts()
 
-    def run(self, annotator: Annotator, units: Iterable[JobInput]) -> Iterator[int | None]:
-        """Yield once per finished unit (None), and once per shard that was finished earlier (its rows)."""
-        for shard in self._missing(units):
+    def run(self, annotator: Annotator, inputs: Iterable[JobInput]) -> Iterator[int | None]:
+        """Yield None per finished input, and the number of rows of every shard that an earlier run finished."""
+        for shard in self._pending_shards(inputs):
             if isinstance(shard, int):
                 yield shard
             else:
-                self._write(shard, (yield from annotator.rows(shard.units)))
+                self._write(shard, (yield from annotator.rows(shard.inputs)))
 
-    def run_on(self, fleet: RayAnnotation, units: Iterable[JobInput]) -> Iterator[int]:
-        """The same over the actors of a `RayAnnotation`, yielding numbers of rows; shards are written as their last piece comes home."""
+    def run_on_ray(self, backend: RayAnnotation, inputs: Iterable[JobInput]) -> Iterator[int]:
+        """Like `run` with Ray actors. Yields numbers of rows; a shard is written when its last piece arrives."""
         finished: list[int] = []
 
-        def to_do() -> Iterator[_Shard]:
-            for shard in self._missing(units):
+        def pending() -> Iterator[_Shard]:
+            for shard in self._pending_shards(inputs):
                 if isinstance(shard, int):
                     finished.append(shard)
                 else:
                     yield shard
 
-        # what waits for its rows keeps its name only: the units of all shards at once would not be flat memory
-        for shard, rows, advanced in fleet.rows((replace(shard, units=[]), shard.units) for shard in to_do()):
+        # shards that wait for their rows drop their inputs: memory use must not grow with the number of shards
+        for shard, rows, advanced in backend.rows((replace(shard, inputs=[]), shard.inputs) for shard in pending()):
             yield from finished
             finished.clear()
             yield advanced
@@ -123,20 +122,24 @@ class _Job:
                 self._write(shard, rows)
         yield from finished
 
-    def close(self) -> None:
-        """Bring the ranks together, hand the counts over and hold the gate (rank 0 does)."""
-        if not self.ranks.gather(self.tally):
+    def finish(self) -> None:
+        """Sum the counts of all processes and apply the error-rate gate (on rank 0).
+
+        Raises:
+            AnnotationError: reason `gate`.
+        """
+        counts, limit = self.job_counts, self.config.max_quarantined
+        if not self.processes.gather(counts):
             return
-        tally, limit = self.tally, self.config.max_quarantined
-        attempted = tally.counts["in"] - tally.excused
-        failed = tally.counts["quarantined"] - tally.excused
+        attempted = counts.counts["in"] - counts.no_input
+        failed = counts.counts["quarantined"] - counts.no_input
         passed = failed <= limit * attempted
-        self.draft.counts.update(tally.counts)
+        self.draft.counts.update(counts.counts)
         self.draft.extra.update(
-            reasons=tally.most_common("reasons"),
-            flags=tally.most_common("flags"),
-            work=dict(tally.work),
-            processes=self.ranks.count,
+            reasons=counts.most_common("reasons"),
+            flags=counts.most_common("flags"),
+            work=dict(counts.work),
+            processes=self.processes.count,
             gate={"passed": passed, "attempted": attempted, "failed": failed, "max_quarantined": limit},
         )
         gate = self.draft.path / GATE_FILE
@@ -144,46 +147,45 @@ class _Job:
             gate.unlink(missing_ok=True)
             return
         write_json(gate, {"counts": self.draft.counts, **self.draft.extra})
-        top = ", ".join(f"{reason} {count:,}" for reason, count in list(tally.most_common("reasons").items())[:5])
+        top = ", ".join(f"{reason} {count:,}" for reason, count in list(counts.most_common("reasons").items())[:5])
         raise AnnotationError(
             "gate",
-            f"{self.task.what}: {failed:,} of {attempted:,} attempted rows were quarantined ({failed / attempted:.1%}, "
+            f"{self.task.stage}: {failed:,} of {attempted:,} attempted rows were quarantined ({failed / attempted:.1%}, "
             f"max_quarantined is {limit:.1%}); reasons: {top}. Nothing was published; every row is kept in {self.shards}. "
-            "Mend the cause and run again: only the quarantined rows are tried again. Or raise max_quarantined.",
+            "Fix the cause and run again (only the quarantined rows are tried again), or raise max_quarantined.",
         )
 
-    # The walk over the shards
-
-    def _missing(self, units: Iterable[JobInput]) -> Iterator[_Shard | int]:
-        """This rank's shards in order: what must still be made, or how many rows an earlier run finished (they are counted here)."""
-        self.ranks.begin(self._tidy)
-        again = (self.draft.path / GATE_FILE).exists()
+    def _pending_shards(self, inputs: Iterable[JobInput]) -> Iterator[_Shard | int]:
+        """This process's shards in order: a shard that must be made, or the row count of one that is finished (and is counted here)."""
+        self.processes.begin(self._clean_up)
+        gate_failed = (self.draft.path / GATE_FILE).exists()
         shards = 0
-        for index, chunk in enumerate(batched(units, self.config.shard_rows)):
+        for index, chunk in enumerate(batched(inputs, self.config.shard_rows)):
             shards += 1
-            if index % self.ranks.count != self.ranks.index:
+            if index % self.processes.count != self.processes.index:
                 continue
-            if len({(unit.item_id, unit.creative) for unit in chunk}) != len(chunk):
-                what = self.task.what
-                raise AnnotationError("duplicate_unit", f"{what}: an (item_id, creative) pair stands twice among the units; this is a bug")
+            if len({(one.item_id, one.creative) for one in chunk}) != len(chunk):
+                raise AnnotationError(
+                    "duplicate_input", f"{self.task.stage}: an (item_id, creative) pair occurs twice in shard {index}; this is a bug"
+                )
             shard = _Shard(self.shards / f"part-{index:05d}.parquet", chunk, self._digest(chunk))
-            table = self._finished(shard)
-            if table is not None and not self._worth_another_try(table, again):
-                self.tally.add(table)
+            table = self._read_finished(shard)
+            if table is not None and not self._has_rows_to_retry(table, gate_failed):
+                self.job_counts.add(table)
                 yield len(chunk)
             else:
                 yield shard
-        if self.ranks.index == 0:
+        if self.processes.index == 0:
             for stale in set(self.shards.glob("*.parquet")) - {self.shards / f"part-{index:05d}.parquet" for index in range(shards)}:
                 stale.unlink()
 
-    def _tidy(self) -> None:
+    def _clean_up(self) -> None:
         self.shards.mkdir(exist_ok=True)
-        for torn in self.shards.glob(".*.tmp"):  # left by a kill in the middle of a write
-            torn.unlink()
+        for partial_file in self.shards.glob(".*.tmp"):  # left by a kill during a write
+            partial_file.unlink()
 
-    def _finished(self, shard: _Shard) -> pa.Table | None:
-        """A shard that an earlier run completed over exactly these units, else None. Its answers go where this run looks for them."""
+    def _read_finished(self, shard: _Shard) -> pa.Table | None:
+        """The table of a shard that an earlier run made from the same inputs, else None. Its valid rows are added to the cache."""
         if not shard.path.is_file():
             return None
         try:
@@ -192,41 +194,43 @@ class _Job:
             return None
         if (table.schema.metadata or {}).get(b"content_sha256") != shard.digest.encode():
             return None
-        self._remember(table)
+        self._add_to_cache(table)
         return table
 
-    def _worth_another_try(self, table: pa.Table, again: bool) -> bool:
-        """Whether a row was quarantined for a reason that may have passed, or for any at all after a gate that did not open."""
+    def _has_rows_to_retry(self, table: pa.Table, gate_failed: bool) -> bool:
+        """True if a row failed for a transient reason, or for any reason in a run whose gate failed."""
         reasons = set(table["reason"].unique().to_pylist()) - {None}
-        return bool(reasons & PASSING) or (again and bool(reasons - EXCUSED))
+        return bool(reasons & TRANSIENT) or (gate_failed and bool(reasons - NO_INPUT))
 
-    def _remember(self, table: pa.Table) -> None:
-        """Duplicates and redone shards shall cost nothing. A cache that has the shard's first answer has had them all."""
-        good = table.filter(pc.equal(table["status"], "ok"))
-        if len(good) == 0 or self.cache.get([good["input_sha256"][0].as_py()]):
+    def _add_to_cache(self, table: pa.Table) -> None:
+        """Add a shard's valid rows, unless the first of them is in the cache: then all of them are."""
+        valid = table.filter(pc.equal(table["status"], "ok"))
+        if len(valid) == 0 or self.cache.get([valid["input_sha256"][0].as_py()]):
             return
-        outcomes = {}
-        for row in good.to_pylist():
+        entries = {}
+        for row in valid.to_pylist():
             record = {name: _from_column(self.task.record, name, row[name]) for name in self.task.record.model_fields}
-            outcomes[row["input_sha256"]] = {"record": record, "flags": row["flags"], "attempts": row["attempts"]}
-        self.cache.put(outcomes)
+            entries[row["input_sha256"]] = {"record": record, "flags": row["flags"], "attempts": row["attempts"]}
+        self.cache.put(entries)
 
-    def _digest(self, chunk: Sequence[JobInput]) -> str:
-        """What a shard is made from. File sizes and times stand in for the pictures' bytes: a false alarm costs only cache hits."""
-        units = [[u.item_id, u.creative, u.evidence, u.reason, [[str(path), *_stamp(path)] for path in u.pictures]] for u in chunk]
+    def _digest(self, inputs: Sequence[JobInput]) -> str:
+        """Hash of what a shard is made from. File sizes and times replace the pictures' bytes; a false mismatch costs only cache hits."""
+        units = [
+            [one.item_id, one.creative, one.evidence, one.reason, [[str(p), *_size_and_time(p)] for p in one.pictures]] for one in inputs
+        ]
         return sha256({"identity": self.identity, "units": units})
 
     def _write(self, shard: _Shard, rows: list[dict[str, Any]]) -> None:
         table = pa.Table.from_pylist(rows, schema=self.task.schema)
         write_table(shard.path, table, {"content_sha256": shard.digest})
-        self.tally.add(table)
+        self.job_counts.add(table)
 
 
 def _from_column(record: type[Record], name: str, text: str) -> Any:
     return text if record.model_fields[name].annotation is str else json.loads(text)
 
 
-def _stamp(path: Path) -> tuple[int, int]:
+def _size_and_time(path: Path) -> tuple[int, int]:
     try:
         status = path.stat()
     except OSError:

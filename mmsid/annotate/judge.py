@@ -1,8 +1,7 @@
-"""Stage `judge`: is each mined descriptor specific, usable and grounded in what is known of its item? 0 or 1, by a language model.
+"""Stage `judge`: label every mined descriptor 1 (specific, usable, supported by the item's evidence) or 0 with a language model.
 
-One request per descriptor, as in QARM (arXiv 2604.20861, section 2.4): a malformed answer costs one descriptor, and equal questions
-are asked once. The judge sees what the miner saw, and should be another model than the miner: models like their own sentences.
-The labels are what `text_quality` learns from.
+The method is the judge of QARM (arXiv 2604.20861, section 2.4), with one request per descriptor. The judge reads the same evidence as
+the miner and should be another model, because models prefer their own text. Stage `text_quality` is trained on the labels.
 """
 
 from __future__ import annotations
@@ -10,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from mmsid.annotate.caption import closing_line, input_paths, model_of, picture_loader
+from mmsid.annotate.caption import build_generator, input_paths, picture_loader, print_summary
 from mmsid.annotate.generator import Generator
 from mmsid.annotate.job import annotate
-from mmsid.annotate.job_config import JobInput, ModelJobConfig, Task
+from mmsid.annotate.job_config import ModelJobConfig
+from mmsid.annotate.job_inputs import JobInput, Task
 from mmsid.annotate.prompts import evidence_json, load_prompt
 from mmsid.annotate.readers import ItemInterests, read_captions, read_interests
 from mmsid.annotate.records import Judgement, parse_judgement
@@ -21,16 +21,15 @@ from mmsid.artifacts import is_complete, read_manifest, writing
 from mmsid.backbone.packaged_weights import DEMO
 from mmsid.catalog import Item, read_catalog
 from mmsid.errors import ConfigError
-from mmsid.progress import done, is_main_process
 
 
 class JudgeConfig(ModelJobConfig):
-    """What to judge, and with which model.
+    """Options of the judge stage.
 
     Attributes:
         model: a folder or hub id of a language model; the small captioners of mmsid cannot judge.
         interests: a finished `interests` folder, mined by a language model.
-        captions: a finished `caption` folder; pictures reach the judge only through it.
+        captions: a finished `caption` folder. The judge reads captions, not pictures.
     """
 
     model: str | Path
@@ -40,15 +39,15 @@ class JudgeConfig(ModelJobConfig):
 
 
 def run(config: JudgeConfig, generator: Generator | None = None) -> Path:
-    """Judge every descriptor into `config.out`, one row each; `generator` replaces the configured model.
+    """Judge every descriptor into `config.out`, one row per descriptor; `generator` replaces the configured model.
 
-    A row's `creative` is the place of its descriptor among the item's, from 0. An item without usable interests gets one row,
-    quarantined as `no_interests`, which the gate excuses.
+    Column `creative` is the index of the descriptor among the item's descriptors, from 0. An item without usable interests gets one
+    row that is quarantined as `no_interests`, which the error-rate gate does not count.
 
     Raises:
-        AnnotationError: reason `gate`, when too many descriptors got no valid label (the rows stay in the draft, see `job`).
+        AnnotationError: reason `gate`, when too many descriptors got no valid label (the draft keeps the rows, see `job.annotate`).
         ArtifactError: `interests` or `captions` is not a finished folder of its stage.
-        ConfigError: the model cannot judge, the interests were mined from behaviour, or the prompt has no place for the evidence.
+        ConfigError: the model cannot judge, the interests were mined from behaviour, or the prompt has no placeholder for evidence.
     """
     if generator is None:
         _check_model(config.model)
@@ -60,24 +59,23 @@ def run(config: JudgeConfig, generator: Generator | None = None) -> Path:
         )
     prompt = load_prompt(config.prompt or "judge")
     if not prompt.wants_evidence:
-        raise ConfigError(f"judge.prompt {prompt.name!r} has no place for the evidence, so it would judge nothing; add {{{{evidence}}}}")
-    inputs = input_paths(config) | {"interests": config.interests}
-    inputs |= {"captions": config.captions} if config.captions is not None else {}
+        raise ConfigError(f"judge.prompt {prompt.name!r} has no placeholder {{{{evidence}}}}, so the model would see no evidence; add it")
+    paths = input_paths(config) | {"interests": config.interests}
+    paths |= {"captions": config.captions} if config.captions is not None else {}
     task = Task("judge", prompt, Judgement, parse_judgement, picture_loader(config))
-    with writing(config.out, stage="judge", config=config, inputs=inputs, resume=True) as draft:
+    with writing(config.out, stage="judge", config=config, inputs=paths, resume=True) as draft:
         catalog = read_catalog(config.catalog)
         captions = read_captions(config.captions) if config.captions is not None else {}
         interests = read_interests(config.interests)
-        units = [unit for item in catalog.items for unit in _units(item, interests, captions)]
-        annotate(units, len(units), task, generator or model_of(config, Judgement), config, draft)
+        inputs = [one for item in catalog.items for one in _job_inputs(item, interests, captions)]
+        annotate(inputs, len(inputs), task, generator or build_generator(config, Judgement), config, draft)
         draft.extra.update(catalog_sha256=catalog.sha256, prompt=prompt.name, prompt_sha256=prompt.sha256)
-    if is_main_process():
-        done(closing_line("judge", draft, config.out))
+    print_summary("judge", draft, config.out)
     return config.out
 
 
-def _units(item: Item, interests: Mapping[str, ItemInterests], captions: Mapping[str, str]) -> list[JobInput]:
-    """One unit per descriptor, in the miner's order."""
+def _job_inputs(item: Item, interests: Mapping[str, ItemInterests], captions: Mapping[str, str]) -> list[JobInput]:
+    """One input per descriptor, in the order of the interests."""
     if item.item_id not in interests:
         return [JobInput(item.item_id, reason="no_interests")]
     text = {"title": item.title, "description": item.description, "caption": captions.get(item.item_id, "")}
@@ -88,6 +86,5 @@ def _units(item: Item, interests: Mapping[str, ItemInterests], captions: Mapping
 
 
 def _check_model(model: str | Path) -> None:
-    ours = str(model) == DEMO or (is_complete(Path(model)) and read_manifest(Path(model))["stage"] == "train_captioner")
-    if ours:
-        raise ConfigError(f"judge.model: {model} only reads drawn pictures aloud; name a language model (a folder or a hub id)")
+    if str(model) == DEMO or (is_complete(Path(model)) and read_manifest(Path(model))["stage"] == "train_captioner"):
+        raise ConfigError(f"judge.model: {model} is a small captioner, which cannot judge texts; name a language model (folder or hub id)")

@@ -1,4 +1,4 @@
-"""Prompts: plain files, versioned by the hash that every row carries; untrusted text enters as delimited JSON, never raw."""
+"""Prompts of the annotation stages: plain files whose sha256 is stored with every row. Untrusted text is inserted as escaped JSON."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from mmsid.errors import ConfigError
 
 PLACEHOLDER = "{{evidence}}"
 _ESCAPED = "<>`|＜＞｀｜\u2028\u2029"
+_MAX_FIELD_CHARS = 4_000
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt's text (outer whitespace stripped), its sha256 and the name it was asked for by."""
+    """A prompt's text (without outer whitespace), its sha256, and the name or path that it was loaded by."""
 
     text: str
     sha256: str
@@ -24,16 +25,16 @@ class Prompt:
 
     @property
     def wants_evidence(self) -> bool:
-        """True when the item's own text is part of this prompt."""
+        """True if the prompt contains the placeholder for the item's text."""
         return PLACEHOLDER in self.text
 
     def render(self, evidence: str) -> str:
-        """The prompt with `evidence` (from `evidence_json`) in its place; unchanged when it has no place for it."""
+        """The prompt with `evidence` (from `evidence_json`) in place of the placeholder; unchanged if it has none."""
         return self.text.replace(PLACEHOLDER, evidence)
 
 
 def prompt_folder() -> Path:
-    """Where the shipped prompts lie: inside the installed package, or at the top of a checkout.
+    """Folder of the shipped prompts: inside the installed package, or at the top of a checkout.
 
     Raises:
         ConfigError: neither exists.
@@ -46,42 +47,42 @@ def prompt_folder() -> Path:
 
 
 def load_prompt(name: str | Path) -> Prompt:
-    """A shipped prompt by name (`caption_demo`), or any file by path (`my/prompt.md`).
+    """Load a shipped prompt by its name (`caption_demo`), or any file by its path (`my/prompt.md`).
 
     Raises:
-        ConfigError: no such prompt, or it is empty or names a placeholder other than `{{evidence}}`.
+        ConfigError: the prompt does not exist, is empty, or has a placeholder other than `{{evidence}}`.
     """
     path = Path(name)
     if path.suffix == "" and len(path.parts) == 1:
         path = prompt_folder() / f"{name}.md"
     if not path.is_file():
         shipped = ", ".join(sorted(found.stem for found in prompt_folder().glob("*.md")))
-        raise ConfigError(f"prompt {str(name)!r}: no file {path}; name a shipped one ({shipped}) or the path of a file")
+        raise ConfigError(f"prompt {str(name)!r}: no file {path}; use the name of a shipped prompt ({shipped}) or the path of a file")
     text = path.read_text(encoding="utf-8").strip()
     if not text:
         raise ConfigError(f"prompt {path} is empty; write the instruction into it")
     if "{{" in text.replace(PLACEHOLDER, ""):
-        raise ConfigError(f"prompt {path} has a placeholder other than {PLACEHOLDER}; only that one is filled in")
+        raise ConfigError(f"prompt {path} has a placeholder other than {PLACEHOLDER}; only {PLACEHOLDER} is supported")
     return Prompt(text=text, sha256=sha256(text), name=str(name))
 
 
-def evidence_json(*, title: str = "", description: str = "", caption: str = "", descriptor: str | None = None, longest: int = 4_000) -> str:
-    """One item's text as a JSON object with sorted keys, each field cut at `longest` characters; the `descriptor` only where one is judged.
+def evidence_json(*, title: str = "", description: str = "", caption: str = "", descriptor: str | None = None) -> str:
+    """One item's text as a JSON object with sorted keys and fields of at most 4,000 characters; `descriptor` only for the judge.
 
-    Angle brackets, backticks and bars (full-width ones too) and every character that no reader sees are written as escapes, so no
-    text of an advertiser can close the marker lines around it, open a chat role, name a special token such as `<image>`, or
-    whisper to the model. Quotes and line ends are JSON's own escapes.
+    Angle brackets, backticks and bars (also full-width ones) and invisible characters are written as JSON escapes. An advertiser's
+    text therefore cannot close the marker lines around it, open a chat role, contain a special token such as `<image>`, or carry
+    hidden instructions.
     """
-    fields = {"title": title[:longest], "description": description[:longest], "caption": caption[:longest]}
+    fields = {"title": title, "description": description, "caption": caption}
     if descriptor is not None:
-        fields["descriptor"] = descriptor[:longest]
-    text = json.dumps(fields, sort_keys=True, ensure_ascii=False)
+        fields["descriptor"] = descriptor
+    text = json.dumps({name: value[:_MAX_FIELD_CHARS] for name, value in fields.items()}, sort_keys=True, ensure_ascii=False)
     for character in {*_ESCAPED, *(character for character in set(text) if visible(character) != character)}:
         text = text.replace(character, "".join(f"\\u{unit:04x}" for unit in _utf16(character)))
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _utf16(character: str) -> tuple[int, ...]:
-    """Code units of a character: JSON escapes have four digits."""
+    """UTF-16 code units of a character, because JSON escapes have four digits."""
     data = character.encode("utf-16-be", "surrogatepass")
     return tuple(int.from_bytes(data[at : at + 2], "big") for at in range(0, len(data), 2))

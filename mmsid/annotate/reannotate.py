@@ -1,4 +1,4 @@
-"""Annotate another catalogue exactly as an earlier one was annotated: same models, prompts and settings."""
+"""Annotate another catalogue with the models, prompts and settings of an earlier annotation."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from mmsid.catalog import CatalogConfig
 
 
 def reannotate(captions: Path | None, mined: Path | None, catalog: CatalogConfig, folder: Path) -> tuple[Path | None, Path | None]:
-    """Captions and interests of `catalog` below `folder`, made by what made `captions` and `mined`; None where there were none.
+    """Caption `catalog` and mine its interests below `folder`, with the configurations of the folders `captions` and `mined`.
 
-    Interests that were mined from behaviour come as they are: pictures have no part in them.
+    Returns the two new folders, None where the earlier folder is None. Interests mined from behaviour do not depend on pictures, so
+    the earlier folder is returned unchanged.
 
     Raises:
-        ArtifactError: one of the two is not a finished annotation folder.
+        ArtifactError: `captions` or `mined` is not a finished annotation folder.
     """
     new_captions = None
     if captions is not None:

@@ -1,8 +1,8 @@
-"""What a generator may say, strictly: captions, interests and judgements as typed records, parsed from JSON without any repair.
+"""Captions, interests and judgements as typed records, parsed strictly from a model's JSON answer without any repair.
 
-The rules follow DCIM (arXiv 2604.20861, section 2.2): duplicate keys, NaN and infinities, booleans as numbers, extra
-fields and descriptors that agree after NFKC + casefold + whitespace normalisation are rejected, never cleaned. One thing is
-forgiven: a single ```json fence around the object, because instruction-tuned models write it whatever they are told.
+The rules follow DCIM (arXiv 2604.20861, section 2.2): duplicate keys, NaN and infinities, booleans as numbers, extra fields, and
+descriptors that are equal after NFKC, casefold and whitespace normalisation are rejected. The only exception is a single ```json
+fence around the object, which instruction-tuned models write even where the prompt forbids it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MAX_OUTPUT_CHARS = 20_000
 
 
 def _printable(text: str) -> str:
-    """One line of visible text. Control, surrogate, private and format characters are refused; ZWJ/ZWNJ are part of scripts."""
+    """One line of visible text. Control, surrogate, private and format characters are rejected, except ZWJ, ZWNJ and soft hyphen."""
     for character in text:
         if unicodedata.category(character) in ("Cc", "Cs", "Co", "Cn", "Zl", "Zp") or (
             unicodedata.category(character) == "Cf" and character not in "\u200c\u200d\u00ad"
@@ -41,17 +41,17 @@ CaptionText, DescriptorText, SummaryText = _text(600), _text(120), _text(400)
 
 
 class Record(BaseModel):
-    """Base of what a generator may say: strict types, no extra fields, immutable."""
+    """Base class of the records: strict types, no extra fields, immutable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     def texts(self) -> list[str]:
-        """The free text of the record, for the detectors."""
-        raise TypeError(f"{type(self).__name__} names no texts")
+        """The free texts of the record, for the detectors of `text_flags`."""
+        raise NotImplementedError
 
 
 class Caption(Record):
-    """CMSA: what one picture shows, 1..600 characters."""
+    """Caption of one picture (CMSA), 1 to 600 characters."""
 
     caption: CaptionText
 
@@ -60,14 +60,14 @@ class Caption(Record):
 
 
 class Interest(Record):
-    """One deep-interest descriptor (1..120 characters) and how sure its author is, in [0, 1]."""
+    """One deep-interest descriptor (1 to 120 characters) and the model's confidence in it, in [0, 1]."""
 
     descriptor: DescriptorText
     confidence: Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
 
 
 class Interests(Record):
-    """DCIM: 1..8 descriptors, strongest evidence first, and one summary of 1..400 characters."""
+    """Interests of one item (DCIM): 1 to 8 descriptors, the best supported first, and a summary of 1 to 400 characters."""
 
     descriptors: Annotated[list[Interest], Field(min_length=1, max_length=8)]
     summary: SummaryText
@@ -84,7 +84,7 @@ class Interests(Record):
 
 
 class Judgement(Record):
-    """A judge's verdict on one descriptor: 1 = specific, usable and grounded in its evidence, 0 = not."""
+    """A judge's label of one descriptor: 1 if it is specific, usable and supported by the evidence, else 0."""
 
     label: Annotated[int, Field(ge=0, le=1)]
 
@@ -96,17 +96,17 @@ RecordT = TypeVar("RecordT", bound=Record)
 
 
 def parse_caption(text: str) -> Caption:
-    """Read `{"caption": "..."}`. Raises AnnotationError whose `reason` is a short code."""
+    """Parse `{"caption": "..."}`. Raises AnnotationError with a reason code."""
     return _parse(Caption, text)
 
 
 def parse_interests(text: str) -> Interests:
-    """Read `{"descriptors": [{"descriptor", "confidence"}, ...], "summary": "..."}`. Raises AnnotationError(reason)."""
+    """Parse `{"descriptors": [{"descriptor", "confidence"}, ...], "summary": "..."}`. Raises AnnotationError with a reason code."""
     return _parse(Interests, text)
 
 
 def parse_judgement(text: str) -> Judgement:
-    """Read `{"label": 0 or 1}`. Raises AnnotationError(reason)."""
+    """Parse `{"label": 0 or 1}`. Raises AnnotationError with a reason code."""
     return _parse(Judgement, text)
 
 
@@ -117,14 +117,14 @@ def _parse(cls: type[RecordT], text: str) -> RecordT:
     try:
         record = cls.model_validate(data)
     except ValidationError as error:
-        raise AnnotationError(_reason(error), f"{cls.__name__}: {_places(error)}") from error
+        raise AnnotationError(_reason(error), f"{cls.__name__}: {_problems(error)}") from error
     if any(refuses(part) for part in record.texts()):
         raise AnnotationError(REFUSAL, f"{cls.__name__}: the model declined instead of answering")
     return record
 
 
 def strict_json(text: str) -> Any:
-    """Decode one JSON document: no duplicate keys, no NaN or infinity, nothing around it but at most one code fence.
+    """Decode one JSON document without duplicate keys, NaN or infinity, with nothing around it except one code fence.
 
     Raises:
         AnnotationError: reason `empty_output`, `output_too_long`, `truncated`, `invalid_json`, `duplicate_key`, `not_finite`.
@@ -155,7 +155,7 @@ def _unfence(text: str) -> str:
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len({key for key, _ in pairs}) != len(pairs):
-        raise AnnotationError("duplicate_key", "a key stands twice in one object")
+        raise AnnotationError("duplicate_key", "a key occurs twice in one object")
     return dict(pairs)
 
 
@@ -171,7 +171,7 @@ def _finite(digits: str) -> float:
 
 
 def _small_int(digits: str) -> int:
-    if len(digits) > 18:  # Python's own limit on int() raises a bare ValueError, and nothing here needs such numbers
+    if len(digits) > 18:  # beyond 4,300 digits int() itself raises a ValueError without a code
         raise AnnotationError("number_out_of_range", "an integer of more than 18 digits")
     return int(digits)
 
@@ -197,5 +197,5 @@ def _reason(error: ValidationError) -> str:
     return _REASONS.get(problem["type"], "wrong_type")
 
 
-def _places(error: ValidationError) -> str:
+def _problems(error: ValidationError) -> str:
     return "; ".join(f"{'.'.join(map(str, problem['loc'])) or 'record'}: {problem['type']}" for problem in error.errors()[:5])

@@ -25,7 +25,7 @@ from urllib.parse import urlsplit
 from PIL import Image
 from pydantic import Field, field_validator
 
-from mmsid.annotate.generator import PASSING, GenerationFailure, Request
+from mmsid.annotate.generator import TRANSIENT, GenerationFailure, Request
 from mmsid.config import Section
 from mmsid.errors import AnnotationError, ConfigError
 
@@ -102,7 +102,7 @@ class OpenAIGenerator:
         self.model, self.server, self.max_new_tokens = model, server, max_new_tokens
         self.model_id = f"{model}@{revision or 'server'}"
         self.schema = schema if server.json_schema else None
-        self.calls_at_once = -(-server.concurrency // batch_size) + 1  # enough to fill every slot while the last call ends
+        self.max_concurrent_calls = -(-server.concurrency // batch_size) + 1  # enough to fill every slot while the last call ends
         self._arguments = {"revision": revision, "max_new_tokens": max_new_tokens, "schema": schema, "batch_size": batch_size}
         self._opening = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -178,7 +178,7 @@ class OpenAIGenerator:
                 if not isinstance(answer, GenerationFailure):
                     self._lost_in_a_row = 0
                     return answer
-                if answer.reason not in PASSING:
+                if answer.reason not in TRANSIENT:
                     return answer
                 seen = answer
                 garbled += answer.reason == "server_garbled"
@@ -198,7 +198,7 @@ class OpenAIGenerator:
         return seen
 
     async def _attempt(self, body: dict[str, Any], deadline: float) -> str | GenerationFailure:
-        """One request over the wire. A failure whose reason is in `PASSING` may be tried again."""
+        """One request over the wire. A failure whose reason is in `TRANSIENT` may be tried again."""
         openai, loop = self._openai, asyncio.get_running_loop()
         if self._not_before > loop.time():
             await asyncio.sleep(min(self._not_before, deadline) - loop.time())

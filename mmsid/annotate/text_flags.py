@@ -1,7 +1,7 @@
-"""Detectors over generated and given text. They look at words, not meanings: a flag is a request to look, not a verdict.
+"""Flags of generated and given text: sensitive traits, refusals, prompt echoes, instructions, hidden characters.
 
-Sensitive traits (health, faith, politics, sexuality, ethnicity) are forbidden by the prompts and flagged here; an advertiser's
-text that tries to instruct the model, a model that parrots its instruction and one that refuses are told apart as well.
+The prompts forbid sensitive traits (health, faith, politics, sexuality, ethnicity). The detectors match words, not meanings: a flag
+marks a row for review and does not reject it.
 """
 
 from __future__ import annotations
@@ -9,22 +9,23 @@ from __future__ import annotations
 import re
 import unicodedata
 
+from mmsid.catalog.annotations import SENSITIVE
 from mmsid.catalog.prompt_injection import has_instruction, visible
 
-SENSITIVE = "sensitive"
-ECHO = "prompt_echo"
+PROMPT_ECHO = "prompt_echo"
 REFUSAL = "refusal"
-INSTRUCTION = "instruction_in_evidence"
+INSTRUCTION_IN_EVIDENCE = "instruction_in_evidence"
 HIDDEN_TEXT = "hidden_text_in_evidence"
-PASSED_ON = "instruction_in_output"
+INSTRUCTION_IN_OUTPUT = "instruction_in_output"
+ECHO_WORDS = 6  # so many consecutive words of the prompt in an answer are an echo
 
 
 def normalise(text: str) -> str:
-    """NFKC, casefold, runs of whitespace to one space: two texts that a reader would call the same become equal."""
+    """NFKC, casefold, and runs of whitespace as one space, so that texts that look the same compare equal."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
-# Whole words. Bare adjectives of shops ("health food", "black", "white") are left out on purpose: they speak of goods.
+# Whole words. Adjectives that describe goods ("health food", "black", "white") are left out on purpose.
 _SENSITIVE_TERMS = {
     "health": r"disabled|disabilit(?:y|ies)|diseases?|illness(?:es)?|sickness|diabet(?:es|ics?)|cancer|hiv|aids patients?"
     r"|depress(?:ed|ion)|anxiety|mental health|health (?:conditions?|problems?|issues?)|bipolar|autis(?:m|tic)|adhd"
@@ -49,32 +50,36 @@ _REFUSAL = re.compile(
 
 
 def refuses(text: str) -> bool:
-    """True when the text opens like a model that declines ("I'm sorry, ...", "As an AI ...")."""
+    """True if the text begins like a model's refusal ("I'm sorry, ...", "As an AI ...")."""
     return bool(_REFUSAL.match(normalise(text)))
 
 
 def output_flags(texts: list[str], prompt: str) -> list[str]:
-    """Flags of what a valid record says: `sensitive` words, `instruction_in_output` (it passes on an order, read off a picture, say,
-    which the next model would meet), `prompt_echo` (six words running that stand in the instruction)."""
-    orders = any(has_instruction(part) for part in texts)
-    texts = [normalise(part) for part in texts]
+    """Flags of a valid record's texts.
+
+    `sensitive`: words of sensitive traits. `instruction_in_output`: an instruction, for example copied from a picture, that would
+    reach the next model. `prompt_echo`: six consecutive words of the prompt.
+    """
+    normalised = [normalise(part) for part in texts]
     flags = []
-    if any(_SENSITIVE.search(part) for part in texts):
+    if any(_SENSITIVE.search(part) for part in normalised):
         flags.append(SENSITIVE)
-    if orders:
-        flags.append(PASSED_ON)
-    if any(_echoes(part, normalise(prompt)) for part in texts):
-        flags.append(ECHO)
+    if any(has_instruction(part) for part in texts):
+        flags.append(INSTRUCTION_IN_OUTPUT)
+    if any(_echoes(part, normalise(prompt)) for part in normalised):
+        flags.append(PROMPT_ECHO)
     return flags
 
 
 def evidence_flags(texts: list[str]) -> list[str]:
-    """`instruction_in_evidence` when the advertiser's own text tries to instruct a model, `hidden_text_in_evidence` when it holds
-    characters that no reader sees: the row deserves a look."""
-    flags = [INSTRUCTION] if any(has_instruction(part) for part in texts) else []
+    """Flags of an advertiser's texts.
+
+    `instruction_in_evidence`: a text addresses a model with an instruction. `hidden_text_in_evidence`: invisible characters.
+    """
+    flags = [INSTRUCTION_IN_EVIDENCE] if any(has_instruction(part) for part in texts) else []
     return flags + ([HIDDEN_TEXT] if any(visible(part) != part for part in texts) else [])
 
 
-def _echoes(text: str, prompt: str, run: int = 6) -> bool:
-    words, inside = text.split(), f" {prompt} "
-    return any(f" {' '.join(words[start : start + run])} " in inside for start in range(len(words) - run + 1))
+def _echoes(text: str, prompt: str) -> bool:
+    words, padded = text.split(), f" {prompt} "
+    return any(f" {' '.join(words[start : start + ECHO_WORDS])} " in padded for start in range(len(words) - ECHO_WORDS + 1))

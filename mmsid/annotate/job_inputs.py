@@ -1,0 +1,68 @@
+"""Inputs of an annotation job: `JobInput` is one row to make, `Task` is the prompt, record type and picture loader of the stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pyarrow as pa
+from PIL import Image
+
+from mmsid.annotate.prompts import Prompt
+from mmsid.annotate.records import Record
+
+# Reasons of rows that had nothing to annotate. This is a property of the item, so the error-rate gate does not count them.
+NO_INPUT = frozenset({"no_picture", "no_evidence", "no_coengagement", "no_interests"})
+
+
+@dataclass(frozen=True)
+class JobInput:
+    """One row to make. An input with a `reason` (such as a picture that the catalogue refused) is quarantined without a model call."""
+
+    item_id: str
+    creative: int = 0
+    pictures: tuple[Path, ...] = ()
+    evidence: str = ""
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """What to make of every input.
+
+    Attributes:
+        stage: name of the stage (`caption`, `interests`, `judge`).
+        prompt: the prompt that every input is rendered into.
+        record: type of the record; its fields are columns of the row.
+        parse: reads the model's answer into a record. Raises AnnotationError with a reason code.
+        load_picture: reads a picture by its path. Raises PictureError.
+        any_picture: True uses the first readable picture of an input; False requires every picture to be readable.
+        constants: columns with one value in every row.
+    """
+
+    stage: str
+    prompt: Prompt
+    record: type[Record]
+    parse: Callable[[str], Record]
+    load_picture: Callable[[Path], Image.Image]
+    any_picture: bool = False
+    constants: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Columns of a row: identity, the record's fields (lists as JSON), status, provenance."""
+        text = [pa.field(name, pa.string()) for name in (*self.record.model_fields, *self.constants)]
+        return pa.schema(
+            [
+                pa.field("item_id", pa.string()),
+                pa.field("creative", pa.int64()),
+                *text,
+                pa.field("status", pa.string()),
+                pa.field("reason", pa.string()),
+                pa.field("flags", pa.list_(pa.string())),
+                pa.field("attempts", pa.list_(pa.string())),
+                pa.field("rejected", pa.string()),
+                *(pa.field(name, pa.string()) for name in ("prompt_sha256", "model_id", "input_sha256")),
+            ]
+        )
