@@ -1,11 +1,8 @@
-"""What a million captions cost: computed from the hardware's limits, not measured.
+"""Cost of a million captions, computed from the hardware's peak rates (a roofline model, not a measurement).
 
     python benchmarks/roofline.py --dollars-per-hour 2.5
 
-One picture is a prefill (vision tower and language model read picture and prompt: bound by arithmetic) and a decode (every token reads
-the weights and everybody's keys and values: bound by memory bandwidth). Dense models in bf16, 150 prompt tokens, 100 answer tokens, 256
-pictures under way at once; the vision tower sees four patches per picture token. Practical means 45 % of the peak arithmetic in prefill
-and 60 % of the bandwidth in decode, which good engines reach.
+Prefill is bound by arithmetic and decoding by bandwidth. The practical rate is 45 % and 60 % of these, as good bf16 engines reach.
 """
 
 from __future__ import annotations
@@ -13,13 +10,14 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 
+# tokens of prompt and answer, pictures in one batch, patches of the vision tower per picture token
 PROMPT, ANSWER, CONCURRENT, PATCHES_PER_TOKEN = 150, 100, 256, 4
 PREFILL_SHARE, DECODE_SHARE = 0.45, 0.60
 
 
 @dataclass(frozen=True)
 class Model:
-    """`language` and `vision` parameters; `kv_bytes`: keys and values of one token, all layers, bf16 (grouped queries)."""
+    """`language` and `vision`: numbers of parameters. `kv_bytes`: keys and values of one token, all layers, bf16 (grouped queries)."""
 
     name: str
     language: float
@@ -29,7 +27,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Gpu:
-    """Dense bf16 FLOP/s and bytes/s of its memory, from the data sheet."""
+    """Dense bf16 FLOP/s and bytes/s of the GPU's memory, from the data sheet."""
 
     name: str
     flops: float
@@ -45,7 +43,7 @@ GPUS = (Gpu("A100 80GB", 312e12, 2.04e12), Gpu("H100 SXM", 989e12, 3.35e12), Gpu
 
 
 def pictures_per_second(model: Model, gpu: Gpu, picture_tokens: int, *, practical: bool = True) -> float:
-    """Captions a second of one GPU; at its peak when not `practical`."""
+    """Captions per second of one GPU; `practical=False` uses the peak rates."""
     prefill_flops = 2 * (model.language * (picture_tokens + PROMPT) + model.vision * PATCHES_PER_TOKEN * picture_tokens)
     mean_context = picture_tokens + PROMPT + ANSWER / 2
     bytes_per_step = 2 * model.language + CONCURRENT * model.kv_bytes * mean_context
@@ -55,9 +53,9 @@ def pictures_per_second(model: Model, gpu: Gpu, picture_tokens: int, *, practica
 
 
 def main() -> None:
-    """A table in Markdown."""
+    """Print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dollars-per-hour", type=float, default=2.5, help="of one GPU of any kind; an assumption")
+    parser.add_argument("--dollars-per-hour", type=float, default=2.5, help="price of one GPU, the same for all kinds (an assumption)")
     parsed = parser.parse_args()
     print(f"| computed, per million ads | {' | '.join(gpu.name for gpu in GPUS)} |\n|" + "---|" * (1 + len(GPUS)))
     for model in MODELS:
