@@ -1,4 +1,4 @@
-"""Label every mined descriptor 0 or 1 against its evidence, with a language model (the judge of QARM, arXiv 2604.20861).
+"""Label every mined descriptor 1 (supported by the evidence, specific, usable) or 0 with a language model (QARM, arXiv 2604.20861).
 
 Reads: the catalogue, `prompts/judge.md`, `runs/<name>/interests/`, `runs/<name>/caption/`, the model. Writes: `runs/<name>/judge/`.
 Command: python scripts/judge.py --config configs/mine.yaml [judge.batch_size=32]
