@@ -93,7 +93,7 @@ def stability_table(report: dict[str, Any]) -> str:
 
 
 class _Sample:
-    """Some items of the catalogue, as they are and as changed."""
+    """Sample of the catalogue, encoded before and after changes."""
 
     def __init__(self, config: StabilityConfig, scratch: Path) -> None:
         self.config, self.scratch = config, scratch
