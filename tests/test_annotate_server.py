@@ -124,7 +124,7 @@ def test_a_server_that_only_ever_says_nothing_is_asked_four_times():
 def test_a_server_that_is_gone_ends_the_job_with_its_rows_kept(catalog, local_rows, tmp_path):
     with ChatServer(answer, share=1.0, faults=["hang_up"]) as server:
         config = server_config(catalog, tmp_path / "caption", server, treat={"concurrency": 2, "deadline_seconds": 0.2})
-        with pytest.raises(AnnotationError, match=r"left 4 requests in a row unanswered.*run again") as raised:
+        with pytest.raises(AnnotationError, match=r"failed to answer 4 requests in a row.*run again") as raised:
             run(config)
     assert raised.value.reason == "server_gone"
     with ChatServer(answer) as server:

@@ -98,7 +98,7 @@ def test_a_recommender_that_computes_nan_is_not_ranked(tmp_path, shape):
     with torch.no_grad():
         for weight in fitted.model.parameters():
             weight.view(-1)[0] = math.nan
-    with pytest.raises(MmsidError, match="scores hold NaN: the recommender diverged or its weights are damaged"):
+    with pytest.raises(MmsidError, match="scores contain NaN: the recommender diverged or its weights are damaged"):
         fitted.evaluate(split, "valid")
 
 

@@ -1,9 +1,8 @@
-"""Any OpenAI-compatible server (vLLM, SGLang, hosted) as a generator, through the official client (extra `serve`).
+"""Generator for OpenAI-compatible servers (vLLM, SGLang, hosted), through the official client (extra `serve`).
 
-The world between us and the model is unfriendly: servers are slow, overloaded, restarted, and now and then answer with half a
-body or with nothing. A request is tried until its deadline, backing off with full jitter (Brooker, "Exponential Backoff And
-Jitter", 2015); a `Retry-After` holds all requests, not only the one it was told to. What still fails is a `GenerationFailure`:
-its row is quarantined, and tried again when the job is resumed.
+A request is retried until its deadline with exponential back-off and full jitter (Brooker, "Exponential Backoff And Jitter", 2015).
+A `Retry-After` header delays all requests. A request that still fails becomes a `GenerationFailure`: its row is quarantined, and
+retried when the job resumes.
 """
 
 from __future__ import annotations
@@ -30,25 +29,25 @@ from mmsid.config import Section
 from mmsid.errors import AnnotationError, ConfigError
 
 _FIRST_BACKOFF, _LONGEST_BACKOFF = 0.5, 30.0  # seconds
-_MOST_GARBLED = 4  # an answer that is empty four times running is what this model has to say
+_MAX_GARBLED = 4  # a model that gives this many empty answers to one request is not asked again
 
 
 class ServerConfig(Section):
-    """An OpenAI-compatible server and how it is treated.
+    """Address and limits of an OpenAI-compatible server.
 
-    All but `json_schema` and `picture_format` say how the work is done, not what comes out: they are in no manifest, and a draft
-    outlives their change.
+    Only `json_schema` and `picture_format` influence the output. The other keys are not part of the manifest, so a draft can be resumed
+    after they change.
 
     Attributes:
-        base_url: with the version, `http://127.0.0.1:8000/v1`.
-        api_key_env: the environment variable that holds the key. The key is read from there only, and written nowhere; unset is
-            fine for servers that ask for none.
-        concurrency: requests under way at once.
-        timeout_seconds: for one attempt.
-        deadline_seconds: for one request, all its attempts and the pauses between them.
-        json_schema: ask the server to hold the answer to the record's JSON schema (`response_format`), where it can.
-        picture_format: pictures go out re-encoded. `png` shows the model the very pixels that a model in process sees; `jpeg`
-            (quality 90) is a fifth to a tenth of the bytes.
+        base_url: address with the version, for example `http://127.0.0.1:8000/v1`.
+        api_key_env: environment variable that contains the key. The key is never written. Leave the variable unset for servers
+            without keys.
+        concurrency: number of concurrent requests.
+        timeout_seconds: time limit of one attempt.
+        deadline_seconds: time limit of one request, including all attempts and pauses.
+        json_schema: send the record's JSON schema as `response_format`.
+        picture_format: encoding of the pictures in requests. `png` is lossless; `jpeg` (quality 90) takes a fifth to a tenth of the
+            bytes.
     """
 
     base_url: str = Field(exclude=True)
@@ -64,24 +63,26 @@ class ServerConfig(Section):
     def _plain_address(cls, value: str) -> str:
         parts = urlsplit(value)
         if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc or parts.query:
-            raise ValueError("expected http(s)://host[:port]/path, without user, password or query; a key belongs into api_key_env")
+            raise ValueError(
+                "expected http(s)://host[:port]/path, without user, password or query; put a key into the variable named by api_key_env"
+            )
         return value
 
 
 class OpenAIGenerator:
-    """Answers through `POST {base_url}/chat/completions`, `concurrency` requests at a time.
+    """Generates with `POST {base_url}/chat/completions`, `concurrency` requests at a time.
 
-    The client lives in an event loop of its own thread, from the first request to `close()`, which cancels whatever is under way.
+    The client runs in an event loop in its own thread, from the first request to `close()`, which cancels pending requests.
 
     Args:
-        model: as the server calls it.
-        revision: names the weights behind it in `model_id` and so in the cache key; servers do not tell.
-        schema: JSON schema of the record, used when `server.json_schema` is set.
-        batch_size: how many requests come with one `generate` call.
+        model: name of the model on the server.
+        revision: name of its weights for `model_id` and the cache key, because servers do not report it.
+        schema: JSON schema of the record; sent if `server.json_schema` is set.
+        batch_size: number of requests per `generate` call.
 
     Raises:
-        ConfigError: the extra `serve` is not installed; later, from `generate`: the server refuses the key, or knows no such model.
-        AnnotationError: from `generate`, reason `server_gone`: nothing was answered any more; `cancelled`: `close()` was called.
+        ConfigError: the extra `serve` is not installed; from `generate`: the server refuses the key or has no such model.
+        AnnotationError: from `generate`, reason `server_gone`: the server stopped answering; `cancelled`: `close()` was called.
     """
 
     def __init__(
@@ -102,21 +103,21 @@ class OpenAIGenerator:
         self.model, self.server, self.max_new_tokens = model, server, max_new_tokens
         self.model_id = f"{model}@{revision or 'server'}"
         self.schema = schema if server.json_schema else None
-        self.max_concurrent_calls = -(-server.concurrency // batch_size) + 1  # enough to fill every slot while the last call ends
+        self.max_concurrent_calls = -(-server.concurrency // batch_size) + 1  # enough to keep all requests busy while the last call ends
         self._arguments = {"revision": revision, "max_new_tokens": max_new_tokens, "schema": schema, "batch_size": batch_size}
         self._opening = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _again, (self.model, self.server, self._arguments)
+        return _rebuild, (self.model, self.server, self._arguments)
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """Part of the cache key: token limit, picture format, and the schema when the server enforces it."""
+        """Part of the cache key: token limit, picture format, and the schema if the server enforces it."""
         return {"max_new_tokens": self.max_new_tokens, "picture_format": self.server.picture_format, "json_schema": self.schema}
 
     def generate(self, requests: list[Request]) -> list[str | GenerationFailure]:
-        """Answer in order; may be called from several threads."""
+        """Generate answers in the order of `requests`. Thread-safe."""
         with self._opening:
             if self._loop is None:
                 self._open()
@@ -127,11 +128,11 @@ class OpenAIGenerator:
             raise AnnotationError("cancelled", f"requests to {self.server.base_url} were cancelled") from None
 
     def close(self) -> None:
-        """Cancel what is under way and hang up. A later `generate` connects anew."""
+        """Cancel pending requests and disconnect. A later `generate` reconnects."""
         with self._opening:
             loop, self._loop = self._loop, None
         if loop is not None:
-            asyncio.run_coroutine_threadsafe(self._hang_up(), loop).result()
+            asyncio.run_coroutine_threadsafe(self._disconnect(), loop).result()
             loop.call_soon_threadsafe(loop.stop)
             self._thread.join()
             loop.close()
@@ -149,10 +150,10 @@ class OpenAIGenerator:
             base_url=self.server.base_url, api_key=self._key, timeout=self.server.timeout_seconds, max_retries=0
         )
         self._slots = asyncio.Semaphore(self.server.concurrency)
-        self._not_before = 0.0  # when the server will hear us again, on the loop's clock
-        self._lost_in_a_row = 0
+        self._retry_at = 0.0  # event-loop time before which no request is sent
+        self._consecutive_failures = 0
 
-    async def _hang_up(self) -> None:
+    async def _disconnect(self) -> None:
         running = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
         for task in running:
             task.cancel()
@@ -160,48 +161,48 @@ class OpenAIGenerator:
         await self._client.close()
 
     async def _all(self, requests: list[Request]) -> list[str | GenerationFailure]:
-        asked = [asyncio.ensure_future(self._one(request)) for request in requests]
+        tasks = [asyncio.ensure_future(self._one(request)) for request in requests]
         try:
-            return await asyncio.gather(*asked)
+            return await asyncio.gather(*tasks)
         finally:
-            for one in asked:
-                one.cancel()
+            for task in tasks:
+                task.cancel()
 
     async def _one(self, request: Request) -> str | GenerationFailure:
-        seen = GenerationFailure("server_timeout", "no attempt came to an end")
+        failure = GenerationFailure("server_timeout", "no attempt finished")
         async with self._slots:
             deadline = asyncio.get_running_loop().time() + self.server.deadline_seconds
-            body = await asyncio.to_thread(self._body, request)  # encoding a picture takes longer than sending it
+            body = await asyncio.to_thread(self._body, request)  # in a thread, because encoding pictures would block the event loop
             garbled = 0
             for attempt in itertools.count():
                 answer = await self._attempt(body, deadline)
                 if not isinstance(answer, GenerationFailure):
-                    self._lost_in_a_row = 0
+                    self._consecutive_failures = 0
                     return answer
                 if answer.reason not in TRANSIENT:
                     return answer
-                seen = answer
+                failure = answer
                 garbled += answer.reason == "server_garbled"
-                pause = max(0.0, self._not_before - asyncio.get_running_loop().time())
-                pause += random.uniform(0.0, min(_LONGEST_BACKOFF, _FIRST_BACKOFF * 2**attempt))  # noise in time, never in rows
-                if garbled >= _MOST_GARBLED or asyncio.get_running_loop().time() + pause >= deadline:
+                pause = max(0.0, self._retry_at - asyncio.get_running_loop().time())
+                pause += random.uniform(0.0, min(_LONGEST_BACKOFF, _FIRST_BACKOFF * 2**attempt))  # jitter changes the timing only
+                if garbled >= _MAX_GARBLED or asyncio.get_running_loop().time() + pause >= deadline:
                     break
                 await asyncio.sleep(pause)
-        self._lost_in_a_row += seen.reason != "server_garbled"
-        if self._lost_in_a_row >= 2 * self.server.concurrency:
+        self._consecutive_failures += failure.reason != "server_garbled"
+        if self._consecutive_failures >= 2 * self.server.concurrency:
             raise AnnotationError(
                 "server_gone",
-                f"{self.server.base_url} left {self._lost_in_a_row} requests in a row unanswered, each tried for up to "
-                f"{self.server.deadline_seconds:g} s (last: {seen.reason}, {seen.detail}). Finished rows are kept: see to the server "
-                "and run again.",
+                f"{self.server.base_url} failed to answer {self._consecutive_failures} requests in a row, each tried for up to "
+                f"{self.server.deadline_seconds:g} s (last: {failure.reason}, {failure.detail}). Finished rows are kept: restart the "
+                "server and run again.",
             )
-        return seen
+        return failure
 
     async def _attempt(self, body: dict[str, Any], deadline: float) -> str | GenerationFailure:
-        """One request over the wire. A failure whose reason is in `TRANSIENT` may be tried again."""
+        """Send one request. Failures with a reason in `TRANSIENT` may be retried."""
         openai, loop = self._openai, asyncio.get_running_loop()
-        if self._not_before > loop.time():
-            await asyncio.sleep(min(self._not_before, deadline) - loop.time())
+        if self._retry_at > loop.time():
+            await asyncio.sleep(min(self._retry_at, deadline) - loop.time())
         try:
             async with asyncio.timeout_at(deadline):
                 response = await self._client.chat.completions.with_raw_response.create(**body)
@@ -211,24 +212,24 @@ class OpenAIGenerator:
         except openai.APIConnectionError as error:
             return GenerationFailure("server_unreachable", f"the connection failed ({type(error.__cause__ or error).__name__})")
         except openai.APIStatusError as error:
-            status, said = error.status_code, str(error.message).replace(self._key, "***")[:200]
-            self._hold(error.response.headers)
+            status, message = error.status_code, str(error.message).replace(self._key, "***")[:200]
+            self._delay(error.response.headers)
             if status in (401, 403):
                 raise ConfigError(
                     f"{self.server.base_url} refuses access ({status}); set the environment variable {self.server.api_key_env}"
                 ) from None
             if status == 404:
-                raise ConfigError(f"{self.server.base_url} has no model {self.model!r} ({said}); correct model or base_url") from None
+                raise ConfigError(f"{self.server.base_url} has no model {self.model!r} ({message}); correct model or base_url") from None
             if status == 429:
-                return GenerationFailure("server_busy", f"{status}: {said}")
-            passing = status in (408, 409, 425) or status >= 500
-            return GenerationFailure("server_error" if passing else "server_refused", f"{status}: {said}")
+                return GenerationFailure("server_busy", f"{status}: {message}")
+            transient = status in (408, 409, 425) or status >= 500
+            return GenerationFailure("server_error" if transient else "server_refused", f"{status}: {message}")
 
-    def _hold(self, headers: Any) -> None:
-        """Honour `Retry-After`: one overloaded server is overloaded for all our requests."""
+    def _delay(self, headers: Any) -> None:
+        """Delay all requests by the header `Retry-After`."""
         seconds = retry_after(headers.get("retry-after"))
         if seconds is not None:
-            self._not_before = max(self._not_before, asyncio.get_running_loop().time() + seconds)
+            self._retry_at = max(self._retry_at, asyncio.get_running_loop().time() + seconds)
 
     def _body(self, request: Request) -> dict[str, Any]:
         content: list[dict[str, Any]] = [
@@ -247,21 +248,21 @@ class OpenAIGenerator:
         return body
 
 
-def _again(model: str, server: ServerConfig, arguments: dict[str, Any]) -> OpenAIGenerator:
+def _rebuild(model: str, server: ServerConfig, arguments: dict[str, Any]) -> OpenAIGenerator:
     return OpenAIGenerator(model, server, **arguments)
 
 
 def data_url(picture: Image.Image, picture_format: Literal["png", "jpeg"]) -> str:
-    """The picture's pixels, and nothing else of its file, as `data:image/...;base64,...`."""
+    """Encode the pixels as `data:image/...;base64,...`. Metadata of the file is not sent."""
     encoded = io.BytesIO()
     picture.save(encoded, picture_format, **({"quality": 90} if picture_format == "jpeg" else {"compress_level": 1}))
     return f"data:image/{picture_format};base64,{base64.b64encode(encoded.getvalue()).decode('ascii')}"
 
 
 def read_answer(body: str) -> str | GenerationFailure:
-    """The text in a chat completion; `server_garbled` when the body is cut, of the wrong shape, or holds no text.
+    """Text of a chat completion, or the failure `server_garbled` for a truncated or malformed body or one without text.
 
-    A model that declines through the protocol's own field has its refusal handed on, for the job to judge.
+    The text of the field `refusal` is returned like an answer; the job detects refusals.
     """
     try:
         choice = json.loads(body)["choices"][0]
@@ -270,14 +271,14 @@ def read_answer(body: str) -> str | GenerationFailure:
     except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
         return GenerationFailure("server_garbled", f"not a chat completion: {body[:100]}")
     if ended == "content_filter":
-        return GenerationFailure("content_filter", "the server's own filter held the answer back")
+        return GenerationFailure("content_filter", "the content filter of the server blocked the answer")
     if not isinstance(content, str) or not content.strip():
         return GenerationFailure("server_garbled", f"a chat completion without text: {str(content)[:100]}")
     return content
 
 
 def retry_after(value: str | None) -> float | None:
-    """Seconds that a `Retry-After` header asks for, given as seconds or as a date; None when there is no sense in it."""
+    """Seconds of a `Retry-After` header, given as seconds or as a date; None if it is invalid."""
     if not value:
         return None
     try:

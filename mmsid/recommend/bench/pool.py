@@ -1,6 +1,6 @@
-"""Jobs in parallel processes, one thread each. A process that dies takes its own job with it and nothing else.
+"""Process pool with dependencies between jobs, one thread per process. A killed process fails its own job only.
 
-The standard pools lose every running job when one process is killed (out of memory, say) and do not tell which job it was.
+`concurrent.futures` and pebble lose all running jobs when one process is killed, for example by the out-of-memory killer.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ import torch
 
 from mmsid.errors import MmsidError
 
-BUDGET_SPENT = "no time was left in the budget"
+BUDGET_SPENT = "the time budget was spent"
 
 
 class Job(Protocol):
-    """What the pool knows of a job: a key, and the keys of jobs that must be done before."""
+    """A job: its key, and the keys of the jobs that must finish before it."""
 
     key: Hashable
     needs: tuple[Hashable, ...]
@@ -34,7 +34,7 @@ class Job(Protocol):
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a job ended. `error` is None where it is done; `started` is False where it never ran."""
+    """Result of a job. `error` is None on success; `started` is False if the job never ran."""
 
     job: Any
     seconds: float = 0.0
@@ -51,11 +51,11 @@ class _Worker:
 
 
 class Pool:
-    """A context manager with `workers` processes. Each calls `prepare()` once and its result with every job that it is given.
+    """Context manager of up to `workers` processes. Each calls `prepare()` once, and the returned function with every job.
 
     Args:
-        prepare: picklable; returns the function of a job that does the work.
-        logs: folder of one log per process: what libraries print, and the tracebacks of failed jobs.
+        prepare: picklable; returns the function that runs a job.
+        logs: folder of one log file per process, with its output and the tracebacks of failed jobs.
     """
 
     def __init__(self, prepare: Callable[[], Callable[[Any], None]], workers: int, logs: Path) -> None:
@@ -68,7 +68,7 @@ class Pool:
 
     def __exit__(self, *caught: object) -> None:
         for worker in self._workers:
-            worker.connection.close()  # an idle process reads the end of its pipe and leaves
+            worker.connection.close()  # an idle process exits at the end of its pipe
             if worker.job is not None:
                 worker.process.terminate()
         for worker in self._workers:
@@ -76,31 +76,31 @@ class Pool:
         self._workers = []
 
     def run(self, jobs: Sequence[Any], done: set[Hashable], may_start: Callable[[], bool] = lambda: True) -> Iterator[Outcome]:
-        """Run the jobs, each after those that it needs, and yield how each ended, as it ends.
+        """Run the jobs in the order of their dependencies and yield their outcomes as they finish.
 
         Args:
-            done: keys of jobs finished before; those that finish here are added.
-            may_start: asked before each start; once it says no, nothing more is started and what is left is yielded as not started.
+            done: keys of finished jobs; updated in place.
+            may_start: called before each start. After it returned False, the remaining jobs are yielded as not started.
         """
-        waiting, broken, open_for_more = list(jobs), {}, True
+        waiting, failed, accepting = list(jobs), {}, True
         while waiting or any(worker.job is not None for worker in self._workers):
-            for job in [job for job in waiting if any(key in broken for key in job.needs)]:
+            for job in [job for job in waiting if any(key in failed for key in job.needs)]:
                 waiting.remove(job)
-                broken[job.key] = next(broken[key] for key in job.needs if key in broken)
-                yield Outcome(job, error=f"a job that it needs failed: {broken[job.key]}", started=False)
+                failed[job.key] = next(failed[key] for key in job.needs if key in failed)
+                yield Outcome(job, error=f"a job that it depends on failed: {failed[job.key]}", started=False)
             for job in [job for job in waiting if done.issuperset(job.needs)]:
-                worker = self._idle() if open_for_more else None
+                worker = self._idle() if accepting else None
                 if worker is None:
                     break
-                open_for_more = may_start()
-                if open_for_more:
+                accepting = may_start()
+                if accepting:
                     waiting.remove(job)
                     worker.job, worker.since = job, time.perf_counter()
                     worker.connection.send(job)
             busy = [worker for worker in self._workers if worker.job is not None]
             if not busy:
-                if waiting:  # nothing runs, so what these wait for will not come
-                    why = "a job that it needs was not run" if open_for_more else BUDGET_SPENT
+                if waiting:  # nothing runs, so their dependencies will not finish
+                    why = "a job that it depends on was not run" if accepting else BUDGET_SPENT
                     yield from (Outcome(job, error=why, started=False) for job in waiting)
                 return
             wait([worker.connection for worker in busy] + [worker.process.sentinel for worker in busy])
@@ -109,11 +109,11 @@ class Pool:
                     if outcome.error is None:
                         done.add(outcome.job.key)
                     else:
-                        broken[outcome.job.key] = outcome.error
+                        failed[outcome.job.key] = outcome.error
                     yield outcome
 
     def _idle(self) -> _Worker | None:
-        """A process without a job, started now if there are fewer than there may be."""
+        """An idle process, started if fewer than `workers` exist; None if all are busy."""
         self._workers = [worker for worker in self._workers if worker.job is not None or worker.process.is_alive()]
         for worker in self._workers:
             if worker.job is None:
@@ -121,17 +121,17 @@ class Pool:
         if len(self._workers) == self._count:
             return None
         context = get_context("spawn")
-        ours, theirs = context.Pipe()
+        connection, remote = context.Pipe()
         log = self._logs / f"worker-{os.getpid()}-{len(self._workers)}.log"
-        process = context.Process(target=_serve, args=(theirs, self._prepare, log), daemon=True)
+        process = context.Process(target=_serve, args=(remote, self._prepare, log), daemon=True)
         with _one_thread():
             process.start()
-        theirs.close()
-        self._workers.append(_Worker(process, ours))
+        remote.close()
+        self._workers.append(_Worker(process, connection))
         return self._workers[-1]
 
     def _ended(self, worker: _Worker) -> Outcome | None:
-        """The outcome of the worker's job; None while it runs."""
+        """Outcome of the worker's job; None while it runs."""
         seconds = time.perf_counter() - worker.since
         job, error = worker.job, None
         try:
@@ -152,7 +152,7 @@ class Pool:
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """Environment of a process that computes on one thread: OpenMP reads it when it is loaded, so it must stand before the start."""
+    """Set the environment of a single-threaded process. OpenMP reads it when it is loaded, so it is set before the start."""
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
     before = {name: os.environ[name] for name in names if name in os.environ}
     os.environ |= dict.fromkeys(names, "1")
@@ -165,11 +165,11 @@ def _one_thread() -> Iterator[None]:
 
 
 def _serve(connection: Connection, prepare: Callable[[], Callable[[Any], None]], log: Path) -> None:
-    """A process' life: one job after the other until the pipe ends. Answers None, or what went wrong."""
+    """Main loop of a process: run jobs until the pipe ends. The answer is None or an error message."""
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     sys.stdout.flush()
     os.dup2(handle, 1)
-    os.dup2(handle, 2)  # the terminal belongs to the bench's own line
+    os.dup2(handle, 2)  # only the parent prints to the terminal
     torch.set_num_threads(1)
     work = None
     while True:
@@ -186,5 +186,5 @@ def _serve(connection: Connection, prepare: Callable[[], Callable[[Any], None]],
             answer = str(error) if isinstance(error, MmsidError) else f"{type(error).__name__}: {error} (see {log})"
         try:
             connection.send(answer)
-        except OSError:  # the bench is gone; what this job wrote is kept
+        except OSError:  # the parent has ended; the output of this job is kept
             return
