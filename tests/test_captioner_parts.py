@@ -39,7 +39,7 @@ def tokens():
 
 @given(st.integers(0, 10**6))
 @settings(max_examples=50, deadline=None)
-def test_template_writes_what_the_demo_says_and_reads_it_back(seed):
+def test_template_writes_the_captions_of_the_demo_and_parses_them(seed):
     facts = demo.random_facts(np.random.default_rng(seed))
     values = {name: str(getattr(facts, name)) for name in demo.PICTURE_FIELDS}
     template = CaptionTemplate(DEMO, {"product": list(demo.PRODUCTS)})
@@ -47,13 +47,13 @@ def test_template_writes_what_the_demo_says_and_reads_it_back(seed):
     assert template.read(demo.caption(facts)) == values
 
 
-def test_template_reads_values_with_blanks_by_their_vocabulary():
+def test_template_parses_values_with_blanks_by_their_vocabulary():
     known = {"color": ["Navy Blue", "Blue"], "kind": ["Casual Shoes", "Shoes"], "who": ["Men", "Women"]}
     template = CaptionTemplate("{color} {kind} for {who}", known)
     assert template.read("Navy Blue Casual Shoes for Men") == {"color": "Navy Blue", "kind": "Casual Shoes", "who": "Men"}
     assert template.read("Blue Shoes for Women") == {"color": "Blue", "kind": "Shoes", "who": "Women"}
-    assert template.read("Green Shoes for Women") == {"color": "Green", "kind": "Shoes", "who": "Women"}  # an unknown word costs one field
-    assert template.read("nothing of the kind") is None
+    assert template.read("Green Shoes for Women") == {"color": "Green", "kind": "Shoes", "who": "Women"}  # an unknown value is accepted
+    assert template.read("another text") is None
     with pytest.raises(ValueError, match="at least one field"):
         CaptionTemplate("no fields")
 
@@ -67,15 +67,11 @@ def test_field_accuracy_by_hand():
     assert scored.mean == pytest.approx((2 / 3 + 1 / 2) / 2)
 
 
-def test_probe_and_majority():
-    rng = np.random.default_rng(0)
-    x = rng.standard_normal((80, 6)).astype(np.float32)
-    y = np.where(x[:, 0] > 0, "left", "right")
-    assert evaluate.linear_probe(x[:60], y[:60], x[60:], y[60:]) > 0.85
+def test_majority_accuracy():
     assert evaluate.majority_accuracy(["a", "b", "b"], ["b", "a", "b", "c"]) == 0.5
 
 
-def test_labels_split_digits_and_skip_what_is_unknown():
+def test_labels_split_digits_and_mark_unknown_values():
     labels = build_labels({"kind": ["pan", "", "mug"], "price": ["49", "10", ""]}, ["kind", "price"], ["price"])
     assert labels.names == ["kind", "price_tens", "price_units"]
     assert labels.vocabularies == {"kind": ["mug", "pan"], "price_tens": ["1", "4"], "price_units": ["0", "9"]}
@@ -91,16 +87,16 @@ def test_patch_masks_by_hand():
     assert masks[0].nonzero().tolist() == [[0, 4], [0, 5], [1, 9]]
 
 
-def test_label_loss_is_the_hand_sum_when_everything_is_uniform():
+def test_label_loss_of_uniform_predictions_by_hand():
     heads = LabelHeads(8, {"kind": 4, "size": 2}, {"kind": "thing"}, ("thing",))
-    for head in [*heads.pooled.values(), *heads.patch.values(), heads.where]:
+    for head in [*heads.pooled.values(), *heads.patch.values(), heads.presence]:
         torch.nn.init.zeros_(head.weight), torch.nn.init.zeros_(head.bias)
     states, codes = torch.randn(2, 4, 8), torch.tensor([[1, 0], [2, MISSING]])
     masks = torch.tensor([[[True, False, False, False]], [[True, True, False, False]]])
     log2 = float(np.log(2))
-    where = log2 * (3 * 2.0 + 5 * 0.5) / 8
+    presence = log2 * (3 * 2.0 + 5 * 0.5) / 8
     assert heads(states, codes, None).item() == pytest.approx((np.log(4) + log2) / 2, abs=1e-5)
-    assert heads(states, codes, masks).item() == pytest.approx((np.log(4) + log2) / 2 + np.log(4) + where, abs=1e-5)
+    assert heads(states, codes, masks).item() == pytest.approx((np.log(4) + log2) / 2 + np.log(4) + presence, abs=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(16, 16), (16, 48), (48, 12)])
@@ -130,17 +126,17 @@ def test_muon_gets_hidden_matrices_only(tokens):
     assert any("q_proj" in names[id(weight)] for weight in muon) and any("projector" in names[id(weight)] for weight in muon)
 
 
-def test_tokens_round_trip_and_scaffolding_is_short(tokens):
+def test_text_tokenizer_round_trips_and_encodes_records_in_few_tokens(tokens):
     for text in [*some_texts(6), "Ünïcode — naïve 東京 {}", '{"caption": "12 new:words"}']:
         assert tokens.decode(tokens(text)["input_ids"], skip_special_tokens=True) == text
-    fuller, facts = train_tokens(some_texts(600), 640, CaptionTemplate(DEMO).literals), demo.random_facts(np.random.default_rng(1))
-    assert len(fuller(json.dumps({"caption": demo.caption(facts)}))["input_ids"]) <= 20
-    assert len(fuller(json.dumps(demo.interests(facts)))["input_ids"]) <= 32
+    larger, facts = train_tokens(some_texts(600), 640, CaptionTemplate(DEMO).literals), demo.random_facts(np.random.default_rng(1))
+    assert len(larger(json.dumps({"caption": demo.caption(facts)}))["input_ids"]) <= 20
+    assert len(larger(json.dumps(demo.interests(facts)))["input_ids"]) <= 32
     ids = tokens(", priced 49, headline")["input_ids"]
     assert [tokens.decode([i]) for i in ids].count("4") == 1  # every digit is a token
 
 
-def test_model_loads_back_through_the_auto_classes_and_answers(tmp_path, tokens):
+def test_saved_model_loads_through_the_auto_classes_and_generates(tmp_path, tokens):
     model, processor = build_captioner(TINY, tokens, seed=3).eval(), build_processor(TINY, tokens)
     save_captioner(model, processor, tmp_path)
     assert not list(tmp_path.glob("*.bin")) and (tmp_path / "model.safetensors").exists()
@@ -156,7 +152,7 @@ def test_model_loads_back_through_the_auto_classes_and_answers(tmp_path, tokens)
     assert torch.equal(first, second) and torch.equal(first[0], first[1])
 
 
-def test_same_seed_same_weights_and_sine_start(tokens):
+def test_same_seed_gives_the_same_weights_and_sine_positions(tokens):
     one, two = build_captioner(TINY, tokens, seed=5), build_captioner(TINY, tokens, seed=5)
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
     table = sine_positions(4, 32)
@@ -164,18 +160,11 @@ def test_same_seed_same_weights_and_sine_start(tokens):
     assert torch.equal(tower(one).embeddings.position_embedding.weight, table)
 
 
-def test_heads_read_the_states_that_the_projector_reads(tokens):
-    model, seen = build_captioner(TINY, tokens).eval(), []
-    model.model.multi_modal_projector.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+def test_heads_and_projector_have_the_same_input(tokens):
+    model, inputs = build_captioner(TINY, tokens).eval(), []
+    model.model.multi_modal_projector.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
     pixels = torch.randn(2, 3, 48, 48)
     ids = torch.tensor([[model.config.image_token_id] * 16 + [300]] * 2)
     with torch.no_grad():
         model(input_ids=ids, pixel_values=pixels)
-        assert torch.equal(seen[0], tower_states(tower(model), pixels))
-
-
-def test_tower_features_are_mean_and_maximum(tokens):
-    model = build_captioner(TINY, tokens)
-    features = evaluate.tower_features(model, np.zeros((3, 48, 48, 3), dtype=np.uint8), batch_size=2)
-    assert features.shape == (3, 64) and features.dtype == np.float32
-    assert (features[:, 32:] >= features[:, :32]).all()
+        assert torch.equal(inputs[0], tower_states(tower(model), pixels))

@@ -1,1 +1,1 @@
-"""A small llava-style VLM of our own: built from config, trained on a catalogue, shipped for the demo."""
+"""A small llava-style VLM: built from a configuration, trained on the pictures of a catalogue, packaged for the demo."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import ClassVar, Literal
 
 from pydantic import Field
@@ -25,10 +24,9 @@ DEMO_TEMPLATE = "a {color} {pattern} {product} by {brand}, priced {price}, headl
 
 
 class Phase(Section):
-    """Budget and rates of one phase. Give `steps` (reproducible) or `seconds` (whatever the machine manages); 0 steps skip it."""
+    """Steps, batch size and learning rates of one training phase. A phase with 0 steps is skipped."""
 
-    steps: int | None = None
-    seconds: float | None = None
+    steps: int
     batch_size: int = 48
     muon_lr: float = 9e-3
     adamw_lr: float = 1.5e-3
@@ -39,8 +37,13 @@ class Phase(Section):
 
 
 class Augment(Section):
-    """Changes made to training pictures. `shift`: px each way, one per batch; `flip`: mirror half of the batch (photographs only: text
-    would be mirrored too); `tint`: largest relative change per colour channel."""
+    """Augmentation of training pictures.
+
+    Attributes:
+        shift: largest shift in px along each axis, drawn once per batch.
+        flip: mirror half of the batch. For photographs only, because text would be mirrored too.
+        tint: largest relative change per colour channel.
+    """
 
     shift: int = 3
     flip: bool = False
@@ -48,32 +51,45 @@ class Augment(Section):
 
 
 class DrawnSource(Section):
-    """Freshly drawn demo cards: `cards` for training (never a held-out triple), `held_out` and `seen` for the measurement."""
+    """Numbers of freshly drawn demo cards.
+
+    Attributes:
+        cards: for training, from combinations of product, colour and pattern that are not held out.
+        held_out: for evaluation, from held-out combinations.
+        seen: for evaluation, other cards of training combinations.
+    """
 
     cards: int = 100_000
     held_out: int = 1000
     seen: int = 500
     seed: int = 0
-    workers: int = 1
-    cache: Path | None = None
 
 
 class LoraSection(Section):
-    """Low-rank adapters on a hub VLM's language model. `merge` writes one ordinary model folder, else adapter and processor."""
+    """Low-rank adapters on the language model of a hub VLM. `target` is a regex over module names."""
 
     rank: int = 8
     alpha: int = 16
     dropout: float = 0.0
     target: str = r".*(language_model|text_model).*\.(q_proj|k_proj|v_proj|o_proj)"
-    merge: bool = True
 
 
 class TrainCaptionerConfig(StageConfig):
     """Configuration of `train_captioner`.
 
-    `see` warms the tower up on labels, `tell` trains the language model with the tower fixed, `joint` trains all. `fields` become label
-    heads; those of `digit_fields` are two-digit numbers read digit by digit; `dense` says on which boxed element's patches a label lies.
-    With `base_model` (path or hub id) only `tell` is run, on LoRA adapters.
+    Attributes:
+        source: `catalog` trains on the pictures of `catalog`, `drawn` on freshly drawn demo cards.
+        caption_template: writes the training captions from `fields`, see `CaptionTemplate`.
+        fields: fields that become label heads of the vision tower.
+        digit_fields: fields that are two-digit numbers. Each becomes two labels, one per digit.
+        dense: label -> element of a drawn card. The label is also predicted on the patches of that element.
+        interest_share: share of the batches that train the interests prompt, where the pictures have interests.
+        vision_warmup: phase that trains the vision tower on labels.
+        captioning: phase that trains the language model while the tower is fixed.
+        joint: phase that trains all weights, with the label loss at `label_weight`.
+        checkpoint_seconds: time between two checkpoints.
+        evaluate_pictures: largest number of pictures per evaluation set.
+        base_model: path or hub id of an image-text-to-text model. Only `captioning` runs, on LoRA adapters.
     """
 
     renamed_keys: ClassVar[dict[str, str]] = {"see": "vision_warmup", "tell": "captioning"}
@@ -95,7 +111,6 @@ class TrainCaptionerConfig(StageConfig):
     captioning: Phase = Phase(steps=400, muon_lr=6e-3, adamw_lr=1e-3)
     joint: Phase = Phase(steps=400, muon_lr=6e-3, adamw_lr=1e-3)
     label_weight: float = 0.2
-    compile_tower: bool = False
     checkpoint_seconds: float = 180.0
     evaluate_pictures: int = 1000
     base_model: str | None = None

@@ -1,4 +1,7 @@
-"""What the tower is taught to see first: one label per field, and one per patch where boxes are known."""
+"""Label heads that train the vision tower: one label per field, and one per patch where the boxes of elements are known.
+
+A captioning loss alone does not teach a tower of this size to read digits or words.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import torch
 from torch import nn
 
 MISSING = -100  # torch's ignore_index
+MAX_CLASSES = 512  # per label
 
 
 @dataclass
@@ -21,9 +25,12 @@ class Labels:
     codes: np.ndarray
 
 
-def build_labels(values: Mapping[str, Sequence[str]], fields: Sequence[str], digit_fields: Sequence[str], max_classes: int = 512) -> Labels:
-    """One label per field; a two-digit number becomes two labels, `<field>_tens` and `<field>_units`, because a head over 90 prices
-    would never see that they share digits. Values are classes in sorted order; beyond `max_classes` the rarest have no label."""
+def build_labels(values: Mapping[str, Sequence[str]], fields: Sequence[str], digit_fields: Sequence[str]) -> Labels:
+    """One label per field, with its values in sorted order as classes.
+
+    A two-digit number becomes the labels `<field>_tens` and `<field>_units`, because a head over 90 prices does not learn that prices
+    share digits. Only the `MAX_CLASSES` most frequent values of a field are classes; the others are MISSING.
+    """
     columns: dict[str, list[str]] = {}
     for field in fields:
         if field in digit_fields:
@@ -34,18 +41,19 @@ def build_labels(values: Mapping[str, Sequence[str]], fields: Sequence[str], dig
     vocabularies, codes = {}, []
     for name, column in columns.items():
         found, counts = np.unique([value for value in column if value != ""], return_counts=True)
-        kept = sorted(found[np.argsort(-counts, kind="stable")][:max_classes].tolist())
-        place = {value: code for code, value in enumerate(kept)}
+        kept = sorted(found[np.argsort(-counts, kind="stable")][:MAX_CLASSES].tolist())
+        code_of = {value: code for code, value in enumerate(kept)}
         vocabularies[name] = kept
-        codes.append([place.get(value, MISSING) for value in column])
+        codes.append([code_of.get(value, MISSING) for value in column])
     return Labels(list(columns), vocabularies, np.array(codes, dtype=np.int64).reshape(len(columns), -1).T)
 
 
 def patch_masks(boxes: torch.Tensor, image_size: int, patch_size: int) -> torch.Tensor:
-    """Which patches show an element: boxes (B, E, 4) in px -> bool (B, E, patches), row by row.
+    """Patches that show each element: boxes (B, E, 4) in px -> bool (B, E, patches), patches row by row.
 
-    A patch shows it when its centre lies in the box; the patch under the middle of the box always does, so that a digit narrower than
-    a patch is never lost. A NaN box covers nothing."""
+    A patch shows an element if the patch centre is inside the box. The patch under the middle of the box always does, so that a digit
+    narrower than a patch has one. A NaN box covers no patch.
+    """
     grid = image_size // patch_size
     centre = (torch.arange(grid, device=boxes.device, dtype=boxes.dtype) + 0.5) * patch_size
     x0, y0, x1, y1 = (boxes[..., i : i + 1] for i in range(4))
@@ -58,40 +66,46 @@ def patch_masks(boxes: torch.Tensor, image_size: int, patch_size: int) -> torch.
 
 
 class LabelHeads(nn.Module):
-    """Reads labels from patch states: per label one learned query pools the patches; per boxed label a dense head over patches.
+    """Classification heads on patch states: attention pooling with one learned query per label, and dense heads on patches.
 
     Args:
         width: channels of the tower.
         classes: label -> number of classes.
-        dense: label -> element whose patches carry it, for labels that have a box of their own or share another's (colour and pattern
-            on the product's patches).
-        elements: order of the boxes.
+        dense: label -> element on whose patches the label is also predicted. Several labels may share an element.
+        elements: names of the boxed elements, in the order of the boxes.
     """
 
     def __init__(self, width: int, classes: Mapping[str, int], dense: Mapping[str, str], elements: Sequence[str]):
         super().__init__()
-        self.names, self.elements = list(classes), list(elements)
-        self.dense_of = {name: self.elements.index(element) for name, element in dense.items() if name in classes and element in elements}
+        self.names, elements = list(classes), list(elements)
+        self.dense_of = {name: elements.index(element) for name, element in dense.items() if name in classes and element in elements}
         self.norm = nn.LayerNorm(width)
         self.queries = nn.Parameter(torch.randn(len(self.names), width) * width**-0.5)
         self.pooled = nn.ModuleDict({name: nn.Linear(width, number) for name, number in classes.items()})
         self.patch = nn.ModuleDict({name: nn.Linear(width, classes[name]) for name in self.dense_of})
-        self.where = nn.Linear(width, max(1, len(self.elements)))  # is this element on this patch?
+        self.presence = nn.Linear(width, max(1, len(elements)))  # does this patch show this element?
 
     def pooled_logits(self, states: torch.Tensor) -> dict[str, torch.Tensor]:
         """states (B, P, width) -> label -> logits (B, classes)."""
         states = self.norm(states)
         weights = (states @ self.queries.T * 2.0).softmax(dim=1)  # (B, P, F)
         pooled = weights.mT @ states  # (B, F, width)
-        return {name: self.pooled[name](pooled[:, place]) for place, name in enumerate(self.names)}
+        return {name: self.pooled[name](pooled[:, column]) for column, name in enumerate(self.names)}
 
     def forward(self, states: torch.Tensor, codes: torch.Tensor, masks: torch.Tensor | None) -> torch.Tensor:
-        """Mean cross-entropy over labels: pooled, plus dense per patch where `masks` (B, E, P) is given.
+        """Sum of three losses, each a mean over its labels, which weighs a label independently of the number of its patches.
 
-        Every label weighs the same however few patches it covers: two digits would drown among 64 patches otherwise."""
+        The losses are cross-entropy of the pooled logits, and, with `masks`, cross-entropy on the patches of each dense label's element
+        and binary cross-entropy of the elements shown by each patch.
+
+        Args:
+            states: (B, P, width) from the tower.
+            codes: int64 (B, F), as in `Labels`.
+            masks: bool (B, E, P) from `patch_masks`. None: no boxes are known.
+        """
         losses = []
-        for place, logits in enumerate(self.pooled_logits(states).values()):
-            target = codes[:, place]
+        for column, logits in enumerate(self.pooled_logits(states).values()):
+            target = codes[:, column]
             if bool((target != MISSING).any()):
                 losses.append(nn.functional.cross_entropy(logits.float(), target, ignore_index=MISSING))
         total = torch.stack(losses).mean() if losses else states.sum() * 0.0
@@ -103,6 +117,6 @@ class LabelHeads(nn.Module):
             target = codes[sample, self.names.index(name)]
             if bool((target != MISSING).any()):
                 dense.append(nn.functional.cross_entropy(self.patch[name](normed[sample, patch]).float(), target, ignore_index=MISSING))
-        present = masks.mT.float()
-        where = nn.functional.binary_cross_entropy_with_logits(self.where(normed).float(), present, weight=0.5 + 1.5 * present)
-        return total + (torch.stack(dense).mean() if dense else 0.0) + where
+        shown = masks.mT.float()
+        presence = nn.functional.binary_cross_entropy_with_logits(self.presence(normed).float(), shown, weight=0.5 + 1.5 * shown)
+        return total + (torch.stack(dense).mean() if dense else 0.0) + presence

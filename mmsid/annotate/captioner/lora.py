@@ -1,4 +1,4 @@
-"""The same stage on a vision-language model somebody else trained: LoRA adapters on its language model, tower fixed."""
+"""LoRA fine-tuning of a hub vision-language model on captions: adapters on its language model, the vision tower is fixed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import Image
 from torch import nn
 
 from mmsid.annotate.captioner.config import TrainCaptionerConfig
-from mmsid.annotate.captioner.data import PictureSet, answer
+from mmsid.annotate.captioner.data import PictureSet, caption_record
 from mmsid.annotate.captioner.training import run_phase
 from mmsid.annotate.prompts import load_prompt
 from mmsid.errors import ConfigError
@@ -30,26 +30,29 @@ class _AnswerLoss(nn.Module):
 
 
 def conversation_batch(processor: Any, pictures: list[Image.Image], prompts: list[str], answers: list[str]) -> dict[str, torch.Tensor]:
-    """Inputs and `labels` of whole conversations; prompt, picture and padding positions carry -100.
+    """Model inputs and `labels` of conversations with one prompt and one answer each.
 
-    The answer is found from its end: whatever follows the prompt rendered with the generation prompt, as the chat template puts it."""
-    asked, whole = [], []
-    for prompt, text in zip(prompts, answers, strict=True):
+    Labels are -100 on the prompt, the picture and the padding. The answer begins where the prompt, rendered with the generation prompt of
+    the chat template, ends.
+    """
+    prompt_texts, full_texts = [], []
+    for prompt, answer in zip(prompts, answers, strict=True):
         user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}
-        reply = {"role": "assistant", "content": [{"type": "text", "text": text}]}
-        asked.append(processor.apply_chat_template([user], add_generation_prompt=True, tokenize=False))
+        reply = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
+        before = processor.apply_chat_template([user], add_generation_prompt=True, tokenize=False)
         full = processor.apply_chat_template([user, reply], tokenize=False)
-        if not full.startswith(asked[-1]):
-            # Templates that add no generation marker, or trim it: the answer closes with the end-of-sequence token.
-            full = asked[-1] + text + (processor.tokenizer.eos_token or "")
-        whole.append(full)
+        if not full.startswith(before):
+            # The template has no generation prompt, or trims it. The answer then ends with the end-of-sequence token.
+            full = before + answer + (processor.tokenizer.eos_token or "")
+        prompt_texts.append(before)
+        full_texts.append(full)
     tokenizer = processor.tokenizer
-    before, tokenizer.padding_side = tokenizer.padding_side, "right"
+    padding_side, tokenizer.padding_side = tokenizer.padding_side, "right"
     try:
-        batch = processor(text=whole, images=pictures, return_tensors="pt", padding=True)
-        prompts_only = processor(text=asked, images=pictures, return_tensors="pt", padding=True)
+        batch = processor(text=full_texts, images=pictures, return_tensors="pt", padding=True)
+        prompts_only = processor(text=prompt_texts, images=pictures, return_tensors="pt", padding=True)
     finally:
-        tokenizer.padding_side = before
+        tokenizer.padding_side = padding_side
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     for row, length in enumerate(prompts_only["attention_mask"].sum(1).tolist()):
         labels[row, :length] = -100
@@ -59,7 +62,10 @@ def conversation_batch(processor: Any, pictures: list[Image.Image], prompts: lis
 def fine_tune(
     config: TrainCaptionerConfig, train: PictureSet, draft: Path, accelerator: Accelerator
 ) -> tuple[nn.Module, Any, dict[str, Any]]:
-    """Phase `tell` on LoRA adapters of `config.base_model`; writes the merged model (or the adapter) and the processor into `draft`.
+    """Run the phase `captioning` on LoRA adapters of `config.base_model`. Write the merged model and its processor into `draft`.
+
+    Returns:
+        The model, its processor, and the figures of the phase.
 
     Raises:
         ConfigError: the base model cannot be loaded, or `lora.target` matches none of its layers.
@@ -87,22 +93,24 @@ def fine_tune(
             ) from error
     model.to(accelerator.device)
     rows = train.rows(False)
-    asked = (load_prompt(config.caption_prompt).text, load_prompt(config.interests_prompt).text)
-    spoken = np.array([row for row in rows if train.interests[row] is not None])
+    caption_prompt, interests_prompt = load_prompt(config.caption_prompt).text, load_prompt(config.interests_prompt).text
+    rows_with_interests = np.array([row for row in rows if train.interests[row] is not None])
 
     def batch_at(step: int, rng: np.random.Generator) -> dict[str, torch.Tensor]:
-        about_interests = len(spoken) > 0 and rng.random() < config.interest_share
-        chosen = rng.choice(spoken if about_interests else rows, config.captioning.batch_size)
-        texts = [train.interests[row] if about_interests else answer(train.captions[row]) for row in chosen]
+        if len(rows_with_interests) > 0 and rng.random() < config.interest_share:
+            chosen, prompt = rng.choice(rows_with_interests, config.captioning.batch_size), interests_prompt
+            answers = [train.interests[row] for row in chosen]
+        else:
+            chosen, prompt = rng.choice(rows, config.captioning.batch_size), caption_prompt
+            answers = [caption_record(train.captions[row]) for row in chosen]
         pictures = [Image.fromarray(np.asarray(train.pictures[row])) for row in chosen]
-        return conversation_batch(processor, pictures, [asked[int(about_interests)]] * len(chosen), texts)
+        return conversation_batch(processor, pictures, [prompt] * len(chosen), answers)
 
     objective = _AnswerLoss(model)
-    told = run_phase(config.captioning, "LoRA", objective, [model], batch_at, accelerator, seed=(config.seed, 1), use_muon=False)
+    figures = run_phase(config.captioning, "LoRA", objective, [model], batch_at, accelerator, seed=(config.seed, 1), use_muon=False)
     accelerator.wait_for_everyone()
-    model = model.merge_and_unload() if config.lora.merge else model
-    model.eval()
+    model = model.merge_and_unload().eval()
     if accelerator.is_main_process:
         model.save_pretrained(draft)
         processor.save_pretrained(draft)
-    return model, processor, {"tell": told}
+    return model, processor, {"captioning": figures}

@@ -1,6 +1,7 @@
-"""A llava-style VLM (SigLIP tower + Qwen2) and its processor, built from config alone: no hub, no torchvision.
+"""A llava-style VLM (SigLIP tower + Qwen2) and its processor, built from a configuration without hub access or torchvision.
 
-What is saved here loads back through `AutoProcessor` + `AutoModelForImageTextToText` + chat template, the path of any hub model."""
+Saved models load through `AutoProcessor` and `AutoModelForImageTextToText`, with a chat template, as any hub model does.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ from mmsid.config import Section
 PAD, END, IMAGE, ASSISTANT = "<pad>", "<end>", "<image>", "<assistant>"
 SPECIAL_TOKENS = (PAD, END, IMAGE, ASSISTANT)
 
-# One picture and one instruction per turn; `<assistant>` opens the answer, `<end>` closes it.
+# `<assistant>` begins an answer and `<end>` ends it.
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'assistant' %}<assistant>{% endif %}"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
@@ -37,13 +38,13 @@ CHAT_TEMPLATE = (
     "{% if message['role'] == 'assistant' %}<end>{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 
-# JSON punctuation together with the keys of our records: one pre-token each, so that BPE merges it into one token and an
-# answer costs few decoding steps. Values stay ordinary text.
+# JSON punctuation with the keys of the records is one pre-token, which BPE merges into one token. An answer then needs few decoding
+# steps. Values are ordinary text.
 _JSON_SPAN = r'(?:"?[\[{}\],: ]*"[a-z_]+": *[\[{]*(?:[0-9.]+)?)+"?|"[\]}]+|[\]}]+'
 
 
 class ModelSizes(Section):
-    """Sizes of the small VLM. The defaults are those of the shipped demo weights (1.5 M parameters)."""
+    """Sizes of the small VLM. The defaults are those of the packaged demo captioner (1.5 M parameters)."""
 
     image_size: int = 96
     patch_size: int = 12
@@ -57,13 +58,14 @@ class ModelSizes(Section):
     text_intermediate: int = 384
     vocabulary: int = 640
     max_positions: int = 512
-    activation: str = "relu"  # a quarter more pictures per second than GELU on a CPU
+    activation: str = "relu"  # trains a quarter faster than GELU on a CPU
 
 
-def sine_positions(grid: int, width: int, scale: float = 0.3) -> torch.Tensor:
-    """Two-dimensional sine table (grid*grid, width): half of the channels for the row, half for the column.
+def sine_positions(grid: int, width: int) -> torch.Tensor:
+    """Two-dimensional sine table (grid*grid, width): half of the channels encode the row, half the column.
 
-    A learned table that starts from noise has to discover the grid first; starting from sines it knows it."""
+    It initializes the learned position embeddings of the tower, so that they represent the grid from the first step.
+    """
     quarter = width // 4
     frequency = 1.0 / (100.0 ** (torch.arange(quarter, dtype=torch.float32) / max(1, quarter)))
     angle = torch.arange(grid, dtype=torch.float32)[:, None] * frequency[None]
@@ -71,14 +73,14 @@ def sine_positions(grid: int, width: int, scale: float = 0.3) -> torch.Tensor:
     rows, columns = wave[:, None].expand(grid, grid, -1), wave[None].expand(grid, grid, -1)
     table = torch.zeros(grid, grid, width)
     table[..., : 4 * quarter] = torch.cat([rows, columns], dim=-1)
-    return scale * table.reshape(grid * grid, width)
+    return 0.3 * table.reshape(grid * grid, width)
 
 
 def train_text_tokenizer(texts: Iterable[str], vocabulary: int, literals: Sequence[str] = ()) -> PreTrainedTokenizerFast:
-    """Byte-level BPE over `texts`; digits stand alone, JSON scaffolding and the `literals` of a caption template are whole tokens.
+    """Byte-level BPE tokenizer trained on `texts`. Every digit is a token; JSON keys with punctuation and `literals` are whole tokens.
 
     Args:
-        texts: the answers and prompts to be learnt.
+        texts: answers and prompts.
         vocabulary: upper bound on the number of entries, the 256 bytes included.
         literals: fixed pieces between the fields of a caption template, e.g. ", priced ".
     """
@@ -87,7 +89,7 @@ def train_text_tokenizer(texts: Iterable[str], vocabulary: int, literals: Sequen
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex("|".join([_JSON_SPAN, *fixed, "[0-9]"])), behavior="isolated"),
-            # the second split keeps words apart; spans that were isolated above reach it whole and must stay whole, hence no GPT-2 regex
+            # This split separates words. The GPT-2 regex would also split the spans that were isolated above.
             pre_tokenizers.Split(Regex(r"(?<=[A-Za-z0-9.,;])(?= [A-Za-z0-9])"), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
@@ -111,7 +113,7 @@ def train_text_tokenizer(texts: Iterable[str], vocabulary: int, literals: Sequen
 
 
 def build_processor(sizes: ModelSizes, tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
-    """PIL picture processor (resize, scale to [-1, 1]) + tokenizer + chat template."""
+    """Processor of PIL pictures (resize, scale to [-1, 1]) and chat conversations."""
     pictures = SiglipImageProcessorPil(
         size={"height": sizes.image_size, "width": sizes.image_size},
         image_mean=[0.5, 0.5, 0.5],
@@ -130,7 +132,7 @@ def build_processor(sizes: ModelSizes, tokenizer: PreTrainedTokenizerFast) -> Ll
 
 
 def build_captioner(sizes: ModelSizes, tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> LlavaForConditionalGeneration:
-    """A randomly started llava: the same seed gives the same weights."""
+    """A llava model with random weights. The same seed gives the same weights."""
     vision = SiglipVisionConfig(
         hidden_size=sizes.tower_hidden,
         intermediate_size=sizes.tower_intermediate,
@@ -166,7 +168,7 @@ def build_captioner(sizes: ModelSizes, tokenizer: PreTrainedTokenizerFast, seed:
         tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
-        attn_implementation="eager",  # at 64 to 130 tokens the plain product is faster on CPU than SDPA
+        attn_implementation="eager",  # faster than SDPA on a CPU at 64 to 130 tokens
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -181,11 +183,11 @@ def build_captioner(sizes: ModelSizes, tokenizer: PreTrainedTokenizerFast, seed:
 
 
 def tower(model: LlavaForConditionalGeneration) -> torch.nn.Module:
-    """The SigLIP vision transformer: `tower(model)(pixel_values=...).last_hidden_state` is (B, patches, tower_hidden)."""
+    """The SigLIP vision transformer. `tower(model)(pixel_values=...).last_hidden_state` is (B, patches, tower_hidden)."""
     return model.model.vision_tower
 
 
 def save_captioner(model: torch.nn.Module, processor: LlavaProcessor, folder: Path) -> None:
-    """Weights as safetensors beside the processor's files."""
+    """Save the weights as safetensors, and the processor, into `folder`."""
     model.save_pretrained(folder)
     processor.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""A caption template such as "a {color} {pattern} {product} by {brand}": writes captions from fields and reads fields from captions."""
+"""Caption templates such as "a {color} {pattern} {product} by {brand}": captions from fields, and fields from captions."""
 
 from __future__ import annotations
 
@@ -9,11 +9,18 @@ _FIELD = re.compile(r"\{(\w+)\}")
 
 
 class CaptionTemplate:
-    """Both directions of one template. A word "a" just before a field becomes "an" before a vowel.
+    """Formats captions from field values and parses field values from captions.
 
-    Reading is non-greedy and needs the fixed pieces in place; values come back as they stand, so one garbled word costs one field.
-    Where two fields touch with only a blank between them, `vocabularies` (field -> known values) tells how many words each has;
-    without it every field but the last of such a run is one word.
+    The word "a" before a field becomes "an" before a vowel. Parsing is non-greedy and requires the fixed pieces of the template. Unknown
+    values are accepted, so that one garbled word makes one field wrong.
+
+    Args:
+        template: text with each field once in braces.
+        vocabularies: field -> known values. Two fields that are separated by a blank only are split by these values. Without them
+            every such field except the last is one word.
+
+    Raises:
+        ValueError: the template contains no field, or a field twice.
     """
 
     def __init__(self, template: str, vocabularies: Mapping[str, list[str]] | None = None):
@@ -24,15 +31,15 @@ class CaptionTemplate:
         self._pieces = _FIELD.split(template)
         self.literals = [piece for piece in self._pieces[0::2] if piece.strip()]
         self._exact = re.compile(self._pattern(vocabularies)) if vocabularies else None
-        self._loose = re.compile(self._pattern(None))
+        self._loose = re.compile(self._pattern({}))
 
-    def _pattern(self, vocabularies: Mapping[str, list[str]] | None) -> str:
+    def _pattern(self, vocabularies: Mapping[str, list[str]]) -> str:
         pattern = ""
         pieces = self._pieces
         for position in range(0, len(pieces) - 1, 2):
             pattern += self._literal(pieces[position])
             field, after = pieces[position + 1], pieces[position + 2]
-            known = (vocabularies or {}).get(field)
+            known = vocabularies.get(field)
             if known:
                 pattern += f"(?P<{field}>{'|'.join(re.escape(str(value)) for value in sorted(known, key=lambda v: -len(str(v))))})"
             else:
@@ -44,7 +51,7 @@ class CaptionTemplate:
         return re.sub(r"(?:(?<=^)|(?<=\\ ))a\\ $", r"an?\\ ", re.escape(piece))
 
     def write(self, values: Mapping[str, object]) -> str:
-        """The caption of these fields.
+        """The caption of these field values.
 
         Raises:
             KeyError: a field of the template is missing from `values`.
@@ -59,7 +66,7 @@ class CaptionTemplate:
         return text + self._pieces[-1]
 
     def read(self, caption: str) -> dict[str, str] | None:
-        """The fields of a caption, or None when the fixed pieces do not fit."""
+        """The field values of a caption. None if the caption does not fit the template."""
         caption = caption.strip()
         match = (self._exact.fullmatch(caption) if self._exact else None) or self._loose.fullmatch(caption)
         return match.groupdict() if match else None

@@ -1,13 +1,14 @@
-"""The two phases: the tower learns to see (labels), then the language model learns to tell (captions and interests).
+"""Training loop of the captioner: batches, objectives, optimisers, checkpoints.
 
-A captioning loss alone never teaches so small a tower digits or words; labels do. Phase 2 first keeps the tower fixed, then trains
-everything jointly, with the label loss at a small weight so that reading is not unlearnt."""
+Three phases: `vision_warmup` trains the vision tower on labels, `captioning` trains the language model while the tower is fixed, `joint`
+trains all weights. The joint loss contains the label loss at a small weight, because captions alone do not train the tower to read.
+"""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,6 @@ from mmsid.annotate.captioner.labels import LabelHeads, Labels, patch_masks
 from mmsid.annotate.captioner.model import tower
 from mmsid.annotate.captioner.muon import Muon, split_parameters
 from mmsid.artifacts import read_json, read_tensors, write_json, write_tensors
-from mmsid.errors import ConfigError
 from mmsid.progress import track
 
 
@@ -36,23 +36,21 @@ class Batch:
     rows: np.ndarray
 
 
-def make_batch(
-    data: PictureSet, labels: Labels, rows: np.ndarray, patch_size: int, rng: np.random.Generator, augment: Augment | None
-) -> Batch:
-    """Pictures `rows` as tensors; boxes follow the shift and the mirror."""
-    rows = np.sort(rows)  # a memory map reads faster in order
+def make_batch(data: PictureSet, labels: Labels, rows: np.ndarray, patch_size: int, rng: np.random.Generator, augment: Augment) -> Batch:
+    """Augmented pictures of `rows` as tensors. Boxes are shifted and mirrored with their pictures."""
+    rows = np.sort(rows)  # sequential reads of a memory map are faster
     pixels = torch.from_numpy(np.ascontiguousarray(data.pictures[rows])).permute(0, 3, 1, 2).float()
     boxes = None if data.boxes is None else torch.from_numpy(data.boxes[rows])
     side = pixels.shape[-1]
-    if augment is not None and augment.shift:
+    if augment.shift:
         d, (dx, dy) = augment.shift, rng.integers(-augment.shift, augment.shift + 1, 2)
         pixels = nn.functional.pad(pixels, (d, d, d, d), mode="replicate")[:, :, d - dy : d - dy + side, d - dx : d - dx + side]
         boxes = None if boxes is None else boxes + torch.tensor([dx, dy, dx, dy], dtype=boxes.dtype)
     pixels = pixels / 127.5 - 1
-    if augment is not None and augment.tint:
+    if augment.tint:
         gain = 1 + rng.uniform(-augment.tint, augment.tint, (len(rows), 3, 1, 1))
         pixels = ((pixels + 1) * torch.from_numpy(gain).float() - 1).clamp(-1, 1)
-    if augment is not None and augment.flip:
+    if augment.flip:
         half = torch.from_numpy(rng.permutation(len(rows))[: len(rows) // 2])
         pixels = pixels.contiguous()
         pixels[half] = pixels[half].flip(-1)
@@ -64,35 +62,35 @@ def make_batch(
 
 
 def tower_states(vision: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
-    """Patch states (B, P, width) exactly as llava's projector reads them: the last layer, before the tower's closing norm."""
+    """Patch states (B, P, width) of the last layer, before the tower's final norm. They are the input of llava's projector."""
     return vision(pixel_values=pixels, output_hidden_states=True).hidden_states[-1]
 
 
 class VisionWarmupObjective(nn.Module):
-    """Phase 1: label loss of the tower."""
+    """Label loss of the vision tower."""
 
-    def __init__(self, vision: nn.Module, heads: LabelHeads, compiled: bool = False):
+    def __init__(self, vision: nn.Module, heads: LabelHeads):
         super().__init__()
         self.vision, self.heads = vision, heads
-        # In a tuple, so that the compiled twin is not registered as a second module with the same weights.
-        self._run = (torch.compile(vision) if compiled else vision,)
 
     def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        return self.heads(tower_states(self._run[0], batch["pixels"]), batch["codes"], batch.get("masks"))
+        return self.heads(tower_states(self.vision, batch["pixels"]), batch["codes"], batch.get("masks"))
 
 
 class CaptioningObjective(nn.Module):
-    """Phase 2: cross-entropy of the answer tokens, plus `label_weight` times the label loss while the tower is trained."""
+    """Cross-entropy of the answer tokens, plus `label_weight` times the label loss if the tower is trained."""
 
     def __init__(self, model: nn.Module, heads: LabelHeads, label_weight: float):
         super().__init__()
         self.model, self.heads, self.label_weight = model, heads, label_weight
-        self._states: list[torch.Tensor] = []
-        # The closing norm of the tower sees exactly the states that the projector reads.
-        tower(model).post_layernorm.register_forward_pre_hook(lambda module, args: self._states.append(args[0]))
+        self._states: torch.Tensor | None = None
+        # The input of the tower's final norm is the input of the projector, see `tower_states`.
+        tower(model).post_layernorm.register_forward_pre_hook(self._keep_states)
+
+    def _keep_states(self, module: nn.Module, args: tuple[torch.Tensor]) -> None:
+        self._states = args[0]
 
     def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        self._states.clear()
         output = self.model(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
@@ -102,7 +100,7 @@ class CaptioningObjective(nn.Module):
         logits, targets = output.logits[:, batch["prompt_length"] - 1 : -1], batch["input_ids"][:, batch["prompt_length"] :]
         targets = targets.masked_fill(batch["attention_mask"][:, batch["prompt_length"] :] == 0, -100)
         loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
-        states = self._states.pop()
+        states, self._states = self._states, None
         if self.label_weight and states.requires_grad:
             loss = loss + self.label_weight * self.heads(states, batch["codes"], batch.get("masks"))
         return loss
@@ -110,13 +108,13 @@ class CaptioningObjective(nn.Module):
 
 @dataclass
 class Answers:
-    """Token ids of one prompt and of every picture's answer to it; `rows` are the pictures that have one."""
+    """Token ids of one prompt and of the answers: `answer_ids` maps a picture's row to its answer, if it has one."""
 
     prompt_ids: list[int]
     answer_ids: dict[int, list[int]]
 
     def tokens(self, rows: Sequence[int], pad: int) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """input_ids (B, T), attention_mask (B, T), prompt length; answers are padded on the right."""
+        """input_ids (B, T), attention_mask (B, T) and the length of the prompt. Answers are padded on the right with `pad`."""
         answers = [self.answer_ids[int(row)] for row in rows]
         width = max(map(len, answers))
         ids = torch.tensor([self.prompt_ids + answer + [pad] * (width - len(answer)) for answer in answers])
@@ -125,15 +123,21 @@ class Answers:
 
 
 def encode_answers(processor: object, prompt: str, texts: Sequence[str | None], rows: Sequence[int], num_patches: int) -> Answers:
-    """Tokenise through the processor's own chat template, so that training and generation see the same ids."""
+    """Token ids of a prompt and its answers, rendered by the chat template of the processor as in generation.
+
+    Args:
+        texts: answers by row, None where a picture has none.
+        rows: pictures to train on.
+        num_patches: image tokens per picture.
+    """
     conversation = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
-    asked = processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
-    asked = asked.replace(processor.image_token, processor.image_token * num_patches)
+    prompt_text = processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+    prompt_text = prompt_text.replace(processor.image_token, processor.image_token * num_patches)
     tokenizer = processor.tokenizer
     chosen = [row for row in rows if texts[row] is not None]
     encoded = tokenizer([texts[row] for row in chosen], add_special_tokens=False)["input_ids"] if chosen else []
     return Answers(
-        prompt_ids=tokenizer(asked, add_special_tokens=False)["input_ids"],
+        prompt_ids=tokenizer(prompt_text, add_special_tokens=False)["input_ids"],
         answer_ids={row: [*ids, tokenizer.eos_token_id] for row, ids in zip(chosen, encoded, strict=True)},
     )
 
@@ -167,32 +171,8 @@ class Optimisers:
             optimiser.zero_grad(set_to_none=True)
 
 
-def budget(phase: Phase, what: str, start: int, note: dict[str, object], accelerator: Accelerator) -> Iterator[tuple[int, float]]:
-    """(step, share of the budget spent) until the budget is spent, behind a progress bar."""
-    if phase.steps is None and phase.seconds is None:
-        raise ConfigError(f"{what}: neither `steps` nor `seconds` is set; set one of them")
-    if phase.steps is None and accelerator.num_processes > 1:
-        raise ConfigError(
-            f"{what}: `seconds` cannot be used with {accelerator.num_processes} processes, they would stop apart; set `steps`"
-        )
-    if phase.steps is not None:
-        for step in track(range(start, phase.steps), what, total=phase.steps - start, unit="steps", note=note):
-            yield step, step / max(1, phase.steps)
-        return
-
-    begun = time.monotonic()
-
-    def ticks() -> Iterator[tuple[int, float]]:
-        step = start
-        while (spent := (time.monotonic() - begun) / phase.seconds) < 1:
-            yield step, spent
-            step += 1
-
-    yield from track(ticks(), what, unit="steps", note=note)
-
-
 class Checkpoint:
-    """Weights and step of an unfinished phase, as safetensors in the draft folder; optimiser moments start anew after a kill."""
+    """Weights and step of an unfinished phase, as safetensors in the draft folder. Optimiser moments are not saved."""
 
     def __init__(self, folder: Path, every_seconds: float, accelerator: Accelerator):
         self._folder, self._every, self._accelerator = folder, every_seconds, accelerator
@@ -200,27 +180,27 @@ class Checkpoint:
         folder.mkdir(parents=True, exist_ok=True)
 
     def load(self, modules: dict[str, nn.Module]) -> tuple[int, int]:
-        """Restore `modules`; (phase, step) to go on from, (0, 0) when there is nothing."""
+        """Restore `modules` and return (phase, step) at which training continues: (0, 0) without a checkpoint."""
         if not (self._folder / "progress.json").exists():
             return 0, 0
         state = read_json(self._folder / "progress.json")
         tensors = read_tensors(self._folder / state["file"])
         for name, module in modules.items():
-            own = {key.removeprefix(f"{name}/"): value for key, value in tensors.items() if key.startswith(f"{name}/")}
-            module.load_state_dict(own, strict=False)  # tied weights are stored once
+            state_dict = {key.removeprefix(f"{name}/"): value for key, value in tensors.items() if key.startswith(f"{name}/")}
+            module.load_state_dict(state_dict, strict=False)  # tied weights are stored once
         return state["phase"], state["step"]
 
     def save(self, modules: dict[str, nn.Module], phase: int, step: int, force: bool = False) -> None:
-        """Write now if `force`, else when the interval is over."""
+        """Save `modules` if `force`, or if the last checkpoint is older than the interval."""
         if not force and time.monotonic() - self._last < self._every:
             return
         self._last = time.monotonic()
         if self._accelerator.is_main_process:
-            tensors, seen = {}, set()
+            tensors, saved = {}, set()
             for name, module in modules.items():
                 for key, value in module.state_dict().items():
-                    if value.data_ptr() not in seen:
-                        seen.add(value.data_ptr())
+                    if value.data_ptr() not in saved:
+                        saved.add(value.data_ptr())
                         tensors[f"{name}/{key}"] = value
             file = f"weights_{phase}_{step}.safetensors"
             write_tensors(self._folder / file, tensors)
@@ -242,27 +222,36 @@ def run_phase(
     after_step: Callable[[int], None] | None = None,
     use_muon: bool = True,
 ) -> dict[str, float]:
-    """Train `trained` on `objective`; a step's batch depends on seed, step and rank alone: a resumed run sees the same data."""
+    """Train `trained` on `objective` for one phase.
+
+    Args:
+        what: label of the progress bar.
+        batch_at: (step, generator) -> batch. The generator is seeded by `seed`, step and rank, so that a resumed run gets equal batches.
+        start: first step, later than 0 in a resumed run.
+        after_step: receives the number of finished steps.
+
+    Returns:
+        Steps, pictures, seconds and last loss of this run of the phase.
+    """
     if phase.steps == 0:
         return {"steps": 0, "pictures": 0, "seconds": 0.0}
     wrapped, note = accelerator.prepare(objective), {"loss": float("nan")}
     optimisers = Optimisers(trained, phase, accelerator, use_muon)
     objective.train()
-    begun, step, loss = time.monotonic(), start - 1, None
-    for step, spent in budget(phase, what, start, note, accelerator):
+    begun, loss, steps = time.monotonic(), None, phase.steps - start
+    for step in track(range(start, phase.steps), what, unit="steps", note=note):
         rng = np.random.default_rng([*seed, step, accelerator.process_index])
         batch = {
             key: value.to(accelerator.device) if isinstance(value, torch.Tensor) else value for key, value in batch_at(step, rng).items()
         }
         with accelerator.autocast():
             loss = wrapped(batch)
-        optimisers.step(loss, step, spent)
+        optimisers.step(loss, step, step / phase.steps)
         if step % 10 == 0:
             note["loss"] = float(loss.detach())
         if after_step is not None:
             after_step(step + 1)
     objective.eval()
-    steps = step + 1 - start
     return {
         "steps": steps,
         "pictures": steps * phase.batch_size * accelerator.num_processes,
