@@ -1,1 +1,1 @@
-"""`text_quality`: how specific, grounded and useful the mined interests of an item are, learned from a judge or from known truth."""
+"""Stage `text_quality`: quality of mined descriptors, learned from a judge's labels or from the known facts of the demo catalogue."""

@@ -1,8 +1,7 @@
-"""Examples from the truth of the drawn catalogue: for every item what is right, vague, contradicted, or borrowed from another item.
+"""Labelled descriptors from the known facts of the demo catalogue, which need no judge.
 
-No judge is needed where the facts behind every ad are known. `right`: an interest that follows from the facts. `contradicted`: the same
-interest with one fact changed, so nearly right. `borrowed`: true of another ad, not of this one. `vague`: fits anything; the phrases of
-the held-out items are others than those that were trained on.
+Kinds: `right` follows from the facts of the item. `contradicted` is the same descriptor with one fact changed. `borrowed` is right for
+another item only. `vague` fits any item; training and held-out items get different phrases.
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ from mmsid.catalog import Item
 from mmsid.catalog.demo.facts import CardFacts, interests, random_facts
 from mmsid.errors import ConfigError
 
-# What the facts that a descriptor follows from are called, in the order of the three descriptors that every ad has.
-_BEHIND = (("product",), ("color", "pattern"), ("price",))
+# Facts that determine each of the three descriptors of an ad.
+_FACTS_OF_DESCRIPTOR = (("product",), ("color", "pattern"), ("price",))
 _VAGUE = (
     "nice things",
     "everyday use",
@@ -39,40 +38,42 @@ _VAGUE = (
     "anyone who wants it",
     "general purposes",
 )
-_VAGUE_TRAINED = 12  # the others stand in held-out items only
+_NUM_TRAINING_PHRASES = 12  # of _VAGUE; the others are for held-out items
 
 
 def read_demo_facts(path: Path, items: Sequence[Item]) -> list[CardFacts]:
-    """Facts of every item, in the order of `items`.
+    """Facts of every item, in the order of `items`, from the truth.parquet of a demo catalogue.
 
     Raises:
-        ConfigError: the file lacks a fact or an item: it is not the truth of this catalogue.
+        ConfigError: the file lacks a column or an item.
     """
     table = read_table(path)
     names = [field.name for field in fields(CardFacts)]
     absent = [name for name in ("item_id", *names) if name not in table.column_names]
     if absent:
-        raise ConfigError(f"truth: {path} has no column {absent[0]!r}; name the truth.parquet of a drawn catalogue, or use judgements")
+        raise ConfigError(f"truth: {path} has no column {absent[0]!r}; give the truth.parquet of a demo catalogue, or use judgements")
     known = {row["item_id"]: CardFacts(**{name: row[name] for name in names}) for row in table.to_pylist()}
     missing = [item.item_id for item in items if item.item_id not in known]
     if missing:
-        raise ConfigError(f"truth: {path} lacks {len(missing)} items of the catalogue (first: {missing[0]}); name its own truth.parquet")
+        raise ConfigError(
+            f"truth: {path} lacks {len(missing)} items of the catalogue (first: {missing[0]}); give the truth.parquet of this catalogue"
+        )
     return [known[item.item_id] for item in items]
 
 
 def true_descriptors(facts: CardFacts) -> list[str]:
-    """What is right to say of an ad."""
+    """The three descriptors that follow from the facts of an ad."""
     return [one["descriptor"] for one in interests(facts)["descriptors"]]
 
 
 def demo_examples(facts: Sequence[CardFacts], rows: Sequence[int], rng: np.random.Generator, *, held_out: bool) -> list[Example]:
-    """The right descriptors of every item of `rows`, and for each of them one of every wrong kind.
+    """The right descriptors of every item in `rows`, and for each of them one `vague`, one `contradicted` and one `borrowed`.
 
     Args:
-        facts: of the whole catalogue.
-        held_out: draw vague phrases that training never sees.
+        facts: facts of all items of the catalogue.
+        held_out: take the vague phrases that are not used in training.
     """
-    vague = _VAGUE[_VAGUE_TRAINED:] if held_out else _VAGUE[:_VAGUE_TRAINED]
+    vague = _VAGUE[_NUM_TRAINING_PHRASES:] if held_out else _VAGUE[:_NUM_TRAINING_PHRASES]
     examples = []
     for row in rows:
         right = true_descriptors(facts[row])
@@ -87,20 +88,20 @@ def demo_examples(facts: Sequence[CardFacts], rows: Sequence[int], rng: np.rando
 
 
 def _contradicted(facts: CardFacts, place: int, right: list[str], rng: np.random.Generator) -> str:
-    """The descriptor at `place` as it would be, were one fact behind it another."""
+    """The descriptor at `place` after one of the facts that determine it is replaced by a random other value."""
     while True:
-        name = _BEHIND[place][rng.integers(len(_BEHIND[place]))]
+        name = _FACTS_OF_DESCRIPTOR[place][rng.integers(len(_FACTS_OF_DESCRIPTOR[place]))]
         other = true_descriptors(replace(facts, **{name: getattr(random_facts(rng), name)}))[place]
         if other not in right:
             return other
 
 
 def _borrowed(facts: Sequence[CardFacts], row: int, rows: Sequence[int], rng: np.random.Generator) -> str:
-    """A descriptor of another item of the same part; of an invented ad where the others say nothing else."""
+    """A descriptor of another item in `rows`; a contradicted one if 20 draws find only descriptors of this item."""
     right = true_descriptors(facts[row])
     for _ in range(20):
-        theirs = true_descriptors(facts[rows[rng.integers(len(rows))]])
-        descriptor = theirs[rng.integers(len(theirs))]
+        others = true_descriptors(facts[rows[rng.integers(len(rows))]])
+        descriptor = others[rng.integers(len(others))]
         if descriptor not in right:
             return descriptor
     return _contradicted(facts[row], 0, right, rng)

@@ -1,6 +1,7 @@
-"""What the text quality is learned from: labelled (item, descriptor) examples, and preference pairs made of them.
+"""Training data of the text quality: labelled (item, descriptor) examples, and preference pairs of them.
 
-Pairs never cross the parts of the catalogue: `fit` trains, `calibrate` turns scores into probabilities, `held_out` is reported.
+The items are split into three parts, and no pair crosses them: `fit` trains the model, `calibrate` fits the map from scores to
+probabilities, `held_out` is evaluated.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ PARTS: tuple[Part, ...] = ("fit", "calibrate", "held_out")
 
 
 class Example(NamedTuple):
-    """A descriptor put to the item at `row`; label 1 = good. `kind` says what sort of example it is (`right`, `vague`, ...)."""
+    """A descriptor of the item at `row`. label: 1 good, 0 bad. kind: how the example was made (`right`, `vague`, ...)."""
 
     row: int
     descriptor: str
@@ -29,50 +30,56 @@ class Example(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """A comparison: a good example preferred to a bad one, usually of the same item. `kind` is that of the bad one."""
+    """A good example (`chosen`) that is preferred to a bad one (`rejected`), usually of the same item."""
 
     chosen: Example
     rejected: Example
 
     @property
     def kind(self) -> str:
+        """Kind of the bad example."""
         return self.rejected.kind
 
 
 def judged_examples(items: Sequence[Item], interests: Mapping[str, ItemInterests], labels: Mapping[tuple[str, int], int]) -> list[Example]:
-    """One example per judged descriptor of a finished `judge` folder; kinds `accepted` and `refused`."""
+    """One example per judged descriptor, of kind `accepted` or `refused`.
+
+    Args:
+        interests: item_id -> its mined interests.
+        labels: (item_id, position of the descriptor) -> label of the judge.
+    """
     return [
-        Example(row, one.descriptor, label, "accepted" if label else "refused")
+        Example(row, mined.descriptor, label, "accepted" if label else "refused")
         for row, item in enumerate(items)
         if item.item_id in interests
-        for at, one in enumerate(interests[item.item_id].descriptors)
-        if (label := labels.get((item.item_id, at))) is not None
+        for position, mined in enumerate(interests[item.item_id].descriptors)
+        if (label := labels.get((item.item_id, position))) is not None
     ]
 
 
 def part_of(item: Item, seed: int, shares: tuple[float, float]) -> Part:
-    """Which part an item belongs to, by its content: exact duplicates stay together, rows and ids do not matter.
+    """Part of an item, by a hash of its content. Exact duplicates get the same part; row and id have no influence.
 
     Args:
         shares: of `calibrate` and of `held_out`; the rest is `fit`.
     """
     digest = hashlib.sha256(f"text_quality {seed} {item.content_sha256}".encode()).digest()
-    place = int.from_bytes(digest[:6], "big") / 2**48
-    return "calibrate" if place < shares[0] else "held_out" if place < sum(shares) else "fit"
+    position = int.from_bytes(digest[:6], "big") / 2**48
+    return "calibrate" if position < shares[0] else "held_out" if position < sum(shares) else "fit"
 
 
 def preference_pairs(examples: Sequence[Example], rng: np.random.Generator) -> list[Pair]:
-    """Every bad example against one good one: of the same item where it has any, else of another item, drawn by `rng`.
+    """One pair per bad example, with a random good example of the same item, or of any item if this one has none.
 
-    An item whose examples are all good gives its good ones to the pool of the others. Empty where one label is missing altogether.
+    Empty if one of the labels does not occur.
     """
     good = [example for example in examples if example.label]
-    own = defaultdict(list)
+    good_of_item = defaultdict(list)
     for example in good:
-        own[example.row].append(example)
+        good_of_item[example.row].append(example)
     pairs = []
     for example in examples:
         if not example.label and good:
-            among = own.get(example.row, good)
-            pairs.append(Pair(among[rng.integers(len(among))], example))
+            candidates = good_of_item.get(example.row, good)
+            pairs.append(Pair(candidates[rng.integers(len(candidates))], example))
     return pairs

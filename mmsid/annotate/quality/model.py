@@ -1,9 +1,7 @@
-"""The text model behind `text_quality`: reads (descriptor, evidence), says one number; trained by TRL's `RewardTrainer` on pairs.
+"""Text model of `text_quality`: scores a descriptor given the texts of an item (its evidence), trained on pairs by TRL's `RewardTrainer`.
 
-Which model is a choice of the configuration. Any Hugging Face encoder or causal model (a folder or a hub id) becomes a sequence
-classifier with one output. Where none is at hand, `InteractionModel`: which words of a descriptor go with which words of the evidence,
-from MiniLM's word vectors, no layers of attention. It learns in a minute on one core; the one small transformer from nothing that was
-tried beside it (2 layers, d = 128) still guessed between right and contradicted after half a minute.
+Any Hugging Face encoder or causal model becomes a sequence classifier with one output. The default is `InteractionModel`, a bilinear
+model of word vectors that start as those of MiniLM. It trains in a minute on one CPU core.
 """
 
 from __future__ import annotations
@@ -39,14 +37,16 @@ INTERACTION = "interaction"
 
 
 class TextModelConfig(Section):
-    """Which model, and how it is trained.
+    """Text model and its training.
 
     Attributes:
         path: `interaction`, or a folder or hub id of an encoder or causal model.
-        width: of the interaction model's word vectors.
-        max_length: tokens read; the end of the evidence is cut first.
-        steps, batch: optimiser steps, and pairs per step and process.
-        center: pulls the scores of a pair towards a mean of 0, so that scores of different items can be compared.
+        width: size of the interaction model's word vectors.
+        max_length: tokens per input. Longer evidence is truncated.
+        steps: optimiser steps.
+        batch: pairs per step and process.
+        lr: peak learning rate.
+        center: weight of the loss that centres the scores at 0 (`center_rewards_coefficient`), which makes items comparable.
     """
 
     path: str = INTERACTION
@@ -59,7 +59,7 @@ class TextModelConfig(Section):
 
 
 class InteractionConfig(PreTrainedConfig):
-    """Sizes of `InteractionModel`; `separator_id` stands between descriptor and evidence."""
+    """Configuration of `InteractionModel`. `separator_id` is the token between descriptor and evidence."""
 
     model_type = "mmsid_interaction"
 
@@ -69,9 +69,9 @@ class InteractionConfig(PreTrainedConfig):
 
 
 class InteractionModel(PreTrainedModel):
-    """score = w . (sum of descriptor words) * (sum of evidence words) + v . (sum of descriptor words), each side projected by itself.
+    """Bilinear scorer: with d and e the projected sums of the word vectors of descriptor and evidence, score = w . (d * e) + v . d + b.
 
-    The first term weighs every pair of words, the second says how much a descriptor promises whatever the item is.
+    The first term scores pairs of words. The second scores the descriptor independently of the item.
     """
 
     config_class = InteractionConfig
@@ -87,10 +87,10 @@ class InteractionModel(PreTrainedModel):
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **unused: Any) -> SequenceClassifierOutput:
         """ids (B, T) of `[CLS] descriptor [SEP] evidence [SEP]` -> logits (B, 1)."""
-        real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        mask = (torch.ones_like(input_ids) if attention_mask is None else attention_mask).bool()
         after = (input_ids == self.config.separator_id).cumsum(1) > 0
         vectors = self.words(input_ids)
-        left, right = (_pooled(vectors, real.bool() & side) for side in (~after, after))
+        left, right = (_pooled(vectors, mask & side) for side in (~after, after))
         left = self.descriptor(left)
         return SequenceClassifierOutput(logits=self.together(left * self.evidence(right)) + self.alone(left))
 
@@ -106,7 +106,7 @@ def _pooled(vectors: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def build_text_model(config: TextModelConfig, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model before training, and its text tokenizer.
+    """The untrained model and its text tokenizer.
 
     Raises:
         ConfigError: `path` cannot be loaded as a text model.
@@ -130,13 +130,13 @@ def build_text_model(config: TextModelConfig, seed: int) -> tuple[PreTrainedMode
 
 
 def _from_word_vectors(width: int) -> tuple[InteractionModel, PreTrainedTokenizerBase]:
-    """Words start as MiniLM's own vectors, rotated to their first `width` principal components, so that alike words start alike."""
+    """An interaction model whose word vectors are the first `width` principal components of MiniLM's."""
     folder = str(minilm_path())
     text_tokenizer = AutoTokenizer.from_pretrained(folder)
-    known = AutoModel.from_pretrained(folder).get_input_embeddings().weight.detach()
-    width = min(width, known.shape[1])
-    model = InteractionModel(InteractionConfig(len(known), width, text_tokenizer.sep_token_id, pad_token_id=text_tokenizer.pad_token_id))
-    centred = known - known.mean(0)
+    vectors = AutoModel.from_pretrained(folder).get_input_embeddings().weight.detach()
+    width = min(width, vectors.shape[1])
+    model = InteractionModel(InteractionConfig(len(vectors), width, text_tokenizer.sep_token_id, pad_token_id=text_tokenizer.pad_token_id))
+    centred = vectors - vectors.mean(0)
     _, axes = torch.linalg.eigh(centred.T @ centred)
     reduced = centred @ axes.flip(1)[:, :width]
     model.words.weight.data.copy_(reduced / reduced.std())
@@ -147,20 +147,14 @@ def _from_word_vectors(width: int) -> tuple[InteractionModel, PreTrainedTokenize
     return model, text_tokenizer
 
 
-def load_text_model(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A trained model and its text tokenizer, from the folder that both were saved into."""
-    with no_loading_bar():
-        return AutoModelForSequenceClassification.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
-
-
 def encode(text_tokenizer: PreTrainedTokenizerBase, descriptor: str, evidence: str, max_length: int) -> list[int]:
-    """Ids of one question. Encoders read descriptor, separator, evidence; causal models the evidence first and end on the descriptor."""
+    """Token ids of one input: descriptor, separator, evidence for encoders; evidence, descriptor, end for causal models."""
     if text_tokenizer.sep_token_id is not None:
         return text_tokenizer(descriptor, evidence, truncation="only_second", max_length=max_length)["input_ids"]
-    asked = text_tokenizer(f"\n{descriptor}", add_special_tokens=False)["input_ids"][: max_length // 2]
-    last = [*asked, text_tokenizer.eos_token_id]
-    first = text_tokenizer(evidence, add_special_tokens=False)["input_ids"]
-    return first[: max_length - len(last)] + last
+    descriptor_ids = text_tokenizer(f"\n{descriptor}", add_special_tokens=False)["input_ids"][: max_length // 2]
+    end = [*descriptor_ids, text_tokenizer.eos_token_id]
+    evidence_ids = text_tokenizer(evidence, add_special_tokens=False)["input_ids"]
+    return evidence_ids[: max_length - len(end)] + end
 
 
 def train_text_model(
@@ -173,7 +167,7 @@ def train_text_model(
     log: Path,
     seed: int,
 ) -> PreTrainedModel:
-    """Bradley-Terry on (chosen, rejected) ids, by TRL. -> the model, trained in place."""
+    """Train in place on (chosen, rejected) token ids with the Bradley-Terry loss of TRL. Returns the model in evaluation mode."""
     arguments = RewardConfig(
         **plain_arguments(scratch, steps=config.steps, lr=config.lr, seed=seed),
         per_device_train_batch_size=config.batch,
@@ -187,16 +181,16 @@ def train_text_model(
 
 
 @torch.no_grad()
-def score_ids(model: PreTrainedModel, questions: Sequence[list[int]], batch: int = 128) -> np.ndarray:
-    """Scores (Q,) float64; equal questions get equal scores, whatever shares their batch."""
-    distinct = sorted(set(map(tuple, questions)), key=len)
+def score_ids(model: PreTrainedModel, inputs: Sequence[list[int]], batch: int = 128) -> np.ndarray:
+    """Scores (Q,) float64 of Q inputs of token ids. Equal inputs are scored once, so they get equal scores."""
+    distinct = sorted(set(map(tuple, inputs)), key=len)
     device, pad = next(model.parameters()).device, model.config.get_text_config().pad_token_id
-    known: dict[tuple[int, ...], float] = {}
+    scores: dict[tuple[int, ...], float] = {}
     for start in range(0, len(distinct), batch):
         rows = distinct[start : start + batch]
         ids = torch.full((len(rows), len(rows[-1])), pad, device=device)
         mask = torch.zeros_like(ids)
-        for at, row in enumerate(rows):
-            ids[at, : len(row)], mask[at, : len(row)] = torch.tensor(row, device=device), 1
-        known |= zip(rows, model(input_ids=ids, attention_mask=mask).logits[:, 0].tolist(), strict=True)
-    return np.array([known[tuple(question)] for question in questions], dtype=np.float64)
+        for position, row in enumerate(rows):
+            ids[position, : len(row)], mask[position, : len(row)] = torch.tensor(row, device=device), 1
+        scores |= zip(rows, model(input_ids=ids, attention_mask=mask).logits[:, 0].tolist(), strict=True)
+    return np.array([scores[tuple(row)] for row in inputs], dtype=np.float64)
