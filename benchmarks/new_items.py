@@ -32,7 +32,7 @@ from mmsid.recommend.bench.config import DatasetConfig, load_dataset
 from mmsid.recommend.evaluate import evaluate
 from mmsid.recommend.metrics import summarise
 from mmsid.recommend.training import Schedule, fit, table_paths
-from mmsid.sids import SidTable, read_sid_folder, relocate
+from mmsid.sids import SidTable, relocate
 from mmsid.sids.append import append_codes
 from mmsid.tokenizer import assign, train
 from mmsid.tokenizer.sid_methods import MethodSources
@@ -174,7 +174,7 @@ class NewItemStudy:
     def _assigned(self, name: str, tokenizer: Path, catalog: CatalogConfig, **changes: Any) -> SidTable:
         annotations = {"captions": self.dataset.captions, "interests": self.dataset.interests}
         config = assign.AssignConfig(out=self.work / name, tokenizer=tokenizer, catalog=catalog, seed=self.seed, **annotations, **changes)
-        return read_sid_folder(config.out if is_complete(config.out) else assign.run(config))
+        return SidTable.load(config.out if is_complete(config.out) else assign.run(config))
 
     def _count_moved(self, name: str, published: SidTable, grown: SidTable) -> None:
         self.moved[name] = int((grown.align(published.item_ids).codes != published.codes).any(axis=1).sum())

@@ -26,7 +26,6 @@ from mmsid.config import load_yaml
 from mmsid.recommend.training import Schedule, fit, table_paths
 from mmsid.refine import gate
 from mmsid.refine.config import RefineConfig
-from mmsid.sids.folder import read_sid_folder
 from mmsid.sids.table import SidTable
 from mmsid.stages import run_stages, stage_configs
 from mmsid.tokenizer import initialization
@@ -96,9 +95,9 @@ def one_seed(parsed: argparse.Namespace, seed: int) -> dict[str, Any]:
     tables, verdicts = {}, {}
     for name, stages in (("good", configs), ("damaged", damaged)):
         passes = refine_again(stages["refine"], parsed.passes)
-        tables[name] = read_sid_folder(stages["assign"].out).align(item_ids)
-        tables[f"{name} refined"] = read_sid_folder(passes[-1].out / "sids").align(item_ids)
-        tables[f"{name} proposed"] = proposed(read_sid_folder(passes[-1].sids).align(item_ids), passes[-1].out)
+        tables[name] = SidTable.load(stages["assign"].out).align(item_ids)
+        tables[f"{name} refined"] = SidTable.load(passes[-1].out / "sids").align(item_ids)
+        tables[f"{name} proposed"] = proposed(SidTable.load(passes[-1].sids).align(item_ids), passes[-1].out)
         verdicts[name] = [{key: read_json(one.out / "gate.json")[key] for key in ("accepted", "reasons")} for one in passes]
     figures: dict[str, dict[str, dict[str, float]]] = {}
     for name, one in tables.items():

@@ -117,10 +117,10 @@ def _churn(arguments: list[str]) -> None:
     parser.add_argument("new", type=Path, help="later SID folder, or its sids.parquet")
     parser.add_argument("--out", type=Path, help="also write the comparison as JSON")
     parsed = parser.parse_args(arguments)
-    from mmsid.sids import read_sid_folder
+    from mmsid.sids import SidTable
     from mmsid.sids.churn import churn_report, churn_table
 
-    report = churn_report(read_sid_folder(parsed.old), read_sid_folder(parsed.new))
+    report = churn_report(SidTable.load(parsed.old), SidTable.load(parsed.new))
     print(churn_table(report), end="")
     if parsed.out is not None:
         write_json(parsed.out, report)

@@ -27,7 +27,6 @@ from mmsid.catalog.pictures import inspect_picture
 from mmsid.config import load_yaml
 from mmsid.errors import AnnotationError, MmsidError, PictureError
 from mmsid.sids.exports import import_index_json, import_reference_sids
-from mmsid.sids.folder import read_sid_folder
 from mmsid.sids.table import SidTable
 from mmsid.sids.trie import Trie
 
@@ -320,7 +319,7 @@ def read_a_sid_file(folder: Path, value: tuple[str, bytes]) -> None:
         trie.allowed(torch.zeros(1, 1, dtype=torch.int64))
         return
     if name == "sids.parquet":
-        table = read_sid_folder(folder)
+        table = SidTable.load(folder)
     elif name == "index.json":
         table = import_index_json(path)
     else:

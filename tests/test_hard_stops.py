@@ -319,15 +319,14 @@ def test_a_shard_spoilt_before_the_job_was_finished_is_made_again(tmp_path):
 
 def test_a_sid_table_is_checked_wherever_it_lies_in_a_finished_folder(tmp_path):
     from mmsid.sids import SidTable
-    from mmsid.sids.folder import read_sid_folder
 
     with artifacts.writing(tmp_path / "refine", stage="refine", config={}) as draft:
         (draft.path / "sids").mkdir()
         SidTable.from_codes(["a", "b"], torch.tensor([[0], [1]]).numpy(), (2,)).save(draft.path / "sids" / "sids.parquet")
-    assert len(read_sid_folder(tmp_path / "refine" / "sids")) == 2
+    assert len(SidTable.load(tmp_path / "refine" / "sids")) == 2
     SidTable.from_codes(["a", "b"], torch.tensor([[1], [0]]).numpy(), (2,)).save(tmp_path / "refine" / "sids" / "sids.parquet")
     with pytest.raises(ArtifactError, match=r"sids\.parquet has sha256 .*mmsid refine --redo"):
-        read_sid_folder(tmp_path / "refine" / "sids")
+        SidTable.load(tmp_path / "refine" / "sids")
 
 
 @pytest.mark.parametrize(

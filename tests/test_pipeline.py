@@ -10,7 +10,7 @@ import pytest
 from mmsid.artifacts import read_json, read_manifest, read_table, write_table
 from mmsid.catalog.demo import write_demo_catalog
 from mmsid.config import load_yaml
-from mmsid.sids.folder import read_sid_folder
+from mmsid.sids import SidTable
 from mmsid.stages import run_stages, stage_configs
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -84,7 +84,7 @@ def test_a_subset_of_the_real_catalogues_walks_every_stage(tmp_path, monkeypatch
     run_stages(configs)
     counts = read_manifest(configs["caption"].out, "caption")["counts"]
     assert counts["in"] == counts["ok"] + counts["quarantined"] >= items
-    table = read_sid_folder(configs["assign"].out)
+    table = SidTable.load(configs["assign"].out)
     assert len(table) == items and dataclasses.is_dataclass(table)
     if "train_recommender" in configs:
         arms = {arm["arm"]: arm for arm in read_json(configs["train_recommender"].out / "metrics.json")["arms"]}

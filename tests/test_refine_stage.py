@@ -24,7 +24,7 @@ from mmsid.refine.config import RefineConfig
 from mmsid.refine.loop import LoopConfig, Refinement
 from mmsid.refine.reward import RewardConfig, SidReward
 from mmsid.refine.stage import run
-from mmsid.sids.folder import read_sid_folder
+from mmsid.sids import SidTable
 from mmsid.tokenizer import assign, train
 from mmsid.tokenizer.inputs import load_inputs
 from mmsid.tokenizer.model import BackboneSettings, ItemTokenizer
@@ -79,7 +79,7 @@ def test_refine_writes_a_whole_folder_and_improves(start, tmp_path):
     assert verdict["accepted"], verdict
     assert {"target", "lift", "reconstruction", "flip_rate", "ndcg", "hit_rate", "coverage"} <= {row["metric"] for row in verdict["rows"]}
     assert all(row["source"] for row in verdict["rows"]) and len(runs) == 4, "two seeds for each of two tables"
-    before, after = read_sid_folder(start["sids"]), read_sid_folder(out / "sids")
+    before, after = SidTable.load(start["sids"]), SidTable.load(out / "sids")
     moved = read_table(out / "moved.parquet").to_pylist()
     assert {row["item_id"] for row in moved} == {
         item for item, old, new in zip(before.item_ids, before.codes.tolist(), after.codes.tolist(), strict=True) if old != new
@@ -103,7 +103,7 @@ def test_refine_writes_a_whole_folder_and_improves(start, tmp_path):
 @pytest.mark.parametrize("more, accepted, runs", [(0, False, 4), (4, True, 12)])
 def test_a_quick_recommender_that_refuses_runs_again_with_more_seeds(start, tmp_path, more, accepted, runs):
     """Coverage .40, .40, then .52 four times, against .50 before: the mean of six runs falls by less than the margin."""
-    before, seeds = read_sid_folder(start["sids"]), []
+    before, seeds = SidTable.load(start["sids"]), []
 
     def quick(table, seed):
         seeds.append(seed)
@@ -192,7 +192,7 @@ def test_a_refused_run_keeps_the_start(start, tmp_path):
     out = run(config)
     verdict = read_json(out / "gate.json")
     assert not verdict["accepted"] and verdict["reasons"] and is_complete(out)
-    before, after = read_sid_folder(start["sids"]), read_sid_folder(out / "sids")
+    before, after = SidTable.load(start["sids"]), SidTable.load(out / "sids")
     assert (before.codes == after.codes).all() and before.item_ids == after.item_ids
     old, new = ItemTokenizer.from_pretrained(start["tokenizer"]), ItemTokenizer.from_pretrained(out / "tokenizer")
     assert old.sha256() == new.sha256()
@@ -208,7 +208,7 @@ def test_a_reward_no_better_than_distance_keeps_the_start(start, tmp_path):
 
 
 def test_sids_of_another_tokenizer_are_refused(start, tmp_path):
-    table = read_sid_folder(start["sids"])
+    table = SidTable.load(start["sids"])
     table.raw_codes = (table.raw_codes + 1) % 8
     with writing(tmp_path / "other", stage="assign", config={}) as draft:
         table.save(draft.path / "sids.parquet")

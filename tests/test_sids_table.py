@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mmsid.errors import ArtifactError
-from mmsid.sids import SidTable, Trie, read_sid_folder, write_sid_folder
+from mmsid.sids import SidTable, Trie, write_sid_folder
 from mmsid.sids.exports import import_index_json, import_reference_sids
 
 
@@ -142,9 +142,9 @@ def test_exports_and_back(tmp_path):
     back = import_index_json(tmp_path / "sids" / "index.json", codebook_sizes=(3, 4))
     assert np.array_equal(back.codes, table.codes) and np.array_equal(back.suffix, table.suffix) and back.item_ids == table.item_ids
     assert import_index_json(tmp_path / "sids" / "index.json").codebook_sizes == (4, 4)
-    assert read_sid_folder(tmp_path / "sids").codes.tolist() == table.codes.tolist()
+    assert SidTable.load(tmp_path / "sids").codes.tolist() == table.codes.tolist()
     with pytest.raises(ArtifactError, match=r"sids\.parquet does not exist"):
-        read_sid_folder(tmp_path)
+        SidTable.load(tmp_path)
 
 
 def test_import_reference_strings(tmp_path):

@@ -14,7 +14,7 @@ from mmsid.artifacts import read_json, read_manifest, read_tensors
 from mmsid.backbone.lora import LoraSettings
 from mmsid.catalog import CatalogConfig
 from mmsid.errors import ArtifactError, ConfigError
-from mmsid.sids import SidTable, read_sid_folder
+from mmsid.sids import SidTable
 from mmsid.tokenizer import assign, train
 from mmsid.tokenizer.model import BackboneSettings
 
@@ -50,7 +50,7 @@ def test_new_items_are_added_and_published_codes_stay(world, tmp_path) -> None:
     first = assigned(world, tmp_path, "first", rows[:20])
     grown = assigned(world, tmp_path, "grown", rows, append=first)
     scratch = assigned(world, tmp_path, "scratch", rows)
-    old, new, whole = (read_sid_folder(path) for path in (first, grown, scratch))
+    old, new, whole = (SidTable.load(path) for path in (first, grown, scratch))
     assert read_manifest(grown)["counts"] == {"items": 34, "read": 14}
     for column in ("codes", "raw_codes", "margin"):
         published = by_id(old, column)
@@ -62,9 +62,9 @@ def test_new_items_are_added_and_published_codes_stay(world, tmp_path) -> None:
     assert read_json(grown / "intrinsic.json")["published"]["items"] == 34
 
     mixed = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]
-    assert by_id(read_sid_folder(assigned(world, tmp_path, "mixed", mixed, append=first))) == by_id(new)
+    assert by_id(SidTable.load(assigned(world, tmp_path, "mixed", mixed, append=first))) == by_id(new)
     half = assigned(world, tmp_path, "half", rows[:27], append=first)
-    stepwise = read_sid_folder(assigned(world, tmp_path, "stepwise", rows, append=half))
+    stepwise = SidTable.load(assigned(world, tmp_path, "stepwise", rows, append=half))
     assert np.array_equal(stepwise.raw_codes, new.raw_codes) and len(np.unique(stepwise.codes, axis=0)) == 33
     assert {name: by_id(stepwise)[name] for name in by_id(old)} == by_id(old)
 
@@ -74,9 +74,9 @@ def test_codes_of_removed_items_stay_reserved_for_them(world, tmp_path) -> None:
     first = assigned(world, tmp_path, "first", rows[:34])
     shrunk = assigned(world, tmp_path, "shrunk", rows[2:35], append=first)
     retired = by_id(SidTable.load(shrunk / "retired.parquet"))
-    assert retired.keys() == {"i0", "i1"} and not set(retired.values()) & set(by_id(read_sid_folder(shrunk)).values())
+    assert retired.keys() == {"i0", "i1"} and not set(retired.values()) & set(by_id(SidTable.load(shrunk)).values())
     back = assigned(world, tmp_path, "back", rows[1:], append=shrunk)
-    assert by_id(read_sid_folder(back))["i1"] == retired["i1"]
+    assert by_id(SidTable.load(back))["i1"] == retired["i1"]
     assert by_id(SidTable.load(back / "retired.parquet")) == {"i0": retired["i0"]}
 
 
@@ -85,7 +85,7 @@ def test_refused_inputs(world, tmp_path) -> None:
     first = assigned(world, tmp_path, "first", rows[:24])
     with pytest.raises(ConfigError, match="published with collisions: relocate, now it is none"):
         assigned(world, tmp_path, "other", rows, append=first, collisions="none")
-    table = read_sid_folder(first)
+    table = SidTable.load(first)
     table.tokenizer_sha256 = "f" * 64
     table.save(first / "sids.parquet")
     (first / "SHA256SUMS").unlink()  # otherwise the folder is refused as damaged

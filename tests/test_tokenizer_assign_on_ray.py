@@ -7,7 +7,7 @@ from tiny_catalog import write_catalog
 
 from mmsid.artifacts import is_complete, read_json, read_manifest, read_table, read_tensors, writing
 from mmsid.errors import MmsidError
-from mmsid.sids import read_sid_folder
+from mmsid.sids import SidTable
 from mmsid.sids.folder import INTRINSIC
 from mmsid.tokenizer import assign, train
 from mmsid.tokenizer.model import BackboneSettings, ItemTokenizer
@@ -36,7 +36,7 @@ def test_sids_equal_those_of_a_single_process(ray, config, tmp_path):
     # policy `suffix`: with `relocate`, items that fit a code equally well may be swapped by rounding in an actor's threads
     local = assign.run(config)
     ray_out = assign.run(config.model_copy(update={"out": tmp_path / "sids"}), engine="ray")
-    expected, found = read_sid_folder(local), read_sid_folder(ray_out)
+    expected, found = SidTable.load(local), SidTable.load(ray_out)
     assert expected.item_ids == found.item_ids and np.array_equal(expected.raw_codes, found.raw_codes)
     assert np.array_equal(expected.suffix, found.suffix) and len(np.unique(found.raw_codes, axis=0)) > 1
     assert np.allclose(expected.margin, found.margin, atol=1e-5)

@@ -17,7 +17,7 @@ from mmsid.backbone.lora import LoraSettings
 from mmsid.catalog import read_catalog
 from mmsid.cli import main
 from mmsid.errors import ArtifactError, ConfigError
-from mmsid.sids import read_sid_folder
+from mmsid.sids import SidTable
 from mmsid.sids.churn import churn_report
 from mmsid.tokenizer import assign, train
 from mmsid.tokenizer.bundle import load_bundle, write_bundle
@@ -48,7 +48,7 @@ def test_a_retrained_tokenizer_agrees_with_published_codes(world, head, capsys) 
     changes = {"seed": 3, "steps": 6, "head": head}
     free, free_sids = published(world, f"{head}-free", **changes)
     bound, bound_sids = published(world, f"{head}-bound", align_codes_to=world["sids"], **changes)
-    old, loose, renamed = (read_sid_folder(path) for path in (world["sids"], free_sids, bound_sids))
+    old, loose, renamed = (SidTable.load(path) for path in (world["sids"], free_sids, bound_sids))
     unnamed, named = churn_report(old, loose), churn_report(old, renamed)
     assert named["kept_together"] == unnamed["kept_together"], "renaming does not change the groups"
     assert named["changed"]["levels"] == named["changed_if_renamed"]["levels"] == unnamed["changed_if_renamed"]["levels"]
@@ -84,7 +84,7 @@ def test_a_fresh_process_gives_the_published_raw_codes(world) -> None:
     command = [sys.executable, "-c", FRESH, str(moved)]
     done = subprocess.run(command, input=json.dumps(texts), capture_output=True, text=True, timeout=280, env=os.environ.copy())
     assert done.returncode == 0, done.stderr[-2000:]
-    table = read_sid_folder(moved / "sids")
+    table = SidTable.load(moved / "sids")
     assert table.item_ids == [item.item_id for item in catalog.items]
     assert json.loads(done.stdout.splitlines()[-1]) == table.raw_codes.tolist()
 
@@ -99,7 +99,7 @@ def test_the_bundle_is_a_model_folder_without_local_paths(world) -> None:
     assert str(world["folder"]) not in (folder / "manifest.json").read_text()
     catalog = world["catalog"]
     grown = assign.AssignConfig(out=world["folder"] / "grown", tokenizer=folder, catalog=catalog, append=folder / "sids", collisions="none")
-    assert np.array_equal(read_sid_folder(assign.run(grown)).codes, bundle.table.codes)
+    assert np.array_equal(SidTable.load(assign.run(grown)).codes, bundle.table.codes)
     assert set(read_manifest(grown.out)["inputs"]) >= {"tokenizer", "append"}
 
 

@@ -13,7 +13,7 @@ from tiny_catalog import write_catalog
 from mmsid.artifacts import read_json
 from mmsid.catalog import read_catalog, split_histories
 from mmsid.errors import ArtifactError, ConfigError
-from mmsid.sids import read_sid_folder
+from mmsid.sids import SidTable
 from mmsid.tokenizer import baselines, sid_methods
 from mmsid.tokenizer.sid_methods import MethodSources, MethodSpec, category_codes, import_published, make_sids
 
@@ -46,7 +46,7 @@ def test_every_quantizer_in_both_spaces_under_every_policy(method, space, source
     for policy in ("none", "suffix", "relocate"):
         spec = MethodSpec(method=method, space=space, collisions=policy, num_levels=2, codebook_size=9)
         table = make_sids(spec, sources, tmp_path / policy, seed=0)
-        read = read_sid_folder(tmp_path / policy)
+        read = SidTable.load(tmp_path / policy)
         assert read.item_ids == table.item_ids == [one.item_id for one in sources.catalog.items]
         assert np.array_equal(read.codes, table.codes) and table.codes.max() < 9
         raw[policy] = table.raw_codes

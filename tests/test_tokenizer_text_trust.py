@@ -9,7 +9,7 @@ from tiny_backbones import tiny_bert
 from tiny_catalog import write_annotations, write_catalog
 
 from mmsid.artifacts import read_manifest, read_table
-from mmsid.sids.folder import read_sid_folder
+from mmsid.sids import SidTable
 from mmsid.tokenizer import assign, train
 from mmsid.tokenizer.heads import ParallelHead
 from mmsid.tokenizer.inputs import ItemInput
@@ -66,7 +66,7 @@ def test_titles_do_not_change_the_first_code_at_zero_nats(tmp_path):
     first = {}
     for name, where, nats in (("clean", catalog, 0.0), ("attacked", attacked, 0.0), ("as_is", attacked, None)):
         out = assign.run(config.model_copy(update={"out": tmp_path / name, "catalog": where, "free_text_nats": nats}))
-        first[name] = read_sid_folder(out).align([row["item_id"] for row in rows]).raw_codes[:, 0]
+        first[name] = SidTable.load(out).align([row["item_id"] for row in rows]).raw_codes[:, 0]
         if nats is not None:
             overruled = read_table(out / "overruled.parquet")["item_id"].to_pylist()
             assert read_manifest(out)["counts"]["overruled"] == len(overruled) > 0

@@ -19,7 +19,7 @@ from mmsid.artifacts import read_json, read_manifest, read_tensors
 from mmsid.backbone.lora import LoraSettings
 from mmsid.catalog import CatalogConfig, read_catalog
 from mmsid.errors import ConfigError
-from mmsid.sids import read_sid_folder
+from mmsid.sids import SidTable
 from mmsid.tokenizer import assign, baselines, sid_methods, train
 from mmsid.tokenizer.model import BackboneSettings, ItemTokenizer
 
@@ -111,7 +111,7 @@ def test_assign_policies(world, trained: Path, tmp_path) -> None:
     tables = {}
     for policy in ("relocate", "suffix", "none"):
         out = assign.run(assign.AssignConfig(out=tmp_path / policy, collisions=policy, **common))
-        tables[policy] = read_sid_folder(out)
+        tables[policy] = SidTable.load(out)
         names = {path.name for path in out.iterdir()}
         assert {"index.json", "tokens.txt", "trie.safetensors", "intrinsic.json", "embeddings.safetensors"} <= names
         assert "scores.f32" not in names
@@ -140,7 +140,7 @@ def test_sids_do_not_depend_on_row_order_and_item_ids(world, tmp_path) -> None:
     for name, catalog in (("a", world["catalog"]), ("b", other)):
         tokenizer = train.run(settings(world, tmp_path / f"t{name}", catalog=catalog, captions=None, interests=None, steps=3))
         out = assign.run(assign.AssignConfig(out=tmp_path / name, tokenizer=tokenizer, catalog=catalog))
-        table = read_sid_folder(out)
+        table = SidTable.load(out)
         tables.append(dict(zip(table.item_ids, map(tuple, table.codes.tolist()))))
     assert {renamed[item_id]: codes for item_id, codes in tables[0].items()} == tables[1]
 
@@ -157,7 +157,7 @@ def test_random_codes_are_unique_and_shared_by_duplicates() -> None:
 def test_baselines_write_one_sid_folder_per_method(world, tmp_path) -> None:
     out = baselines.run(baselines.BaselinesConfig(out=tmp_path / "baselines", catalog=world["catalog"], codebook_size=8, max_length=16))
     for name in ("random", "rq_kmeans", "balanced_rq_text", "balanced_rq"):
-        assert len(np.unique(read_sid_folder(out / name).codes, axis=0)) == 64
+        assert len(np.unique(SidTable.load(out / name).codes, axis=0)) == 64
     assert {"balanced_rq", "shared prefix"} <= set(re.findall("balanced_rq|shared prefix", (out / "intrinsic.md").read_text()))
 
 

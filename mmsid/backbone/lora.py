@@ -24,8 +24,7 @@ class LoraSettings(Section):
     Attributes:
         r: rank; 0 switches LoRA off, and the backbone stays frozen.
         targets: name endings of the adapted linear layers; default: the attention projections.
-        last_layers: adapt the last n layers only. With `train_queries: false`, no gradients are computed below them, which makes training
-            on a CPU affordable.
+        last_layers: adapt the last n layers only. None adapts all.
     """
 
     r: int = Field(8, ge=0)

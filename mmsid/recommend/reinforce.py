@@ -39,7 +39,6 @@ from mmsid.recommend.result_tables import ranking_table
 from mmsid.recommend.rewards import PathRewards
 from mmsid.recommend.train import ModelConfig
 from mmsid.recommend.training import Schedule, fit, table_paths
-from mmsid.sids.folder import read_sid_folder
 from mmsid.sids.table import SidTable
 from mmsid.sids.trie import Trie
 from mmsid.trl_training import plain_arguments, train_quietly
@@ -107,7 +106,7 @@ def run(config: TrainRecommenderRLConfig) -> Path:
     if any(not len(split.users(part)) for part in PARTS):
         raise ConfigError("train_recommender_rl: no user has an item to rank; give catalog.sequences with histories of 3 items or more")
     item_ids = [item.item_id for item in catalog.items]
-    table = read_sid_folder(config.sids).align(item_ids)
+    table = SidTable.load(config.sids).align(item_ids)
     quality = np.ones(len(item_ids)) if config.text_quality is None else read_text_quality(config.text_quality, item_ids)
     inputs = {"sids": config.sids if config.sids.suffix == ".parquet" else config.sids / "sids.parquet"}
     inputs |= {"items": config.catalog.items, "sequences": config.catalog.sequences, "text_quality": config.text_quality}

@@ -32,7 +32,6 @@ from mmsid.recommend.result_tables import ranking_table
 from mmsid.recommend.sid_transformer import SidTransformerShape
 from mmsid.recommend.tiger import TigerShape
 from mmsid.recommend.training import Schedule, Shape, fit, table_paths
-from mmsid.sids.folder import read_sid_folder
 from mmsid.sids.table import SidTable
 
 Architecture = Literal["sid_transformer", "flat", "tiger"]
@@ -110,7 +109,7 @@ def run(config: TrainRecommenderConfig) -> Path:
     if any(not len(split.users(part)) for part in PARTS):
         raise ConfigError("train_recommender: no user has an item to rank; give catalog.sequences with histories of 3 items or more")
     item_ids = [item.item_id for item in catalog.items]
-    tables = {name: read_sid_folder(path).align(item_ids) for name, path in config.variants.items()}
+    tables = {name: SidTable.load(path).align(item_ids) for name, path in config.variants.items()}
     inputs = {f"arm {name}": path if path.suffix == ".parquet" else path / "sids.parquet" for name, path in config.variants.items()}
     inputs["best_achievable"] = config.best_achievable
     with writing(config.out, stage="train_recommender", config=config, inputs=inputs, resume=True) as draft:

@@ -38,7 +38,6 @@ from mmsid.refine.publish import make_table
 from mmsid.refine.reward import SidReward, train_reward
 from mmsid.refine.robust_prediction import RobustPrediction
 from mmsid.refine.tracking import RunLog, check_tracker
-from mmsid.sids.folder import read_sid_folder
 from mmsid.sids.table import SidTable
 from mmsid.tokenizer.inputs import ItemInput, load_inputs
 from mmsid.tokenizer.model import ItemTokenizer
@@ -100,7 +99,7 @@ class Job:
         self.tokenizer.to(accelerator.device).eval()
         self.inputs, _ = load_inputs(catalog, config.captions, config.interests, self.tokenizer.settings.use or None)
         item_ids = [item.item_id for item in catalog.items]
-        self.start = read_sid_folder(config.sids).align(item_ids)
+        self.start = SidTable.load(config.sids).align(item_ids)
         self.quality = None if config.text_quality is None else read_text_quality(config.text_quality, item_ids)
         self.start_sha256 = self.tokenizer.sha256()
         self.fit_histories, self.held_out = split.fit_histories(), split.held_out_histories()

@@ -19,7 +19,6 @@ from mmsid.artifacts import is_complete, read_table
 from mmsid.catalog import Catalog, CatalogConfig, Item
 from mmsid.report.run_folder import annotations
 from mmsid.report.thumbnails import thumbnails
-from mmsid.sids.folder import read_sid_folder
 from mmsid.sids.table import SidTable
 
 MAX_ITEMS = 10_000
@@ -40,7 +39,7 @@ def explore(run: Path, catalog: Catalog, config: CatalogConfig, folders: Mapping
         ArtifactError: a method has no SID for an item of the catalogue, or a folder is damaged.
     """
     items = catalog.items[:MAX_ITEMS]
-    tables = {name: read_sid_folder(folder).align([item.item_id for item in catalog.items]) for name, folder in folders.items()}
+    tables = {name: SidTable.load(folder).align([item.item_id for item in catalog.items]) for name, folder in folders.items()}
     hashes = [item.content_sha256 for item in catalog.items]
     pictures = thumbnails(items, spread(list(tables.values())[-1].codes[: len(items)]).tolist(), config)
     return {

@@ -11,12 +11,12 @@ from mmsid.artifacts import MANIFEST, is_complete, read_manifest
 from mmsid.catalog import CatalogConfig
 from mmsid.config import apply_override, build
 from mmsid.errors import ArtifactError
-from mmsid.sids.folder import TABLE
+from mmsid.sids.table import FILE_NAME
 
 
 def sid_folders(run: Path) -> dict[str, Path]:
     """Method -> SID folder, for every method that the run has finished: baselines, `ours`, `ours_refined`."""
-    found = {path.parent.name: path.parent for path in sorted((run / "baselines").glob(f"*/{TABLE}")) if is_complete(run / "baselines")}
+    found = {path.parent.name: path.parent for path in sorted((run / "baselines").glob(f"*/{FILE_NAME}")) if is_complete(run / "baselines")}
     if is_complete(run / "assign"):
         found["ours"] = run / "assign"
     if is_complete(run / "refine"):

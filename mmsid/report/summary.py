@@ -19,9 +19,9 @@ from mmsid.progress import done, is_main_process
 from mmsid.report.charts import SINGLE_SEED_NOTE, seed_count
 from mmsid.report.page import write_run_page
 from mmsid.report.run_folder import annotations, sid_folders
-from mmsid.sids.folder import INTRINSIC, TABLE, read_sid_folder
+from mmsid.sids.folder import INTRINSIC
 from mmsid.sids.intrinsic_table import intrinsic_table
-from mmsid.sids.table import SidTable
+from mmsid.sids.table import FILE_NAME, SidTable
 
 EXAMPLES = 3  # items that the summary shows
 
@@ -72,7 +72,7 @@ def run(config: ReportConfig) -> Path:
 
 
 def _sid_tables(folders: dict[str, Path]) -> list[str]:
-    return ["## Semantic IDs", "", *[f"- {name}: `{folder / TABLE}`" for name, folder in folders.items()], ""]
+    return ["## Semantic IDs", "", *[f"- {name}: `{folder / FILE_NAME}`" for name, folder in folders.items()], ""]
 
 
 def _single_seed(run: Path) -> list[str]:
@@ -111,7 +111,7 @@ def _examples(config: ReportConfig, folders: dict[str, Path]) -> list[str]:
     if not folders:
         return []
     name, folder = list(folders.items())[-1]
-    table = read_sid_folder(folder)
+    table = SidTable.load(folder)
     captions, interests = annotations(config.run)
     items = sorted(read_catalog(config.catalog).items, key=lambda item: not item.images)[:EXAMPLES]
     lines = [f"## Examples ({name})", ""]

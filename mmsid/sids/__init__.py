@@ -1,7 +1,7 @@
 """Semantic IDs: SID table, collision handling, trie, intrinsic metrics and exports. Nothing here needs a model."""
 
 from mmsid.sids.collisions import Resolution, add_suffix, relocate, resolve
-from mmsid.sids.folder import read_sid_folder, write_sid_folder
+from mmsid.sids.folder import write_sid_folder
 from mmsid.sids.intrinsic import intrinsic_metrics
 from mmsid.sids.intrinsic_table import intrinsic_table
 from mmsid.sids.table import SidTable
@@ -14,7 +14,6 @@ __all__ = [
     "add_suffix",
     "intrinsic_metrics",
     "intrinsic_table",
-    "read_sid_folder",
     "relocate",
     "resolve",
     "write_sid_folder",

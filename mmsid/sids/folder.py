@@ -8,10 +8,9 @@ from typing import Any
 
 from mmsid.artifacts import write_json
 from mmsid.sids.exports import write_index_json, write_tokens
-from mmsid.sids.table import SidTable
+from mmsid.sids.table import FILE_NAME, SidTable
 from mmsid.sids.trie import Trie
 
-TABLE = "sids.parquet"
 INTRINSIC = "intrinsic.json"
 
 
@@ -23,13 +22,4 @@ def write_sid_folder(path: Path, table: SidTable, metrics: Mapping[str, Any]) ->
     write_index_json(path / "index.json", table)
     write_tokens(path / "tokens.txt", table)
     Trie.from_table(table).save(path / "trie.safetensors")
-    table.save(path / TABLE)
-
-
-def read_sid_folder(path: Path) -> SidTable:
-    """Read the table of a SID folder, or a sids.parquet file.
-
-    Raises:
-        ArtifactError: no table at this path, a file that was changed after the stage wrote it, or an error of `SidTable.load`.
-    """
-    return SidTable.load(path)
+    table.save(path / FILE_NAME)

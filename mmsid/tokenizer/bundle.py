@@ -16,8 +16,9 @@ from torch import Tensor
 from mmsid.artifacts import file_sha256, read_json, read_manifest, read_tensors, sha256, write_text, writing
 from mmsid.errors import ArtifactError
 from mmsid.progress import done
-from mmsid.sids import SidTable, read_sid_folder
-from mmsid.sids.folder import INTRINSIC, TABLE
+from mmsid.sids import SidTable
+from mmsid.sids.folder import INTRINSIC
+from mmsid.sids.table import FILE_NAME
 from mmsid.tokenizer.model import ItemTokenizer
 from mmsid.tokenizer.model_card import published_card
 from mmsid.tokenizer.published_sids import RETIRED
@@ -26,7 +27,7 @@ FORMAT = 1
 _QUERIES = 256  # embeddings compared at once: limits memory
 SIDS = "sids"
 CARD = "README.md"
-_PARTS = (TABLE, INTRINSIC, "index.json", "tokens.txt", "trie.safetensors", "embeddings.safetensors")
+_PARTS = (FILE_NAME, INTRINSIC, "index.json", "tokens.txt", "trie.safetensors", "embeddings.safetensors")
 
 
 @dataclass(frozen=True)
@@ -65,9 +66,9 @@ def write_bundle(tokenizer: Path, sids: Path, out: Path) -> Path:
         ArtifactError: the SIDs were made by another tokenizer, or a file is missing.
     """
     tokenizer, sids = Path(tokenizer), Path(sids)
-    model, table = ItemTokenizer.from_pretrained(tokenizer), read_sid_folder(sids)
+    model, table = ItemTokenizer.from_pretrained(tokenizer), SidTable.load(sids)
     _check_pair(model.sha256(), table, str(tokenizer), str(sids))
-    version = sha256([FORMAT, model.sha256(), file_sha256(sids / TABLE)])[:12]
+    version = sha256([FORMAT, model.sha256(), file_sha256(sids / FILE_NAME)])[:12]
     with writing(out, stage="bundle", config={"format": FORMAT, "version": version}) as draft:
         (draft.path / SIDS).mkdir()
         for name in _PARTS:
@@ -108,7 +109,7 @@ def load_bundle(folder: str | Path) -> Bundle:
         if found != expected:
             state = "is missing" if found is None else f"is another file (sha256 {found[:12]}, expected {expected[:12]})"
             raise ArtifactError(f"{folder}, version {extra['version']}: {name} {state}; copy the whole bundle again")
-    tokenizer, table = ItemTokenizer.from_pretrained(folder), read_sid_folder(folder / SIDS)
+    tokenizer, table = ItemTokenizer.from_pretrained(folder), SidTable.load(folder / SIDS)
     _check_pair(tokenizer.sha256(), table, str(folder), str(folder / SIDS))
     embeddings = read_tensors(folder / SIDS / "embeddings.safetensors")["embeddings"]
     return Bundle(tokenizer, table, embeddings, extra["version"])

@@ -9,7 +9,7 @@ import numpy as np
 
 from mmsid.artifacts import read_json, read_tensors
 from mmsid.errors import ArtifactError, ConfigError
-from mmsid.sids import SidTable, read_sid_folder
+from mmsid.sids import SidTable
 from mmsid.sids.folder import INTRINSIC
 from mmsid.tokenizer.model import ItemTokenizer
 
@@ -41,7 +41,7 @@ class Published:
             ArtifactError: a part of the folder is missing or damaged.
         """
         folder = Path(folder)
-        table = read_sid_folder(folder)
+        table = SidTable.load(folder)
         embeddings = read_tensors(folder / "embeddings.safetensors")["embeddings"].numpy()
         if len(embeddings) != len(table):
             raise ArtifactError(f"{folder}: {len(table)} Semantic IDs but {len(embeddings)} embeddings; run `mmsid assign` again")

@@ -17,7 +17,7 @@ from mmsid.backbone.text import hidden_size_of
 from mmsid.catalog import Catalog, Split, load_picture
 from mmsid.errors import ConfigError, MmsidError
 from mmsid.progress import track
-from mmsid.sids import read_sid_folder
+from mmsid.sids import SidTable
 from mmsid.tokenizer import initialization
 from mmsid.tokenizer.batches import PairPlan
 from mmsid.tokenizer.behaviour_regression import fit_behaviour_regression
@@ -41,7 +41,7 @@ class Training:
 
     def __init__(self, config: TrainTokenizerConfig, accelerator: Accelerator, catalog: Catalog, split: Split | None, draft: Draft) -> None:
         self.config, self.accelerator, self.catalog, self.draft = config, accelerator, catalog, draft
-        self.published = None if config.align_codes_to is None else read_sid_folder(config.align_codes_to)
+        self.published = None if config.align_codes_to is None else SidTable.load(config.align_codes_to)
         if self.published is not None:
             check_sizes(self.published, config.num_levels, config.codebook_size)
         mined = read_mined_interests(config.interests)

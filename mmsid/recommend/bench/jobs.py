@@ -25,7 +25,7 @@ from mmsid.recommend.result_rows import lost_to_collisions, write_ranks
 from mmsid.recommend.sasrec import fit_sasrec
 from mmsid.recommend.training import fit, table_paths
 from mmsid.sids import SidTable, intrinsic_metrics, write_sid_folder
-from mmsid.sids.folder import INTRINSIC, read_sid_folder
+from mmsid.sids.folder import INTRINSIC
 from mmsid.tokenizer.assign import AssignConfig
 from mmsid.tokenizer.assign import run as assign
 from mmsid.tokenizer.sid_methods import MethodSources, MethodSpec, import_published, make_sids
@@ -108,7 +108,7 @@ class Bench:
         settings = {"seed": job.seed, "collisions": job.arm.config.collisions}
         assigned = assign(AssignConfig(out=scratch / "sids", tokenizer=config.out, catalog=config.catalog, **annotations, **settings))
         _move_files(assigned, folder)
-        return read_sid_folder(folder), earlier
+        return SidTable.load(folder), earlier
 
     def _refine(self, spec: RefineArm, job: BenchJob, folder: Path) -> SidTable:
         given = {
@@ -121,7 +121,7 @@ class Bench:
             "sids": job.sids,
         }
         _move_files(self.refine[spec.control](spec.settings | given), folder)
-        return read_sid_folder(folder)
+        return SidTable.load(folder)
 
     def _import(self, job: BenchJob, folder: Path) -> SidTable:
         items = self.catalog.items
@@ -144,7 +144,7 @@ class Bench:
         if job.arm.config.kind == "sasrec":
             fitted = fit_sasrec(len(items), self.split, shape=shape, schedule=job.schedule, seed=job.seed)
         else:
-            paths = table_paths(read_sid_folder(job.sids).align([item.item_id for item in items]))
+            paths = table_paths(SidTable.load(job.sids).align([item.item_id for item in items]))
             common = {"shape": shape, "schedule": job.schedule, "seed": job.seed, "what": job.arm.name}
             if job.arm.config.recommender == "hybrid":
                 fitted = fit_hybrid(paths, items, self.sources.text, self.split, **common)
