@@ -1,4 +1,4 @@
-# Two commands for a newcomer: `make demo` and `make test`. Each works alone on a fresh machine with Python 3.11+ and builds .venv itself.
+# `make demo` runs the pipeline, `make test` the tests. Both need only Python 3.11+ and build .venv.
 PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
@@ -14,7 +14,7 @@ demo: .venv/installed
 test: .venv/installed
 	$(BIN)/python -m pytest
 
-# what .ci/run adds: tests of minutes, of several processes, and of the real data under MMSID_DATA
+# slow tests, tests with several processes, and tests on the data under MMSID_DATA
 test-all: test
 	$(BIN)/python -m pytest -m "slow or real_data"
 
@@ -22,7 +22,7 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# --no-compile: byte-compiling all of torch and transformers costs more than compiling what gets imported
+# --no-compile: byte-compiling all of torch and transformers takes longer than compiling the imported modules
 .venv/installed: pyproject.toml constraints-cpu.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"mmsid needs Python 3.11 or newer, {sys.executable} is {sys.version.split()[0]}; run make PYTHON=python3.12"'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
