@@ -1,4 +1,4 @@
-"""The command wires the stages of a run, and answers mistakes with the key, the file and the remedy."""
+"""The command line: stages of a run are connected, and errors name the key, the file and the remedy."""
 
 from pathlib import Path
 
@@ -13,14 +13,14 @@ SCRIPTS = Path(__file__).parents[1] / "scripts"
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_shipped_configuration_is_accepted(path):
+def test_every_packaged_configuration_is_valid(path):
     configs = stages.stage_configs(load_yaml(path), source=str(path))
     assert configs and list(configs) == [stage for stage in stages.STAGES if stage in configs]
     if "assign" in configs:
         assert configs["assign"].tokenizer == configs["train_tokenizer"].out
 
 
-def test_a_stage_finds_what_earlier_stages_wrote():
+def test_inputs_of_a_stage_are_the_folders_of_earlier_stages():
     configs = stages.stage_configs(load_yaml(CONFIGS[0].with_name("demo.yaml"), ["name=x", "runs=/r"]), source="demo.yaml")
     assert configs["train_tokenizer"].captions == Path("/r/x/caption")
     assert configs["refine"].sids == Path("/r/x/assign")
@@ -37,7 +37,7 @@ def test_a_stage_finds_what_earlier_stages_wrote():
         ({"name": "x", "catalog": {"itms": "i"}, "caption": {}}, "caption.catalog.itms"),
     ],
 )
-def test_mistakes_name_the_key(data, words):
+def test_errors_name_the_key(data, words):
     with pytest.raises(ConfigError, match=words):
         stages.stage_configs(data, source="run.yaml")
 
@@ -50,13 +50,13 @@ def test_errors_are_one_line_and_exit_code_1(capsys, tmp_path):
     assert error.startswith("mmsid: ") and "none.yaml" in error and error.count("\n") == 1
 
 
-def test_an_unknown_command_lists_the_known_ones(capsys):
+def test_an_unknown_command_is_refused_with_the_known_ones(capsys):
     with pytest.raises(SystemExit) as caught:
         cli.main(["recaption"])
     assert caught.value.code == 2 and "caption" in capsys.readouterr().err
 
 
-def test_there_is_a_script_for_every_stage_that_trains_or_writes():
-    named = {path.stem for path in SCRIPTS.glob("*.py")}
-    started_by = {"refine": "train_rl", "text_quality": "train_reward", "sid_reward": "train_reward"}
-    assert {started_by.get(stage, stage) for stage in stages.STAGES} - {"report"} <= named
+def test_every_stage_but_the_report_has_a_script():
+    scripts = {path.stem for path in SCRIPTS.glob("*.py")}
+    script_of = {"refine": "train_rl", "text_quality": "train_reward", "sid_reward": "train_reward"}
+    assert {script_of.get(stage, stage) for stage in stages.STAGES} - {"report"} <= scripts

@@ -73,7 +73,7 @@ def killed_at(step: int, work):
 # SIGKILL
 
 
-def test_killed_before_any_step_of_the_protocol_nothing_is_lost_or_half_published(tmp_path):
+def test_a_kill_before_any_step_of_publishing_loses_nothing_and_publishes_no_partial_folder(tmp_path):
     write_in_parts(tmp_path / "undisturbed")
     expected = {path.name: path.read_bytes() for path in (tmp_path / "undisturbed").iterdir() if path.name != artifacts.MANIFEST}
     for step in itertools.count():
@@ -97,7 +97,7 @@ def test_killed_before_any_step_of_the_protocol_nothing_is_lost_or_half_publishe
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["train_tokenizer", "assign"])
-def test_tokenizer_and_assignment_killed_at_every_step_end_like_an_undisturbed_run(tmp_path, stage):
+def test_tokenizer_and_assignment_killed_at_every_step_give_the_files_of_an_undisturbed_run(tmp_path, stage):
     from test_tokenizer_train import settings, write_annotations
     from tiny_backbones import tiny_bert
     from tiny_catalog import write_catalog as write_texts
@@ -154,7 +154,7 @@ def writers() -> dict:
 
 
 @pytest.mark.parametrize("name", writers())
-def test_a_write_that_meets_a_full_disk_is_told_and_the_old_file_stays(tmp_path, name):
+def test_a_write_to_a_full_disk_fails_with_a_remedy_and_keeps_the_old_file(tmp_path, name):
     out, write = tmp_path / "out", writers()[name]
     with (
         pytest.raises(ArtifactError, match=r"the disk is full.*bytes are left.*run again.*kept in .*\.out\.draft"),
@@ -170,12 +170,12 @@ def test_a_write_that_meets_a_full_disk_is_told_and_the_old_file_stays(tmp_path,
     assert (tmp_path / ".out.draft" / name).read_bytes() == before
 
 
-def test_a_job_on_a_disk_that_fills_up_continues_once_there_is_room(tmp_path, small_disk):
+def test_a_job_that_filled_the_disk_continues_when_space_is_free(tmp_path, small_disk):
     catalog = write_catalog(tmp_path / "catalog")
     undisturbed = rows_of(caption(caption_config(catalog, tmp_path / "caption"), StubGenerator()))
     config = caption_config(catalog, small_disk / "caption")
     ballast = small_disk / "ballast"
-    ballast.write_bytes(bytes(256 * 1024 - 24_576))  # room for some of the four shards
+    ballast.write_bytes(bytes(256 * 1024 - 24_576))  # enough for some of the four shards
     with pytest.raises(ArtifactError, match="the disk is full"):
         caption(config, StubGenerator())
     finished = len(list((small_disk / ".caption.draft" / "shards").glob("part-*.parquet")))
@@ -186,7 +186,7 @@ def test_a_job_on_a_disk_that_fills_up_continues_once_there_is_room(tmp_path, sm
     assert generator.num_requests <= 28 - 7 * finished
 
 
-def test_weights_that_do_not_fit_are_told(small_disk):
+def test_weights_that_do_not_fit_on_the_disk_fail_with_a_message(small_disk):
     with (
         pytest.raises(ArtifactError, match=r"the disk is full.*Nothing was published"),
         artifacts.writing(small_disk / "out", stage="test", config={}) as draft,
@@ -194,7 +194,7 @@ def test_weights_that_do_not_fit_are_told(small_disk):
         artifacts.write_tensors(draft.path / "model.safetensors", {"x": torch.ones(100_000)})
 
 
-def test_a_full_disk_is_met_before_a_mapped_file_is_written_and_by_the_cache(small_disk):
+def test_memory_mapped_files_and_the_cache_detect_a_full_disk(small_disk):
     with pytest.raises(OSError) as caught:
         disk.reserve(small_disk / "scores.f32", 1_000_000)
     assert caught.value.errno == errno.ENOSPC
@@ -207,13 +207,13 @@ def test_a_full_disk_is_met_before_a_mapped_file_is_written_and_by_the_cache(sma
         assert set(cache.get(["a", "b"])) == {"a"}
 
 
-def test_a_read_only_file_system_is_told(small_disk):
+def test_a_read_only_file_system_fails_with_a_remedy(small_disk):
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     with pytest.raises(ArtifactError, match=r"file system is read-only.*name another folder"):
         write_in_parts(small_disk / "out")
 
 
-def test_a_folder_without_write_permission_is_told():
+def test_a_folder_without_write_permission_fails_with_a_remedy():
     folder = Path(tempfile.mkdtemp())  # other users cannot open the parents of tmp_path
     try:
         folder.chmod(0o555)
@@ -271,7 +271,7 @@ def test_a_lock_file_may_have_any_content(tmp_path):
             write_in_parts(tmp_path / "other")
 
 
-# Files that changed on the disk
+# Damaged files
 
 
 @pytest.fixture
@@ -285,7 +285,7 @@ def flip(path: Path, at: int | None = None) -> None:
     path.write_bytes(data)
 
 
-def test_a_flipped_bit_and_a_lost_shard_are_named_with_their_remedy(captioned, tmp_path):
+def test_a_flipped_bit_and_a_missing_shard_are_reported_with_a_remedy(captioned, tmp_path):
     assert len(read_captions(captioned)) == 24
     shard = captioned / "shards" / "part-00001.parquet"
     whole = shard.read_bytes()
@@ -300,12 +300,12 @@ def test_a_flipped_bit_and_a_lost_shard_are_named_with_their_remedy(captioned, t
     assert len(read_captions(captioned)) == 24
 
 
-def test_the_list_of_checksums_is_what_sha256sum_reads(captioned):
+def test_sha256sum_accepts_the_checksums(captioned):
     checked = subprocess.run(["sha256sum", "-c", artifacts.CHECKSUMS], cwd=captioned, capture_output=True, text=True)
     assert checked.returncode == 0 and checked.stdout.count(": OK") == 4
 
 
-def test_a_shard_spoilt_before_the_job_was_finished_is_made_again(tmp_path):
+def test_a_shard_that_was_damaged_in_the_draft_is_made_again(tmp_path):
     catalog = write_catalog(tmp_path / "catalog")
     undisturbed = rows_of(caption(caption_config(catalog, tmp_path / "other"), StubGenerator()))
     config = caption_config(catalog, tmp_path / "caption")
@@ -317,7 +317,7 @@ def test_a_shard_spoilt_before_the_job_was_finished_is_made_again(tmp_path):
     assert rows_of(caption(config, StubGenerator())) == undisturbed
 
 
-def test_a_sid_table_is_checked_wherever_it_lies_in_a_finished_folder(tmp_path):
+def test_a_sid_table_in_a_subfolder_is_verified(tmp_path):
     from mmsid.sids import SidTable
 
     with artifacts.writing(tmp_path / "refine", stage="refine", config={}) as draft:
@@ -348,10 +348,10 @@ def test_a_manifest_of_another_version_is_refused_with_both_values(captioned, ch
         read_captions(captioned)
 
 
-# The clock
+# Clock
 
 
-def test_a_clock_that_jumps_back_is_not_noticed(tmp_path, monkeypatch):
+def test_a_clock_that_is_set_back_does_not_change_the_output(tmp_path, monkeypatch):
     catalog = write_catalog(tmp_path / "catalog")
     undisturbed = rows_of(caption(caption_config(catalog, tmp_path / "other"), StubGenerator()))
     seconds = itertools.count(start=2_000_000_000, step=-86_400)

@@ -1,4 +1,4 @@
-"""Weights that hold NaN are refused by every room that reads or trains them, never turned into codes, rewards or ranks."""
+"""Weights with NaN are refused wherever they are loaded, trained or used, so that they give no codes, rewards or rankings."""
 
 import math
 import shutil
@@ -29,7 +29,7 @@ ITEMS = [ItemInput("red shoe"), ItemInput("blue bag for the office")]
 
 
 def poison(path, name: str) -> None:
-    """One NaN in the first tensor whose name ends in `name`."""
+    """Set one value to NaN in the first tensor whose name ends in `name`."""
     tensors = load_file(path)
     next(tensor for key, tensor in tensors.items() if key.endswith(name)).view(-1)[0] = math.nan
     save_file(tensors, path)
@@ -53,7 +53,7 @@ def test_a_tokenizer_with_nan_in_its_head_is_not_loaded(tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("weight", ["queries", "LayerNorm.weight"])
-def test_a_tokenizer_whose_body_computes_nan_gives_no_codes(tokenizer, weight):
+def test_a_tokenizer_whose_backbone_computes_nan_gives_no_codes(tokenizer, weight):
     found = next(value for name, value in tokenizer.named_parameters() if name.endswith(weight))
     kept = found.detach().clone()
     with torch.no_grad():
@@ -106,4 +106,4 @@ def test_a_captioner_with_nan_is_not_loaded(tmp_path):
     shutil.copytree(demo_weights(), tmp_path / "model")
     poison(tmp_path / "model" / "model.safetensors", "weight")
     with pytest.raises(ConfigError, match="contains NaN or infinite values; copy the model again"):
-        HuggingFaceGenerator(tmp_path / "model").model  # noqa: B018 - loaded when it is first asked for
+        HuggingFaceGenerator(tmp_path / "model").model  # noqa: B018 - the property loads the model

@@ -1,4 +1,4 @@
-"""The wheel carries what a user needs: prompts, example configurations, fonts, the shipped captioner."""
+"""Contents of the wheel: prompts, example configurations, fonts, the packaged captioner, report assets."""
 
 import subprocess
 import sys
@@ -11,16 +11,16 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.slow
-def test_the_wheel_carries_prompts_configs_fonts_and_weights(tmp_path):
+def test_wheel_contains_prompts_configs_fonts_and_weights(tmp_path):
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(ROOT)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     (wheel,) = tmp_path.glob("mmsid-*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    wanted = {f"mmsid/prompts/{path.name}" for path in (ROOT / "prompts").glob("*.md")}
-    wanted |= {f"mmsid/configs/{path.name}" for path in (ROOT / "configs").glob("*.yaml")}
-    wanted |= {"mmsid/annotate/weights/demo_captioner/model.safetensors", "mmsid/annotate/weights/demo_captioner/README.md"}
-    wanted |= {str(path.relative_to(ROOT)) for path in (ROOT / "mmsid/catalog/demo/fonts").glob("*.ttf")}
-    wanted |= {str(path.relative_to(ROOT)) for path in (ROOT / "mmsid/report").iterdir() if path.suffix in (".j2", ".css", ".js")}
-    assert wanted <= names, f"missing: {sorted(wanted - names)}"
+    expected = {f"mmsid/prompts/{path.name}" for path in (ROOT / "prompts").glob("*.md")}
+    expected |= {f"mmsid/configs/{path.name}" for path in (ROOT / "configs").glob("*.yaml")}
+    expected |= {"mmsid/annotate/weights/demo_captioner/model.safetensors", "mmsid/annotate/weights/demo_captioner/README.md"}
+    expected |= {str(path.relative_to(ROOT)) for path in (ROOT / "mmsid/catalog/demo/fonts").glob("*.ttf")}
+    expected |= {str(path.relative_to(ROOT)) for path in (ROOT / "mmsid/report").iterdir() if path.suffix in (".j2", ".css", ".js")}
+    assert expected <= names, f"missing: {sorted(expected - names)}"
     assert wheel.stat().st_size < 25_000_000

@@ -1,4 +1,4 @@
-"""Every command and every Python snippet of README and docs runs: `make demo` and `make test` in `.ci/run`, the others here, made small."""
+"""Every command and Python snippet of README and docs runs, with small settings. `make demo` and `make test` run in `.ci/run`."""
 
 import os
 import re
@@ -25,7 +25,7 @@ LINES = [
     line.split("  #")[0].strip() for block in blocks("bash") for line in block.splitlines() if line.strip() and not line.startswith("#")
 ]
 COMMANDS = list(dict.fromkeys(LINES))
-FIRST = ("mmsid run configs/demo.yaml", "mmsid bundle")  # the others read what these write
+FIRST = ("mmsid run configs/demo.yaml", "mmsid bundle")  # in this order, before the other commands
 QUALITY = ["text_quality.model.steps=150", "text_quality.least_accuracy=0.6", "text_quality.most_calibration_error=0.5"]
 SMALL = {
     "train_reward.py": QUALITY,
@@ -59,7 +59,7 @@ SMALL = {
     "benchmarks/assignment.py": ["--rows", "1000", "--dim", "16", "--sizes", "1000", "--repeats", "1", "--out", "assignment.json"],
 }
 
-PREPARED = {  # what the text around a snippet presupposes
+PREPARED = {  # first line of a snippet -> code that runs before it
     "processor = mmsid.TrieLogitsProcessor.from_table(bundle.table, text_tokenizer, prompt_length=prompt.shape[1])": """
 import sys, torch, mmsid
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -76,7 +76,7 @@ os.symlink("demo/catalog", "data")
 }
 
 
-def test_the_pages_name_only_files_that_exist():
+def test_readme_and_docs_name_existing_files():
     assert "make demo" in COMMANDS and "make test" in COMMANDS and len(COMMANDS) >= 20
     for path in re.findall(r"(?:configs|scripts|benchmarks|prompts)/[\w./-]*\w", TEXT):
         assert (ROOT / path).exists(), f"README or docs name {path}, which does not exist"
@@ -85,19 +85,19 @@ def test_the_pages_name_only_files_that_exist():
             assert (page.parent / link).exists(), f"{page.name} links to {link}, which does not exist"
 
 
-def test_the_readme_is_short():
+def test_readme_has_at_most_160_lines():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 160
 
 
-def test_the_yaml_of_the_readme_is_accepted(tmp_path):
+def test_yaml_of_the_readme_is_valid(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text(blocks("yaml")[0])
     assert list(stage_configs(load_yaml(path), str(path)))[-1] == "report"
 
 
 @pytest.mark.slow
-def test_every_other_command_and_snippet_runs(tmp_path):
-    """In an empty folder, with overrides that make each stage small."""
+def test_commands_and_snippets_run(tmp_path):
+    """All commands and snippets except `make`, in an empty folder, with overrides that make each stage small."""
     for name in ("benchmarks", "configs", "scripts"):
         (tmp_path / name).symlink_to(ROOT / name)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"

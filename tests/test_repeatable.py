@@ -1,4 +1,4 @@
-"""The same seed gives the same gradients to the bit, on several threads too: figures that change from run to run prove nothing."""
+"""Gradients are bit-identical for the same seed, also with several threads."""
 
 from collections.abc import Iterator
 
@@ -38,7 +38,7 @@ def assert_repeatable(model: torch.nn.Module, loss) -> None:
         assert all(torch.equal(one, again) for one, again in zip(first, gradients(model, loss), strict=True))
 
 
-def test_the_recommender_that_measures_semantic_ids() -> None:
+def test_gradients_of_the_sid_transformer_are_repeatable() -> None:
     generator = torch.Generator().manual_seed(0)
     paths = torch.randint(8, (2000, 3), generator=generator)
     model = SidTransformer(ItemPaths(paths.numpy(), (8, 8, 8), np.ones((2000, 3), dtype=bool)), SidTransformerShape())
@@ -46,7 +46,7 @@ def test_the_recommender_that_measures_semantic_ids() -> None:
     assert_repeatable(model, lambda: model(histories))
 
 
-def test_the_head_of_the_tokenizer() -> None:
+def test_gradients_of_the_sid_head_are_repeatable() -> None:
     generator = torch.Generator().manual_seed(0)
     head = ResidualHead(64, num_levels=3, codebook_size=8, code_dim=96)
     torch.nn.init.normal_(head.vectors, generator=generator)
@@ -54,7 +54,7 @@ def test_the_head_of_the_tokenizer() -> None:
     assert_repeatable(head, lambda: -head.teacher_logits(head.project(states), codes).log_softmax(-1).square().mean())
 
 
-def test_all_losses_of_the_tokenizer_down_to_adapter_and_query_tokens(tmp_path) -> None:
+def test_gradients_of_all_tokenizer_losses_are_repeatable(tmp_path) -> None:
     backbone = BackboneSettings(path=tiny_bert(tmp_path / "bert", hidden=128), max_length=48)
     tokenizer = ItemTokenizer(TokenizerSettings(backbone=backbone, codebook_size=16, code_dim=32))
     items, half = 256, 128
