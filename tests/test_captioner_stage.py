@@ -120,7 +120,7 @@ def test_boxes_follow_the_shift_and_the_mirror(tmp_path):
 def test_catalogue_pictures_without_boxes(photographs, tmp_path):
     config = TrainCaptionerConfig(
         out=tmp_path / "model", catalog=photographs, caption_template="{color} {kind}", fields=("kind", "color"), digit_fields=(),
-        dense={}, interest_share=0.0, sizes=TINY, vision_warmup=phase(3), captioning=phase(1), joint=phase(2),
+        interest_share=0.0, sizes=TINY, vision_warmup=phase(3), captioning=phase(1), joint=phase(2),
         augment=Augment(flip=True, tint=0.1), targets=Targets(held_out_share=0.3),
     )  # fmt: skip
     run(config)

@@ -82,7 +82,7 @@ class TrainCaptionerConfig(StageConfig):
         caption_template: writes the training captions from `fields`, see `CaptionTemplate`.
         fields: fields that become label heads of the vision tower.
         digit_fields: fields that are two-digit numbers. Each becomes two labels, one per digit.
-        dense: label -> element of a drawn card. The label is also predicted on the patches of that element.
+        dense: label -> element of a drawn card, on whose patches the label is also predicted. Not used for catalogues.
         interest_share: share of the batches that train the interests prompt, where the pictures have interests.
         vision_warmup: phase that trains the vision tower on labels.
         captioning: phase that trains the language model while the tower is fixed.

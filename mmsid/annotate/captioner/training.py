@@ -143,9 +143,10 @@ def encode_answers(processor: object, prompt: str, texts: Sequence[str | None], 
 
 
 class Optimisers:
-    """Muon for hidden matrices, AdamW for the rest, one schedule: linear warm-up, then cosine to `final_rate`.
+    """Muon for hidden matrices and AdamW for all other weights, with one schedule: linear warm-up, then cosine to `final_rate`.
 
-    With `use_muon` False all weights are AdamW's: the factors of a low-rank adapter are not to be orthogonalised one by one."""
+    With `use_muon` False, AdamW trains all weights. Low-rank adapters need this, because Muon would orthogonalise each factor.
+    """
 
     def __init__(self, modules: Sequence[nn.Module], phase: Phase, accelerator: Accelerator, use_muon: bool = True):
         muon, rest = split_parameters(modules)
@@ -157,7 +158,7 @@ class Optimisers:
         self._parameters, self._phase, self._accelerator = [*muon, *rest], phase, accelerator
 
     def step(self, loss: torch.Tensor, step: int, progress: float) -> None:
-        """Backward, clip, update; `progress` in [0, 1] is the share of the budget that is spent."""
+        """Backward pass, gradient clipping and update. `progress` in [0, 1] is the position in the cosine schedule."""
         phase = self._phase
         factor = min(1.0, (step + 1) / max(1, phase.warmup_steps))
         factor *= phase.final_rate + (1 - phase.final_rate) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
