@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.2.0.dev0"
+from mmsid._version import __version__
 
 _EXPORTS = {
     "Bundle": "mmsid.tokenizer.bundle",

@@ -24,7 +24,7 @@ from pydantic import BaseModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-import mmsid
+from mmsid._version import __version__
 from mmsid.disk import disk_errors, folder_lock, fsync, replacing
 from mmsid.errors import ArtifactError
 from mmsid.progress import is_main_process
@@ -89,7 +89,7 @@ def writing(
         yield draft
         manifest = identity | {
             "input_paths": {name: str(path) for name, path in inputs.items()},
-            "package_version": mmsid.__version__,
+            "package_version": __version__,
             "seed": identity["config"].get("seed"),
             "counts": draft.counts,
             "extra": draft.extra,

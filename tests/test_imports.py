@@ -8,7 +8,17 @@ import mmsid
 PACKAGE = Path(mmsid.__file__).parent
 LEVEL = {"cli": 6, "api": 6, "stages": 5, "report": 4, "recommend": 4, "refine": 4, "tokenizer": 3, "annotate": 3}
 LEVEL |= {"sids": 2, "quantize": 2, "backbone": 2, "catalog": 2}
-LEVEL |= {"artifacts": 1, "config": 1, "disk": 1, "progress": 1, "accelerator": 1, "trl_training": 1, "ray_pool": 1, "errors": 0}
+LEVEL |= {
+    "artifacts": 1,
+    "config": 1,
+    "disk": 1,
+    "progress": 1,
+    "accelerator": 1,
+    "trl_training": 1,
+    "ray_pool": 1,
+    "errors": 0,
+    "_version": 0,
+}
 MODULES = {
     ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path for path in PACKAGE.rglob("*.py")
 }

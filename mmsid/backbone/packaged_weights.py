@@ -5,11 +5,10 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
-import mmsid
 from mmsid.errors import ConfigError
 
 MINILM, DEMO = "minilm", "demo"
-_DEMO_FOLDER = Path(mmsid.__file__).parent / "annotate" / "weights" / "demo_captioner"
+_DEMO_FOLDER = Path(__file__).parents[1] / "annotate" / "weights" / "demo_captioner"
 
 
 def resolve(path: str) -> str:

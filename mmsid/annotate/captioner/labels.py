@@ -59,8 +59,8 @@ def patch_masks(boxes: torch.Tensor, image_size: int, patch_size: int) -> torch.
     x0, y0, x1, y1 = (boxes[..., i : i + 1] for i in range(4))
     cover_x, cover_y = (centre >= x0) & (centre < x1), (centre >= y0) & (centre < y1)
     cells = torch.arange(grid, device=boxes.device)
-    middle_x = ((x0 + x1) / 2 / patch_size).nan_to_num(nan=-1.0).floor().clamp(-1, grid - 1)
-    middle_y = ((y0 + y1) / 2 / patch_size).nan_to_num(nan=-1.0).floor().clamp(-1, grid - 1)
+    middle_x = (((x0 + x1) / 2 / patch_size).nan_to_num(nan=-1.0) // 1).clamp(-1, grid - 1)
+    middle_y = (((y0 + y1) / 2 / patch_size).nan_to_num(nan=-1.0) // 1).clamp(-1, grid - 1)
     at_middle = (cells == middle_y)[..., :, None] & (cells == middle_x)[..., None, :]
     return ((cover_y[..., :, None] & cover_x[..., None, :]) | at_middle).flatten(-2)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import mmsid
+from mmsid._version import __version__
 from mmsid.artifacts import file_sha256, input_hashes, plain, read_table, sha256
 from mmsid.config import build
 from mmsid.recommend.bench.config import ArmConfig, DatasetConfig, RefineArm, SuiteConfig
@@ -200,7 +200,7 @@ class Plan:
         return tuple(name for name in read_table(published.sids).column_names if name != "item_id")
 
     def _data(self) -> dict[str, Any]:
-        return {"catalog": self.catalog_sha256, "split": plain(self.dataset.catalog.split), "version": mmsid.__version__}
+        return {"catalog": self.catalog_sha256, "split": plain(self.dataset.catalog.split), "version": __version__}
 
     def _job(self, kind: str, arm: Arm, made_from: dict[str, Any], seed: int, **rest: Any) -> BenchJob:
         seeded = kind == "fit" or (kind == "sids" and arm.sids_seeded)

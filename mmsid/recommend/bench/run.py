@@ -16,7 +16,7 @@ from typing import Literal
 
 import numpy as np
 
-import mmsid
+from mmsid._version import __version__
 from mmsid.artifacts import is_complete, plain, read_manifest, write_json
 from mmsid.config import Section
 from mmsid.errors import ConfigError, MmsidError
@@ -179,7 +179,7 @@ def _write(plan: Plan, options: BenchOptions, bench: Bench, choice: Choice, stat
     dataset = {"name": plan.dataset.name, **dataset_facts(bench.catalog, bench.split), "split": plain(plan.dataset.catalog.split)}
     dataset["suite"] = {
         "name": options.suite_name,
-        "package_version": mmsid.__version__,
+        "package_version": __version__,
         "selected_by": f"valid {SELECTED_BY}",
         **plain(suite.model_dump(mode="json", include={"seeds", "claims", "baselines", "within", "trials", "model", "schedule"})),
     }
