@@ -18,7 +18,7 @@ from mmsid.catalog import Catalog, Split, adjacent_pairs, read_catalog, split_hi
 from mmsid.recommend.bench.config import DatasetConfig, RefineArm
 from mmsid.recommend.bench.plan import BenchJob
 from mmsid.recommend.classical import classical_baselines
-from mmsid.recommend.evaluate import Evaluation, Part, evaluate
+from mmsid.recommend.evaluate import PARTS, Evaluation, Part, evaluate
 from mmsid.recommend.hybrid import fit_hybrid
 from mmsid.recommend.late_fusion import late_fusion
 from mmsid.recommend.result_rows import lost_to_collisions, write_ranks
@@ -35,7 +35,6 @@ from mmsid.tokenizer.train_config import TrainTokenizerConfig
 # control of a refine arm -> function from the keys of the stage refine to the SID folder written. Worker processes import it by name.
 Refiners = Mapping[str, Callable[[dict[str, Any]], Path]]
 
-PARTS: tuple[Part, ...] = ("valid", "test")
 FIGURES = "figures.json"
 
 
