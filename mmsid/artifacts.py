@@ -121,10 +121,10 @@ def read_manifest(folder: Path, stage: str | None = None) -> dict[str, Any]:
     manifest = read_json(path)
     found = manifest.get("schema_version") if isinstance(manifest, dict) else None
     if found != SCHEMA_VERSION:
-        raise ArtifactError(f"{path}: schema version {found!r}, this mmsid reads {SCHEMA_VERSION}; write the folder anew")
+        raise ArtifactError(f"{path}: schema version {found!r}, this mmsid reads {SCHEMA_VERSION}; write the folder again")
     missing = [key for key in ("stage", "config", "inputs", "input_paths", "package_version") if key not in manifest]
     if missing:
-        raise ArtifactError(f"{path}: key {missing[0]!r} is missing, so it was damaged or written by hand; write the folder anew")
+        raise ArtifactError(f"{path}: key {missing[0]!r} is missing, so it was damaged or written by hand; write the folder again")
     if stage is not None and manifest.get("stage") != stage:
         found = manifest.get("stage")
         raise ArtifactError(f"{folder} was written by stage {found!r}, expected {stage!r}; check the path in the configuration")
