@@ -341,7 +341,7 @@ def test_a_manifest_of_another_version_is_refused_with_both_values(captioned, ch
     path = captioned / artifacts.MANIFEST
     manifest = artifacts.read_json(path) | change
     artifacts.write_json(path, {key: value for key, value in manifest.items() if value is not ...})
-    with pytest.raises(ArtifactError, match=f"{words}.*write the folder anew"):
+    with pytest.raises(ArtifactError, match=f"{words}.*write the folder again"):
         read_captions(captioned)
     artifacts.write_json(path, [])
     with pytest.raises(ArtifactError, match="schema version None"):
