@@ -15,7 +15,7 @@ test: .venv/installed
 	$(BIN)/python -m pytest
 
 # slow tests, tests with several processes, and tests on the data under MMSID_DATA
-test-all: test
+test-all: .venv/installed
 	$(BIN)/python -m pytest -m "slow or real_data"
 
 lint: .venv/installed
