@@ -19,7 +19,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from assignment import PeakMemory
+from assignment import PeakRam
 from PIL import Image
 
 from mmsid.annotate.caption import CaptionConfig, picture_loader
@@ -96,7 +96,7 @@ def one_size(folder: Path) -> dict[str, Any]:
     record: dict[str, Any] = {}
 
     def measured(step: str, work: Callable[[], Any]) -> Any:
-        with PeakMemory() as peak:
+        with PeakRam() as peak:
             started, cpu = time.perf_counter(), time.process_time()
             result = work()
             record[f"{step}_seconds"] = round(time.process_time() - cpu, 3)
