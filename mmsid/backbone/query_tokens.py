@@ -7,6 +7,7 @@ Row layout: `[content][SID_1 .. SID_L][EMB][padding]`; the attention rule is doc
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -38,7 +39,7 @@ class QueryStates(NamedTuple):
     pooled: Tensor
 
 
-class QueryBackbone(nn.Module):
+class QueryBackbone(nn.Module, ABC):
     """Hugging Face model without LM head, with `num_levels` SID tokens and one EMB token.
 
     Attention rule: content tokens never attend to query tokens. SID token l attends to content and SID tokens up to l, EMB to content
@@ -99,9 +100,9 @@ class QueryBackbone(nn.Module):
                 module.train(mode)
         return self
 
+    @abstractmethod
     def tokens(self, item: BackboneInput) -> Batch:
         """Model inputs of one item without query tokens, with a batch axis of 1; includes `input_ids` (1, T)."""
-        raise NotImplementedError(f"{type(self).__name__} does not implement `tokens`")
 
     def tokens_of(self, items: Sequence[BackboneInput]) -> list[Batch]:
         """`tokens` of several items."""

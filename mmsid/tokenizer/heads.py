@@ -8,6 +8,7 @@ code space for the residual head, K for the parallel head). Ties go to the lowes
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -46,27 +47,27 @@ class Paths(NamedTuple):
     log_prob: Tensor
 
 
-class CodeHead(nn.Module):
+class CodeHead(nn.Module, ABC):
     """Base class of SID heads. Subclasses implement `project`, `level_logits` and `rename`."""
 
     num_levels: int
     codebook_size: int
 
+    @abstractmethod
     def project(self, h: Tensor) -> Tensor:
         """SID states (B, L, H) -> projected states (B, L, D), the input of `level_logits`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def level_logits(self, s: Tensor, prefix: Tensor) -> Tensor:
         """Logits of the level after `prefix`: s (B, L, D), prefix (B, l) -> (B, K); prefix (B, M, l) -> (B, M, K)."""
-        raise NotImplementedError
 
     def scale(self, s: Tensor, prefix: Tensor, logits: Tensor) -> Tensor:
         """Magnitude (B,) of the terms that were subtracted to form `logits`, which bounds their rounding error."""
         return logits.abs().amax(-1)
 
+    @abstractmethod
     def rename(self, permutations: Sequence[np.ndarray]) -> None:
         """Permute the codes of every level in place: code c of level l becomes `permutations[l][c]`."""
-        raise NotImplementedError
 
     def log_prob(self, s: Tensor, codes: Tensor) -> Tensor:
         """log pi(c_l | x, c_<l) for every level: codes (B, L) -> (B, L), or codes (B, M, L) -> (B, M, L). Full softmax over K."""
