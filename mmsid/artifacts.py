@@ -275,8 +275,10 @@ def write_table(path: Path, table: pa.Table | list[dict[str, Any]], metadata: Ma
 def read_table(path: Path) -> pa.Table:
     """Read a parquet file. Raises ArtifactError with the path if the file is missing, damaged, or fails a page checksum."""
     try:
-        return pq.read_table(path, partitioning=None, page_checksum_verification=True)
-    except (OSError, pa.ArrowException) as error:
+        table = pq.read_table(path, partitioning=None, page_checksum_verification=True)
+        table.column_names  # noqa: B018 (raises on names that are not UTF-8)
+        return table
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         raise ArtifactError(f"{path} cannot be read as parquet ({type(error).__name__}); write the folder again") from error
 
 
