@@ -248,7 +248,8 @@ def test_two_processes_end_with_the_codes_of_one(start, tmp_path):
         "ndcg": 9.0,
     }
     for processes, command in ((1, [sys.executable]), (2, launch)):
-        config = _config(start, tmp_path / f"refine{processes}", rounds=6, gate=loose, reward=RewardConfig(least_gain=-1.0))
+        config = _config(start, tmp_path / f"refine{processes}", rounds=8, gate=loose, reward=RewardConfig(steps=60, least_gain=-1.0))
+        config = config.model_copy(update={"loop": config.loop.model_copy(update={"moving": 1.0})})  # so that the target gains at once
         section = json.loads(config.model_dump_json())
         catalog = section.pop("catalog")
         (tmp_path / "run.yaml").write_text(yaml.safe_dump({"name": "tiny", "catalog": catalog, "refine": section}))
