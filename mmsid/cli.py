@@ -4,6 +4,7 @@ mmsid run CONFIG [key=value ...] [--redo STAGE]      every stage of the configur
 mmsid STAGE --config CONFIG [key=value ...] [--redo] one stage; also `accelerate launch scripts/STAGE.py --config CONFIG`
                                                      caption, interests and assign take `--engine ray` (a Ray cluster)
 mmsid assign --config CONFIG --append SIDS           Semantic IDs for new items; the published codes in SIDS stay unchanged
+                                                     --refresh moves published items whose behaviour has become sure
 mmsid report RUN [catalog.key=value ...]             RUN/report.html; RUN is a run folder, its YAML, or benchmark results (.json)
 mmsid catalog --config CONFIG                        read a catalogue and describe it
 mmsid demo-catalog OUT --items N --users M --seed S  draw the demo catalogue
@@ -44,8 +45,10 @@ def _one_stage(stage: str, arguments: list[str]) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides, e.g. train_tokenizer.steps=50")
     if stage == "assign":
         parser.add_argument("--append", metavar="SIDS", help="SID folder whose published codes stay (assign.append)")
+        parser.add_argument("--refresh", action="store_true", help="move published items whose behaviour has become sure (assign.refresh)")
     parsed = parser.parse_intermixed_args(arguments)
     append = [f"assign.append={parsed.append}"] if getattr(parsed, "append", None) else []
+    append += ["assign.refresh=true"] if getattr(parsed, "refresh", False) else []
     data = load_yaml(parsed.config, [*parsed.overrides, *append])
     data.setdefault(stage, data.get("refine", {}) if stage == "sid_reward" else {})
     configs = stage_configs(data, source=str(parsed.config))

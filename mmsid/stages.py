@@ -142,6 +142,7 @@ def _upstream(stage: str, folders: Mapping[str, Path], header: RunHeader, config
         variants["ours"] = folders["assign"]
     if "refine" in configs:
         variants["ours_refined"] = folders["refine"] / "sids"
+    behaviour = getattr(configs.get("train_tokenizer"), "behaviour", None)
     return {
         "model": folders.get("train_captioner") if stage == "caption" else None,
         "cache": header.runs / ".cache" / "annotations.sqlite",
@@ -151,6 +152,7 @@ def _upstream(stage: str, folders: Mapping[str, Path], header: RunHeader, config
         "text_quality": folders.get("text_quality"),
         "tokenizer": folders.get("train_tokenizer"),
         "sids": folders.get("assign"),
+        "behaviour": behaviour if stage != "train_tokenizer" and isinstance(behaviour, tuple) else None,
         "variants": variants if stage == "train_recommender" and variants else None,
         "run": header.runs / header.name,
     }

@@ -59,10 +59,10 @@ def test_refit_head_gives_the_new_balanced_codes() -> None:
     torch.manual_seed(0)
     head = ResidualHead(4, 2, 6, 5)
     s = head.project(torch.randn(120, 2, 4)).detach()
-    codes = initialization.refit_head(head, s, seed=0)
-    again = head.greedy(initialization.append_price_coordinates(s[..., :-2], 2)).codes
-    assert (again == codes).float().mean() > 0.99
-    assert head.log_prob(initialization.append_price_coordinates(s[..., :-2], 2), codes)[:, 0].mean() > -1.0
+    reading, codes = initialization.refit_head(head, s, torch.zeros(120, 1), seed=0)
+    assert torch.equal(reading, initialization.append_price_coordinates(s[..., :-2], 2))
+    assert (head.greedy(reading).codes == codes).float().mean() > 0.99
+    assert head.log_prob(reading, codes)[:, 0].mean() > -1.0
 
 
 def test_category_ids_of_ragged_paths() -> None:

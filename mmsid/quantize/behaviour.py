@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import scipy.sparse as sp
 from scipy.sparse.linalg import svds
@@ -9,56 +11,84 @@ from scipy.sparse.linalg import svds
 from mmsid.errors import MmsidError
 
 _DENSE_BELOW = 600  # up to this number of rows, an exact dense decomposition is as fast as the iterative one
+_MIN_SIGMA = 1e-6  # relative size below which a singular value is rounding noise
+_MIN_INFORMATION = 1e-9  # nats below which PMI is rounding noise
 _SMOOTHING = 0.75  # exponent of the context distribution (Levy, Goldberg & Dagan 2015)
 
 
-def ppmi_svd(pairs: sp.spmatrix, dim: int = 64, seed: int = 0) -> np.ndarray:
-    """Item vectors from weighted co-engagement: truncated SVD of the positive pointwise mutual information, u sqrt(sigma).
+@dataclass(frozen=True)
+class CoEngagementFactors:
+    """Truncated SVD of the positive pointwise mutual information (PPMI) of co-engagement, in a form that gives vectors of any item.
 
-    PMI_ij = log( p_ij / (p_i q_j) ) with q proportional to (column sum)^0.75, which lowers the PMI of rare contexts
-    (Levy, Goldberg & Dagan 2015). The sign of each dimension is fixed by its largest entry.
+    PMI_ij = log( p(j | i) / q_j ) with q proportional to (column sum)^0.75, which lowers the PMI of rare contexts (Levy, Goldberg & Dagan
+    2015). With PPMI = U S V^T, the vector of a row is its PPMI times V S^(-1/2), which equals U S^(1/2) for the rows of the fit.
 
-    Args:
-        pairs: (N, N) non-negative weights; the diagonal is ignored.
-    Returns:
-        (N, dim) float32 with rows of norm 1. Items without positive PMI have a zero row; dimensions beyond the rank of the matrix are
-        zero.
-    Raises:
-        MmsidError: `pairs` is not square, or has negative or NaN weights.
-        ValueError: `dim` is not positive.
+    Attributes:
+        context: (N, M) float32, V S^(-1/2). The sign of each dimension is fixed by the largest entry of U. Dimensions beyond the rank of
+            the matrix are zero.
+        log_share: (N,) float64, log q of every context item; 0 for items without co-engagement, whose PMI is then never positive.
     """
+
+    context: np.ndarray
+    log_share: np.ndarray
+
+    @classmethod
+    def fit(cls, pairs: sp.spmatrix, dim: int = 64, seed: int = 0) -> CoEngagementFactors:
+        """Factorise weights (N, N), which must be non-negative; the diagonal is ignored.
+
+        Raises:
+            MmsidError: `pairs` is not square, or has negative or NaN weights.
+            ValueError: `dim` is not positive.
+        """
+        if pairs.shape[0] != pairs.shape[1]:
+            raise MmsidError(f"co-engagement must be square (items x items), got {pairs.shape}")
+        if dim < 1:
+            raise ValueError(f"dim must be positive, got {dim}")
+        weights = _without_diagonal(pairs)
+        columns = np.asarray(weights.sum(axis=0)).ravel() ** _SMOOTHING
+        with np.errstate(divide="ignore", invalid="ignore"):
+            log_share = np.where(columns > 0, np.log(columns / columns.sum()), 0.0)
+        context = np.zeros((weights.shape[0], dim), dtype=np.float32)
+        ppmi = _ppmi(weights, log_share)
+        if ppmi.nnz:
+            left, sigma = _truncated_svd(ppmi, min(dim, weights.shape[0]), seed)
+            rank = sigma > _MIN_SIGMA * sigma[0]
+            left, sigma = left[:, rank], sigma[rank]
+            largest = left[np.abs(left).argmax(axis=0), np.arange(left.shape[1])]
+            context[:, : left.shape[1]] = (ppmi.T @ left) * np.where(largest < 0, -1.0, 1.0) * sigma**-1.5
+        return cls(context, log_share)
+
+    def vectors(self, pairs: sp.spmatrix) -> np.ndarray:
+        """Behaviour vectors of items: weights (n, N) to the context items -> (n, M) float32, rows of norm 1.
+
+        A row without positive PMI is zero. A row depends on its own weights only.
+        """
+        found = _ppmi(sp.csr_matrix(pairs, dtype=np.float64), self.log_share) @ self.context.astype(np.float64)
+        norms = np.linalg.norm(found, axis=1, keepdims=True)
+        return (found / np.where(norms > 0, norms, 1.0)).astype(np.float32)
+
+
+def ppmi_svd(pairs: sp.spmatrix, dim: int = 64, seed: int = 0) -> np.ndarray:
+    """Behaviour vectors (N, dim) of the items of a co-engagement matrix (N, N); see `CoEngagementFactors`."""
+    return CoEngagementFactors.fit(pairs, dim, seed).vectors(_without_diagonal(pairs))
+
+
+def _without_diagonal(pairs: sp.spmatrix) -> sp.csr_matrix:
     weights = sp.csr_matrix(pairs, dtype=np.float64, copy=True)
-    if weights.shape[0] != weights.shape[1]:
-        raise MmsidError(f"co-engagement must be square (items x items), got {weights.shape}")
     if weights.nnz and not (np.isfinite(weights.data).all() and weights.data.min() >= 0):
         raise MmsidError("co-engagement weights must be finite and not negative; check how the pairs were made")
-    if dim < 1:
-        raise ValueError(f"dim must be positive, got {dim}")
     weights.setdiag(0)
     weights.eliminate_zeros()
-    num_items = weights.shape[0]
-    result = np.zeros((num_items, dim), dtype=np.float32)
-    if not weights.nnz:
-        return result
+    return weights
+
+
+def _ppmi(weights: sp.csr_matrix, log_share: np.ndarray) -> sp.csr_matrix:
+    """Positive PMI of rows (n, N): log( w_ij / row sum ) - log q_j where that is positive."""
     entries = weights.tocoo()
-    total = entries.data.sum()
     row_sums = np.asarray(weights.sum(axis=1)).ravel()
-    context = np.asarray(weights.sum(axis=0)).ravel() ** _SMOOTHING
-    context /= context.sum()
-    information = np.log(entries.data / row_sums[entries.row] / context[entries.col])  # p_ij / p_i = w_ij / row sum
-    keep = information > 1e-12 * max(1.0, np.log1p(total))
-    ppmi = sp.csr_matrix((information[keep], (entries.row[keep], entries.col[keep])), shape=weights.shape)
-    if not ppmi.nnz:
-        return result
-    left, sigma = _truncated_svd(ppmi, min(dim, num_items), seed)
-    rank = sigma > 1e-9 * sigma[0]
-    left, sigma = left[:, rank], sigma[rank]
-    largest = left[np.abs(left).argmax(axis=0), np.arange(left.shape[1])]
-    vectors = left * np.where(largest < 0, -1.0, 1.0) * np.sqrt(sigma)
-    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-    empty = norms < 1e-9 * norms.max()  # rounding noise of items without information must not be scaled to norm 1
-    result[:, : vectors.shape[1]] = np.where(empty, 0.0, vectors / np.where(empty, 1.0, norms))
-    return result
+    information = np.log(entries.data / row_sums[entries.row]) - log_share[entries.col]
+    keep = information > _MIN_INFORMATION
+    return sp.csr_matrix((information[keep], (entries.row[keep], entries.col[keep])), shape=weights.shape)
 
 
 def fuse(text: np.ndarray, behaviour: np.ndarray, weight: float = 1.0) -> np.ndarray:

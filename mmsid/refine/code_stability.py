@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ def noisy_sample(inputs: Sequence[ItemInput], hashes: Sequence[str]) -> tuple[li
     """Rows of at most `SAMPLE` items with text, the first by content hash, and their inputs with missing words."""
     order = sorted((row for row in range(len(inputs)) if inputs[row].text), key=lambda row: hashes[row])
     rows = order[:SAMPLE]
-    return rows, [ItemInput(drop_words(inputs[row].text, MISSING), inputs[row].pictures) for row in rows]
+    return rows, [replace(inputs[row], text=drop_words(inputs[row].text, MISSING)) for row in rows]
 
 
 def drop_words(text: str, share: float) -> str:

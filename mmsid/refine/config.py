@@ -23,7 +23,6 @@ REPAIR: dict[str, Any] = {
     "objective": "likelihood",  # paths are drawn uniformly: a policy that is wrong about an item hardly ever samples the right one
     "group": 128,
     "lr": 3e-5,
-    "behaviour_rate": 100.0,  # the wrong targets are stored per item in the behaviour regression; shared weights cannot correct them
     "adapt": False,
     "rounds": 40,
     "step_kl": 0.1,
@@ -40,6 +39,7 @@ class RefineConfig(StageConfig):
     Attributes:
         tokenizer: folder of `train_tokenizer`, or of an earlier `refine`.
         sids: folder of `assign` for that tokenizer: the codes that the gate compares with.
+        behaviour: vector files, for a tokenizer that was trained with such files.
         text_quality: finished `text_quality` folder. The quality q of an item multiplies the advantages of its group, so that items with
             poor mined interests move less. None: q = 1 for every item; the manifest records which of the two was used.
         recipe: `polish` for a sound tokenizer; `repair` for one that learnt wrong targets for single items (measured for targets that were
@@ -63,6 +63,7 @@ class RefineConfig(StageConfig):
     sids: Path
     captions: Path | None = None
     interests: Path | None = None
+    behaviour: tuple[Path, ...] = ()
     text_quality: Path | None = None
     recipe: Literal["polish", "repair"] = "polish"
     trainable: Literal["heads", "all"] = "heads"

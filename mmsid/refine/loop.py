@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -37,7 +37,6 @@ class Policy(Protocol):
     """A trainable distribution over the paths of every item."""
 
     parameters: Sequence[Tensor]
-    rates: Sequence[float]  # learning rate of each parameter, as a multiple of the loop's
 
     def log_prob(self, rows: Tensor) -> Tensor:
         """(B,) item rows -> (B, P) log-probabilities over each item's tree, with gradient."""
@@ -52,8 +51,6 @@ class LoopConfig(Section):
     Attributes:
         group: paths scored per item and round.
         batch: items per minibatch, over all processes; a group is never split.
-        behaviour_rate: learning rate of the tokenizer's behaviour regression values, as a multiple of `lr`; 0 keeps them fixed. Use it only
-            with the component `robust_prediction`: per-item values otherwise learn the noise of the reward.
         clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
         kl: coefficient of the exact KL to the reference.
         entropy: coefficient of an entropy bonus; a value above 0 moves the policy even under a constant reward.
@@ -71,14 +68,11 @@ class LoopConfig(Section):
         weights: weight of every reward component (see `mmsid.refine.evidence`).
     """
 
-    renamed_keys: ClassVar[dict[str, str]] = {"memory_rate": "behaviour_rate"}
-
     rounds: int = 30
     group: int = 8
     epochs: int = 3
     batch: int = 256
     lr: float = 1e-4
-    behaviour_rate: float = Field(0.0, ge=0)
     clip_low: float = 0.2
     clip_high: float = 0.28
     kl: float = 0.05
@@ -358,6 +352,6 @@ class Refinement:
             if self.skipped >= 3:
                 raise MmsidError(f"the gradient was not finite in {self.skipped} steps; lower refine.loop.lr (now {self.config.lr})")
             return
-        for group, rate in zip(self.optimizer.param_groups, self.policy.rates, strict=True):
-            group["lr"] = self.lr * rate
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr
         self.optimizer.step()

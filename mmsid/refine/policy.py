@@ -212,7 +212,6 @@ class HeadPolicy:
         states: item rows (B,) -> SID states (B, L, H): cached, or computed by the backbone with gradient.
         parameters: weights that the optimiser moves.
         reference: its trees and temperature are used for scoring.
-        rates: learning rate of each weight, as a multiple of the loop's; empty: 1.
     """
 
     def __init__(
@@ -221,10 +220,8 @@ class HeadPolicy:
         states: Callable[[Tensor], Tensor],
         parameters: Sequence[Tensor],
         reference: Reference,
-        rates: Sequence[float] = (),
     ) -> None:
         self.head, self.states, self.parameters, self.reference = head, states, list(parameters), reference
-        self.rates = list(rates) or [1.0] * len(self.parameters)
 
     def log_prob(self, rows: Tensor) -> Tensor:
         """(B,) item rows -> (B, P) log-probabilities over each item's tree, with gradient."""

@@ -13,7 +13,7 @@ from mmsid.catalog import Catalog
 from mmsid.refine.evidence import Codes
 from mmsid.refine.policy import BATCH
 from mmsid.sids.collisions import Policy, resolve
-from mmsid.sids.table import SidTable
+from mmsid.sids.table import BEHAVIOUR, CONTENT, SidTable
 from mmsid.tokenizer.inputs import ItemInput
 from mmsid.tokenizer.model import ROUNDING_MARGIN, ItemTokenizer
 from mmsid.tokenizer.publish import HeadScores
@@ -64,4 +64,5 @@ def make_table(
         codebook_sizes=sizes,
         tokenizer_sha256=tokenizer.sha256(),
         catalog_sha256=catalog.sha256,
+        source=np.array([CONTENT if item.behaviour is None else BEHAVIOUR for item in inputs], dtype=object),
     )

@@ -21,7 +21,7 @@ from mmsid.accelerator import make_accelerator
 from mmsid.annotate.readers import read_text_quality
 from mmsid.artifacts import Draft, manifest_folder, write_json, writing
 from mmsid.catalog import Catalog, Split, co_engagement, load_picture, read_catalog, split_histories
-from mmsid.errors import ArtifactError, ConfigError
+from mmsid.errors import ArtifactError
 from mmsid.progress import done, track
 from mmsid.quantize import ppmi_svd
 from mmsid.refine import gate
@@ -39,6 +39,7 @@ from mmsid.refine.reward import SidReward, train_reward
 from mmsid.refine.robust_prediction import RobustPrediction
 from mmsid.refine.tracking import RunLog, check_tracker
 from mmsid.sids.table import SidTable
+from mmsid.tokenizer.behaviour import behaviour_of_catalog
 from mmsid.tokenizer.inputs import ItemInput, load_inputs
 from mmsid.tokenizer.model import ItemTokenizer
 
@@ -98,6 +99,8 @@ class Job:
         self.tokenizer = ItemTokenizer.from_pretrained(tokenizer_folder(config.tokenizer), open_picture=self.open_picture)
         self.tokenizer.to(accelerator.device).eval()
         self.inputs, _ = load_inputs(catalog, config.captions, config.interests, self.tokenizer.settings.use or None)
+        known = behaviour_of_catalog(self.tokenizer.behaviour, catalog, split, config.behaviour)
+        self.inputs = self.inputs if known is None else known.added_to(self.inputs)
         item_ids = [item.item_id for item in catalog.items]
         self.start = SidTable.load(config.sids).align(item_ids)
         self.quality = None if config.text_quality is None else read_text_quality(config.text_quality, item_ids)
@@ -181,22 +184,24 @@ class Job:
         device, size = self.accelerator.device, self.config.batch_size
         order = sorted(range(len(inputs)), key=lambda row: (len(inputs[row].text), len(inputs[row].pictures)))
         starts = range(0, len(order), size)[self.accelerator.process_index :: self.accelerator.num_processes]
-        width = (self.tokenizer.num_levels + 1, self.tokenizer.backbone.hidden_size)
-        states = torch.zeros(len(order), *width, device=device)
+        size_of, behaviour = self.tokenizer.backbone.hidden_size, self.tokenizer.behaviour
+        width = size_of if behaviour is None else size_of + behaviour.settings.dim + 1
+        states = torch.zeros(len(order), self.tokenizer.num_levels, width, device=device)
+        item_states = torch.zeros(len(order), size_of, device=device)
         with torch.no_grad():
             for start in track(starts, what="refine: reading items", unit="batches"):
                 rows = order[start : start + size]
                 h, e = self.tokenizer.hidden(self._collate([inputs[row] for row in rows]))
-                states[torch.tensor(rows, device=device)] = torch.cat([h, e[:, None]], dim=1).float()
-        states = self.accelerator.reduce(states, reduction="sum")
-        return states[:, :-1].contiguous(), states[:, -1].contiguous()
+                index = torch.tensor(rows, device=device)
+                states[index], item_states[index] = h.float(), e.float()
+        return self.accelerator.reduce(states, reduction="sum"), self.accelerator.reduce(item_states, reduction="sum")
 
     def _embed(self, item_states: Tensor) -> np.ndarray:
         with torch.no_grad():
             return self.tokenizer.embed(item_states).cpu().numpy()
 
     def _collate(self, inputs: list[ItemInput]) -> dict[str, Tensor]:
-        batch = self.tokenizer.backbone.collate(inputs, 16)
+        batch = self.tokenizer.collate(inputs, 16)
         return {key: value.to(self.accelerator.device) for key, value in batch.items()}
 
     def _check_start(self) -> None:
@@ -233,8 +238,8 @@ class Job:
         return score
 
     def policy(self) -> HeadPolicy:
-        """Policy of the tokenizer, with the weights that `trainable` and `behaviour_rate` select."""
-        tokenizer, loop = self.tokenizer, self.config.loop
+        """Policy of the tokenizer, with the weights that `trainable` selects."""
+        tokenizer = self.tokenizer
         tokenizer.emb_head.requires_grad_(False)  # the reward does not depend on it
         if self.config.trainable == "all":
             states = lambda rows: tokenizer.hidden(self._collate([self.inputs[row] for row in rows.tolist()]))[0].float()  # noqa: E731
@@ -242,20 +247,7 @@ class Job:
         else:
             states = lambda rows: self.reference.states[rows]  # noqa: E731
             trained = list(tokenizer.head.parameters())
-        rates = [1.0] * len(trained)
-        if loop.behaviour_rate:
-            trained, rates = [*trained, self._behaviour_values()], [*rates, loop.behaviour_rate]
-        return HeadPolicy(tokenizer.head, states, trained, self.reference, rates)
-
-    def _behaviour_values(self) -> Tensor:
-        """Values of the tokenizer's behaviour regression, set trainable."""
-        regression = getattr(self.tokenizer.head, "behaviour", None)
-        if regression is None:
-            raise ConfigError(
-                f"refine.loop.behaviour_rate is {self.config.loop.behaviour_rate:g}, but the tokenizer {self.config.tokenizer} has no "
-                "behaviour regression; set it to 0, or train the tokenizer with behaviour"
-            )
-        return regression.values.requires_grad_()
+        return HeadPolicy(tokenizer.head, states, trained, self.reference)
 
     def loop(self, policy: Policy, scorer: Scorer, kind: type[Refinement] = Refinement) -> Refinement:
         """Build the loop without running it; `kind` is a subclass with another estimator."""

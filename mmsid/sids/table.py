@@ -16,6 +16,7 @@ from mmsid.errors import ArtifactError
 SCHEMA_VERSION = 1
 FILE_NAME = "sids.parquet"
 LETTERS = string.ascii_lowercase
+BEHAVIOUR, CONTENT = "behaviour", "content"  # values of `SidTable.source`
 
 
 def token(level: int, code: int) -> str:
@@ -35,6 +36,7 @@ class SidTable:
         margin: (N,) float32, smallest lead of a chosen code over the second-best code; NaN if unknown.
         codebook_sizes: L integers, codes per level.
         tokenizer_sha256, catalog_sha256: hashes of tokenizer and catalogue; empty if unknown (imported SIDs).
+        source: (N,) strings, the reading that gave an item its codes: "behaviour" or "content"; None if unknown.
     Raises:
         ArtifactError: a column does not fit the others (names the row and both values).
     """
@@ -47,6 +49,7 @@ class SidTable:
     codebook_sizes: tuple[int, ...]
     tokenizer_sha256: str = ""
     catalog_sha256: str = ""
+    source: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         self.item_ids = list(self.item_ids)
@@ -124,6 +127,7 @@ class SidTable:
             raw_codes=self.raw_codes[rows],
             suffix=None if self.suffix is None else self.suffix[rows],
             margin=self.margin[rows],
+            source=None if self.source is None else self.source[rows],
         )
 
     def save(self, path: Path) -> None:
@@ -137,6 +141,8 @@ class SidTable:
             else pa.array(self.suffix.astype(np.int32), mask=self.suffix < 0),
             "margin": pa.array(self.margin, pa.float32(), mask=np.isnan(self.margin)),
         }
+        if self.source is not None:
+            columns["source"] = pa.array(self.source.tolist(), pa.string())
         metadata = {
             "mmsid_sids_version": str(SCHEMA_VERSION),
             "num_levels": str(self.num_levels),
@@ -198,6 +204,7 @@ class SidTable:
                 codebook_sizes=sizes,
                 tokenizer_sha256=metadata.get("tokenizer_sha256", ""),
                 catalog_sha256=metadata.get("catalog_sha256", ""),
+                source=np.array(table["source"].to_pylist(), dtype=object) if "source" in table.column_names else None,
             )
         except ArtifactError as error:
             raise ArtifactError(f"{path}: {error}") from error
@@ -220,12 +227,17 @@ class SidTable:
                     f"its codebook has {self.codebook_sizes[level]} codes (0..{self.codebook_sizes[level] - 1}); "
                     f"{int(outside.any(axis=1).sum())} rows are out of range; assign again with the right codebook size"
                 )
-        for name, column in (("suffix", self.suffix), ("margin", self.margin)):
+        for name, column in (("suffix", self.suffix), ("margin", self.margin), ("source", self.source)):
             if column is not None and column.shape != (num_items,):
                 raise ArtifactError(f"{name} has shape {column.shape}, expected ({num_items},): one value per item")
         if self.suffix is not None and (self.suffix < -1).any():
             row = int(np.argmax(self.suffix < -1))
             raise ArtifactError(f"suffix of row {row} (item {self.item_ids[row]!r}) is {self.suffix[row]}, expected -1 (none) or more")
+        if self.source is not None and (other := ~np.isin(self.source, (BEHAVIOUR, CONTENT))).any():
+            row = int(np.argmax(other))
+            raise ArtifactError(
+                f"source of row {row} (item {self.item_ids[row]!r}) is {self.source[row]!r}, expected {BEHAVIOUR} or {CONTENT}"
+            )
         if len(set(self.item_ids)) != num_items:
             first_row: dict[str, int] = {}
             for row, item_id in enumerate(self.item_ids):
@@ -241,6 +253,7 @@ def _list_column(codes: np.ndarray) -> pa.Array:
 
 _TYPES = {
     "item_id": pa.string(), "codes": pa.list_(pa.int64()), "raw_codes": pa.list_(pa.int64()), "suffix": pa.int64(), "margin": pa.float32(),
+    "source": pa.string(),
 }  # fmt: skip
 
 
@@ -248,11 +261,13 @@ def _cast(table: pa.Table, path: Path) -> pa.Table:
     """Cast the columns to the expected types. Strings are not accepted as numbers or lists."""
     columns = {}
     for name, expected in _TYPES.items():
+        if name == "source" and name not in table.column_names:  # tables of other tools, and of methods with one reading, lack it
+            continue
         found = table[name].type
         inner = found.value_type if pa.types.is_list(found) or pa.types.is_large_list(found) else found
         is_text = pa.types.is_string(inner) or pa.types.is_large_string(inner)
         try:
-            if is_text != (name == "item_id") and not pa.types.is_null(inner):
+            if is_text != (expected == pa.string()) and not pa.types.is_null(inner):
                 raise pa.ArrowInvalid
             columns[name] = table[name].cast(expected)
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:

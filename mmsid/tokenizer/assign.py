@@ -1,17 +1,19 @@
 """Stage `assign`: give every item of a catalogue its Semantic ID with a trained tokenizer.
 
-Items are encoded from the fields that the tokenizer was trained on, in this process or on a Ray cluster; collisions are then resolved.
-With `append`, the items of an earlier SID folder keep their rows, even if their content has changed since; only new items are encoded.
+Items with train interactions are read with their behaviour, if the tokenizer has a behaviour input; others by their content. Items are
+encoded in this process or on a Ray cluster; collisions are then resolved. With `append`, the items of an earlier SID folder keep their
+codes, and only new items are encoded, by their content. With `refresh`, some published items move to their behaviour reading.
 """
 
 from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from mmsid.artifacts import manifest_folder, write_json, write_table, writing
 from mmsid.catalog import CatalogConfig, read_catalog, split_histories
@@ -19,13 +21,18 @@ from mmsid.config import StageConfig
 from mmsid.progress import done
 from mmsid.ray_pool import Engine, RayConfig
 from mmsid.sids import intrinsic_table
+from mmsid.sids.churn import churn_report, churn_table
 from mmsid.sids.collisions import Policy
 from mmsid.sids.folder import INTRINSIC
 from mmsid.sids.retrieval import retrieval_table
+from mmsid.sids.table import BEHAVIOUR, CONTENT
+from mmsid.tokenizer.behaviour import ItemBehaviour, behaviour_of_catalog
 from mmsid.tokenizer.catalog_encoding import CatalogEncoder, CatalogEncodings
 from mmsid.tokenizer.inputs import load_inputs
+from mmsid.tokenizer.model import ItemTokenizer
 from mmsid.tokenizer.publish import HeadScores, head_decoder, publish, reconstruction_figures
 from mmsid.tokenizer.published_sids import Published
+from mmsid.tokenizer.refresh import misfit, moving_items, sure_items
 from mmsid.tokenizer.text_trust import FREE_TEXT, trusted_fields
 
 _RECONSTRUCTION_ROWS = 50_000  # items up to which the reconstruction error is measured
@@ -40,6 +47,9 @@ class AssignConfig(StageConfig):
         collisions: policy for items with equal raw codes.
         append: an earlier SID folder of the same tokenizer. Its items keep their codes; codes of removed items stay reserved in
             `retired.parquet`.
+        behaviour: vector files, for a tokenizer that was trained with such files; or "none": all items are read by their content.
+        refresh: with `append`: items that were published by their content and have sure behaviour now may move.
+        max_moved: largest share of the published items that a refresh moves.
         free_text_nats: limit for catalogues with untrusted texts. An item whose first code is less likely by more than this without
             title and description is encoded without them and listed in `overruled.parquet` (`mmsid.tokenizer.text_trust`). Items are
             then encoded twice. At 4, 1 % of the clean drawn ads lose their title.
@@ -52,12 +62,22 @@ class AssignConfig(StageConfig):
     interests: Path | None = None
     collisions: Policy = "relocate"
     append: Path | None = None
+    behaviour: Literal["none"] | tuple[Path, ...] | None = None
+    refresh: bool = False
+    max_moved: float = Field(0.05, ge=0, le=1)
     free_text_nats: float | None = Field(None, ge=0)
     batch_size: int = Field(32, ge=1)
     ray: RayConfig = Field(default=RayConfig(), exclude=True)
 
+    @field_validator("behaviour", mode="before")
+    @classmethod
+    def _one_file(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, (str, Path)) and value != "none" else value
+
     @model_validator(mode="after")
     def _append_is_not_out(self) -> AssignConfig:
+        if self.refresh and self.append is None:
+            raise ValueError("refresh moves published items, but append names no SID folder; set append to the published one")
         if self.append is not None and self.append.resolve() == self.out.resolve():
             raise ValueError(f"append is {self.append}, which is also the output folder; give the run another `name`")
         return self
@@ -87,14 +107,27 @@ def run(config: AssignConfig, engine: Engine = "local") -> Path:
         items, fields = load_inputs(catalog, config.captions, config.interests, tokenizer.settings.use or None)
         limited = config.free_text_nats is not None and any(name in FREE_TEXT for name in fields)
         trusted = load_inputs(catalog, config.captions, config.interests, trusted_fields(fields))[0] if limited else None
+        known = None
+        if config.behaviour != "none":
+            known = behaviour_of_catalog(tokenizer.behaviour, catalog, split, config.behaviour or ())
+        known = known or ItemBehaviour(np.zeros((len(items), 0), np.float32), np.zeros(len(items)))
         encodings = CatalogEncodings(tokenizer, len(items), draft.path / "scores.f32")
+        rows, sure, moving = np.full(len(items), -1), np.zeros(len(items), bool), None
         if published is not None:
             published.check(tokenizer, config.collisions)
-            encodings.copy_published(published, published.rows_in([item.item_id for item in catalog.items]))
+            rows = published.rows_in([item.item_id for item in catalog.items])
+            if config.refresh and tokenizer.behaviour is not None:
+                sure = sure_items(published, rows, tokenizer.behaviour, known)
+            known = known.only(sure)
+            encodings.copy_published(published, np.where(sure, -1, rows))
+        items = known.added_to(items)
+        trusted = None if trusted is None else known.added_to(trusted)
         if engine == "ray":
             encodings.compute(items, trusted, partial(encoder.encode_on_ray, tokenizer, config=config.ray))
         else:
             encodings.compute(items, trusted, partial(encoder.encode_locally, tokenizer))
+        if published is not None and config.refresh:
+            moving = _moving(config, tokenizer, encodings, published, rows, sure)
         scores = HeadScores(tokenizer.head, encodings.scores_of)
         table, metrics = publish(
             draft.path,
@@ -109,8 +142,15 @@ def run(config: AssignConfig, engine: Engine = "local") -> Path:
             embeddings=encodings.embeddings,
             decode=head_decoder(tokenizer.head),
             tokenizer_sha256=tokenizer.sha256(),
+            source=_sources(known, published, rows, moving),
+            moving=moving,
             seed=config.seed,
         )
+        if published is not None and config.refresh:
+            report = churn_report(published.table, table)
+            write_json(draft.path / "churn.json", report)
+            (draft.path / "churn.md").write_text(churn_table(report), encoding="utf-8")
+            draft.counts["moved"] = int(moving.sum())
         if published is None and len(items) <= _RECONSTRUCTION_ROWS:
             metrics |= reconstruction_figures(tokenizer.head, encodings.last_scores(), table) or {}
             write_json(draft.path / INTRINSIC, metrics)
@@ -122,8 +162,35 @@ def run(config: AssignConfig, engine: Engine = "local") -> Path:
             ids = [catalog.items[row].item_id for row in np.flatnonzero(encodings.overruled)]
             write_table(draft.path / "overruled.parquet", pa.table({"item_id": pa.array(ids, pa.string())}))
             draft.counts["overruled"] = len(ids)
-        draft.counts.update({"items": len(items), "read": len(encodings.fresh)})
+        draft.counts.update({"items": len(items), "read": len(encodings.fresh), "behaviour": int((table.source == BEHAVIOUR).sum())})
         draft.extra["collisions"] = metrics["collisions"]
-    new = "" if published is None else f" ({len(encodings.fresh):,} new, the others unchanged)"
+    new = ""
+    if published is not None:
+        others = "the others unchanged" if moving is None else f"{int(moving.sum()):,} of {int((rows >= 0).sum()):,} published ones moved"
+        new = f" ({int((rows < 0).sum()):,} new, {others})"
     done(f"assign: wrote Semantic IDs of {len(items):,} items{new}, {metrics['collisions']['moved']:,} relocated, to {config.out}")
     return config.out
+
+
+def _moving(
+    config: AssignConfig, tokenizer: ItemTokenizer, encodings: CatalogEncodings, published: Published, rows: np.ndarray, sure: np.ndarray
+) -> np.ndarray:
+    """Published items (N,) bool that a refresh moves; the others of `sure` get their published encodings back."""
+    candidates = np.flatnonzero(sure)
+    moving = np.zeros(len(rows), bool)
+    if len(candidates):
+        raw, old = encodings.codes[candidates], published.table.codes[rows[candidates]]
+        misfits = misfit(tokenizer.head, encodings.scores_of(candidates).to(tokenizer.device), raw, old)
+        moving[candidates] = moving_items(misfits, raw, old, int(config.max_moved * (rows >= 0).sum()))
+        encodings.keep_published(published, rows, sure & ~moving)
+    return moving
+
+
+def _sources(known: ItemBehaviour, published: Published | None, rows: np.ndarray, moving: np.ndarray | None) -> np.ndarray:
+    """(N,) which reading gave each item its codes."""
+    source = np.where(known.interactions > 0, BEHAVIOUR, CONTENT).astype(object)
+    if published is not None:
+        kept = (rows >= 0) & ~(np.zeros(len(rows), bool) if moving is None else moving)
+        earlier = published.table.source
+        source[kept] = CONTENT if earlier is None else earlier[rows[kept]]
+    return source

@@ -155,6 +155,10 @@ class CatalogEncodings:
             self.embeddings[rows], self._scores[indices] = encoded.embedding, encoded.scores
             self.overruled[rows] = encoded.overruled
 
+    def keep_published(self, published: Published, rows: np.ndarray, kept: np.ndarray) -> None:
+        """Restore the published codes and margins of re-encoded items: `rows` (N,) as in `copy_published`, `kept` (N,) bool."""
+        self.codes[kept], self.margin[kept] = published.table.raw_codes[rows[kept]], published.table.margin[rows[kept]]
+
     def scores_of(self, rows: np.ndarray) -> torch.Tensor:
         """Head scores (n, L, D) of fresh rows (n,)."""
         return torch.from_numpy(self._scores[self._fresh_index[rows]])

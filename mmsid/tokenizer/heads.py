@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmsid.tokenizer.behaviour_regression import BehaviourRegression
+from mmsid.tokenizer.behaviour import BehaviourInput, BehaviourSettings
 
 
 class Greedy(NamedTuple):
@@ -149,24 +149,37 @@ class ResidualHead(CodeHead):
     States are projected to s_l = W h_l + b_l. Level l scores its code vectors e against the residual r_l = s_l - (sum of the code
     vectors chosen before): pi(c_l | x, c_<l) = softmax(-|r_l - e|^2 / t_l). W is shared by all levels, b_l and t_l are per level.
 
-    Args:
-        behaviour: keys of a behaviour regression (`mmsid.tokenizer.behaviour_regression`) that corrects the projected states; 0 for
-            none.
+    The first H coordinates of the code space hold content, the next M behaviour, if the head has a behaviour input. Its states then
+    are (B, L, H + M + 1): every level's state, followed by the item's behaviour vector and its number of interactions.
     """
 
-    def __init__(self, hidden_size: int, num_levels: int = 3, codebook_size: int = 256, code_dim: int = 448, behaviour: int = 0) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        num_levels: int = 3,
+        codebook_size: int = 256,
+        code_dim: int = 448,
+        behaviour: BehaviourSettings | None = None,
+    ) -> None:
         super().__init__()
+        if behaviour is not None and code_dim < hidden_size + behaviour.dim:
+            raise ValueError(f"code_dim is {code_dim}, but content and behaviour need {hidden_size} + {behaviour.dim} coordinates")
+        self.hidden_size = hidden_size
         self.num_levels, self.codebook_size, self.code_dim = num_levels, codebook_size, code_dim
         self.projection = nn.Linear(hidden_size, code_dim, bias=False)
         self.bias = nn.Parameter(torch.zeros(num_levels, code_dim))  # per level, because every SID token adds its own constant to the state
         self.vectors = nn.Parameter(torch.randn(num_levels, codebook_size, code_dim) / math.sqrt(code_dim))
         self.log_temperature = nn.Parameter(torch.zeros(num_levels))
-        self.behaviour = BehaviourRegression(behaviour, code_dim) if behaviour else None
+        self.behaviour = None if behaviour is None else BehaviourInput(behaviour, hidden_size)
 
     def project(self, h: Tensor) -> Tensor:
-        """s_l = W h_l + b_l, plus the behaviour regression if there is one: (B, L, H) -> (B, L, code_dim)."""
-        s = self.projection(h) + self.bias
-        return s if self.behaviour is None else s + self.behaviour(s)
+        """Behaviour reading: `content` with the item's behaviour, if the head has such an input. (B, L, H + M + 1) -> (B, L, code_dim)."""
+        s = self.content(h)
+        return s if self.behaviour is None else self.behaviour(s, h[:, 0, self.hidden_size :])
+
+    def content(self, h: Tensor) -> Tensor:
+        """Content reading s_l = W h_l + b_l of the first H coordinates of states h: (B, L, ...) -> (B, L, code_dim)."""
+        return self.projection(h[..., : self.hidden_size]) + self.bias
 
     @torch.no_grad()
     def rename(self, permutations: Sequence[np.ndarray]) -> None:
@@ -239,7 +252,9 @@ class ParallelHead(CodeHead):
         return logits if prefix.dim() == 2 else logits[:, None].expand(-1, prefix.shape[1], -1)
 
 
-def make_head(kind: str, hidden_size: int, num_levels: int, codebook_size: int, code_dim: int, behaviour: int) -> CodeHead:
+def make_head(
+    kind: str, hidden_size: int, num_levels: int, codebook_size: int, code_dim: int, behaviour: BehaviourSettings | None
+) -> CodeHead:
     """Build a head of kind "residual" or "parallel" (`code_dim` and `behaviour` apply to "residual" only)."""
     if kind == "parallel":
         return ParallelHead(hidden_size, num_levels, codebook_size)

@@ -1,8 +1,8 @@
 """Closed-form initialization of the item tokenizer: target codes, code vectors, head and embedding projections.
 
-The targets are Sinkhorn-balanced residual k-means codes of the *distilled space*, the part of [content ; co-engagement] that content
-predicts. Each code vector stores the price (dual variable of the Sinkhorn plan) of its code in an extra coordinate per level, where
-states are 0 and code c is sqrt(price): -|r - e|^2 then contains -price, so that greedy codes of single items are balanced, too.
+The codebooks are Sinkhorn-balanced residual k-means of both readings of all items in the space [content ; behaviour]: with their own
+behaviour, and, for a part of them, with the behaviour that content predicts. Each code vector stores the price (dual variable of the Sinkhorn plan) of its code
+in an extra coordinate per level: states are 0 there and code c is sqrt(price), so that greedy codes of single items are balanced, too.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -21,8 +22,9 @@ from torch import Tensor
 from mmsid.catalog import Catalog, Item, Split, co_engagement
 from mmsid.config import Section
 from mmsid.progress import track
-from mmsid.quantize import balanced_residual_kmeans, fuse, ppmi_svd
+from mmsid.quantize import CoEngagementFactors, balanced_residual_kmeans, fuse
 from mmsid.quantize.sinkhorn import column_log_weights
+from mmsid.tokenizer.behaviour import ItemBehaviour, estimate_kappa, read_files, with_interactions
 from mmsid.tokenizer.heads import CodeHead, ParallelHead, ResidualHead
 from mmsid.tokenizer.inputs import ItemInput, MinedInterests, attribute_text
 from mmsid.tokenizer.losses import code_cross_entropy
@@ -30,6 +32,7 @@ from mmsid.tokenizer.model import ItemTokenizer
 
 MIN_CROSS_ENTROPY = 0.25  # nats; cross-entropy of the target codes after initialization, a probability of about 0.78 each
 RIDGE_ROWS = 20_000  # states kept for the closed-form solutions: more rows cost RAM and hardly change them
+CONTENT_READINGS = 0.2  # share of the items whose content reading joins the behaviour readings in the codebooks
 SINKHORN_EPSILON = 0.03  # entropic regularisation, relative to the mean squared residual
 SINKHORN_PASSES = 20
 
@@ -39,30 +42,30 @@ class StartSettings(Section):
 
     Attributes:
         mode: "balanced" is the closed-form initialization; "random" leaves the heads at random, as UniSID does.
-        behaviour_dim: dimension of the factorised co-engagement; 0 leaves behaviour out.
+        behaviour_dim: dimension of the factorised co-engagement.
         behaviour_weight: weight of behaviour beside content in the fused space.
         window: two items of a history co-engage if they are at most this many steps apart.
     """
 
     mode: Literal["balanced", "random"] = "balanced"
-    behaviour_dim: int = Field(64, ge=0)
-    behaviour_weight: float = Field(1.0, ge=0)
+    behaviour_dim: int = Field(64, ge=1)
+    behaviour_weight: float = Field(1.0, gt=0)
     window: int = Field(3, ge=1)
 
 
 @dataclass
 class Behaviour:
-    """Co-engagement in the fit histories.
+    """Behaviour of all N items in the fit histories.
 
     Attributes:
-        pairs: (N, N) weights; None without sequences.
-        vectors: (N, M) factorised weights; (N, 0) without sequences.
-        interactions: (N,) occurrences of each item.
+        pairs: (N, N) co-engagement weights; None without sequences.
+        items: behaviour vectors (N, M) and interactions; M = 0 if behaviour is not used.
+        factors: of `pairs`; None if the vectors are the user's own.
     """
 
     pairs: sparse.csr_matrix | None
-    vectors: np.ndarray
-    interactions: np.ndarray
+    items: ItemBehaviour
+    factors: CoEngagementFactors | None = None
 
 
 @dataclass
@@ -80,14 +83,28 @@ class ContentStates:
     states: Tensor
 
 
-def read_behaviour(catalog: Catalog, split: Split | None, settings: StartSettings, seed: int) -> Behaviour:
-    """Co-engagement within `window` steps in the histories of the fit users (90 % of them, train part), factorised by PPMI and SVD."""
+def read_behaviour(
+    catalog: Catalog, split: Split | None, settings: StartSettings, seed: int, source: str | Sequence[Path] = "coengagement"
+) -> Behaviour:
+    """Behaviour vectors of all items, from the histories of the fit users (90 % of them, train part) or from files.
+
+    Args:
+        source: "none"; "coengagement", within `window` steps, factorised by PPMI and SVD; or vector files.
+
+    Raises:
+        CatalogError: a file is unusable.
+    """
     histories = split.fit_histories() if split is not None else []
-    if not histories or settings.behaviour_dim == 0 or settings.behaviour_weight == 0:
-        return Behaviour(None, np.zeros((len(catalog.items), 0), np.float32), np.zeros(len(catalog.items), np.int64))
-    pairs = co_engagement(histories, len(catalog.items), settings.window)
-    interactions = np.bincount(np.concatenate(histories), minlength=len(catalog.items))
-    return Behaviour(pairs, ppmi_svd(pairs, settings.behaviour_dim, seed=seed), interactions)
+    none = ItemBehaviour(np.zeros((len(catalog.items), 0), np.float32), np.zeros(len(catalog.items)))
+    pairs = co_engagement(histories, len(catalog.items), settings.window) if histories else None
+    if source == "none":
+        return Behaviour(pairs, none)
+    if source != "coengagement":
+        return Behaviour(pairs, read_files(source, [item.item_id for item in catalog.items], histories))
+    if pairs is None:
+        return Behaviour(None, none)
+    factors = CoEngagementFactors.fit(pairs, settings.behaviour_dim, seed)
+    return Behaviour(pairs, with_interactions(factors.vectors(pairs), histories), factors)
 
 
 @torch.no_grad()
@@ -110,14 +127,14 @@ def read_states(tokenizer: ItemTokenizer, inputs: Sequence[ItemInput], batch_siz
     return ContentStates(pooled, kept, states)
 
 
-def fused_space(pooled: np.ndarray, behaviour: Behaviour, weight: float, *, centre: bool) -> np.ndarray:
-    """Fused vectors [content / |content| ; weight x behaviour]: (N, H + M).
+def fused_space(pooled: np.ndarray, behaviour: np.ndarray, weight: float, *, centre: bool) -> np.ndarray:
+    """Fused vectors [content / |content| ; weight x behaviour] of pooled content (N, H) and behaviour vectors (N, M): (N, H + M).
 
     `centre` subtracts the mean content first, because the states of vision-language models share one dominant direction.
     """
     content = pooled - pooled.mean(0, keepdims=True) if centre else pooled
     content = content / np.maximum(np.linalg.norm(content, axis=1, keepdims=True), 1e-12)
-    return fuse(content, behaviour.vectors, weight)
+    return fuse(content, behaviour, weight)
 
 
 def ridge(x: Tensor, y: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -147,48 +164,86 @@ def _ridge_path(x: Tensor, y: Tensor) -> Callable[[float], Tensor]:
     return lambda penalty: vectors @ (moment / (values.clamp_min(0) + penalty * scale)[:, None])
 
 
-def balanced_start(tokenizer: ItemTokenizer, content: ContentStates, fused: np.ndarray, seed: int) -> Tensor:
-    """Cluster the distilled space, initialize the heads from it in place, and return the target codes (N, L).
+def balanced_start(
+    tokenizer: ItemTokenizer, content: ContentStates, fused: np.ndarray, behaviour: ItemBehaviour, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Cluster both readings of all items, and initialize the heads in place.
 
-    The distilled space is the ridge prediction of the fused space from pooled content. Centroids of the fused space itself cannot be
-    used: content explains a fifth of the behaviour variance, and content states scored against such centroids collapse onto few codes
-    (docs/experiments/tokenizer_start_and_losses.md).
+    The content reading is the ridge prediction of the fused space from pooled content. The behaviour reading replaces its behaviour
+    coordinates as far as the item's behaviour is trusted. Codebooks of one reading alone cannot be used: content readings scored against
+    centroids of the fused space collapse onto few codes (docs/experiments/tokenizer_start_and_losses.md).
 
-    Residual head: code vectors = centroids with prices, W and b_l = ridge regression of the SID states on the distilled space, t_l =
+    Residual head: code vectors = centroids with prices, W and b_l = ridge regression of the SID states on the content reading, t_l =
     the temperature of maximum likelihood of the target codes. Parallel head: ridge regression on one-hot target codes, with one scale
     per level chosen likewise. Embedding head: ridge regression of the EMB states on the fused space.
+
+    Returns:
+        codes: (N, L), balanced codes of the behaviour reading, the targets of training.
+        target: (N, D), fused vectors; behaviour coordinates of items without behaviour are predicted ones.
     """
-    settings = tokenizer.settings
+    settings, head = tokenizer.settings, tokenizer.head
     pooled, rows = torch.from_numpy(content.pooled), torch.from_numpy(content.rows)
-    weight, bias = ridge(pooled[rows], torch.from_numpy(fused)[rows], seed)
-    distilled = pooled @ weight.T + bias
-    vectors, codes = priced_codebooks(distilled, settings.num_levels, settings.codebook_size, seed)
+    known = torch.from_numpy(behaviour.interactions[content.rows] > 0)
+    fitted = known if bool(known.any()) else torch.ones_like(known)  # items without behaviour would pull predictions towards zero
+    space = torch.from_numpy(fused)
+    weight, bias = ridge(pooled[rows][fitted], space[rows][fitted], seed)
+    predicted = pooled @ weight.T + bias
+    width = space.shape[1] - behaviour.vectors.shape[1]
+    if len(known) and bool((~torch.from_numpy(behaviour.interactions > 0)).any()):
+        cold = torch.from_numpy(behaviour.interactions <= 0)
+        space = torch.cat([space[:, :width], torch.where(cold[:, None], predicted[:, width:], space[:, width:])], 1)
+    reading = predicted
+    if isinstance(head, ResidualHead) and head.behaviour is not None:
+        scale = head.behaviour.value[0, 0].item()
+        head.behaviour.kappa.fill_(estimate_kappa(predicted[:, width:].numpy() / scale, behaviour))
+        reading = head.behaviour(predicted[:, None], torch.from_numpy(behaviour.rows()))[:, 0]
+    both = torch.cat([reading, predicted[content_sample(len(reading), seed)]])
+    vectors, codes = priced_codebooks(both, settings.num_levels, settings.codebook_size, seed)
+    codes = codes[: len(reading)]
     with torch.no_grad():
-        weight, bias = ridge(content.states[:, -1], torch.from_numpy(fused)[rows], seed)
+        weight, bias = ridge(content.states[:, -1][fitted], space[rows][fitted], seed)
         tokenizer.emb_head.weight.copy_(weight)
         tokenizer.emb_head.bias.copy_(bias)
-        target = append_price_coordinates(distilled[rows], settings.num_levels)
-        start_head(tokenizer.head, vectors, content.states[:, :-1], target, codes[rows], seed)
-    return codes
+        target = append_price_coordinates(predicted[rows], settings.num_levels)
+        start_head(head, vectors, content.states[:, :-1], target, codes[rows], seed, torch.from_numpy(behaviour.rows()[content.rows]))
+    return codes, append_price_coordinates(space, settings.num_levels)
 
 
 @torch.no_grad()
-def refit_head(head: ResidualHead, s: Tensor, seed: int) -> Tensor:
-    """Cluster trained states again: s (n, L, code_dim) -> balanced codes (n, L). Code vectors and temperatures are set in place.
+def refit_head(head: ResidualHead, content: Tensor, behaviour: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """Cluster both readings of trained states again. Code vectors and temperatures are set in place.
 
     The projection is set to 0 in the price coordinates.
+
+    Args:
+        content: (n, L, code_dim) content readings.
+        behaviour: (n, M + 1) behaviour vectors and interactions; not read by a head without behaviour input.
+
+    Returns:
+        s: (n, L, code_dim), the behaviour readings. codes: (n, L), their balanced codes.
     """
-    levels = head.num_levels
+    levels, device = head.num_levels, head.vectors.device
     head.projection.weight[-levels:] = 0
     head.bias[:, -levels:] = 0
-    content = s[..., :-levels].cpu()
-    vectors, codes = priced_codebooks(content, levels, head.codebook_size, seed)
+    content = append_price_coordinates(content[..., :-levels], levels).to(device)
+    s = content if head.behaviour is None else head.behaviour(content, behaviour.to(device))
+    readings = s if head.behaviour is None else torch.cat([s, content[content_sample(len(s), seed)]])
+    vectors, codes = priced_codebooks(readings[..., :-levels].cpu(), levels, head.codebook_size, seed)
+    codes = codes[: len(s)]
     head.vectors.copy_(vectors)
-    s = append_price_coordinates(content, levels).to(head.vectors.device)
-    logits = head.teacher_logits(s, codes.to(s.device)) * head.log_temperature.exp()[None, :, None]
+    logits = head.teacher_logits(s, codes.to(device)) * head.log_temperature.exp()[None, :, None]
     for level in range(levels):
         head.log_temperature[level] = -_best_log_scale(logits[:, level].cpu(), codes[:, level])
-    return codes
+    return s, codes
+
+
+def content_sample(items: int, seed: int) -> Tensor:
+    """Rows of the items whose content reading joins the codebooks.
+
+    With all of them, half of every codebook would serve readings that are not published; with none, content readings would collapse.
+    """
+    chosen = np.random.default_rng([seed, 13]).permutation(items)[: math.ceil(CONTENT_READINGS * items)]
+    return torch.from_numpy(np.sort(chosen))
 
 
 def append_price_coordinates(x: Tensor, num_levels: int) -> Tensor:
@@ -228,8 +283,17 @@ def priced_codebooks(x: Tensor, num_levels: int, codebook_size: int, seed: int) 
 
 
 @torch.no_grad()
-def start_head(head: CodeHead, vectors: Tensor, h: Tensor, target: Tensor, codes: Tensor, seed: int = 0) -> None:
-    """Initialize a head in place from code vectors (L, K, D), states h (n, L, H), target vectors (n, D) and target codes (n, L)."""
+def start_head(
+    head: CodeHead, vectors: Tensor, h: Tensor, target: Tensor, codes: Tensor, seed: int = 0, behaviour: Tensor | None = None
+) -> None:
+    """Initialize a head in place.
+
+    Args:
+        vectors: (L, K, D) code vectors.
+        h: (n, L, H) states of the SID tokens.
+        target: (n, D) content readings. codes: (n, L) target codes of the behaviour readings.
+        behaviour: (n, M + 1) behaviour vectors and interactions, for a head with a behaviour input.
+    """
     if isinstance(head, ResidualHead):
         head.vectors.copy_(vectors)
         mean = h.mean(0)
@@ -238,7 +302,10 @@ def start_head(head: CodeHead, vectors: Tensor, h: Tensor, target: Tensor, codes
         head.projection.weight.copy_(weight)
         head.bias.copy_(bias - mean.to(weight) @ weight.T)
         device = head.bias.device  # the solutions above are computed on the CPU
-        logits = head.teacher_logits(head.project(h.to(device)), codes.to(device)).cpu()
+        s = head.content(h.to(device))
+        if head.behaviour is not None and behaviour is not None:
+            s = head.behaviour(s, behaviour.to(device))
+        logits = head.teacher_logits(s, codes.to(device)).cpu()
         for level in range(head.num_levels):
             head.log_temperature[level] = -_best_log_scale(logits[:, level], codes[:, level])
     if isinstance(head, ParallelHead):

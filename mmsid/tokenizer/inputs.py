@@ -1,7 +1,7 @@
 """Inputs of the item tokenizer: one text of labelled fields per item, and its pictures.
 
-Interests mined from co-engagement (`source: coengagement`) restate behaviour. They may be reconstruction targets but are never
-encoder input: the tokenizer would otherwise read its own targets, and could not encode an item without interactions.
+Interests mined from co-engagement (`source: coengagement`) restate behaviour. They may be reconstruction targets but are never text
+that the backbone reads: it could not read an item without interactions. Behaviour has an input of its own (`behaviour.py`).
 """
 
 from __future__ import annotations
@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
+
+import numpy as np
 
 from mmsid.catalog import Catalog, Item
 from mmsid.catalog.annotations import SENSITIVE, read_captions, read_ok_rows
@@ -24,10 +26,17 @@ ALL_FIELDS: tuple[FieldName, ...] = ("title", "caption", "interests", "categorie
 
 @dataclass(frozen=True)
 class ItemInput:
-    """One item as the backbone reads it: `text` may be empty, `pictures` are paths (or PIL images)."""
+    """One item as the tokenizer reads it.
+
+    Attributes:
+        text: may be empty.
+        pictures: paths or PIL images.
+        behaviour: (M + 1,) float32, behaviour vector and number of interactions (`mmsid.tokenizer.behaviour`); None reads content alone.
+    """
 
     text: str
     pictures: tuple[Any, ...] = ()
+    behaviour: np.ndarray | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from huggingface_hub import ModelHubMixin, snapshot_download
 from pydantic import Field
@@ -22,12 +23,12 @@ from mmsid.backbone.text import TextBackbone
 from mmsid.backbone.vlm import INSTRUCTION, VlmBackbone, open_as_is
 from mmsid.catalog import Item
 from mmsid.config import Section
-from mmsid.errors import ArtifactError, MmsidError
-from mmsid.tokenizer.behaviour_regression import BehaviourRegression
+from mmsid.errors import ArtifactError, ConfigError, MmsidError
+from mmsid.tokenizer.behaviour import FULL_TRUST, BehaviourInput, BehaviourSettings, ItemBehaviour
 from mmsid.tokenizer.heads import CodeHead, make_head
 from mmsid.tokenizer.inputs import ALL_FIELDS, FieldName, ItemInput, record_input
 
-FORMAT = 1
+FORMAT = 2
 ROUNDING_MARGIN = 1e-4  # relative margin below which rounding could decide; fp32 noise of a whole forward pass is about 1e-6
 
 
@@ -57,7 +58,7 @@ class TokenizerSettings(Section):
 
     Attributes:
         code_dim: dimension of the code space of the residual head.
-        behaviour_rows: rows of the residual head's behaviour regression, set by training; 0 for none.
+        behaviour: behaviour input of the residual head, set by training; None for none.
         use: the item fields that the tokenizer was trained on; new items are encoded from the same fields.
     """
 
@@ -67,7 +68,7 @@ class TokenizerSettings(Section):
     codebook_size: int = Field(256, ge=2)
     code_dim: int = Field(448, ge=1)
     embedding_dim: int = Field(448, ge=1)
-    behaviour_rows: int = Field(0, ge=0)
+    behaviour: BehaviourSettings | None = None
     use: tuple[FieldName, ...] = ()
     seed: int = 0
 
@@ -113,7 +114,7 @@ class ItemTokenizer(nn.Module, ModelHubMixin, library_name="mmsid", tags=["seman
                 settings.num_levels,
                 settings.codebook_size,
                 settings.code_dim,
-                settings.behaviour_rows,
+                settings.behaviour,
             )
             self.emb_head = nn.Linear(self.backbone.hidden_size, settings.embedding_dim)
 
@@ -141,35 +142,64 @@ class ItemTokenizer(nn.Module, ModelHubMixin, library_name="mmsid", tags=["seman
         return self.codebook_size if self.settings.head == "parallel" else self.settings.code_dim
 
     @property
+    def behaviour(self) -> BehaviourInput | None:
+        """The behaviour input of the head, if there is one."""
+        return getattr(self.head, "behaviour", None)
+
+    @property
     def device(self) -> torch.device:
         """Device of the weights."""
         return self.backbone.queries.device
 
-    def add_behaviour(self, regression: BehaviourRegression) -> None:
-        """Attach a fitted behaviour regression to the residual head, and record its size in the settings for loading."""
-        self.head.behaviour = regression.to(self.device)
-        self.settings = self.settings.model_copy(update={"behaviour_rows": len(regression.keys)})
+    def tokens_of(self, items: Sequence[ItemInput]) -> list[Batch]:
+        """Model inputs of each item without query tokens; with the row `behaviour` (1, M + 1) if the tokenizer has a behaviour input."""
+        tokens = self.backbone.tokens_of(items)
+        if self.settings.behaviour is not None:
+            for row, item in zip(tokens, items, strict=True):
+                known = item.behaviour if item.behaviour is not None else np.zeros(self.settings.behaviour.dim + 1, np.float32)
+                row["behaviour"] = torch.from_numpy(known)[None]
+        return tokens
+
+    def collate(self, items: Sequence[ItemInput], pad_to: int | None = None) -> Batch:
+        """Batch of model inputs for `hidden`; see `QueryBackbone.collate`."""
+        return self.backbone.stack(self.tokens_of(items), pad_to)
 
     def hidden(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """States of the SID tokens (B, L, H) and of the EMB token (B, H), each plus the mean content state; with gradient."""
-        output = self.backbone.read(batch)
+        """States of the SID tokens (B, L, H) and of the EMB token (B, H), each plus the mean content state; with gradient.
+
+        With a behaviour input, the item's behaviour follows every SID state: (B, L, H + M + 1).
+        """
+        output = self.backbone.read({key: value for key, value in batch.items() if key != "behaviour"})
         states = output.states
         if self.settings.backbone.states == "pooled":
             states = output.pooled[:, None].expand_as(states)
-        return states[:, :-1], states[:, -1]
+        h = states[:, :-1]
+        if self.settings.behaviour is not None:
+            h = torch.cat([h, batch["behaviour"].to(h)[:, None].expand(-1, self.num_levels, -1)], -1)
+        return h, states[:, -1]
 
     def embed(self, e: Tensor) -> Tensor:
         """Item embedding of EMB states: (B, H) -> (B, embedding_dim), rows of unit length."""
         return nn.functional.normalize(self.emb_head(e), dim=-1)
 
     @torch.no_grad()
-    def encode(self, items: Sequence[Mapping[str, Any] | Item | ItemInput], batch_size: int = 32) -> Encoded:
+    def encode(
+        self,
+        items: Sequence[Mapping[str, Any] | Item | ItemInput],
+        batch_size: int = 32,
+        *,
+        behaviour: np.ndarray | None = None,
+        interactions: np.ndarray | None = None,
+    ) -> Encoded:
         """Raw codes and embeddings of items in their order, in fp32. An item's codes do not depend on the other items or the order.
 
         Args:
             items: dictionaries with the keys `title`, `description`, `categories`, `attributes`, `caption`, `interests`, `image` or
                 `images` (PIL images, paths, bytes), rows of a Hugging Face dataset, or `Item` objects. The tokenizer reads the fields
                 that it was trained on (`settings.use`).
+            behaviour: (N, M) behaviour vectors, for a tokenizer that was trained with them. Without them, items are read by their
+                content alone.
+            interactions: (N,) number of interactions behind each vector; 0 reads the content alone. By default vectors are trusted fully.
 
         Raises:
             CatalogError: an unknown key or a value of the wrong type.
@@ -179,6 +209,8 @@ class ItemTokenizer(nn.Module, ModelHubMixin, library_name="mmsid", tags=["seman
         fields = self.settings.use or ALL_FIELDS
         reads_pictures = self.settings.backbone.kind == "vlm" and "pictures" in fields
         inputs = [record_input(item, fields, reads_pictures, f"item {row}") for row, item in enumerate(items)]
+        if behaviour is not None:
+            inputs = self._given_behaviour(behaviour, interactions, len(inputs)).added_to(inputs)
         parts = list(self.stream(inputs, batch_size))
         if not parts:
             return Encoded(
@@ -190,6 +222,19 @@ class ItemTokenizer(nn.Module, ModelHubMixin, library_name="mmsid", tags=["seman
         order = torch.cat([rows for rows, _ in parts]).argsort()
         return Encoded(*(torch.cat(column)[order] for column in zip(*(encoded for _, encoded in parts), strict=True)))
 
+    def _given_behaviour(self, vectors: np.ndarray, interactions: np.ndarray | None, count: int) -> ItemBehaviour:
+        """Check the behaviour given to `encode`."""
+        if self.settings.behaviour is None:
+            raise ConfigError("this tokenizer has no behaviour input; train it with `behaviour: coengagement`, or encode without behaviour")
+        vectors = np.asarray(vectors, dtype=np.float32)
+        interactions = np.full(count, FULL_TRUST) if interactions is None else np.asarray(interactions, dtype=np.float64)
+        expected = (count, self.settings.behaviour.dim)
+        if vectors.shape != expected or interactions.shape != (count,):
+            raise ConfigError(
+                f"encode: behaviour {vectors.shape} and interactions {interactions.shape}, expected {expected} and ({count},)"
+            )
+        return ItemBehaviour(vectors, np.where(vectors.any(1), interactions, 0))
+
     def windows(self, items: Sequence[BackboneInput], batch_size: int) -> list[list[int]]:
         """Row numbers of `items`, sorted by text length and cut into the windows of `stream`: no batch spans two windows."""
         order = sorted(range(len(items)), key=lambda row: (len(items[row].text), len(items[row].pictures)))
@@ -197,7 +242,7 @@ class ItemTokenizer(nn.Module, ModelHubMixin, library_name="mmsid", tags=["seman
         return [order[first : first + window] for first in range(0, len(order), window)]
 
     @torch.no_grad()
-    def stream(self, items: Sequence[BackboneInput], batch_size: int = 32) -> Iterator[tuple[Tensor, Encoded]]:
+    def stream(self, items: Sequence[ItemInput], batch_size: int = 32) -> Iterator[tuple[Tensor, Encoded]]:
         """Encode batch by batch: yields row numbers (b,) and their `Encoded`, on the CPU.
 
         Batches are formed from items of similar text length and, within a window, of similar token count, which saves padding.
@@ -206,7 +251,7 @@ class ItemTokenizer(nn.Module, ModelHubMixin, library_name="mmsid", tags=["seman
         self.eval()
         try:
             for window in self.windows(items, batch_size):
-                tokens = self.backbone.tokens_of([items[row] for row in window])
+                tokens = self.tokens_of([items[row] for row in window])
                 by_count = sorted(range(len(window)), key=lambda index: tokens[index]["input_ids"].shape[1])
                 for start in range(0, len(window), batch_size):
                     indices = by_count[start : start + batch_size]
@@ -249,6 +294,8 @@ class ItemTokenizer(nn.Module, ModelHubMixin, library_name="mmsid", tags=["seman
         """
         trained = self.trained_state() | {name: value for name, value in self.state_dict().items() if "lora_" in name}
         weights = {name: sha256(value.detach().cpu().contiguous().numpy().tobytes()) for name, value in trained.items()}
+        if self.behaviour is not None and self.behaviour.item_ids:
+            weights["behaviour_items"] = sha256(self.behaviour.item_ids)
         return sha256(
             {"settings": self.settings.model_dump(mode="json", exclude_defaults=True), "backbone": self.backbone_sha256, "weights": weights}
         )
@@ -258,6 +305,8 @@ class ItemTokenizer(nn.Module, ModelHubMixin, library_name="mmsid", tags=["seman
         save_lora(self.backbone, folder / "adapter")
         (folder / "adapter" / "README.md").unlink(missing_ok=True)  # the empty template of peft
         write_tensors(folder / "model.safetensors", self.trained_state())
+        if self.behaviour is not None:
+            self.behaviour.save_items(folder)
         card = folder / "README.md"
         if not card.exists():
             card.write_text(f"# Item tokenizer (mmsid)\n\n{self.describe()}\n", encoding="utf-8")
@@ -301,18 +350,22 @@ class ItemTokenizer(nn.Module, ModelHubMixin, library_name="mmsid", tags=["seman
             raise ArtifactError(
                 f"{folder}: weights do not match the settings (missing {missing}, unexpected {problems.unexpected_keys}); train it again"
             )
+        if tokenizer.behaviour is not None:
+            tokenizer.behaviour.load_items(folder)
         return tokenizer.eval()
 
     def describe(self) -> str:
         """One paragraph for the model card: backbone, head, sizes, input fields."""
         s = self.settings
         fields = ", ".join(s.use) or "any text"
+        behaviour = "none" if s.behaviour is None else f"{s.behaviour.source}, {s.behaviour.dim} dimensions"
         return (
             f"Backbone {s.backbone.path} ({s.backbone.kind}, at most {s.backbone.max_length} text tokens, "
             f"LoRA rank {s.backbone.lora.r}), "
             f"{s.head} head, {s.num_levels} levels of {s.codebook_size} codes, "
             f"code space of size {s.code_dim}, embedding of size {s.embedding_dim}. "
-            f"Input fields: {fields}. `ItemTokenizer.from_pretrained(folder).encode(items)` gives raw codes and embedding."
+            f"Input fields: {fields}. Behaviour input: {behaviour}. "
+            f"`ItemTokenizer.from_pretrained(folder).encode(items)` gives raw codes and embedding."
         )
 
 

@@ -57,7 +57,7 @@ class Labels(NamedTuple):
 
 
 class Objective(nn.Module):
-    """Weighted losses of a batch.
+    """Weighted losses of a batch. With a behaviour input, both readings of every item learn its target codes.
 
     Args:
         tau: temperature of both contrastive losses.
@@ -99,13 +99,15 @@ class Objective(nn.Module):
 
     def _losses(self, h: Tensor, e: Tensor, labels: Labels) -> tuple[Tensor, dict[str, Tensor]]:
         head, weights = self.tokenizer.head, self.weights
-        s = head.project(h)
-        logits = head.teacher_logits(s, labels.codes)
         residual = isinstance(head, ResidualHead)
+        s = head.content(h) if residual else head.project(h)  # a reading without behaviour: new items have none
         prefixes = head.soft_prefix_vectors(s, labels.codes) if residual else s
         parts: dict[str, Tensor] = {}
         if weights.codes:
-            parts["codes"] = losses.code_cross_entropy(logits, labels.codes)
+            parts["codes"] = losses.code_cross_entropy(head.teacher_logits(s, labels.codes), labels.codes)
+            if self.tokenizer.behaviour is not None:
+                both = losses.code_cross_entropy(head.teacher_logits(head.project(h), labels.codes), labels.codes)
+                parts["codes"] = (parts["codes"] + both) / 2
         if weights.regression and residual and labels.fused.shape[1]:
             parts["regression"] = losses.space_regression(s, labels.fused)
         if weights.contrast:
@@ -113,6 +115,7 @@ class Objective(nn.Module):
         if weights.embedding:
             parts["embedding"] = self._embedding(self.tokenizer.embed(e), labels)
         if weights.reconstruction and self.reconstruction is not None and self.decoder is not None:
+            h = h[..., : self.tokenizer.backbone.hidden_size]
             vectors = torch.cat([h, e[:, None]], 1) if self.reconstruct_from == "states" else prefixes if residual else s.softmax(-1)
             nll = self.decoder.nll(self.reconstruction(vectors), labels.text_ids, labels.text_mask)
             parts["reconstruction"] = nll.sum() / (labels.text_mask.sum(1) > 0).sum().clamp_min(1)

@@ -86,6 +86,8 @@ def publish(
     embeddings: np.ndarray | None = None,
     decode: Callable[[np.ndarray], np.ndarray] | None = None,
     tokenizer_sha256: str = "",
+    source: np.ndarray | None = None,
+    moving: np.ndarray | None = None,
     seed: int = 0,
 ) -> tuple[SidTable, dict[str, Any]]:
     """Resolve collisions of raw codes (N, L), compute metrics, and write a SID folder.
@@ -98,6 +100,8 @@ def publish(
             new items only, and removed items are written to `retired.parquet`.
         margin: (N,) margins of the raw codes; NaN by default.
         embeddings: (N, D), written as `embeddings.safetensors` in the order of the table, and measured.
+        source: (N,) the reading that gave each item its codes; see `SidTable`.
+        moving: (N,) bool, published items that get new codes. No other item of this call gets their old ones.
         decode: turns codes (N, L) into vectors, for retrieval by codes.
 
     Returns:
@@ -108,7 +112,7 @@ def publish(
         functions = (None, None) if scores is None or collisions != "relocate" else (scores.last_scores, scores.prefix_candidates)
         resolution = resolve(collisions, raw_codes, hashes, codebook_sizes, *functions)
     else:
-        resolution = _append(published, catalog, raw_codes, codebook_sizes, collisions, scores)
+        resolution = _append(published, catalog, raw_codes, codebook_sizes, collisions, scores, moving)
     table = SidTable(
         [item.item_id for item in catalog.items],
         resolution.codes,
@@ -118,6 +122,7 @@ def publish(
         codebook_sizes,
         tokenizer_sha256,
         catalog.sha256,
+        source,
     )
     held_out = split.held_out_histories() if split is not None else []
     pairs = adjacent_pairs(held_out) if held_out else None
@@ -141,13 +146,23 @@ def publish(
 
 
 def _append(
-    published: Published, catalog: Catalog, raw_codes: np.ndarray, sizes: tuple[int, ...], policy: Policy, scores: Scores | None
+    published: Published,
+    catalog: Catalog,
+    raw_codes: np.ndarray,
+    sizes: tuple[int, ...],
+    policy: Policy,
+    scores: Scores | None,
+    moving: np.ndarray | None,
 ) -> Resolution:
-    """Codes of a grown catalogue: published items keep theirs."""
+    """Codes of a grown catalogue: published items keep theirs, except the `moving` ones (N,)."""
     if scores is None:
         raise MmsidError("publish: `published` needs `scores` of the tokenizer that published these SIDs; pass both")
     item_ids = [item.item_id for item in catalog.items]
     published_codes, retired = published.codes_of(item_ids), published.removed(item_ids)
+    taken = [] if retired is None else [retired.codes]
+    if moving is not None:
+        taken.append(published_codes[moving])
+        published_codes = np.where(moving[:, None], -1, published_codes)
     codes = append_codes(
         policy,
         raw_codes,
@@ -156,7 +171,7 @@ def _append(
         sizes,
         scores.last_scores,
         scores.prefix_candidates,
-        None if retired is None else retired.codes,
+        np.concatenate(taken) if taken else None,
     )
     spilled = (codes[:, :-1] != raw_codes[:, :-1]).any(axis=1)
     return Resolution(codes, None, int((codes != raw_codes).any(axis=1).sum()), int(spilled.sum()))

@@ -89,5 +89,5 @@ class Published:
             present |= set(removed.item_ids)
             earlier = self.retired.align([item_id for item_id in self.retired.item_ids if item_id not in present])
             joined = {name: np.concatenate([getattr(removed, name), getattr(earlier, name)]) for name in ("codes", "raw_codes", "margin")}
-            removed = replace(removed, item_ids=removed.item_ids + earlier.item_ids, **joined)
+            removed = replace(removed, item_ids=removed.item_ids + earlier.item_ids, source=None, **joined)
         return removed if len(removed) else None

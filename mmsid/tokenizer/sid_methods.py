@@ -92,7 +92,7 @@ class MethodSources:
 
     def behaviour(self, seed: int) -> np.ndarray:
         """Factorised train co-engagement (N, M); M = 0 without sequences. The seed is that of the decomposition."""
-        return read_behaviour(self.catalog, self.split, self.start, seed).vectors
+        return read_behaviour(self.catalog, self.split, self.start, seed).items.vectors
 
     def space(self, spec: MethodSpec, seed: int) -> np.ndarray:
         """Vectors (N, D) that the quantizer is fitted on."""

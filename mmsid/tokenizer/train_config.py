@@ -33,14 +33,15 @@ class TrainTokenizerConfig(StageConfig):
         reconstruct_from: input of the reconstruction, continuous states (as published) or vectors of the chosen codes.
         decoder: language model that reconstructs, a folder or hub id; by default a small one is trained for `decoder_steps` steps.
         learning_rate, head_learning_rate: for the weights inside the backbone (query tokens, adapter), and for the heads.
-        behaviour_regression: add the behaviour part of known items that content does not predict, before the trained states are
-            clustered again (residual head and balanced start only).
+        behaviour: what the tokenizer reads of an item's behaviour, beside its content: "coengagement" (factorised, from the train
+            sequences; no input without sequences), "none", or parquet files of item_id and vector: embeddings of the user's own (two-tower,
+            graph). By default "coengagement" for our loss and "none" for that of UniSID. Residual head and balanced start only.
         align_codes_to: SID folder of an earlier tokenizer of the same sizes. At the end, the codes of each level are permuted to agree
             with it for as many items as possible.
         checkpoint_every: steps between checkpoints.
     """
 
-    renamed_keys: ClassVar[dict[str, str]] = {"memory": "behaviour_regression", "against": "align_codes_to"}
+    renamed_keys: ClassVar[dict[str, str]] = {"memory": "behaviour", "behaviour_regression": "behaviour", "against": "align_codes_to"}
 
     catalog: CatalogConfig
     captions: Path | None = None
@@ -68,7 +69,7 @@ class TrainTokenizerConfig(StageConfig):
     head_learning_rate: float = Field(1e-4, gt=0)
     warmup: float = Field(0.1, ge=0, lt=1)
     precision: Precision = "auto"
-    behaviour_regression: bool = True
+    behaviour: Literal["none", "coengagement"] | tuple[Path, ...] | None = None
     align_codes_to: Path | None = None
     checkpoint_every: int = Field(50, ge=1)
 
@@ -83,6 +84,11 @@ class TrainTokenizerConfig(StageConfig):
         implied = {"weights": weights.model_dump(), "start": {"mode": "random" if unisid else "balanced"}}
         return data | {name: values | data[name] for name, values in implied.items() if isinstance(data.get(name), dict)}
 
+    @field_validator("behaviour", mode="before")
+    @classmethod
+    def _one_file(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, (str, Path)) and value not in ("none", "coengagement") else value
+
     @field_validator("reconstruct", mode="before")
     @classmethod
     def _parse_off(cls, value: Any) -> Any:
@@ -96,9 +102,13 @@ class TrainTokenizerConfig(StageConfig):
         """`start`, by default balanced for our loss and random for that of UniSID."""
         return self.start or initialization.StartSettings(mode="random" if self.loss == "unisid" else "balanced")
 
+    def resolved_behaviour(self) -> str | tuple[Path, ...]:
+        """`behaviour`, by default "coengagement" for our loss and "none" for that of UniSID."""
+        return self.behaviour if self.behaviour is not None else ("none" if self.loss == "unisid" else "coengagement")
+
     def uses_coengagement(self, value: str | None) -> bool:
-        """Whether `value`, of `finest` or `partners`, is "engaged"; the default is "engaged" for our loss only."""
-        return (value or ("category" if self.loss == "unisid" else "engaged")) == "engaged"
+        """Whether `value`, of `finest` or `partners`, is "engaged"; the default is "engaged" for our loss with behaviour."""
+        return (value or ("category" if self.loss == "unisid" or self.behaviour == "none" else "engaged")) == "engaged"
 
     def resolved_weights(self) -> LossWeights:
         """`weights`, by default the published ones for the loss of UniSID."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from mmsid.progress import track
 from mmsid.sids import SidTable
 from mmsid.tokenizer import initialization
 from mmsid.tokenizer.batches import PairPlan
-from mmsid.tokenizer.behaviour_regression import fit_behaviour_regression
+from mmsid.tokenizer.behaviour import BehaviourSettings
 from mmsid.tokenizer.code_renaming import check_sizes, rename_codes
 from mmsid.tokenizer.heads import ResidualHead
 from mmsid.tokenizer.inputs import ItemInput, build_inputs, read_caption_texts, read_mined_interests, readable_fields
@@ -51,9 +52,11 @@ class Training:
             catalog, read_caption_texts(config.captions), mined if "interests" in fields else None, fields
         )
         start = config.resolved_start()
-        behaviour = initialization.read_behaviour(catalog, split, start, config.seed)
+        behaviour = initialization.read_behaviour(catalog, split, start, config.seed, config.resolved_behaviour())
+        if config.resolved_head() == "residual":
+            self.inputs = behaviour.items.added_to(self.inputs)
         limits, root = config.catalog.pictures, config.catalog.root
-        width = hidden_size_of(config.backbone.path) + behaviour.vectors.shape[1]
+        width = hidden_size_of(config.backbone.path) + behaviour.items.vectors.shape[1]
         settings = TokenizerSettings(
             backbone=config.backbone,
             head=config.resolved_head(),
@@ -61,17 +64,19 @@ class Training:
             codebook_size=config.codebook_size,
             code_dim=width + config.num_levels,  # one coordinate per level for the prices of its codes
             embedding_dim=width,
+            behaviour=self._behaviour_settings(behaviour, start.window),
             use=fields,
             seed=config.seed,
         )
         self.tokenizer = ItemTokenizer(settings, lambda path: load_picture(path, limits, root))
+        if self.tokenizer.behaviour is not None and behaviour.factors is not None:
+            self.tokenizer.behaviour.item_ids = [item.item_id for item in catalog.items]
         self.tokenizer.to(accelerator.device)
         self.categories = initialization.category_ids(catalog.items, config.num_levels)
         self.texts, self.reconstruct = self._reconstruction_texts(mined)
         decoder = self._initialize(behaviour, start)
         weights = config.resolved_weights()
         finest = "engaged" if config.uses_coengagement(config.finest) else "category"
-        self.interactions = behaviour.interactions
         self.objective = Objective(
             self.tokenizer, weights, decoder, tau=config.tau, finest=finest, reconstruct_from=config.reconstruct_from
         ).to(accelerator.device)
@@ -83,6 +88,7 @@ class Training:
             seed=config.seed,
         )
         self.history: list[dict[str, float]] = []
+        self.agreement: list[float] | None = None  # per level, of the codes of both readings
 
     # --- initialization: rank 0 writes it, all ranks read it
 
@@ -114,9 +120,9 @@ class Training:
             fused = torch.zeros(len(self.inputs), 0)
             if start.mode == "balanced":
                 content = initialization.read_states(self.tokenizer, self.inputs, config.batch_size, config.seed)
-                space = self._space(content, behaviour, start)
-                codes = initialization.balanced_start(self.tokenizer, content, space, config.seed)
-                fused = initialization.append_price_coordinates(torch.from_numpy(space), config.num_levels)
+                self._set_factors(behaviour, start.behaviour_weight)
+                space = self._space(content, behaviour.items.vectors, start)
+                codes, fused = initialization.balanced_start(self.tokenizer, content, space, behaviour.items, config.seed)
             write_tensors(folder / "initial.safetensors", self.tokenizer.trained_state())
             write_tensors(folder / "start.safetensors", {"codes": codes, "fused": fused})
         self.accelerator.wait_for_everyone()
@@ -127,9 +133,26 @@ class Training:
             return None
         return FrozenDecoder.from_pretrained(config.decoder or str(folder / "decoder"))
 
-    def _space(
-        self, content: initialization.ContentStates, behaviour: initialization.Behaviour, start: initialization.StartSettings
-    ) -> np.ndarray:
+    def _behaviour_settings(self, behaviour: initialization.Behaviour, window: int) -> BehaviourSettings | None:
+        """Behaviour input of the tokenizer; None for a parallel head, or if there is no behaviour."""
+        dim = behaviour.items.vectors.shape[1]
+        if self.config.resolved_head() != "residual" or self.config.resolved_start().mode != "balanced" or dim == 0:
+            return None
+        if behaviour.factors is None:
+            return BehaviourSettings(source="vectors", dim=dim, window=window)
+        return BehaviourSettings(source="coengagement", dim=dim, contexts=len(behaviour.factors.context), window=window)
+
+    def _set_factors(self, behaviour: initialization.Behaviour, weight: float) -> None:
+        target = self.tokenizer.behaviour
+        if target is None:
+            return
+        with torch.no_grad():
+            target.value.copy_(weight * torch.eye(len(target.value)))
+            if behaviour.factors is not None:
+                target.context.copy_(torch.from_numpy(behaviour.factors.context))
+                target.log_share.copy_(torch.from_numpy(behaviour.factors.log_share))
+
+    def _space(self, content: initialization.ContentStates, behaviour: np.ndarray, start: initialization.StartSettings) -> np.ndarray:
         """Fused vectors (N, D) of content and behaviour, from which all targets are made."""
         return initialization.fused_space(content.pooled, behaviour, start.behaviour_weight, centre=self.config.backbone.kind == "vlm")
 
@@ -185,7 +208,7 @@ class Training:
 
     def _collate(self, rows: np.ndarray, engaged: np.ndarray, paired: np.ndarray) -> tuple[dict[str, torch.Tensor], Labels]:
         device = self.accelerator.device
-        batch = self.tokenizer.backbone.collate([self.inputs[row] for row in rows])
+        batch = self.tokenizer.collate([self.inputs[row] for row in rows])
         decoder = self.objective.decoder
         empty = torch.zeros(len(rows), 1, dtype=torch.int64), torch.zeros(len(rows), 1)
         ids, mask = decoder.ids([self.texts[row] for row in rows]) if decoder is not None else empty
@@ -252,6 +275,9 @@ class Training:
         folder, config = self.draft.path, self.config
         codes, target = self._refit()
         figures = measure(codes, target, config.codebook_size)
+        if self.tokenizer.behaviour is not None:
+            figures["kappa"] = float(self.tokenizer.behaviour.kappa)
+            figures["agreement_of_readings"] = self.agreement
         if self.history:
             last = self.history[-10:]
             figures["losses_last_steps"] = {n: float(np.mean([row[n] for row in last if n in row])) for n in last[-1]}
@@ -268,24 +294,22 @@ class Training:
         self.draft.extra.update({"figures": figures, "use": list(self.tokenizer.settings.use), "reconstruct": self.reconstruct})
 
     def _refit(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Fit the behaviour regression and cluster the trained states again; returns raw and target codes (n, L) of a sample."""
+        """Cluster the trained states again; returns raw and target codes (n, L) of a sample."""
         config, head = self.config, self.tokenizer.head
         balanced = config.resolved_start().mode == "balanced"
-        add_behaviour = config.behaviour_regression and bool(self.interactions.any())
-        refit = balanced and isinstance(head, ResidualHead) and (add_behaviour or bool(self.history))
+        refit = balanced and isinstance(head, ResidualHead) and bool(self.history)
         order = np.random.default_rng([config.seed, 9]).permutation(len(self.inputs))
         sample = np.sort(order[: initialization.RIDGE_ROWS if refit else MEASURED_ROWS])
-        encoded = self.tokenizer.encode([self.inputs[row] for row in sample], config.batch_size)
+        inputs = [self.inputs[row] for row in sample]
         if not refit or not isinstance(head, ResidualHead):
-            return encoded.raw_codes, self.codes[torch.from_numpy(sample)] if balanced else None
-        s = initialization.append_price_coordinates(encoded.scores[..., : -config.num_levels], config.num_levels)
-        if add_behaviour:
-            residuals = self.fused[torch.from_numpy(sample)] - s.mean(1)
-            regression = fit_behaviour_regression(s.mean(1), residuals, torch.from_numpy(self.interactions[sample]), config.seed)
-            s = s + regression(s)
-            self.tokenizer.add_behaviour(regression)
-        target = initialization.refit_head(head, s, config.seed)
-        return head.greedy(s.to(self.accelerator.device)).codes.cpu(), target
+            codes = self.tokenizer.encode(inputs, config.batch_size).raw_codes
+            return codes, self.codes[torch.from_numpy(sample)] if balanced else None
+        content = self.tokenizer.encode([replace(item, behaviour=None) for item in inputs], config.batch_size).scores
+        none = np.zeros(1 if head.behaviour is None else head.behaviour.settings.dim + 1, np.float32)
+        behaviour = np.stack([none if item.behaviour is None else item.behaviour for item in inputs])
+        s, target = initialization.refit_head(head, content, torch.from_numpy(behaviour), config.seed)
+        self.agreement = (head.greedy(s).codes == head.greedy(content.to(s.device)).codes).double().mean(0).tolist()
+        return head.greedy(s).codes.cpu(), target
 
 
 def schedule(step: int, steps: int, warmup: float) -> float:
