@@ -21,7 +21,7 @@ from torch import Tensor
 from mmsid.artifacts import write_json
 from mmsid.backbone.query_tokens import Batch
 from mmsid.tokenizer import initialization
-from mmsid.tokenizer.behaviour_regression import BehaviourRegression
+from mmsid.tokenizer.behaviour import BehaviourSettings, ItemBehaviour
 from mmsid.tokenizer.inputs import ItemInput
 from mmsid.tokenizer.model import ROUNDING_MARGIN, ItemTokenizer, TokenizerSettings
 from mmsid.tokenizer.objective import Labels, LossWeights, Objective
@@ -40,23 +40,23 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=1024)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--codes", type=int, default=32, help="codes per level; 1,024 items on 32 codes are as dense as a catalogue")
-    parser.add_argument("--behaviour-rows", type=int, default=4096, help="keys of the behaviour regression during encoding")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "encoding.json")
     parsed = parser.parse_args()
     torch.set_num_threads(1)
     items = synthetic_items(parsed.items)
     width = 384 + BEHAVIOUR
-    tokenizer = ItemTokenizer(TokenizerSettings(codebook_size=parsed.codes, code_dim=width + 3, embedding_dim=width))
-    labels = start(tokenizer, items, parsed.batch)
+    behaviour = BehaviourSettings(source="vectors", dim=BEHAVIOUR)
+    settings = TokenizerSettings(codebook_size=parsed.codes, code_dim=width + 3, embedding_dim=width, behaviour=behaviour)
+    tokenizer = ItemTokenizer(settings)
+    known = random_behaviour(len(items))
+    items = known.added_to(items)
+    labels = start(tokenizer, items, known, parsed.batch)
     trained = compare_training(tokenizer, items, labels, parsed.batch, parsed.repeats)
-    if parsed.behaviour_rows:  # all values are 0: same cost as a fitted regression, same codes
-        tokenizer.add_behaviour(BehaviourRegression(parsed.behaviour_rows, width + 3))
     results = {
         "threads": 1,
         "items": parsed.items,
         "batch": parsed.batch,
-        "behaviour_rows": parsed.behaviour_rows,
         "encode": compare_encoding(tokenizer, items, parsed.batch, parsed.repeats),
         "train": trained,
     }
@@ -72,12 +72,17 @@ def synthetic_items(count: int) -> list[ItemInput]:
     return [ItemInput(f"item {number}: {' '.join(rng.choice(WORDS, length))}") for number, length in enumerate(lengths)]
 
 
-def start(tokenizer: ItemTokenizer, items: list[ItemInput], batch: int) -> Tensor:
+def random_behaviour(count: int) -> ItemBehaviour:
+    """Random behaviour vectors with 10 interactions each."""
+    vectors = np.random.default_rng(1).normal(size=(count, BEHAVIOUR)).astype(np.float32) / BEHAVIOUR**0.5
+    return ItemBehaviour(vectors, np.full(count, 10.0))
+
+
+def start(tokenizer: ItemTokenizer, items: list[ItemInput], known: ItemBehaviour, batch: int) -> Tensor:
     """Closed-form initialization on random behaviour, for margins like those of real codes; returns target codes (N, L)."""
     content = initialization.read_states(tokenizer, items, batch, 0)
-    vectors = np.random.default_rng(1).normal(size=(len(items), BEHAVIOUR)).astype(np.float32) / BEHAVIOUR**0.5
-    fused = initialization.fused_space(content.pooled, initialization.Behaviour(None, vectors, np.zeros(len(items))), 1.0, centre=False)
-    return initialization.balanced_start(tokenizer, content, fused, 0)
+    fused = initialization.fused_space(content.pooled, known.vectors, 1.0, centre=False)
+    return initialization.balanced_start(tokenizer, content, fused, known, 0)[0]
 
 
 def compare_encoding(tokenizer: ItemTokenizer, items: list[ItemInput], batch: int, repeats: int) -> dict[str, Any]:
@@ -155,7 +160,7 @@ def stepper(objective: Objective, items: list[ItemInput], rows: np.ndarray, labe
     optimizer = torch.optim.AdamW([weight for weight in objective.parameters() if weight.requires_grad], lr=1e-6)
 
     def step() -> None:
-        batch = objective.tokenizer.backbone.collate([items[row] for row in rows])
+        batch = objective.tokenizer.collate([items[row] for row in rows])
         objective(batch, labels)[0].backward()
         torch.nn.utils.clip_grad_norm_(objective.parameters(), 1.0)
         optimizer.step()

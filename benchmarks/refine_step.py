@@ -71,7 +71,7 @@ def time_steps(folder: Path, items: int, repeats: int) -> dict[str, list[float]]
     seconds = {"supervised": list(np.diff(ends)[1:])}
 
     tokenizer = training.tokenizer.eval()
-    read = lambda rows: tokenizer.hidden(tokenizer.backbone.collate([training.inputs[row] for row in rows], 16))[0].float()  # noqa: E731
+    read = lambda rows: tokenizer.hidden(tokenizer.collate([training.inputs[row] for row in rows], 16))[0].float()  # noqa: E731
     with torch.no_grad():
         states = torch.cat([read(range(start, min(start + 32, items))) for start in range(0, items, 32)])
     reference = Reference(tokenizer.head, states, top_m=8, temperature=None)

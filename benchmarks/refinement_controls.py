@@ -27,7 +27,7 @@ from mmsid.refine.stage import Job
 from mmsid.refine.ungated import refine_ungated, run_loop, usable_scorer, write_moved_sids
 from mmsid.tokenizer.heads import ResidualHead
 
-ROW_LR = 100.0  # learning rate of per_item, as a multiple of the head's; `step_kl` bounds its steps as well
+ROW_SCALE = 100.0  # factor on the logits of per_item: Adam then moves them as much faster; `step_kl` bounds its steps as well
 SAMPLES = 24  # paths per item and round of best_of_n
 
 
@@ -127,19 +127,18 @@ class TablePolicy:
         self.reference = reference
         self.logits = nn.Parameter(torch.zeros_like(reference.tree.log_prob))
         self.parameters = [self.logits]
-        self.rates = [ROW_LR]
         # the greedy path is the best level by level, not always the most likely one: without this lead items would move before any step
         self.lead = torch.zeros_like(reference.tree.log_prob)
         self.lead[:, 0] = reference.tree.log_prob.amax(1) - reference.tree.log_prob[:, 0]
 
     def log_prob(self, rows: Tensor) -> Tensor:
         """(B,) item rows -> (B, P), with gradient."""
-        return (self.reference.tree.log_prob[rows] + self.logits[rows]).log_softmax(-1)
+        return (self.reference.tree.log_prob[rows] + ROW_SCALE * self.logits[rows]).log_softmax(-1)
 
     @torch.no_grad()
     def greedy(self) -> Codes:
         """Each item's best path of its tree, (N, L)."""
-        best = (self.reference.tree.log_prob + self.lead + self.logits).argmax(-1)
+        best = (self.reference.tree.log_prob + self.lead + ROW_SCALE * self.logits).argmax(-1)
         return self.reference.tree.codes[torch.arange(len(best), device=best.device), best].cpu().numpy()
 
 

@@ -112,10 +112,9 @@ def test_old_names_are_refused_with_the_new_one(data, words):
     ("override", "new"),
     [
         ("catalog.mend_text=true", "clean_text"),
-        ("train_tokenizer.memory=false", "behaviour_regression"),
+        ("train_tokenizer.memory=false", "behaviour"),
         ("train_tokenizer.against=runs/old", "align_codes_to"),
         ("baselines.arms=[random]", "methods"),
-        ("refine.loop.memory_rate=1", "behaviour_rate"),
         ("refine.gate.rebuild=1", "reconstruction"),
         ("refine.loop.weights={rebuild: 1.0}", "reconstruction"),
         ("train_recommender.floors=false", "classical_baselines"),

@@ -214,7 +214,7 @@ def test_the_whole_suite_on_a_tiny_catalogue(tmp_path):
     dataset = DatasetConfig(name="tiny", catalog=catalog, num_levels=2, codebook_size=8)
     backbone = {"path": tiny_bert(tmp_path / "bert"), "max_length": 32}
     arms = {name: arm.model_dump(exclude_unset=True) for name, arm in load_suite(SUITE).arms.items()}
-    arms["start"]["tokenizer"] = {"backbone": backbone, "steps": 0, "start": {"behaviour_dim": 0}, "reconstruct": "off"}
+    arms["start"]["tokenizer"] = {"backbone": backbone, "steps": 0, "behaviour": "none", "reconstruct": "off"}
     for name, arm in arms.items():
         if name != "start":
             loop = {"rounds": 6, "lr": 1e-3, "batch": 16, "step_kl": 0.3, "most_kl": 99.0, "patience": 0}

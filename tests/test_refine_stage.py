@@ -17,7 +17,7 @@ from tiny_backbones import tiny_bert
 
 from mmsid.artifacts import is_complete, read_json, read_manifest, read_table, write_table, writing
 from mmsid.catalog import CatalogConfig, read_catalog
-from mmsid.errors import ArtifactError, ConfigError
+from mmsid.errors import ArtifactError
 from mmsid.refine import gate
 from mmsid.refine.code_stability import drop_words
 from mmsid.refine.config import RefineConfig
@@ -46,12 +46,12 @@ def make_catalog(folder, rng, users=160):
     return CatalogConfig(items=folder / "items.parquet", sequences=folder / "sequences.parquet", split={"inner_held_out": 0.25})
 
 
-def _start(folder, behaviour_dim):
+def _start(folder, behaviour):
     catalog = make_catalog(folder, np.random.default_rng(0))
     tokenizer = train.run(
         train.TrainTokenizerConfig(
             out=folder / "tokenizer", catalog=catalog, backbone=BackboneSettings(path=tiny_bert(folder / "bert"), max_length=32),
-            num_levels=2, codebook_size=8, steps=0, start={"behaviour_dim": behaviour_dim}, reconstruct="off",
+            num_levels=2, codebook_size=8, steps=0, behaviour=behaviour, start={"behaviour_dim": 4}, reconstruct="off",
         )
     )  # fmt: skip
     sids = assign.run(assign.AssignConfig(out=folder / "sids", tokenizer=tokenizer, catalog=catalog))
@@ -61,7 +61,7 @@ def _start(folder, behaviour_dim):
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
     """Catalogue, a tokenizer trained without behaviour, and its SIDs."""
-    return _start(tmp_path_factory.mktemp("start"), behaviour_dim=0)
+    return _start(tmp_path_factory.mktemp("start"), behaviour="none")
 
 
 def _config(start, out, **changes):
@@ -152,23 +152,17 @@ def test_an_interrupted_run_continues_to_the_same_weights(start, tmp_path, monke
         assert (whole / name).read_bytes() == (again / name).read_bytes(), name
 
 
-def test_robust_prediction_is_rewarded_and_behaviour_values_are_trained_if_configured(start, tmp_path, monkeypatch):
-    with_behaviour, decide = _start(tmp_path, behaviour_dim=4), gate.decide
+def test_robust_prediction_is_rewarded_and_the_behaviour_input_is_refined(start, tmp_path, monkeypatch):
+    with_behaviour, decide = _start(tmp_path, behaviour="coengagement"), gate.decide
     monkeypatch.setattr(gate, "decide", lambda *figures: replace(decide(*figures), accepted=True))  # a refused run writes the start
     weights = {"sid_reward": 1.0, "robust_prediction": 1.0}
-
-    def refined(name, inputs, **changes):
-        config = _config(inputs, tmp_path / name, rounds=2)
-        return run(config.model_copy(update={"loop": config.loop.model_copy(update={"weights": weights, "lr": 1e-6} | changes)}))
-
-    values = lambda folder: ItemTokenizer.from_pretrained(folder).head.behaviour.values  # noqa: E731
-    trained = refined("trained", with_behaviour, behaviour_rate=10.0)
+    config = _config(with_behaviour, tmp_path / "trained", rounds=2)
+    trained = run(config.model_copy(update={"loop": config.loop.model_copy(update={"weights": weights, "lr": 1e-6})}))
     records = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
     assert len(records) == 2 and all(record["reward_robust_prediction"] < 0 for record in records)
+    values = lambda folder: ItemTokenizer.from_pretrained(folder).behaviour.value  # noqa: E731
     assert not torch.equal(values(trained / "tokenizer"), values(with_behaviour["tokenizer"]))
-    assert torch.equal(values(refined("left", with_behaviour) / "tokenizer"), values(with_behaviour["tokenizer"]))
-    with pytest.raises(ConfigError, match=r"behaviour_rate is 10, but the tokenizer .* has no behaviour regression"):
-        refined("none", start, behaviour_rate=10.0)
+    assert set(SidTable.load(trained / "sids").source) == {"behaviour"}, "every item of this catalogue has interactions"
     with pytest.raises(ValueError, match="plus one for robust_prediction"):
         RefineConfig(**start, out=tmp_path / "x", top_m=3, loop={"weights": weights})
 
@@ -176,12 +170,7 @@ def test_robust_prediction_is_rewarded_and_behaviour_values_are_trained_if_confi
 def test_explicit_settings_override_the_recipe_repair(start, tmp_path):
     one = lambda **values: RefineConfig(**start, out=tmp_path / "x", **values)  # noqa: E731
     repair = one(recipe="repair").loop
-    assert (
-        repair.objective == "likelihood"
-        and repair.behaviour_rate
-        and repair.weights["robust_prediction"]
-        and one(recipe="repair").uses_robust_prediction
-    )
+    assert repair.objective == "likelihood" and repair.weights["robust_prediction"] and one(recipe="repair").uses_robust_prediction
     own = one(recipe="repair", loop={"rounds": 3, "weights": {"sid_reward": 1.0}}).loop
     assert own == repair.model_copy(update={"rounds": 3, "weights": {"sid_reward": 1.0}})
     assert one().loop == LoopConfig() and one(recipe="repair", loop=own).loop == own

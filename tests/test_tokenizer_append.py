@@ -51,7 +51,7 @@ def test_new_items_are_added_and_published_codes_stay(world, tmp_path) -> None:
     grown = assigned(world, tmp_path, "grown", rows, append=first)
     scratch = assigned(world, tmp_path, "scratch", rows)
     old, new, whole = (SidTable.load(path) for path in (first, grown, scratch))
-    assert read_manifest(grown)["counts"] == {"items": 34, "read": 14}
+    assert read_manifest(grown)["counts"] == {"items": 34, "read": 14, "behaviour": 0}
     for column in ("codes", "raw_codes", "margin"):
         published = by_id(old, column)
         assert {name: by_id(new, column)[name] for name in published} == published

@@ -56,7 +56,9 @@ def test_titles_do_not_change_the_first_code_at_zero_nats(tmp_path):
     captions, interests = write_annotations(tmp_path, catalog)
     world = {"catalog": catalog, "captions": captions, "interests": interests, "bert": tiny_bert(tmp_path / "bert")}
     tokenizer = train.run(settings(world, tmp_path / "tokenizer", steps=0, reconstruct="off"))
-    config = assign.AssignConfig(out=tmp_path / "clean", tokenizer=tokenizer, catalog=catalog, captions=captions, interests=interests)
+    config = assign.AssignConfig(
+        out=tmp_path / "clean", tokenizer=tokenizer, catalog=catalog, captions=captions, interests=interests, behaviour="none"
+    )
     rows = pq.read_table(catalog.items).to_pylist()
     for row in rows[:8]:
         row["title"] = "green garden lamp lamp lamp for summer"

@@ -99,5 +99,5 @@ def test_fields_left_out_and_pooled_states(world, tmp_path) -> None:
     tokenizer = ItemTokenizer.from_pretrained(train.run(train.TrainTokenizerConfig(out=tmp_path / "out", **folders, **config)))
     assert not {"caption", "title"} & set(tokenizer.settings.use) and "interests" in tokenizer.settings.use
     with torch.no_grad():
-        h, e = tokenizer.hidden(tokenizer.backbone.collate([ItemInput("red shoe")]))
-    assert torch.equal(h[0, 0], h[0, 2]) and torch.equal(h[0, 0], e[0]), "the same state for all tokens"
+        h, e = tokenizer.hidden(tokenizer.collate([ItemInput("red shoe")]))
+    assert torch.equal(h[0, 0], h[0, 2]) and torch.equal(h[0, 0, : e.shape[1]], e[0]), "the same state for all tokens"

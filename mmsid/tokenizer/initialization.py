@@ -1,8 +1,8 @@
 """Closed-form initialization of the item tokenizer: target codes, code vectors, head and embedding projections.
 
-The codebooks are Sinkhorn-balanced residual k-means of both readings of all items in the space [content ; behaviour]: with their own
-behaviour, and, for a part of them, with the behaviour that content predicts. Each code vector stores the price (dual variable of the Sinkhorn plan) of its code
-in an extra coordinate per level: states are 0 there and code c is sqrt(price), so that greedy codes of single items are balanced, too.
+The codebooks are Sinkhorn-balanced residual k-means in the space [content ; behaviour], of items with their own behaviour and, for a part
+of them, with the behaviour that content predicts. Each code vector stores the price (dual variable of the Sinkhorn plan) of its code in an
+extra coordinate per level: states are 0 there, code c is sqrt(price), so that greedy codes of single items are balanced, too.
 """
 
 from __future__ import annotations
