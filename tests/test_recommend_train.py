@@ -148,7 +148,7 @@ def test_the_stage_keeps_a_hybrid_recommender_of_one_variant(catalogue, monkeypa
     found = recommender.recommend([[catalog.items[row].item_id for row in split.history(user, "test")] for user in users], k=5)
     hits = [catalog.items[split.test[user]].item_id in items for user, items in zip(users, found.item_ids, strict=True)]
     assert np.mean(hits) == pytest.approx(row["metrics"]["HR@5"]["mean"])
-    with pytest.raises(ArtifactError, match="it is in .*recommender"):
+    with pytest.raises(ArtifactError, match=r"it is in .*recommender"):
         Recommender.from_pretrained(out)
     verify_folder(out)
 
