@@ -89,7 +89,7 @@ def test_recommendations_are_unseen_sourced_and_good(trained, recommender):
         assert scores == sorted(scores, reverse=True) and all(sources)
         right += sum(numbers[item] // 10 == numbers[history[0]] // 10 for item in items)
     assert right > 0.8 * 5 * len(histories)  # every user stays in one of 4 groups
-    assert {"path", "near", "words 0.6", "embedding"} <= {name for user in found.sources for names in user for name in names}
+    assert {"semantic_id", "co_engagement", "words", "embedding"} == {name for user in found.sources for names in user for name in names}
     with_seen = recommender.recommend(histories[:9], k=40, exclude_seen=False)
     assert all(set(history) <= set(items) for history, items in zip(histories, with_seen.item_ids, strict=False))
 

@@ -28,6 +28,7 @@ from mmsid.recommend.sources import PER_SOURCE
 from mmsid.sids.table import SidTable
 
 Status = Literal["personal", "unknown_history", "empty_history"]
+SOURCE_NAMES = {"path": "semantic_id", "near": "co_engagement", "next": "co_engagement", "far": "co_engagement"}  # the others keep theirs
 FRESH_EVERY = 5  # without a known history, every fifth item is one that nobody has engaged with yet
 
 
@@ -38,7 +39,8 @@ class Recommendations:
     Attributes:
         item_ids: per user, at most k item ids.
         scores: per user, one score per item; comparable within one user only. Without a known history: log(1 + interactions).
-        sources: per user and item, names of the sources that proposed it; `popular` or `new` without a known history.
+        sources: per user and item, names of the sources that proposed it: `semantic_id`, `co_engagement`, `words`, `labels`,
+            `embedding`. Without a known history: `popular` or `new`.
         status: per user: `personal`, `unknown_history` (no id of the history is known) or `empty_history`.
         unknown_ids: per user, number of ids in the history that the recommender does not know. They are ignored.
     """
@@ -227,10 +229,9 @@ class Recommender:
             items, own = candidates.items[place], scores[place].numpy()
             order = np.lexsort((items, -own))[:k]
             order = order[items[order] >= 0]
-            proposing = [np.flatnonzero(ranks >= 0) for ranks in candidates.ranks[place, order]]
             result.item_ids[user] = [ids[row] for row in items[order]]
             result.scores[user] = own[order].tolist()
-            result.sources[user] = [tuple(candidates.names[source] for source in found) for found in proposing]
+            result.sources[user] = [_source_names(candidates.names, ranks) for ranks in candidates.ranks[place, order]]
             result.status[user] = "personal"
 
     def _fill(self, result: Recommendations, user: int, k: int, allowed: np.ndarray | None, status: Status) -> None:
@@ -316,6 +317,12 @@ class Recommender:
                 f"embeddings of {int((~np.isfinite(vectors)).any(1).sum())} items are NaN or infinite; encode these items again"
             )
         return vectors
+
+
+def _source_names(names: Sequence[str], ranks: np.ndarray) -> tuple[str, ...]:
+    """Distinct names of the sources whose rank (S,) is not -1."""
+    found = (names[source].split(" ")[0] for source in np.flatnonzero(ranks >= 0))
+    return tuple(dict.fromkeys(SOURCE_NAMES.get(name, name) for name in found))
 
 
 def _as_item(record: Item | Mapping[str, Any], place: str) -> Item:
