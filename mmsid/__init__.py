@@ -17,6 +17,8 @@ _EXPORTS = {
     "Item": "mmsid.catalog",
     "ItemTokenizer": "mmsid.tokenizer.model",
     "MmsidError": "mmsid.errors",
+    "Recommendations": "mmsid.recommend.recommender",
+    "Recommender": "mmsid.recommend.recommender",
     "SidTable": "mmsid.sids",
     "Trie": "mmsid.sids",
     "TrieLogitsProcessor": "mmsid.recommend.trie_constraint",
@@ -58,6 +60,8 @@ if TYPE_CHECKING:
     from mmsid.catalog import Catalog as Catalog
     from mmsid.catalog import Item as Item
     from mmsid.errors import MmsidError as MmsidError
+    from mmsid.recommend.recommender import Recommendations as Recommendations
+    from mmsid.recommend.recommender import Recommender as Recommender
     from mmsid.recommend.trie_constraint import TrieLogitsProcessor as TrieLogitsProcessor
     from mmsid.sids import SidTable as SidTable
     from mmsid.sids import Trie as Trie

@@ -14,9 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from mmsid.artifacts import read_manifest
+from mmsid import Recommender
+from mmsid.artifacts import read_manifest, verify_folder, write_tensors
 from mmsid.catalog import read_catalog, split_histories
-from mmsid.errors import ConfigError
+from mmsid.errors import ArtifactError, ConfigError
 from mmsid.recommend import train
 from mmsid.recommend.classical import classical_baselines, history_weights, item_similarity
 from mmsid.recommend.train import TrainRecommenderConfig, quick_recommender
@@ -63,6 +64,7 @@ def config_for(folder, **changes) -> TrainRecommenderConfig:
         "model": SMALL,
         "schedule": BRIEF,
         "variants": {"random": folder / "random.parquet"},
+        "recommender": False,
     }
     return TrainRecommenderConfig(**(settings | changes))
 
@@ -124,6 +126,48 @@ def test_a_finished_seed_is_not_run_again(catalogue, monkeypatch):
     assert figures(train.run(config)) == resumed
 
 
+def test_the_stage_keeps_a_hybrid_recommender_of_one_variant(catalogue, monkeypatch):
+    folder, numbers = catalogue
+    table = SidTable.load(write_sids(folder / "ours" / "sids.parquet", numbers, seed=5))
+    embeddings = torch.nn.functional.normalize(torch.randn(ITEMS, 8, generator=torch.Generator().manual_seed(0)))
+    write_tensors(folder / "ours" / "embeddings.safetensors", {"embeddings": embeddings})
+    variants = {"random": folder / "random.parquet", "ours": folder / "ours"}
+    config = config_for(folder, variants=variants, seeds=[0, 1], classical_baselines=False, recommender=True)
+    out = train.run(config)
+    rows = {row["arm"]: row for row in json.loads((out / "metrics.json").read_text())["arms"]}
+    assert list(rows) == ["random", "ours", "hybrid (ours)"]
+    row = rows["hybrid (ours)"]
+    assert row["family"] == "sid" and row["seeds"] == [0] and row["collisions"] == 0 and row["metrics"]["HR@5"]["mean"] > 0.5
+    assert "| hybrid (ours) | sid |" in (out / "ranking.md").read_text()
+    recommender = Recommender.from_pretrained(out / "recommender", sids=folder / "ours")
+    assert sorted(recommender.item_ids) == sorted(table.item_ids)
+    assert np.allclose(recommender._state.sources.embedding.embeddings, embeddings[[table.row_of[item] for item in recommender.item_ids]])
+    catalog, split_config = _read(folder)
+    split = split_histories(catalog, split_config)
+    users = split.users("test")
+    found = recommender.recommend([[catalog.items[row].item_id for row in split.history(user, "test")] for user in users], k=5)
+    hits = [catalog.items[split.test[user]].item_id in items for user, items in zip(users, found.item_ids, strict=True)]
+    assert np.mean(hits) == pytest.approx(row["metrics"]["HR@5"]["mean"])
+    with pytest.raises(ArtifactError, match=r"it is in .*recommender"):
+        Recommender.from_pretrained(out)
+    verify_folder(out)
+
+
+@pytest.mark.parametrize("off", [False, None, "off"])
+def test_a_recommender_can_be_left_out(catalogue, off):
+    folder, _ = catalogue
+    config = config_for(folder, recommender=off)
+    assert config.kept_variant is None and config.hybrid_variants == []
+    assert config_for(folder, recommender="random").kept_variant == config_for(folder, recommender=True).kept_variant == "random"
+
+
+def test_all_variants_can_have_the_hybrid_recommender(catalogue):
+    folder, _ = catalogue
+    out = train.run(config_for(folder, architecture="hybrid", classical_baselines=False, recommender=True))
+    assert list(figures(out)) == ["random"] and figures(out)["random"][0]["HR@5"]["mean"] > 0.5
+    assert Recommender.from_pretrained(out / "recommender", sids=folder / "random.parquet").recommend([[]]).status == ["empty_history"]
+
+
 def test_permuting_rows_and_ids_changes_no_metric(catalogue, tmp_path):
     folder, _ = catalogue
     other = tmp_path / "shuffled"
@@ -139,6 +183,7 @@ def test_invalid_configurations_raise_errors_with_the_key(catalogue):
         ({"variants": {"a/b": sids}}, "folder name"),
         ({"variants": {"item_knn": sids}}, "classical baseline"),
         ({"baseline": "missing"}, "not a variant"),
+        ({"recommender": "missing"}, "recommender: 'missing' is not a variant.*recommender: false"),
         ({"seeds": [1, 1]}, "twice"),
         ({"model": {"d_model": 30, "heads": 4}}, "multiple of heads"),
     ):

@@ -15,12 +15,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from scipy import sparse
-from sklearn.feature_extraction.text import TfidfVectorizer
 
 from mmsid.catalog.coengagement import co_engagement
 from mmsid.catalog.items import Item
 from mmsid.catalog.splits import Split
 from mmsid.recommend.evaluate import Score, evaluate
+from mmsid.recommend.sparse_rows import history_weights
+from mmsid.recommend.words import fit_words
 
 CLASSICAL_NAMES = ("popularity", "item_knn", "tfidf_knn", "hybrid_knn")
 WINDOW = 5
@@ -80,7 +81,7 @@ def item_counts(histories: Sequence[np.ndarray], num_items: int) -> np.ndarray:
 
 
 def _similarities(items: list[Item], split: Split) -> _Similarities:
-    text = text_vectors(items)
+    _, text = fit_words(items)
     # one product of all pairs is much cheaper than a product per user
     dense = (text @ text.T).toarray() if len(items) <= DENSE_UP_TO else None
     return _Similarities(item_similarity(split.train, item_counts(split.train, len(items))), text, dense)
@@ -90,28 +91,6 @@ def item_similarity(histories: Sequence[np.ndarray], counts: np.ndarray) -> spar
     """Co-engagement within `WINDOW` steps, weight 1/distance, cosine-normalised by popularity; (N, N), empty diagonal."""
     scale = sparse.diags(1 / np.sqrt(np.maximum(counts, 1)))
     return (scale @ co_engagement(histories, len(counts), window=WINDOW) @ scale).tocsr()
-
-
-def text_vectors(items: list[Item]) -> sparse.csr_matrix:
-    """TF-IDF vectors (N, V) of unit norm, words and bigrams that occur in at least two items; an item without such words has a zero row."""
-    texts = []
-    for item in items:
-        labels = [label for _, values in sorted(item.attributes.items()) for label in values]
-        categories = [name for name in item.categories if name not in labels]  # a column may be mapped to both
-        texts.append(" ".join([item.title, *labels, *categories, item.description]))
-    vectorizer = TfidfVectorizer(sublinear_tf=True, min_df=2, ngram_range=(1, 2), dtype=np.float32)
-    try:
-        return vectorizer.fit_transform(texts).tocsr()
-    except ValueError:  # raised by scikit-learn for an empty vocabulary
-        return sparse.csr_matrix((len(items), 1), dtype=np.float32)
-
-
-def history_weights(histories: list[np.ndarray], num_items: int, decay: float) -> sparse.csr_matrix:
-    """Recency weights (B, N): decay^k for the item k steps back. The weights of repeated items add up."""
-    rows = np.repeat(np.arange(len(histories)), [len(history) for history in histories])
-    steps = [np.arange(len(history) - 1, -1, -1) for history in histories]
-    columns, back = (np.concatenate([*arrays, np.zeros(0, np.int64)]).astype(np.int64) for arrays in (histories, steps))
-    return sparse.csr_matrix((decay**back, (rows, columns)), shape=(len(histories), num_items))
 
 
 def _scorer(similarities: _Similarities, point: dict[str, float]) -> Score:

@@ -1,6 +1,7 @@
 """Full-catalogue ranking of every user of a split part, for neural and classical recommenders.
 
-A recommender is a scoring function `Score`: histories -> (B, N). Seen items are masked, then the target is ranked.
+A recommender is a scoring function `Score`: histories -> (B, N). Seen items are masked, then the target is ranked. A
+recommender for large catalogues scores a list of unseen candidates instead (`ScoredCandidates`).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from mmsid.recommend.beam_search import beam_item_scores, beam_search
 from mmsid.recommend.flat import FlatRecommender
 from mmsid.recommend.history_encoder import pad_histories
 from mmsid.recommend.item_scorer import ItemScorer
-from mmsid.recommend.metrics import COVERAGE_CUTOFF, Coverage, Ranks, rank_targets, summarise
+from mmsid.recommend.metrics import COVERAGE_CUTOFF, Coverage, Ranks, rank_candidates, rank_targets, summarise
 from mmsid.recommend.paths import PathTrie
 from mmsid.recommend.sid_transformer import SidTransformer
 from mmsid.recommend.tiger import TigerRecommender
@@ -26,6 +27,7 @@ Part = Literal["valid", "test"]
 PARTS: tuple[Part, ...] = ("valid", "test")
 Decoding = Literal["auto", "exact", "beam"]
 Score = Callable[[list[np.ndarray]], torch.Tensor]
+ScoredCandidates = Callable[[list[np.ndarray]], tuple[torch.Tensor, torch.Tensor]]  # -> items, scores, both (B, C)
 Recommender = SidTransformer | FlatRecommender | TigerRecommender
 EXACT_UP_TO = 20_000  # items; a beam search is faster above this, and its search errors are rare
 MAX_SCORES = 1 << 23  # floats of one (B, N) block
@@ -56,16 +58,42 @@ def evaluate(score: Score, split: Split, part: Part, num_items: int, limit: int 
     Raises:
         MmsidError: a score is NaN.
     """
+
+    def rank(histories: list[np.ndarray], targets: torch.Tensor, coverage: Coverage) -> tuple[torch.Tensor, torch.Tensor]:
+        scores = mask_seen(score(histories), histories)
+        coverage.update(scores)
+        return rank_targets(scores, targets.to(scores.device))
+
+    return _evaluate(rank, split, part, num_items, limit, batch=max(1, min(256, MAX_SCORES // num_items)))
+
+
+def evaluate_candidates(candidates: ScoredCandidates, split: Split, part: Part, num_items: int, limit: int | None = None) -> Evaluation:
+    """`evaluate` for a recommender that scores a list of unseen candidates per user. A target that is no candidate is not found."""
+
+    def rank(histories: list[np.ndarray], targets: torch.Tensor, coverage: Coverage) -> tuple[torch.Tensor, torch.Tensor]:
+        items, scores = candidates(histories)
+        ranks = rank_candidates(items, scores, targets)
+        coverage.update(scores, items)
+        return ranks
+
+    return _evaluate(rank, split, part, num_items, limit, batch=64)
+
+
+def _evaluate(
+    rank: Callable[[list[np.ndarray], torch.Tensor, Coverage], tuple[torch.Tensor, torch.Tensor]],
+    split: Split,
+    part: Part,
+    num_items: int,
+    limit: int | None,
+    batch: int,
+) -> Evaluation:
     users = split.users(part)[:limit]
-    targets = (split.valid if part == "valid" else split.test)[users]
+    targets = torch.from_numpy((split.valid if part == "valid" else split.test)[users])
     coverage, above, tied = Coverage(num_items), [], []
-    batch = max(1, min(256, MAX_SCORES // num_items))
     for start in range(0, len(users), batch):
         histories = [split.history(int(user), part) for user in users[start : start + batch]]
-        scores = mask_seen(score(histories), histories)
-        for counts, values in zip(rank_targets(scores, torch.from_numpy(targets[start : start + batch]).to(scores.device)), (above, tied)):
+        for counts, values in zip(rank(histories, targets[start : start + batch], coverage), (above, tied)):
             values.append(counts.cpu().numpy())
-        coverage.update(scores)
     empty = [np.zeros(0, dtype=np.int64)]
     return Evaluation(users, Ranks(np.concatenate(above or empty), np.concatenate(tied or empty)), coverage.value() if len(users) else 0.0)
 

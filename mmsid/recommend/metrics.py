@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from mmsid.errors import MmsidError
 
@@ -50,6 +51,13 @@ def rank_targets(scores: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Ten
     above = (scores > own).sum(1)
     tied = (scores == own).sum(1)
     return above, torch.where(torch.isneginf(own[:, 0]), torch.zeros_like(tied), tied)
+
+
+def rank_candidates(items: torch.Tensor, scores: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`rank_targets` for candidate lists: items int64 (B, C), distinct, padded with -1, and their scores (B, C), -inf for padding."""
+    found = items == targets[:, None]
+    column = torch.where(found.any(1), found.int().argmax(1), items.shape[1])  # the last column stands for all other items
+    return rank_targets(F.pad(scores, (0, 1), value=-torch.inf), column)
 
 
 def hit_rate(ranks: Ranks, cutoff: int) -> np.ndarray:
@@ -101,10 +109,17 @@ class Coverage:
     def __post_init__(self) -> None:
         self._log_missed = torch.zeros(self.num_items, dtype=torch.float64)
 
-    def update(self, scores: torch.Tensor) -> None:
-        """Add B users by their scores (B, N), -inf for items that are not candidates."""
-        shown = top_probabilities(scores, self.cutoff)
-        self._log_missed += torch.log1p(-shown.double()).sum(0).cpu()
+    def update(self, scores: torch.Tensor, items: torch.Tensor | None = None) -> None:
+        """Add B users by their scores (B, N), -inf for items that are not candidates.
+
+        Args:
+            items: int64 (B, C), rows of the items that `scores` (B, C) belong to, padded with -1; None: all items.
+        """
+        log_missed = torch.log1p(-top_probabilities(scores, self.cutoff).double()).cpu()
+        if items is None:
+            self._log_missed += log_missed.sum(0)
+        else:
+            self._log_missed.index_add_(0, items[items >= 0], log_missed[items >= 0])
 
     def value(self) -> float:
         """Coverage in [0, 1]."""

@@ -2,11 +2,12 @@
 
 The stage reads sids.parquet of each variant and the catalogue's sequences, not how the SIDs were made. It writes
 metrics.json, ranking.md and ranks/<variant>/<seed>.parquet (one row per user and part), from which every metric and
-every paired difference can be computed again. Finished variants and seeds are not run again.
+every paired difference can be computed again. It keeps one hybrid recommender. Finished variants and seeds stay.
 """
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,16 +27,25 @@ from mmsid.progress import done
 from mmsid.recommend.classical import CLASSICAL_NAMES, classical_baselines
 from mmsid.recommend.evaluate import PARTS, Evaluation, Part, evaluate
 from mmsid.recommend.flat import FlatShape
+from mmsid.recommend.hybrid import fit_hybrid, hybrid_name
 from mmsid.recommend.metrics import over_seeds
+from mmsid.recommend.recommender import Recommender
+from mmsid.recommend.recommender_files import embeddings_file, read_embeddings
 from mmsid.recommend.result_rows import best_achievable_row, dataset_facts, difference_rows, lost_to_collisions, read_ranks, write_ranks
 from mmsid.recommend.result_tables import ranking_table
 from mmsid.recommend.sid_transformer import SidTransformerShape
 from mmsid.recommend.tiger import TigerShape
-from mmsid.recommend.training import Schedule, Shape, fit, table_paths
+from mmsid.recommend.training import Fitted, Schedule, Shape, fit, table_paths
 from mmsid.sids.table import SidTable
 
-Architecture = Literal["sid_transformer", "flat", "tiger"]
-SHAPES: dict[str, type[Shape]] = {"sid_transformer": SidTransformerShape, "flat": FlatShape, "tiger": TigerShape}
+Architecture = Literal["sid_transformer", "flat", "tiger", "hybrid"]
+SHAPES: dict[str, type[Shape]] = {
+    "sid_transformer": SidTransformerShape,
+    "flat": FlatShape,
+    "tiger": TigerShape,
+    "hybrid": SidTransformerShape,
+}
+RECOMMENDER = "recommender"  # folder of the recommender that the stage keeps
 
 
 class ModelConfig(Section):
@@ -66,8 +76,11 @@ class TrainRecommenderConfig(StageConfig):
     Attributes:
         variants: name -> SID folder (or a sids.parquet).
         seeds: recommender seeds; each variant is trained once per seed. Default: the run's seed.
-        architecture: `sid_transformer` (used to compare tokenizers), `flat` (a decoder over SID tokens) or `tiger` (an
-            encoder-decoder over SID tokens).
+        architecture: `sid_transformer` (used to compare tokenizers), `flat` (a decoder over SID tokens), `tiger` (an
+            encoder-decoder over SID tokens), or `hybrid` (candidates of a SID transformer, of embeddings, co-engagement and words,
+            ranked together).
+        recommender: variant whose hybrid recommender is kept in `out`/recommender, trained with the first seed, and shown as a row
+            of its own. True: `ours_refined` if it is a variant, else `ours`, else the first one. False: none.
         classical_baselines: add popularity, item-kNN, TF-IDF kNN and the classical hybrid.
         best_achievable: best_achievable.json of a demo catalogue; adds its row to the table.
         beam: beams of the search that ranks items; the SID transformer scores up to 20,000 items exactly instead.
@@ -87,6 +100,19 @@ class TrainRecommenderConfig(StageConfig):
     best_achievable: Path | None = None
     beam: int = Field(default=50, gt=0)
     baseline: str | None = None
+    recommender: bool | str | None = True
+
+    @property
+    def kept_variant(self) -> str | None:
+        """Variant whose hybrid recommender is kept, or None."""
+        if self.recommender is True:
+            return next((name for name in ("ours_refined", "ours") if name in self.variants), next(iter(self.variants)))
+        return self.recommender if self.recommender not in (False, None, "off") else None
+
+    @property
+    def hybrid_variants(self) -> list[str]:
+        """Variants on which a hybrid recommender is trained."""
+        return list(self.variants) if self.architecture == "hybrid" else [] if self.kept_variant is None else [self.kept_variant]
 
     @property
     def recommender_seeds(self) -> list[int]:
@@ -111,12 +137,21 @@ def run(config: TrainRecommenderConfig) -> Path:
     item_ids = [item.item_id for item in catalog.items]
     tables = {name: SidTable.load(path).align(item_ids) for name, path in config.variants.items()}
     inputs = {f"arm {name}": path if path.suffix == ".parquet" else path / "sids.parquet" for name, path in config.variants.items()}
+    inputs |= {f"embeddings {name}": embeddings_file(config.variants[name]) for name in config.hybrid_variants}
     inputs["best_achievable"] = config.best_achievable
     with writing(config.out, stage="train_recommender", config=config, inputs=inputs, resume=True) as draft:
+        decoder = None
         for name, table in tables.items():
             for seed in config.recommender_seeds:
-                _run_variant(config, name, table, seed, catalog, split, draft.path, accelerator)
+                fitted = _run_variant(config, name, table, seed, catalog, split, draft.path, accelerator)
+                if (name, seed) == (config.kept_variant, config.recommender_seeds[0]) and config.architecture == "sid_transformer":
+                    decoder = fitted
         if accelerator.is_main_process:
+            if config.kept_variant is not None and config.architecture != "hybrid":
+                table, seed = tables[config.kept_variant], config.recommender_seeds[0]
+                marker = draft.path / "ranks" / hybrid_name(config.kept_variant) / f"{seed}.json"
+                if not marker.is_file():
+                    _run_hybrid(config, config.kept_variant, table, seed, catalog, split, marker, decoder)
             if config.classical_baselines:
                 _run_classical(config, catalog, split, draft.path)
             rows = _rows(config, tables, draft.path)
@@ -159,6 +194,11 @@ def _check(config: TrainRecommenderConfig) -> None:
             raise ConfigError(
                 f"train_recommender.variants: {name!r} is the name of a classical baseline; rename it, or set classical_baselines: false"
             )
+    if config.kept_variant is not None and config.kept_variant not in config.variants:
+        raise ConfigError(
+            f"train_recommender.recommender: {config.kept_variant!r} is not a variant; the variants are {', '.join(config.variants)}; "
+            "name one of them, or set recommender: false"
+        )
     if config.baseline is not None and config.baseline not in config.variants:
         raise ConfigError(
             f"train_recommender.baseline: {config.baseline!r} is not a variant; the variants are {', '.join(config.variants)}"
@@ -177,11 +217,16 @@ def _run_variant(
     split: Split,
     folder: Path,
     accelerator: Accelerator,
-) -> None:
+) -> Fitted | None:
+    """Train and rank one variant. -> the trained recommender, None if it was finished earlier or is a hybrid."""
     marker = folder / "ranks" / name / f"{seed}.json"
     # rank 0 checks the disk for all processes, so that they agree on the remaining work
     if broadcast_object_list([marker.is_file() if accelerator.is_main_process else None])[0]:
-        return
+        return None
+    if config.architecture == "hybrid":
+        if accelerator.is_main_process:
+            _run_hybrid(config, name, table, seed, catalog, split, marker)
+        return None
     fitted = fit(
         table_paths(table),
         split,
@@ -192,8 +237,41 @@ def _run_variant(
         what=f"{name}, seed {seed}",
     )
     if not accelerator.is_main_process:
-        return
+        return None
     evaluations = {part: fitted.evaluate(split, part, beam=config.beam) for part in PARTS}
+    extra = {"seconds": fitted.seconds, "epochs": fitted.epochs, "stopped_at_valid": fitted.best}
+    _write_result(marker, evaluations, extra, catalog)
+    return fitted
+
+
+def _run_hybrid(
+    config: TrainRecommenderConfig,
+    name: str,
+    table: SidTable,
+    seed: int,
+    catalog: Catalog,
+    split: Split,
+    marker: Path,
+    decoder: Fitted | None = None,
+) -> None:
+    """Train and rank the hybrid recommender of a variant, in this process alone, and save the one that the stage keeps."""
+    fitted = fit_hybrid(
+        table_paths(table),
+        catalog.items,
+        read_embeddings(config.variants[name], table.item_ids),
+        split,
+        shape=config.model.shape("hybrid"),
+        schedule=config.schedule,
+        seed=seed,
+        what=f"{hybrid_name(name)}, seed {seed}",
+        decoder=decoder,
+    )
+    evaluations = {part: fitted.evaluate(split, part) for part in PARTS}
+    if (name, seed) == (config.kept_variant, config.recommender_seeds[0]):
+        out = marker.parents[2] / RECOMMENDER
+        shutil.rmtree(out, ignore_errors=True)  # written by a run that was interrupted before its marker
+        figures = {f"{metric} on test": evaluations["test"].summary()[metric] for metric in ("HR@10", "NDCG@10")}
+        Recommender.from_fitted(fitted, catalog.items, table).save_pretrained(out, figures=figures)
     extra = {"seconds": fitted.seconds, "epochs": fitted.epochs, "stopped_at_valid": fitted.best}
     _write_result(marker, evaluations, extra, catalog)
 
@@ -220,6 +298,10 @@ def _rows(config: TrainRecommenderConfig, tables: dict[str, SidTable], folder: P
     """One row per method: classical baselines, then the variants in the order of the configuration, then the best achievable."""
     methods = [(name, "classical", [config.seed]) for name in CLASSICAL_NAMES if config.classical_baselines]
     methods += [(name, "sid", config.recommender_seeds) for name in tables]
+    tables = dict(tables)
+    if config.kept_variant is not None and config.architecture != "hybrid":
+        methods.append((hybrid_name(config.kept_variant), "sid", config.recommender_seeds[:1]))
+        tables[hybrid_name(config.kept_variant)] = tables[config.kept_variant]
     rows = []
     for name, family, seeds in methods:
         results = [read_json(folder / "ranks" / name / f"{seed}.json") for seed in seeds]

@@ -113,7 +113,7 @@ class ArmConfig(Section):
     classical: Literal[True] | None = None
     sasrec: Literal[True] | None = None
     fusion: str | None = None
-    recommender: Architecture | Literal["hybrid"] = "sid_transformer"
+    recommender: Architecture = "sid_transformer"
 
     @property
     def kind(self) -> str:
@@ -129,7 +129,7 @@ class ArmConfig(Section):
         if self.kind == "sasrec":
             settings = model.model_dump(exclude_none=True)
             return SasrecShape(**{name: value for name, value in settings.items() if name in SasrecShape.__dataclass_fields__})
-        return model.shape("sid_transformer" if self.recommender == "hybrid" else self.recommender)
+        return model.shape(self.recommender)
 
     @field_validator("tokenizer")
     @classmethod
@@ -196,12 +196,14 @@ class SuiteConfig(Section):
         for name in (*self.claims, *self.baselines):
             if name not in known and not name.startswith(groups):
                 raise ValueError(f"{name!r} in claims or baselines is not an arm; the arms are {', '.join(known)}")
-        sid_arms = [name for name, arm in self.arms.items() if arm.kind in ("sids", "tokenizer", "refine")]
+        sid_arms = [name for name, arm in self.arms.items() if arm.kind in ("sids", "tokenizer", "refine") and arm.recommender != "hybrid"]
         for name, arm in self.arms.items():
             if arm.refine is not None and (arm.refine.of not in self.arms or self.arms[arm.refine.of].kind != "tokenizer"):
                 raise ValueError(f"arms: {name!r} refines {arm.refine.of!r}, which must be a tokenizer arm of this suite")
             if arm.fusion is not None and not (classical and (arm.fusion in sid_arms or arm.fusion.startswith(groups))):
-                raise ValueError(f"arms: {name!r} fuses {arm.fusion!r}, which must be a SID arm; `classical` must be an arm as well")
+                raise ValueError(
+                    f"arms: {name!r} fuses {arm.fusion!r}, which must be a SID arm and not a hybrid; `classical` must be an arm as well"
+                )
         for trial in range(len(self.trials)):
             model, _ = self.settings(trial)
             for arm in self.arms.values():
