@@ -351,4 +351,5 @@ def _joined(table: SidTable, more: SidTable) -> SidTable:
     suffix = None
     if table.suffix is not None:
         suffix = np.concatenate([table.suffix, np.full(len(more), -1) if more.suffix is None else more.suffix])
-    return replace(table, item_ids=table.item_ids + more.item_ids, suffix=suffix, **arrays)
+    source = None if table.source is None or more.source is None else np.concatenate([table.source, more.source])
+    return replace(table, item_ids=table.item_ids + more.item_ids, suffix=suffix, source=source, **arrays)
