@@ -113,7 +113,7 @@ def test_added_items_do_not_change_the_path_scores_of_others():
     paths = random_paths(40, (4, 3, 5))
     model = random_model(paths)
     known = np.arange(40) < 30
-    before = PathSource(model, ItemPaths(paths.tokens[:30], paths.sizes, paths.decided[:30]))
+    before = PathSource(model, ItemPaths(paths.tokens[:30], paths.sizes))
     old = before.scores(HistoryBatch(HISTORIES, 30), all_items(3, 30))["path"]
     proposed = before.propose(HistoryBatch(HISTORIES, 30), 5)["path"]
     before.add(paths.tokens[30:35])
@@ -190,7 +190,7 @@ def data(tmp_path_factory):
     catalog = read_catalog(CatalogConfig(items=folder / "items.parquet", sequences=folder / "sequences.parquet"))
     split = split_histories(catalog, CatalogConfig(items=folder).split)
     codes = np.random.default_rng(0).permutation(64)[: len(catalog.items)]
-    paths = ItemPaths(np.stack([codes // 8, codes % 8], 1), (8, 8), np.ones((len(codes), 2), dtype=bool))
+    paths = ItemPaths(np.stack([codes // 8, codes % 8], 1), (8, 8))
     embeddings = np.random.default_rng(1).normal(size=(len(codes), 8)).astype(np.float32)
     return catalog, split, paths, embeddings
 

@@ -156,7 +156,7 @@ def _fit_decoder(paths: ItemPaths, split: Split, known: np.ndarray, **settings: 
     row_of = np.cumsum(known) - 1
     train = [row_of[rows] for rows in split.train]
     valid = np.where(split.valid >= 0, row_of[split.valid], -1)
-    return fit(ItemPaths(paths.tokens[known], paths.sizes, paths.decided[known]), replace(split, train=train, valid=valid), **settings)
+    return fit(ItemPaths(paths.tokens[known], paths.sizes), replace(split, train=train, valid=valid), **settings)
 
 
 def _fit_rankers(sources: Sources, examples: list[tuple[np.ndarray, int]], seed: int) -> list[Ranker]:

@@ -34,7 +34,7 @@ class PathSource:
     def add(self, tokens: np.ndarray) -> None:
         """Append items by their paths (M, D)."""
         joined = np.concatenate([self.paths.tokens, tokens])
-        paths = ItemPaths(joined, self.paths.sizes, np.ones_like(joined, dtype=bool))
+        paths = ItemPaths(joined, self.paths.sizes)
         self._index(self.model, paths, np.concatenate([self.known, np.zeros(len(tokens), dtype=bool)]))
 
     def _index(self, model: SidTransformer, paths: ItemPaths, known: np.ndarray) -> None:

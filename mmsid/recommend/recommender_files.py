@@ -195,7 +195,7 @@ def path_tokens(table: SidTable, sizes: Sequence[int]) -> np.ndarray:
 
 def _path_source(folder: Path, table: SidTable, settings: Mapping, known: np.ndarray) -> PathSource:
     tokens = path_tokens(table, settings["sizes"])
-    paths = ItemPaths(tokens, tuple(settings["sizes"]), np.ones_like(tokens, dtype=bool))
+    paths = ItemPaths(tokens, tuple(settings["sizes"]))
     model = SidTransformer(paths, SidTransformerShape(**settings["shape"]))
     _load_weights(model, read_weights(folder / "decoder.safetensors"), folder)
     return PathSource(model, paths, known)
