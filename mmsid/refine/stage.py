@@ -67,7 +67,7 @@ def run(config: RefineConfig, quick_recommender: QuickRecommender | None = None)
     catalog = read_catalog(config.catalog)
     split = split_histories(catalog, config.catalog.split)
     inputs = {name: getattr(config, name) for name in ("tokenizer", "sids", "captions", "interests", "text_quality")}
-    inputs |= {"items": config.catalog.items, "sequences": config.catalog.sequences}
+    inputs |= config.catalog.input_files()
     inputs["tokenizer"] = manifest_folder(config.tokenizer)
     inputs["sids"] = manifest_folder(config.sids)
     with writing(config.out, stage="refine", config=config, inputs=inputs, resume=True) as draft:
