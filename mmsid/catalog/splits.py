@@ -64,13 +64,20 @@ class Split:
 
     def fit_weights(self) -> list[np.ndarray] | None:
         """Event weights of `fit_histories`, in the same order; None for a catalogue without event weights."""
-        if self.train_weights is None:
-            return None
-        return [weights for weights, held_out in zip(self.train_weights, self.held_out, strict=True) if len(weights) and not held_out]
+        return self._weights_of(~self.held_out)
 
     def held_out_histories(self) -> list[np.ndarray]:
         """Non-empty train prefixes of the inner held-out users."""
         return [rows for rows, held_out in zip(self.train, self.held_out, strict=True) if len(rows) and held_out]
+
+    def held_out_weights(self) -> list[np.ndarray] | None:
+        """Event weights of `held_out_histories`, in the same order; None for a catalogue without event weights."""
+        return self._weights_of(self.held_out)
+
+    def _weights_of(self, users: np.ndarray) -> list[np.ndarray] | None:
+        if self.train_weights is None:
+            return None
+        return [weights for weights, chosen in zip(self.train_weights, users, strict=True) if len(weights) and chosen]
 
 
 def split_histories(catalog: Catalog, config: SplitConfig) -> Split:

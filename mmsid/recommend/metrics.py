@@ -20,6 +20,7 @@ HIT_CUTOFFS = (1, 5, 10, 20, 50)
 NDCG_CUTOFFS = (5, 10)
 MRR_CUTOFF = 50  # the default beam width, so that exact ranking and beam search are comparable
 COVERAGE_CUTOFF = 10
+WEIGHTED = "weighted"  # first word of the names of metrics that weight each target by its event
 
 
 class Ranks(NamedTuple):
@@ -81,10 +82,19 @@ def per_position(ranks: Ranks, metric: str) -> np.ndarray:
     return {"HR": hit_rate, "NDCG": ndcg, "MRR": reciprocal_rank}[name](ranks, int(cutoff))
 
 
-def summarise(ranks: Ranks) -> dict[str, float]:
-    """Means over targets: HR@{1,5,10,20,50}, NDCG@{5,10}, MRR@50. Empty input gives zeros."""
+def summarise(ranks: Ranks, weights: np.ndarray | None = None) -> dict[str, float]:
+    """Means over targets: HR@{1,5,10,20,50}, NDCG@{5,10}, MRR@50. Empty input gives zeros.
+
+    Args:
+        weights: (P,), event weights of the targets. If they differ, means weighted by them are added as `weighted HR@10`,
+            `weighted NDCG@10` and so on.
+    """
     names = [f"HR@{k}" for k in HIT_CUTOFFS] + [f"NDCG@{k}" for k in NDCG_CUTOFFS] + [f"MRR@{MRR_CUTOFF}"]
-    return {name: float(per_position(ranks, name).mean()) if len(ranks.above) else 0.0 for name in names}
+    values = {name: per_position(ranks, name) for name in names}
+    means = {name: float(value.mean()) if len(value) else 0.0 for name, value in values.items()}
+    if weights is None or len(weights) == 0 or (weights == weights[0]).all():
+        return means
+    return means | {f"{WEIGHTED} {name}": float(value @ weights / weights.sum()) for name, value in values.items()}
 
 
 @dataclass

@@ -96,7 +96,7 @@ def read_behaviour(
     """
     histories = split.fit_histories() if split is not None else []
     none = ItemBehaviour(np.zeros((len(catalog.items), 0), np.float32), np.zeros(len(catalog.items)))
-    pairs = co_engagement(histories, len(catalog.items), settings.window) if histories else None
+    pairs = co_engagement(histories, len(catalog.items), settings.window, split.fit_weights()) if histories else None
     if source == "none":
         return Behaviour(pairs, none)
     if source != "coengagement":
