@@ -42,6 +42,18 @@ class ItemVectors:
         counts = None if self.counts is None else self.counts[rows]
         return replace(self, values=self.values[rows], present=self.present[rows], counts=counts)
 
+    def normalised(self) -> ItemVectors:
+        """Each family normalised to unit rows and divided by the square root of the number of families; zeros stay zeros."""
+        scale = np.float32(np.sqrt(len(self.widths)))
+        return replace(self, values=np.concatenate([_unit_rows(family) / scale for family in self._families()], 1))
+
+    def of_items(self) -> list[tuple[np.ndarray, ...]]:
+        """Vectors of each item, one (D_f,) array per family."""
+        return list(zip(*self._families(), strict=True))
+
+    def _families(self) -> list[np.ndarray]:
+        return np.split(self.values, np.cumsum(self.widths)[:-1], axis=1)
+
     def summary(self) -> str:
         """One sentence: how many items have a vector, and how many rows belong to no item."""
         items, found = len(self.present), int(self.present.sum())
@@ -80,9 +92,7 @@ def several(paths: Sequence[str | Path], item_ids: Sequence[str]) -> ItemVectors
     """
     if not paths:
         raise CatalogError("vectors: no file is named; name at least one parquet file with item_id and vector")
-    families = [read_vectors(path, item_ids) for path in paths]
-    scale = np.float32(np.sqrt(len(families)))
-    return concatenated([replace(family, values=_unit_rows(family.values) / scale) for family in families])
+    return concatenated([read_vectors(path, item_ids) for path in paths]).normalised()
 
 
 def concatenated(families: Sequence[ItemVectors]) -> ItemVectors:

@@ -130,7 +130,8 @@ def read_states(tokenizer: ItemTokenizer, inputs: Sequence[ItemInput], batch_siz
 def fused_space(pooled: np.ndarray, behaviour: np.ndarray, weight: float, *, centre: bool) -> np.ndarray:
     """Fused vectors [content / |content| ; weight x behaviour] of pooled content (N, H) and behaviour vectors (N, M): (N, H + M).
 
-    `centre` subtracts the mean content first, because the states of vision-language models share one dominant direction.
+    `centre` subtracts the mean content first, because the states of vision-language models, and many embeddings, share one dominant
+    direction.
     """
     content = pooled - pooled.mean(0, keepdims=True) if centre else pooled
     content = content / np.maximum(np.linalg.norm(content, axis=1, keepdims=True), 1e-12)

@@ -14,7 +14,6 @@ from accelerate import Accelerator
 from safetensors import safe_open
 
 from mmsid.artifacts import Draft, read_tensors, write_json, write_tensors
-from mmsid.backbone.text import hidden_size_of
 from mmsid.catalog import Catalog, Split, load_picture
 from mmsid.errors import ConfigError, MmsidError
 from mmsid.progress import track
@@ -46,8 +45,13 @@ class Training:
         if self.published is not None:
             check_sizes(self.published, config.num_levels, config.codebook_size)
         mined = read_mined_interests(config.interests)
-        excluded = {*config.without, *(("pictures",) if config.backbone.kind == "text" else ())}
-        fields = tuple(name for name in readable_fields(config.use, mined) if name not in excluded)
+        backbone = config.backbone.fitted_to(catalog)
+        fields = tuple(name for name in readable_fields(config.use, mined) if name in backbone.fields and name not in config.without)
+        if not fields:
+            raise ConfigError(
+                f"train_tokenizer: no field is left to read; a backbone of kind {backbone.kind!r} reads {', '.join(backbone.fields)}: "
+                "correct use and without"
+            )
         self.inputs: list[ItemInput] = build_inputs(
             catalog, read_caption_texts(config.captions), mined if "interests" in fields else None, fields
         )
@@ -56,9 +60,9 @@ class Training:
         if config.resolved_head() == "residual":
             self.inputs = behaviour.items.added_to(self.inputs)
         limits, root = config.catalog.pictures, config.catalog.root
-        width = hidden_size_of(config.backbone.path) + behaviour.items.vectors.shape[1]
+        width = backbone.hidden_size() + behaviour.items.vectors.shape[1]
         settings = TokenizerSettings(
-            backbone=config.backbone,
+            backbone=backbone,
             head=config.resolved_head(),
             num_levels=config.num_levels,
             codebook_size=config.codebook_size,
@@ -154,7 +158,7 @@ class Training:
 
     def _space(self, content: initialization.ContentStates, behaviour: np.ndarray, start: initialization.StartSettings) -> np.ndarray:
         """Fused vectors (N, D) of content and behaviour, from which all targets are made."""
-        return initialization.fused_space(content.pooled, behaviour, start.behaviour_weight, centre=self.config.backbone.kind == "vlm")
+        return initialization.fused_space(content.pooled, behaviour, start.behaviour_weight, centre=self.config.backbone.kind != "text")
 
     # --- training loop
 
