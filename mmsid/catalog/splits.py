@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -43,7 +44,18 @@ class Split:
 
     def __post_init__(self) -> None:
         if self.train_weights is not None and [*map(len, self.train)] != [*map(len, self.train_weights)]:
-            raise ValueError("train and train_weights differ in length; shorten both in the same way")
+            raise ValueError("train and train_weights differ in length; shorten both by Split.with_train")
+
+    def with_train(self, kept: Sequence[np.ndarray | slice], valid: np.ndarray) -> Split:
+        """This split with fewer train interactions and other valid targets.
+
+        Args:
+            kept: per user, a numpy index of the interactions of `train` that stay: a slice, a mask or positions.
+            valid: (U,) int64, the new targets, whose weights are unknown.
+        """
+        weights = None if self.train_weights is None else [w[index] for w, index in zip(self.train_weights, kept, strict=True)]
+        train = [rows[index] for rows, index in zip(self.train, kept, strict=True)]
+        return replace(self, train=train, valid=valid, train_weights=weights, valid_weight=None)
 
     def history(self, user: int, which: Literal["valid", "test"]) -> np.ndarray:
         """Input history of the user in this part. Its items are the seen items, which must not be recommended."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -149,7 +149,7 @@ def _fit_sources(
 def _hold_out_last(split: Split) -> Split:
     """The split whose valid items are the last train items, for users with an earlier item and no repetition of the last one."""
     held_out = [rows[-1] if len(rows) > 1 and rows[-1] not in rows[:-1] else -1 for rows in split.train]
-    return replace(split, train=[rows[:-1] for rows in split.train], valid=np.array(held_out, dtype=np.int64))
+    return split.with_train([slice(-1)] * len(split.train), np.array(held_out, dtype=np.int64))
 
 
 def _gather_features(scores: dict[str, np.ndarray], candidates: np.ndarray) -> torch.Tensor:

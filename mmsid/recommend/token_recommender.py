@@ -50,14 +50,16 @@ class TokenRecommender(nn.Module, ABC):
         real = real[..., None].expand(*real.shape, len(self.sizes)).flatten(1)
         return F.pad(ids, (1, 0), value=self.begin), F.pad(real, (1, 0), value=True)
 
-    def loss(self, hidden: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
+    def loss(self, hidden: torch.Tensor, items: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
         """Sum of the negative log-likelihoods of the paths of items (P,), over decided levels.
 
         Args:
             hidden: (P, D, d), the states that predict the levels.
+            weights: (P,), factors of the items' terms, or None.
         """
         total = hidden.new_zeros(())
         for level in range(len(self.sizes)):
             logits = hidden[:, level] @ self.level_table(level).T
-            total = total + (F.cross_entropy(logits, self.paths[items, level], reduction="none") * self.decided[items, level]).sum()
+            losses = F.cross_entropy(logits, self.paths[items, level], reduction="none") * self.decided[items, level]
+            total = total + (losses if weights is None else losses * weights).sum()
         return total
