@@ -108,10 +108,10 @@ def test_mean_and_deviation_over_seeds():
 def test_weighted_metrics_weight_each_target_by_its_event_and_exist_only_where_weights_differ():
     """A conversion at rank 1 and a click beyond rank 10: 2.5 of 3.5, against 1 of 2 without weights."""
     both = Ranks(np.array([0, 10]), np.array([1, 1]))
-    found = summarise(both, np.array([2.5, 1.0]))
+    found = summarise(both._replace(weights=np.array([2.5, 1.0])))
     assert found["HR@10"] == 0.5 and found["weighted HR@10"] == pytest.approx(2.5 / 3.5)
     assert found["weighted NDCG@5"] == pytest.approx(2.5 / 3.5) and found["weighted MRR@50"] == pytest.approx((2.5 + 1 / 11) / 3.5)
     for alike in (None, np.array([2.5, 2.5])):
-        assert summarise(both, alike) == summarise(both)
+        assert summarise(both._replace(weights=alike)) == summarise(both)
     nothing = Ranks(np.zeros(0, int), np.zeros(0, int))
-    assert summarise(nothing, np.zeros(0)) == summarise(nothing)
+    assert summarise(nothing._replace(weights=np.zeros(0))) == summarise(nothing)

@@ -34,19 +34,15 @@ MAX_BEAMS = 1 << 14  # users x beams of one search
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Ranks of the targets of `users` (rows of the split), and the catalogue coverage of their recommendations.
-
-    `weights` (P,) are the event weights of the targets; None for a catalogue without event weights.
-    """
+    """Ranks of the targets of `users` (rows of the split), and the catalogue coverage of their recommendations."""
 
     users: np.ndarray
     ranks: Ranks
     coverage: float
-    weights: np.ndarray | None = None
 
     def summary(self) -> dict[str, float]:
-        """All metrics by name, including coverage; also weighted by event where the targets have different weights."""
-        return summarise(self.ranks, self.weights) | {f"coverage@{COVERAGE_CUTOFF}": self.coverage}
+        """All metrics by name, including coverage."""
+        return summarise(self.ranks) | {f"coverage@{COVERAGE_CUTOFF}": self.coverage}
 
 
 def evaluate(score: Score, split: Split, part: Part, num_items: int, limit: int | None = None) -> Evaluation:
@@ -72,8 +68,8 @@ def evaluate(score: Score, split: Split, part: Part, num_items: int, limit: int 
         coverage.update(scores)
     empty = [np.zeros(0, dtype=np.int64)]
     weights = split.target_weights(part)
-    ranks = Ranks(np.concatenate(above or empty), np.concatenate(tied or empty))
-    return Evaluation(users, ranks, coverage.value() if len(users) else 0.0, None if weights is None else weights[:limit])
+    ranks = Ranks(np.concatenate(above or empty), np.concatenate(tied or empty), None if weights is None else weights[:limit])
+    return Evaluation(users, ranks, coverage.value() if len(users) else 0.0)
 
 
 def mask_seen(scores: torch.Tensor, histories: list[np.ndarray]) -> torch.Tensor:

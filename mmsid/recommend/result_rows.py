@@ -25,15 +25,14 @@ SIGNIFICANT = 0.05
 
 
 class ReadRanks(NamedTuple):
-    """Ranks of one part, the coverage measured with them, and the event weights of the targets or None, read from disk."""
+    """Ranks of one part and the coverage measured with them, read from disk."""
 
     ranks: Ranks
     coverage: float
-    weights: np.ndarray | None = None
 
     def summary(self) -> dict[str, float]:
         """All metrics by name, including coverage."""
-        return summarise(self.ranks, self.weights) | {f"coverage@{COVERAGE_CUTOFF}": self.coverage}
+        return summarise(self.ranks) | {f"coverage@{COVERAGE_CUTOFF}": self.coverage}
 
 
 def write_ranks(path: Path, evaluations: Mapping[Part, Evaluation], catalog: Catalog) -> None:
@@ -46,8 +45,9 @@ def write_ranks(path: Path, evaluations: Mapping[Part, Evaluation], catalog: Cat
         columns["tied"] += evaluation.ranks.tied.tolist()
     types = {"user_id": pa.string(), "part": pa.string(), "above": pa.int64(), "tied": pa.int64()}
     table = pa.table({name: pa.array(values, types[name]) for name, values in columns.items()})
-    if evaluations and all(evaluation.weights is not None for evaluation in evaluations.values()):
-        table = table.append_column("weight", pa.array(np.concatenate([evaluation.weights for evaluation in evaluations.values()])))
+    weights = [evaluation.ranks.weights for evaluation in evaluations.values()]
+    if weights and all(each is not None for each in weights):
+        table = table.append_column("weight", pa.array(np.concatenate(weights)))
     write_table(path, table, {f"coverage_{part}": repr(evaluation.coverage) for part, evaluation in evaluations.items()})
 
 
@@ -56,8 +56,8 @@ def read_ranks(path: Path, part: Part) -> ReadRanks:
     table = read_table(path)
     rows = np.array(table["part"].to_pylist()) == part
     coverage = float((table.schema.metadata or {})[f"coverage_{part}".encode()])
-    weights = table["weight"].to_numpy()[rows] if "weight" in table.column_names else None
-    return ReadRanks(Ranks(table["above"].to_numpy()[rows], table["tied"].to_numpy()[rows]), coverage, weights)
+    columns = [table[name].to_numpy()[rows] for name in ("above", "tied", "weight") if name in table.column_names]
+    return ReadRanks(Ranks(*columns), coverage)
 
 
 def lost_to_collisions(table: SidTable) -> int:
