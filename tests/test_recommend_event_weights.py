@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import count
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -55,7 +58,10 @@ def conflict(weight: float | None) -> Split:
     return Split(train, targets, targets, train, np.zeros(4, bool), weights, *([np.ones(4)] * 2 if weight else [None] * 2))
 
 
-def test_a_recommender_prefers_the_item_of_greater_weight():
+def test_a_recommender_prefers_the_item_of_greater_weight(monkeypatch):
+    epochs = count()  # a valid metric that rises, so that the weights of the last epoch are kept
+    rising = SimpleNamespace(summary=lambda: {"NDCG@10": float(next(epochs))})
+    monkeypatch.setattr("mmsid.recommend.training.evaluate", lambda *arguments: rising)
     preferred = {}
     for weight in (None, 1.0, 9.0):
         schedule = Schedule(epochs=25, batch_size=4, patience=25, lr=0.02)
