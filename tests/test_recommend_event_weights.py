@@ -51,11 +51,11 @@ def test_weights_are_cut_and_padded_like_their_histories():
 
 
 def conflict(weight: float | None) -> Split:
-    """Item 0 is followed by item 1 for three users and by item 2, with `weight`, for the fourth."""
-    train = [np.array([0, 1])] * 3 + [np.array([0, 2])]
-    weights = None if weight is None else [np.ones(2)] * 3 + [np.array([1.0, weight])]
-    targets = np.full(4, 3)
-    return Split(train, targets, targets, train, np.zeros(4, bool), weights, *([np.ones(4)] * 2 if weight else [None] * 2))
+    """Item 0 is followed by item 1 for three users and by item 2, with `weight`, for the fourth. A fifth user has the other items."""
+    train = [np.array([0, 1])] * 3 + [np.array([0, 2]), np.array([3, 4])]
+    weights = None if weight is None else [np.ones(2)] * 3 + [np.array([1.0, weight]), np.ones(2)]
+    targets = np.full(5, 3)
+    return Split(train, targets, targets, train, np.zeros(5, bool), weights, *([np.ones(5)] * 2 if weight else [None] * 2))
 
 
 def test_a_recommender_prefers_the_item_of_greater_weight(monkeypatch):
@@ -73,14 +73,14 @@ def test_a_recommender_prefers_the_item_of_greater_weight(monkeypatch):
 
 def test_classical_counts_are_sums_of_weights():
     split = conflict(9.0)
-    assert item_counts(split.train, 5, split.train_weights).tolist() == [4, 3, 9, 0, 0]
+    assert item_counts(split.train, 5, split.train_weights).tolist() == [4, 3, 9, 1, 1]
     similar = item_similarity(split.train, item_counts(split.train, 5), split.train_weights)
     assert similar[0, 2] == pytest.approx(9 / 2) and similar[0, 1] == pytest.approx(3 / np.sqrt(4 * 3))
 
 
 def test_a_shortened_split_keeps_the_weights_of_the_interactions_that_stay():
     split = conflict(9.0)
-    shorter = split.with_train([slice(-1), np.array([1]), np.array([True, False]), slice(None)], np.full(4, -1))
-    assert [rows.tolist() for rows in shorter.train] == [[0], [1], [0], [0, 2]]
-    assert [weights.tolist() for weights in shorter.train_weights] == [[1], [1], [1], [1, 9]]
+    shorter = split.with_train([slice(-1), np.array([1]), np.array([True, False]), slice(None), slice(0)], np.full(5, -1))
+    assert [rows.tolist() for rows in shorter.train] == [[0], [1], [0], [0, 2], []]
+    assert [weights.tolist() for weights in shorter.train_weights] == [[1], [1], [1], [1, 9], []]
     assert shorter.target_weights("valid") is None and shorter.target_weights("test") is not None
