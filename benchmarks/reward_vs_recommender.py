@@ -29,7 +29,7 @@ from mmsid.accelerator import make_accelerator
 from mmsid.artifacts import read_json, sha256, write_json
 from mmsid.catalog import CatalogConfig, Split, read_catalog, split_histories
 from mmsid.config import load_yaml
-from mmsid.recommend.history_encoder import pad_histories
+from mmsid.recommend.evaluate import recommender_scores
 from mmsid.recommend.training import Schedule, fit, table_paths
 from mmsid.refine import gate, ppo
 from mmsid.refine.evidence import Codes
@@ -161,16 +161,14 @@ def prepare(catalog: CatalogConfig, epochs: int) -> None:
 
 @torch.no_grad()
 def outcomes(table: SidTable, seed: int) -> dict[str, float]:
-    """Valid log-likelihood of the next item and NDCG@10 of a SID transformer trained on the table."""
+    """Valid log-likelihood of the next item among all items, and NDCG@10, of a SID transformer trained on the table."""
     split: Split = SPLIT
     with torch.enable_grad():
         fitted = fit(table_paths(table), split, schedule=SCHEDULE, seed=seed)
-    model, users, total = fitted.model, split.users("valid"), 0.0
+    score, users, total = recommender_scores(fitted.model, fitted.trie, "exact"), split.users("valid"), 0.0
     for piece in np.split(users, range(256, len(users), 256)):
-        histories = [split.history(int(user), "valid")[-model.shape.max_history :] for user in piece]
-        states = model.last_states(pad_histories(histories, model.shape.max_history).to(model.paths.device))
-        targets = torch.from_numpy(split.valid[piece]).to(model.paths.device)
-        total += float(model.path_log_prob(states, model.paths[targets], model.decided[targets]).sum())
+        log_prob = score([split.history(int(user), "valid") for user in piece]).cpu()
+        total += float(log_prob.gather(1, torch.from_numpy(split.valid[piece])[:, None]).sum())
     return {"log_likelihood": total / len(users), "NDCG@10": fitted.evaluate(split, "valid").summary()["NDCG@10"]}
 
 

@@ -60,6 +60,7 @@ def test_the_loss_is_the_likelihood_of_every_position_of_every_prefix(architectu
     """The batched one-pass loss equals the sum of the losses of single positions, despite padding."""
     torch.manual_seed(0)
     codes = np.array([[0, 1], [0, 1], [0, 2], [1, 1], [1, 0]])
+    paths = item_paths(codes, np.array([0, 1, -1, -1, -1]), (2, 3)).tokens
     model = build(item_paths(codes, np.array([0, 1, -1, -1, -1]), (2, 3)), SHAPES[architecture]).eval()
     histories = [np.array([0, 3, 1]), np.array([2]), np.array([4, 4, 2, 0])]
     with torch.no_grad():
@@ -69,11 +70,11 @@ def test_the_loss_is_the_likelihood_of_every_position_of_every_prefix(architectu
             for place, item in enumerate(history):
                 steps = model.steps(pad_histories([history[:place]], 3))
                 logits = steps.start()
-                for level, code in enumerate(model.paths[item]):
-                    if model.decided[item, level]:
-                        total -= torch.log_softmax(logits[0, 0], 0)[code].item()
+                for level, code in enumerate(paths[item]):
+                    children = np.unique(paths[(paths[:, :level] == paths[item, :level]).all(1), level])
+                    total -= torch.log_softmax(logits[0, 0, children], 0)[children.tolist().index(code)].item()
                     if level + 1 < len(model.sizes):
-                        logits = steps.step(level + 1, torch.zeros(1, 1, dtype=torch.long), code.view(1, 1))
+                        logits = steps.step(level + 1, torch.zeros(1, 1, dtype=torch.long), torch.tensor([[code]]))
     assert together == pytest.approx(total, abs=1e-3)
     assert torch.isfinite(model(torch.tensor([[2]])))  # one item, nothing before it
 

@@ -100,12 +100,12 @@ def test_single_item_and_all_seen():
     assert beam_search(SidTransformerSteps(model, states), trie, torch.tensor([[0]]), 5).leaf.tolist() == [[-1]]
 
 
-def test_a_ragged_suffix_is_one_more_level_that_is_decided_only_for_shared_codes():
+def test_a_ragged_suffix_is_one_more_level_that_is_a_choice_only_for_shared_codes():
     codes = np.array([[0, 1], [0, 1], [0, 2], [1, 1]])
     paths = item_paths(codes, np.array([0, 1, -1, -1]), (2, 3))
     assert paths.sizes == (2, 3, 3) and paths.tokens[:, 2].tolist() == [1, 2, 0, 0]
-    assert paths.decided[:, 2].tolist() == [True, True, False, False]
     model, trie = build(paths)
+    assert trie.levels[2].has_siblings(trie.node_of[2]).tolist() == [True, True, False, False]
     with torch.no_grad():
         states = model.last_states(torch.tensor([[2, 3]]))
     scores = ItemScorer(model, trie)(states)
@@ -123,5 +123,5 @@ def test_a_state_depends_on_earlier_items_only():
         torch.testing.assert_close(alone[0], beside[0])
         likelihood = model(torch.tensor([[3, 4]])) - model(torch.tensor([[3]]))
         after_three = model.last_states(torch.tensor([[3]]))
-        own = model.path_log_prob(after_three, model.paths[[4]], model.decided[[4]]).sum()
+        own = model.path_log_prob(after_three, torch.tensor([4])).sum()
     assert likelihood.item() == pytest.approx(-own.item(), abs=1e-4)

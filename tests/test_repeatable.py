@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 
-import numpy as np
 import pytest
 import torch
 from tiny_backbones import WORDS, tiny_bert
@@ -41,7 +40,7 @@ def assert_repeatable(model: torch.nn.Module, loss) -> None:
 def test_gradients_of_the_sid_transformer_are_repeatable() -> None:
     generator = torch.Generator().manual_seed(0)
     paths = torch.randint(8, (2000, 3), generator=generator)
-    model = SidTransformer(ItemPaths(paths.numpy(), (8, 8, 8), np.ones((2000, 3), dtype=bool)), SidTransformerShape())
+    model = SidTransformer(ItemPaths(paths.numpy(), (8, 8, 8)), SidTransformerShape())
     histories = torch.randint(2000, (256, 12), generator=generator)
     assert_repeatable(model, lambda: model(histories))
 

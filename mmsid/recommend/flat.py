@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
-from mmsid.recommend.paths import ItemPaths
+from mmsid.recommend.paths import ItemPaths, PathTrie
 from mmsid.recommend.shape import RecommenderShape
 from mmsid.recommend.token_recommender import TokenRecommender
 
@@ -31,8 +31,8 @@ class FlatRecommender(TokenRecommender):
         language_model: the Hugging Face model. Its `generate` works with `TrieLogitsProcessor`.
     """
 
-    def __init__(self, paths: ItemPaths, shape: FlatShape) -> None:
-        super().__init__(paths, shape.max_history)
+    def __init__(self, paths: ItemPaths, shape: FlatShape, trie: PathTrie | None = None) -> None:
+        super().__init__(paths, shape.max_history, trie)
         self.shape = shape
         config = GPT2Config(
             vocab_size=self.begin + 1,

@@ -3,7 +3,7 @@
 An item-level causal transformer reads a history, one position per item: the sum of the embeddings of the item's codes.
 A depth decoder predicts the next item's codes level by level from the state h of a position:
 u_l = h + s_l + W2_l relu(W1_l h + V1_l s_l + b), s_l = sum of the embeddings of the codes before level l,
-p(c_l | history, c_<l) = softmax(E_l u_l + bias_l), E_l tied with the input embeddings. It reads codes alone.
+p(c_l | history, c_<l) = softmax(E_l u_l + bias_l) over the codes that continue c_<l in a trie; E_l is the input embedding.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mmsid.recommend.history_encoder import HistoryEncoder
-from mmsid.recommend.paths import ItemPaths
+from mmsid.recommend.paths import ItemPaths, PathTrie
 from mmsid.recommend.shape import RecommenderShape
 
 
@@ -34,20 +34,21 @@ class SidTransformer(nn.Module):
 
     Args:
         paths: of all N items.
+        trie: trie that training normalises over, on the device of the model. `fit` gives that of the warm items, so that no code is
+            ever trained to be unlikely because only new items have it. None: the trie of all items.
 
     Attributes:
         window: items of a train history that are read at once. The last one is only a target, so that every position is trained.
     """
 
-    def __init__(self, paths: ItemPaths, shape: SidTransformerShape) -> None:
+    def __init__(self, paths: ItemPaths, shape: SidTransformerShape, trie: PathTrie | None = None) -> None:
         super().__init__()
+        self.trie = PathTrie.build(paths) if trie is None else trie
         self.sizes, self.shape = tuple(int(size) for size in paths.sizes), shape
         self.window = shape.max_history + 1
         self.offsets = [0, *np.cumsum(self.sizes)[:-1].tolist()]
         codes = torch.from_numpy(paths.tokens).long()
-        self.register_buffer("paths", codes, persistent=False)
         self.register_buffer("tokens", codes + torch.tensor(self.offsets), persistent=False)
-        self.register_buffer("decided", torch.from_numpy(paths.decided), persistent=False)
         width = shape.d_model
         self.codes = nn.Embedding(sum(self.sizes), width)
         self.encoder = HistoryEncoder(width, shape.layers, shape.heads, shape.dropout, shape.max_history)
@@ -88,16 +89,20 @@ class SidTransformer(nn.Module):
         mixed = state + prefix + self.out[level](self.dropout(hidden))
         return mixed @ self.level_table(level).T + self.level_bias(level)
 
-    def path_log_prob(self, state: torch.Tensor, paths: torch.Tensor, decided: torch.Tensor) -> torch.Tensor:
-        """Log-probability (P, D) of each code of `paths` (P, D) given states (P, d).
+    def path_log_prob(self, state: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
+        """Log-probability (P, D) of each code of the paths of items (P,) given states (P, d).
 
-        The softmax runs over all K_l codes of a level. The result is 0 where `decided` (P, D) is False.
+        At each node the softmax runs over the children that exist in `trie`, as in decoding. A node with one child is no choice: its
+        result is 0 without any computation. All items must be in `trie`.
         """
         prefix, columns = torch.zeros_like(state), []
-        for level in range(len(self.sizes)):
-            logits = self.level_logits(level, state, prefix)
-            columns.append(-F.cross_entropy(logits, paths[:, level], reduction="none") * decided[:, level])
-            prefix = prefix + F.embedding(paths[:, level], self.level_table(level))  # indexing would sum gradients in a random order
+        for number, level in enumerate(self.trie.levels):
+            if number:  # indexing would sum gradients in a random order
+                prefix = prefix + F.embedding(self.tokens[items, number - 1], self.codes.weight)
+            node = self.trie.node_of[number][items]
+            rows = level.has_siblings(node).nonzero()[:, 0]
+            logits = self.level_logits(number, state.index_select(0, rows), prefix.index_select(0, rows))
+            columns.append(state.new_zeros(len(items)).index_copy(0, rows, level.log_prob(logits, node[rows])))
         return torch.stack(columns, 1)
 
     def forward(self, histories: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
@@ -105,7 +110,7 @@ class SidTransformer(nn.Module):
         real = histories >= 0
         targets = histories[real]
         states = self.dropout(self.encoder(self.item_vectors(histories[:, :-1].clamp_min(0)), real))
-        log_prob = self.path_log_prob(states, self.paths[targets], self.decided[targets])
+        log_prob = self.path_log_prob(states, targets)
         return -(log_prob if weights is None else log_prob * weights[real][:, None]).sum()
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from transformers import T5Config, T5ForConditionalGeneration
 from transformers.models.t5.modeling_t5 import T5Attention
 
-from mmsid.recommend.paths import ItemPaths
+from mmsid.recommend.paths import ItemPaths, PathTrie
 from mmsid.recommend.shape import RecommenderShape
 from mmsid.recommend.token_recommender import TokenRecommender
 
@@ -39,8 +39,8 @@ class TigerRecommender(TokenRecommender):
         language_model: the Hugging Face model. The token `begin` is the first token of both encoder and decoder.
     """
 
-    def __init__(self, paths: ItemPaths, shape: TigerShape) -> None:
-        super().__init__(paths, shape.max_history)
+    def __init__(self, paths: ItemPaths, shape: TigerShape, trie: PathTrie | None = None) -> None:
+        super().__init__(paths, shape.max_history, trie)
         self.shape = shape
         config = T5Config(
             vocab_size=self.begin + 1,

@@ -79,9 +79,13 @@ def table_paths(table: SidTable) -> ItemPaths:
     return item_paths(table.codes, table.suffix, table.codebook_sizes)
 
 
-def build(paths: ItemPaths, shape: Shape) -> Recommender:
-    """An untrained recommender of the shape's architecture, initialised from torch's global generator."""
-    return _ARCHITECTURES[type(shape)](paths, shape)
+def build(paths: ItemPaths, shape: Shape, trie: PathTrie | None = None) -> Recommender:
+    """An untrained recommender of the shape's architecture, initialised from torch's global generator.
+
+    Args:
+        trie: trie that training normalises over, on the device of the model. None: the trie of all items.
+    """
+    return _ARCHITECTURES[type(shape)](paths, shape, trie)
 
 
 def fit(
@@ -96,6 +100,9 @@ def fit(
 ) -> Fitted:
     """Train a recommender.
 
+    At each node of the trie, training normalises over the children that lead to a warm item, decoding over all children. So an item
+    without train interactions is in no denominator of the loss, and training never makes its codes less likely.
+
     Args:
         paths: of all N items, in catalogue order.
         shape: sizes of the recommender; their type selects the architecture. Default: the SID transformer.
@@ -109,14 +116,27 @@ def fit(
     shape, schedule = shape or SidTransformerShape(), schedule or Schedule()
     accelerator = accelerator or make_accelerator()
     started = time.perf_counter()
+    warm = PathTrie.build(paths, accelerator.device, np.unique(np.concatenate(train_histories(split))))
     with torch.random.fork_rng(devices=[accelerator.device] if accelerator.device.type == "cuda" else []):
         torch.manual_seed(seed)
-        wrapped = accelerator.prepare(build(paths, shape))
+        wrapped = accelerator.prepare(build(paths, shape, warm))
         model, trie = accelerator.unwrap_model(wrapped), PathTrie.build(paths, accelerator.device)
         torch.manual_seed(seed + 1_000_003 * accelerator.process_index)  # processes share the weights but not the dropout masks
         scores = partial(recommender_scores, model, trie)
         epochs, best = train(wrapped, scores, split, schedule, num_items=len(paths.tokens), seed=seed, accelerator=accelerator, what=what)
     return Fitted(model.eval(), trie, epochs, best, time.perf_counter() - started)
+
+
+def train_histories(split: Split) -> list[np.ndarray]:
+    """Train histories with at least one item.
+
+    Raises:
+        MmsidError: no user has one.
+    """
+    histories = [history for history in split.train if len(history)]
+    if not histories:
+        raise MmsidError("no user has a train history, so no recommender can be trained; give the catalogue sequences of 3 items or more")
+    return histories
 
 
 def train(
@@ -144,9 +164,7 @@ def train(
         MmsidError: no user has a train history, or the loss became NaN.
     """
     model = accelerator.unwrap_model(wrapped)
-    histories = [history for history in split.train if len(history)]
-    if not histories:
-        raise MmsidError("no user has a train history, so no recommender can be trained; give the catalogue sequences of 3 items or more")
+    histories = train_histories(split)
     weights = None if split.train_weights is None else [each for each in split.train_weights if len(each)]
     lr = schedule.lr or model.shape.lr
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=schedule.weight_decay)
