@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mmsid.artifacts import write_json
 from mmsid.backbone.query_tokens import Batch
+from mmsid.quantize import fuse
 from mmsid.tokenizer import initialization
 from mmsid.tokenizer.behaviour import BehaviourSettings, ItemBehaviour
 from mmsid.tokenizer.inputs import ItemInput
@@ -81,7 +82,7 @@ def random_behaviour(count: int) -> ItemBehaviour:
 def start(tokenizer: ItemTokenizer, items: list[ItemInput], known: ItemBehaviour, batch: int) -> Tensor:
     """Closed-form initialization on random behaviour, for margins like those of real codes; returns target codes (N, L)."""
     content = initialization.read_states(tokenizer, items, batch, 0)
-    fused = initialization.fused_space(content.pooled, known.vectors, 1.0, centre=False)
+    fused = fuse(initialization.unit_content(content.pooled, centre=False), known.vectors)
     return initialization.balanced_start(tokenizer, content, fused, known, 0)[0]
 
 

@@ -133,7 +133,7 @@ def refine_tokenizer(out: PathLike, catalog: CatalogSettings, tokenizer: PathLik
 
     Args:
         out: folder to write: `tokenizer/` and `sids/` (refined, or unchanged if the gate refuses), `gate.json`, `log.jsonl`.
-        catalog: keys of the `catalog:` section with `sequences`, or the path of its items table.
+        catalog: keys of the `catalog:` section with `sequences` or `events`, or the path of its items table.
         tokenizer, sids: the start: a tokenizer folder and the SID folder that it assigned.
         settings: keys of `RefineConfig`.
 
@@ -148,7 +148,7 @@ def train_recommender(out: PathLike, catalog: CatalogSettings, variants: Mapping
 
     Args:
         out: folder to write: `ranking.md`, `metrics.json`, the ranks of every user.
-        catalog: keys of the `catalog:` section with `sequences`.
+        catalog: keys of the `catalog:` section with `sequences` or `events`.
         variants: name -> SID folder.
         settings: keys of `TrainRecommenderConfig`: `seeds`, `architecture`, `baseline`.
 

@@ -215,9 +215,9 @@ def test_held_out_and_hidden_items_are_kept_from_the_sources_of_the_ranker(data,
     counted, decoded = [], []
     original, original_fit = CoEngagementSource.fit, hybrid.fit
 
-    def spy(histories, num_items):
+    def spy(histories, num_items, weights=None):
         counted.append([rows.tolist() for rows in histories])
-        return original(histories, num_items)
+        return original(histories, num_items, weights)
 
     def spy_fit(paths, split, **settings):
         decoded.append((len(paths.tokens), [len(rows) for rows in split.train]))

@@ -103,3 +103,15 @@ def test_mean_and_deviation_over_seeds():
     table = over_seeds([{"HR@1": 0.1}, {"HR@1": 0.3}])
     assert table["HR@1"]["mean"] == pytest.approx(0.2) and table["HR@1"]["std"] == pytest.approx(0.2 / math.sqrt(2))
     assert over_seeds([{"HR@1": 0.1}])["HR@1"]["std"] == 0
+
+
+def test_weighted_metrics_weight_each_target_by_its_event_and_exist_only_where_weights_differ():
+    """A conversion at rank 1 and a click beyond rank 10: 2.5 of 3.5, against 1 of 2 without weights."""
+    both = Ranks(np.array([0, 10]), np.array([1, 1]))
+    found = summarise(both._replace(weights=np.array([2.5, 1.0])))
+    assert found["HR@10"] == 0.5 and found["weighted HR@10"] == pytest.approx(2.5 / 3.5)
+    assert found["weighted NDCG@5"] == pytest.approx(2.5 / 3.5) and found["weighted MRR@50"] == pytest.approx((2.5 + 1 / 11) / 3.5)
+    for alike in (None, np.array([2.5, 2.5])):
+        assert summarise(both._replace(weights=alike)) == summarise(both)
+    nothing = Ranks(np.zeros(0, int), np.zeros(0, int))
+    assert summarise(nothing._replace(weights=np.zeros(0))) == summarise(nothing)

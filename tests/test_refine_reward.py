@@ -136,3 +136,14 @@ def test_same_seed_same_reward():
     first, report = reward.train_reward(material, histories, held_out, EvidenceConfig(), quick, seed=3)
     second, again = reward.train_reward(material, histories, held_out, EvidenceConfig(), quick, seed=3)
     assert report == again and all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters()))
+
+
+def test_event_weights_let_sure_events_outvote_many_weak_ones():
+    material, histories, held_out = _world()
+    rng = np.random.default_rng(0)
+    noise = [rng.integers(len(material.codes), size=len(history)) for history in histories * 12]
+    weights = [np.ones(len(history)) for history in histories] + [np.full(len(history), 0.01) for history in noise]
+    gains = {}
+    for name, given in (("unweighted", None), ("weighted", weights)):
+        gains[name] = reward.train_reward(material, histories + noise, held_out, EvidenceConfig(), SMALL, 0, given)[1]["gain"]
+    assert gains["weighted"] > gains["unweighted"] + 0.02

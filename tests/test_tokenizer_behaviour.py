@@ -16,6 +16,7 @@ from mmsid.catalog import CatalogConfig, read_catalog, split_histories
 from mmsid.cli import main
 from mmsid.errors import ArtifactError, ConfigError
 from mmsid.tokenizer.behaviour import BehaviourInput, BehaviourSettings, ItemBehaviour, behaviour_of_catalog, estimate_kappa
+from mmsid.tokenizer.behaviour_weight import choose_weight
 from mmsid.tokenizer.heads import ResidualHead
 from mmsid.tokenizer.refresh import moving_items
 
@@ -221,3 +222,17 @@ def test_a_damaged_list_of_context_items_is_refused(run_folder, tmp_path):
     pq.write_table(pa.table({"item_id": ["i0"]}), copy / "behaviour_items.parquet")
     with pytest.raises(ArtifactError, match="has 1 items, but the tokenizer has factors of 60"):
         ItemTokenizer.from_pretrained(copy)
+
+
+@pytest.mark.parametrize(("told_by", "expected"), [("behaviour", 2.0), ("content", 0.5), ("few pairs", 1.0)])
+def test_weight_of_behaviour_is_chosen_by_what_tells_the_next_item(told_by, expected):
+    """Pairs of items of one group; either behaviour or content shows the group, the other is noise."""
+    rng = np.random.default_rng(0)
+    group = np.arange(300) % 10
+    unit = lambda x: (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)  # noqa: E731
+    shown, noise = unit(rng.normal(size=(10, 6))[group] + 0.3 * rng.normal(size=(300, 6))), unit(rng.normal(size=(300, 6)))
+    content, vectors = (shown, noise) if told_by == "content" else (noise, shown)
+    pairs = np.array([[row, rng.choice(np.flatnonzero(group == group[row]))] for row in rng.integers(300, size=400)])
+    pairs = pairs[pairs[:, 0] != pairs[:, 1]][: 50 if told_by == "few pairs" else None]
+    weight, ranked = choose_weight(content, ItemBehaviour(vectors, np.full(300, 50.0)), pairs, seed=0)
+    assert weight == expected and bool(ranked) == (told_by != "few pairs")

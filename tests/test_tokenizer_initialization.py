@@ -9,16 +9,17 @@ from test_tokenizer_inputs import item
 from mmsid.tokenizer import initialization
 from mmsid.tokenizer.batches import PairPlan
 from mmsid.tokenizer.heads import ParallelHead, ResidualHead
+from mmsid.tokenizer.ridge import ridge
 
 
 def test_ridge_finds_a_linear_map() -> None:
     rng = torch.Generator().manual_seed(0)
     x, w = torch.randn(200, 6, generator=rng), torch.randn(3, 6, generator=rng)
-    weight, bias = initialization.ridge(x, x @ w.T + 2.0)
+    weight, bias = ridge(x, x @ w.T + 2.0)
     assert torch.allclose(weight, w, atol=1e-3) and torch.allclose(bias, torch.full((3,), 2.0), atol=1e-3)
     # for noise and few rows, a strong penalty is chosen and the weights shrink
     x, noise = torch.randn(12, 6, generator=rng), torch.randn(12, 3, generator=rng)
-    weight, _ = initialization.ridge(x, noise)
+    weight, _ = ridge(x, noise)
     assert weight.norm() < 0.5 * torch.linalg.lstsq(x - x.mean(0), noise).solution.norm()
 
 

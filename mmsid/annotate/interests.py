@@ -96,8 +96,8 @@ def _job_input(item: Item, captions: dict[str, str], *, with_text: bool, with_pi
 
 def _coengagement_inputs(config: InterestsConfig, catalog: Catalog, captions: dict[str, str]) -> list[JobInput]:
     """Inputs from the histories of the fit users' train part only: no held-out, valid or test interaction reaches a target."""
-    histories = split_histories(catalog, config.catalog.split).fit_histories()
-    weights = co_engagement(histories, len(catalog.items), window=config.window)
+    split = split_histories(catalog, config.catalog.split)
+    weights = co_engagement(split.fit_histories(), len(catalog.items), config.window, split.fit_weights())
     mined = mine_phrases(catalog, weights, captions, num_descriptors=config.descriptors)
     return [
         JobInput(item.item_id, evidence=phrases_json(phrases)) if phrases else JobInput(item.item_id, reason="no_coengagement")

@@ -18,10 +18,11 @@ Batch = dict[str, Tensor]
 
 
 class BackboneInput(Protocol):
-    """Input of a backbone: one text and any number of pictures."""
+    """Input of a backbone: one text, any number of pictures, and the user's own vectors, one per family or none."""
 
     text: str
     pictures: tuple[Any, ...]
+    vectors: tuple[Any, ...]
 
 
 class TokenStates(NamedTuple):

@@ -1,9 +1,10 @@
 """Catalogue: items, pictures, user histories, splits and co-engagement, read from the user's files and checked."""
 
-from mmsid.catalog.catalog import Catalog, UserHistory, read_catalog
+from mmsid.catalog.catalog import Catalog, read_catalog
 from mmsid.catalog.coengagement import adjacent_pairs, co_engagement
 from mmsid.catalog.config import CatalogConfig, Fields, PictureLimits, SplitConfig
 from mmsid.catalog.describe import describe, summary
+from mmsid.catalog.histories import UserHistory
 from mmsid.catalog.items import Item
 from mmsid.catalog.pictures import load_picture
 from mmsid.catalog.splits import Split, split_histories

@@ -16,19 +16,11 @@ from typing import Any
 import numpy as np
 
 from mmsid.catalog.config import CatalogConfig
-from mmsid.catalog.items import Item, read_items, require_column
-from mmsid.catalog.tables import Cells, read_table_rows
+from mmsid.catalog.events import read_events
+from mmsid.catalog.histories import UserHistory, read_sequences
+from mmsid.catalog.items import Item, read_items
+from mmsid.catalog.vectors import ItemVectors, concatenated, read_vectors
 from mmsid.config import build
-from mmsid.errors import CatalogError
-
-
-@dataclass
-class UserHistory:
-    """History of one user: `rows` (T,) int64 item rows in time order, `timestamps` (T,) or None."""
-
-    user_id: str
-    rows: np.ndarray
-    timestamps: np.ndarray | None
 
 
 @dataclass
@@ -40,9 +32,11 @@ class Catalog:
         row_of: item id -> row.
         histories: users with at least one known item, sorted by content.
         sha256: hash of item ids, content and histories. It does not depend on row order or user ids.
-        problems: count of each code of `Item.problems`, and of the problems of sequences: `unknown_item` (interactions dropped),
+        problems: count of each code of `Item.problems`, and of the problems of histories: `unknown_item` (interactions dropped),
             `user_without_items` (users dropped), `timestamps_out_of_order` (users whose interactions were sorted),
-            `repeated_item` (interactions with an item that the user has engaged with before).
+            `repeated_item` (interactions with an item that the user has engaged with before), and the codes of
+            `mmsid.catalog.events`; `vector_of_unknown_item` counts the vectors of items that the catalogue does not have.
+        vectors: vectors of the items in their order, the families beside each other; None if the configuration names none.
     """
 
     items: list[Item]
@@ -50,6 +44,7 @@ class Catalog:
     histories: list[UserHistory]
     sha256: str
     problems: Counter[str]
+    vectors: ItemVectors | None = None
 
     @classmethod
     def read(cls, catalog: CatalogConfig | Mapping[str, Any] | str | Path) -> Catalog:
@@ -80,9 +75,14 @@ def read_catalog(config: CatalogConfig) -> Catalog:
     """
     items = read_items(config)
     problems: Counter[str] = Counter()
-    histories = _read_histories(config, items, problems) if config.sequences is not None else []
+    items, vectors = _read_vectors(config, items, problems)
+    read_histories = read_events if config.events is not None else read_sequences
+    histories = read_histories(config, items, problems) if config.users_file is not None else []
+    position = {item.item_id: row for row, item in enumerate(items)}
     items, histories = _in_canonical_order(items, histories, config.max_items)
-    catalog = Catalog(items, {item.item_id: row for row, item in enumerate(items)}, [], "", problems)
+    if vectors is not None:
+        vectors = vectors.take(np.array([position[item.item_id] for item in items], dtype=np.int64))
+    catalog = Catalog(items, {item.item_id: row for row, item in enumerate(items)}, [], "", problems, vectors)
     catalog.histories = sorted(histories, key=lambda user: _user_key(catalog, user))[: config.max_users]
     catalog.problems.update(code for item in items for code in item.problems)
     catalog.problems.update(repeated_item=sum(len(user.rows) - len(np.unique(user.rows)) for user in catalog.histories))
@@ -91,58 +91,21 @@ def read_catalog(config: CatalogConfig) -> Catalog:
     return catalog
 
 
-def _read_histories(config: CatalogConfig, items: list[Item], problems: Counter[str]) -> list[UserHistory]:
-    """Read the histories, with item rows that index `items`. Dropped interactions and users are counted in `problems`."""
-    fields = config.fields
-    columns = [name for name in (fields.user_id, fields.sequence, fields.timestamps) if name is not None]
-    table = read_table_rows(config.sequences, columns, config_key="catalog.sequences")
-    for field in ("user_id", "sequence", "timestamps"):
-        if getattr(fields, field) is not None:
-            require_column(table, getattr(fields, field), f"catalog.fields.{field}")
-    cells = Cells(table, fields.list_separator)
-    row_of = {item.item_id: row for row, item in enumerate(items)}
-    first_seen: dict[str, int] = {}
-    histories = []
-    for index in range(len(table.rows)):
-        user_id = cells.text(index, fields.user_id)
-        if not user_id:
-            raise CatalogError(f"{table.place(index)}, field {fields.user_id!r}: empty, expected an id; fill it in or remove the row")
-        if user_id in first_seen:
-            rows = f"{table.numbers[first_seen[user_id]]} and {table.numbers[index]}"
-            raise CatalogError(f"{table.path}, {table.unit}s {rows}: {fields.user_id} {user_id!r} occurs twice; write one row per user")
-        first_seen[user_id] = index
-        item_ids = cells.texts(index, fields.sequence)
-        times = None
-        if fields.timestamps is not None:
-            times = cells.numbers(index, fields.timestamps)
-            if len(times) != len(item_ids):
-                raise CatalogError(
-                    f"{table.place(index)}: {fields.timestamps} holds {len(times)} values, {fields.sequence} {len(item_ids)}; "
-                    "give one time per interaction"
-                )
-        history = _history(user_id, item_ids, times, row_of, problems)
-        if history is not None:
-            histories.append(history)
-    return histories
-
-
-def _history(
-    user_id: str, item_ids: tuple[str, ...], times: list[int | float] | None, row_of: dict[str, int], problems: Counter[str]
-) -> UserHistory | None:
-    known = [position for position, item_id in enumerate(item_ids) if item_id in row_of]
-    problems["unknown_item"] += len(item_ids) - len(known)
-    if not known:
-        problems["user_without_items"] += 1
-        return None
-    rows = np.array([row_of[item_ids[position]] for position in known], dtype=np.int64)
-    if times is None:
-        return UserHistory(user_id, rows, None)
-    stamps = np.array([times[position] for position in known])
-    if np.any(np.diff(stamps) < 0):
-        problems["timestamps_out_of_order"] += 1
-        order = np.argsort(stamps, kind="stable")
-        rows, stamps = rows[order], stamps[order]
-    return UserHistory(user_id, rows, stamps)
+def _read_vectors(config: CatalogConfig, items: list[Item], problems: Counter[str]) -> tuple[list[Item], ItemVectors | None]:
+    """The items, whose content now includes their vectors, and the vectors of all families beside each other."""
+    if not config.vectors:
+        return items, None
+    item_ids = [item.item_id for item in items]
+    vectors = concatenated([read_vectors(path, item_ids) for path in config.vectors])
+    problems["vector_of_unknown_item"] += vectors.unknown
+    found = []
+    for item, values, present in zip(items, vectors.values.astype("<f4"), vectors.present, strict=True):
+        if present:
+            digest = hashlib.sha256(item.content_sha256.encode() + values.tobytes()).hexdigest()
+            found.append(replace(item, content_sha256=digest))
+        else:
+            found.append(replace(item, problems=(*item.problems, "no_vector")))
+    return found, vectors
 
 
 def _in_canonical_order(items: list[Item], histories: list[UserHistory], max_items: int | None) -> tuple[list[Item], list[UserHistory]]:
@@ -157,7 +120,8 @@ def _in_canonical_order(items: list[Item], histories: list[UserHistory], max_ite
         rows = new_row[user.rows]
         kept = rows >= 0
         if kept.any():
-            mapped.append(replace(user, rows=rows[kept], timestamps=None if user.timestamps is None else user.timestamps[kept]))
+            times, weights = (None if values is None else values[kept] for values in (user.timestamps, user.weights))
+            mapped.append(replace(user, rows=rows[kept], timestamps=times, weights=weights))
     return [items[row] for row in order], mapped
 
 
@@ -174,13 +138,14 @@ def _engagement_of_duplicates(items: list[Item], histories: list[UserHistory]) -
             history = hashlib.sha256("".join(items[row].content_sha256 for row in user.rows).encode()).hexdigest()
             for position in positions:
                 time = "" if user.timestamps is None else user.timestamps[position]
-                occurrences[int(user.rows[position])].append(f"{history}:{position}:{time}")
+                weight = "" if user.weights is None else f":{user.weights[position]}"
+                occurrences[int(user.rows[position])].append(f"{history}:{position}:{time}{weight}")
     return {row: hashlib.sha256("\n".join(sorted(found)).encode()).hexdigest() for row, found in occurrences.items()}
 
 
-def _user_key(catalog: Catalog, user: UserHistory) -> tuple[str, list[int], list[float], str]:
-    times = [] if user.timestamps is None else user.timestamps.tolist()
-    return catalog.content_hash(user.rows), user.rows.tolist(), times, user.user_id
+def _user_key(catalog: Catalog, user: UserHistory) -> tuple[str, list[int], list[float], list[float], str]:
+    times, weights = ([] if values is None else values.tolist() for values in (user.timestamps, user.weights))
+    return catalog.content_hash(user.rows), user.rows.tolist(), times, weights, user.user_id
 
 
 def _catalog_sha256(catalog: Catalog) -> str:
@@ -188,5 +153,6 @@ def _catalog_sha256(catalog: Catalog) -> str:
     for item in catalog.items:
         digest.update(f"{item.item_id}\n{item.content_sha256}\n".encode())
     for user in catalog.histories:
-        digest.update(f"{user.rows.tolist()}\n{None if user.timestamps is None else user.timestamps.tolist()}\n".encode())
+        weights = "" if user.weights is None else f"{user.weights.tolist()}\n"
+        digest.update(f"{user.rows.tolist()}\n{None if user.timestamps is None else user.timestamps.tolist()}\n{weights}".encode())
     return digest.hexdigest()

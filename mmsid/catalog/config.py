@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from mmsid.config import Section
 
@@ -24,7 +24,10 @@ class Fields(Section):
             Values before the first of these names are dropped. The path is empty when none of them occurs.
         attributes: columns with one value or a list of labels each, or a single column that holds a mapping.
         group_by: column whose equal values mark the creatives of one item. The value is the item's id.
-        user_id, sequence, timestamps: columns of the sequences table. `sequence` lists item ids in time order.
+        user_id: column with the id of a user, in the sequences table or the events table.
+        sequence, timestamps: columns of the sequences table. `sequence` lists item ids in time order.
+        event_item, event_time: columns of the events table, the item id and the time of the event.
+        event_type, event_weight: columns of the events table. Without them every event has the same type, or the weight 1.
         list_separator: separator of list cells in csv files. A cell that starts with `[` or `{` is read as JSON instead.
     """
 
@@ -39,6 +42,10 @@ class Fields(Section):
     user_id: str = "user_id"
     sequence: str = "items"
     timestamps: str | None = None
+    event_item: str = "item_id"
+    event_time: str = "timestamp"
+    event_type: str = "event_type"
+    event_weight: str = "weight"
     list_separator: str = Field(default="|", min_length=1)
 
     @model_serializer(mode="wrap")
@@ -93,13 +100,21 @@ class SplitConfig(Section):
         return self
 
 
+def _is_default(value: Any) -> bool:
+    return not value  # the dump of a catalogue without the new keys stays that of earlier versions, and finished stages stay valid
+
+
 class CatalogConfig(Section):
-    """Catalogue: a table of items, pictures below `image_root`, and a table of user sequences.
+    """Catalogue: a table of items, pictures below `image_root`, vectors, and a table of user sequences or of events.
 
     Attributes:
         items: table of items (.parquet, .jsonl or .csv).
         image_root: folder that contains all pictures. Default: the folder of `items`.
-        sequences: table of users and the items that they engaged with, or None.
+        sequences: table with one row per user and the items that the user engaged with, or None.
+        events: table with one row per event (user, item, time, and optionally type and weight), or None. It replaces `sequences`.
+        event_types: type -> weight of its events. Weight 0 leaves the events out of the histories, as for exposures. A type that is not
+            listed is an error. An empty mapping gives all types the weight 1. A weight column multiplies.
+        vectors: parquet files with a vector per item, one file per family of vectors (`mmsid.catalog.vectors`).
         clean_text: remove instructions to models, hidden characters and repeated keywords (`prompt_injection`) from titles and
             descriptions. Such texts are recorded among the item's problems in any case.
         max_items, max_users: keep at most this many. They are chosen by content hash, so row order and ids do not matter.
@@ -110,6 +125,9 @@ class CatalogConfig(Section):
     items: Path
     image_root: Path | None = None
     sequences: Path | None = None
+    events: Path | None = Field(default=None, exclude_if=_is_default)
+    event_types: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(default_factory=dict, exclude_if=_is_default)
+    vectors: tuple[Path, ...] = Field(default=(), exclude_if=_is_default)
     fields: Fields = Fields()
     pictures: PictureLimits = PictureLimits()
     clean_text: bool = False
@@ -121,3 +139,32 @@ class CatalogConfig(Section):
     def root(self) -> Path:
         """Folder that picture paths must stay below."""
         return self.image_root if self.image_root is not None else self.items.parent
+
+    @property
+    def users_file(self) -> Path | None:
+        """The table that the histories are read from: `sequences` or `events`."""
+        return self.sequences if self.events is None else self.events
+
+    def input_files(self) -> dict[str, Path | None]:
+        """Name -> file of every table of the catalogue, for the manifests of stages."""
+        vectors = {f"vectors {number}": path for number, path in enumerate(self.vectors, start=1)}
+        return {"items": self.items, "sequences": self.sequences, "events": self.events} | vectors
+
+    def without_users(self) -> CatalogConfig:
+        """The same catalogue without histories."""
+        return self.model_copy(update={"sequences": None, "events": None, "event_types": {}})
+
+    @field_validator("vectors", mode="before")
+    @classmethod
+    def _one_file_or_several(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, (str, Path)) else value
+
+    @model_validator(mode="after")
+    def _one_source_of_users(self) -> CatalogConfig:
+        if self.sequences is not None and self.events is not None:
+            raise ValueError(f"sequences is {self.sequences} and events is {self.events}; name one of them")
+        if self.event_types and self.events is None:
+            raise ValueError("event_types is set, but events is not; name the table of events, or remove event_types")
+        if self.event_types and not any(self.event_types.values()):
+            raise ValueError("event_types gives every type the weight 0, so no event is left; give one type a weight above 0")
+        return self

@@ -34,6 +34,10 @@ def describe(catalog: Catalog, split: Split | None = None) -> dict[str, Any]:
         "problems": dict(sorted(catalog.problems.items())),
         "sha256": catalog.sha256,
     }
+    if catalog.vectors is not None:
+        facts |= {"items_with_vector": int(catalog.vectors.present.sum()), "vector_widths": list(catalog.vectors.widths)}
+    if any(user.weights is not None for user in catalog.histories):
+        facts["weight"] = sum(float(user.weights.sum()) for user in catalog.histories)
     if split is not None:
         facts["split"] = {
             "train_interactions": sum(map(len, split.train)),
@@ -57,6 +61,11 @@ def summary(facts: dict[str, Any]) -> str:
         f"attributes    {', '.join(facts['attributes'][:12]) or 'none'}{', …' if len(facts['attributes']) > 12 else ''}",
         f"users         {facts['users']:,} with {facts['interactions']:,} interactions",
     ]
+    if "weight" in facts:
+        lines[-1] += f" of total weight {facts['weight']:,.10g}"
+    if "vector_widths" in facts:
+        share, widths = _share(facts["items_with_vector"], items), " + ".join(map(str, facts["vector_widths"]))
+        lines.insert(3, f"with vector   {facts['items_with_vector']:,} ({share}), dimension {widths}")
     if "split" in facts:
         split = facts["split"]
         lines.append(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from mmsid.catalog.config import PictureLimits
@@ -15,7 +16,7 @@ from mmsid.catalog.picture_decoding import decode, to_rgb
 from mmsid.catalog.pictures import load_picture
 from mmsid.errors import CatalogError, PictureError
 
-KEYS = ("item_id", "title", "description", "categories", "attributes", "caption", "interests", "image", "images")
+KEYS = ("item_id", "title", "description", "categories", "attributes", "caption", "interests", "image", "images", "vectors")
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class ItemRecord:
         attributes: name -> labels.
         interests: mined descriptors, strongest first.
         pictures: decoded RGB pictures.
+        vectors: vectors that the user brings, float32, one per family.
     """
 
     item_id: str
@@ -39,6 +41,7 @@ class ItemRecord:
     caption: str
     interests: tuple[str, ...]
     pictures: tuple[Image.Image, ...]
+    vectors: tuple[np.ndarray, ...] = ()
 
 
 def read_record(record: Mapping[str, Any] | Item, place: str = "item") -> ItemRecord:
@@ -47,7 +50,7 @@ def read_record(record: Mapping[str, Any] | Item, place: str = "item") -> ItemRe
     Args:
         record: an `Item`, or a mapping with keys of `KEYS`. `categories` is a list or one string, `attributes` maps names to a label or
             a list of labels. `image` is a picture and `images` a list of pictures: a PIL image, a path, encoded bytes, or a mapping
-            with `bytes` or `path` as in Hugging Face `datasets`.
+            with `bytes` or `path` as in Hugging Face `datasets`. `vectors` is a list of numbers, or one such list per family.
         place: name of the record in error messages, for example "item 3".
 
     Raises:
@@ -74,6 +77,7 @@ def read_record(record: Mapping[str, Any] | Item, place: str = "item") -> ItemRe
         caption=_text(record, "caption", place),
         interests=_texts(record.get("interests"), f"{place}, interests"),
         pictures=tuple(_picture(picture, f"{place}, {key}") for key, picture in pictures),
+        vectors=_vectors(record.get("vectors"), f"{place}, vectors"),
     )
 
 
@@ -93,6 +97,19 @@ def _texts(value: Any, place: str) -> tuple[str, ...]:
     if not isinstance(values, Sequence) or not all(isinstance(one, str) for one in values):
         raise CatalogError(f"{place} is {value!r}, expected a text or a list of texts")
     return tuple(one for one in values if one.strip())
+
+
+def _vectors(value: Any, place: str) -> tuple[np.ndarray, ...]:
+    if value is None:
+        return ()
+    try:
+        nested = len(value) > 0 and np.ndim(value[0]) > 0
+        families = tuple(np.asarray(one, dtype=np.float32) for one in (value if nested else [value]))
+    except (TypeError, ValueError, KeyError):
+        families = ()
+    if not families or not all(one.ndim == 1 and len(one) and np.isfinite(one).all() for one in families):
+        raise CatalogError(f"{place} is {str(value)[:80]}, expected a list of finite numbers, or one such list per family")
+    return families
 
 
 def _attributes(value: Any, place: str) -> dict[str, tuple[str, ...]]:

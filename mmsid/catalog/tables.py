@@ -43,22 +43,30 @@ def read_table_rows(path: Path, selected: Sequence[str], *, config_key: str) -> 
         CatalogError: the file is missing, has another suffix, is damaged, or has no rows.
     """
     path = Path(path)
-    if not path.is_file():
-        raise CatalogError(f"{config_key}: {path} does not exist or is not a file (working folder {Path.cwd()}); correct the path")
-    readers = {".parquet": _read_parquet, ".jsonl": _read_jsonl, ".csv": _read_csv}
-    if path.suffix.lower() not in readers:
-        raise CatalogError(f"{config_key}: {path} ends in {path.suffix!r}; name a .parquet, .jsonl or .csv file")
-    table = readers[path.suffix.lower()](path, selected)
+    table = _READERS[table_kind(path, config_key)](path, selected)
     if not table.rows:
         raise CatalogError(f"{config_key}: {path} holds no rows; expected at least one, write the table again")
     return table
+
+
+def table_kind(path: Path, config_key: str) -> str:
+    """Suffix of a table: ".parquet", ".jsonl" or ".csv".
+
+    Raises:
+        CatalogError: the file is missing or has another suffix.
+    """
+    if not path.is_file():
+        raise CatalogError(f"{config_key}: {path} does not exist or is not a file (working folder {Path.cwd()}); correct the path")
+    if path.suffix.lower() not in _READERS:
+        raise CatalogError(f"{config_key}: {path} ends in {path.suffix!r}; name a .parquet, .jsonl or .csv file")
+    return path.suffix.lower()
 
 
 def _read_parquet(path: Path, selected: Sequence[str]) -> Table:
     try:
         with pq.ParquetFile(path) as file:
             columns = file.schema_arrow.names
-            _refuse_doubled(path, columns)
+            refuse_doubled(path, columns)
             rows = file.read(columns=[name for name in selected if name in columns]).to_pylist(maps_as_pydicts="strict")
     except (OSError, pa.ArrowException, KeyError, ValueError) as error:
         raise CatalogError(f"{path} cannot be read as parquet ({type(error).__name__}); write the file again") from error
@@ -95,7 +103,7 @@ def _read_csv(path: Path, selected: Sequence[str]) -> Table:
         with open(path, encoding="utf-8-sig", newline="") as text:
             lines = csv.reader(text, strict=True)
             columns = next(lines, [])
-            _refuse_doubled(path, columns)
+            refuse_doubled(path, columns)
             for number, cells in enumerate(lines, start=1):
                 if not cells:
                     continue
@@ -113,7 +121,11 @@ def _read_csv(path: Path, selected: Sequence[str]) -> Table:
     return Table(path, columns, rows, numbers, "row", is_csv=True)
 
 
-def _refuse_doubled(path: Path, columns: Sequence[str]) -> None:
+_READERS = {".parquet": _read_parquet, ".jsonl": _read_jsonl, ".csv": _read_csv}
+
+
+def refuse_doubled(path: Path, columns: Sequence[str]) -> None:
+    """Raise CatalogError when a column occurs twice in the header."""
     doubled = sorted({name for name in columns if list(columns).count(name) > 1})
     if doubled:
         raise CatalogError(f"{path}: column {', '.join(map(repr, doubled))} occurs twice in the header; rename one of them")

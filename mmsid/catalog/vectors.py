@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from mmsid.catalog.columns import id_texts, refuse_strangers, rows_of
+from mmsid.catalog.columns import id_texts, is_number, no_known_id, rows_of
 from mmsid.errors import CatalogError
 
 ID, VECTOR, INTERACTIONS = "item_id", "vector", "interactions"
@@ -28,12 +28,31 @@ class ItemVectors:
         counts: (N,) float64, the number of interactions that the vector is based on, 0 where it is absent. None if the file has no
             column `interactions`.
         unknown: rows of the file whose id is not among the items.
+        widths: dimension of each family of vectors; their sum is D.
     """
 
     values: np.ndarray
     present: np.ndarray
     counts: np.ndarray | None = None
     unknown: int = 0
+    widths: tuple[int, ...] = ()
+
+    def take(self, rows: np.ndarray) -> ItemVectors:
+        """The vectors of the items `rows`, in this order."""
+        counts = None if self.counts is None else self.counts[rows]
+        return replace(self, values=self.values[rows], present=self.present[rows], counts=counts)
+
+    def normalised(self) -> ItemVectors:
+        """Each family normalised to unit rows and divided by the square root of the number of families; zeros stay zeros."""
+        scale = np.float32(np.sqrt(len(self.widths)))
+        return replace(self, values=np.concatenate([_unit_rows(family) / scale for family in self._families()], 1))
+
+    def of_items(self) -> list[tuple[np.ndarray, ...]]:
+        """Vectors of each item, one (D_f,) array per family."""
+        return list(zip(*self._families(), strict=True))
+
+    def _families(self) -> list[np.ndarray]:
+        return np.split(self.values, np.cumsum(self.widths)[:-1], axis=1)
 
     def summary(self) -> str:
         """One sentence: how many items have a vector, and how many rows belong to no item."""
@@ -73,13 +92,21 @@ def several(paths: Sequence[str | Path], item_ids: Sequence[str]) -> ItemVectors
     """
     if not paths:
         raise CatalogError("vectors: no file is named; name at least one parquet file with item_id and vector")
-    families = [read_vectors(path, item_ids) for path in paths]
+    return concatenated([read_vectors(path, item_ids) for path in paths]).normalised()
+
+
+def concatenated(families: Sequence[ItemVectors]) -> ItemVectors:
+    """Vectors of several families beside each other, (N, D_1 + D_2 + ...), unchanged.
+
+    An item has a vector if one family has one. `counts` is the largest count of the families that have counts.
+    """
     counts = [family.counts for family in families if family.counts is not None]
     return ItemVectors(
-        np.concatenate([_unit_rows(family.values) / np.float32(np.sqrt(len(families))) for family in families], 1),
+        np.concatenate([family.values for family in families], 1),
         np.any([family.present for family in families], 0),
         np.max(counts, 0) if counts else None,
         sum(family.unknown for family in families),
+        tuple(width for family in families for width in family.widths),
     )
 
 
@@ -97,7 +124,7 @@ def _read(path: Path, file: pq.ParquetFile, item_ids: Sequence[str]) -> ItemVect
     ids = id_texts(file.read(columns=[ID])[ID], f"{path}, field {ID!r}")
     rows = _checked_rows(path, ids, item_ids)
     kind = file.schema_arrow.field(VECTOR).type
-    if not (_is_list(kind) and _is_number(kind.value_type)):
+    if not (_is_list(kind) and is_number(kind.value_type)):
         raise CatalogError(f"{path}, field {VECTOR!r}: holds {kind}, expected a list of numbers; write one list of numbers per item")
     values = present = None
     start = 0
@@ -113,7 +140,7 @@ def _read(path: Path, file: pq.ParquetFile, item_ids: Sequence[str]) -> ItemVect
     if values is None:
         raise CatalogError(f"{path}, field {VECTOR!r}: no row has a vector; expected at least one, write the file again")
     counts = _counts(path, file, rows, ids, present) if INTERACTIONS in columns else None
-    return ItemVectors(values, present, counts, int((rows < 0).sum()))
+    return ItemVectors(values, present, counts, int((rows < 0).sum()), (values.shape[1],))
 
 
 def _checked_rows(path: Path, ids: pa.ChunkedArray, item_ids: Sequence[str]) -> np.ndarray:
@@ -132,7 +159,7 @@ def _checked_rows(path: Path, ids: pa.ChunkedArray, item_ids: Sequence[str]) -> 
         )
     rows = rows_of(ids, item_ids)
     if not (rows >= 0).any():
-        raise refuse_strangers(path, ID, ids, item_ids)
+        raise no_known_id(path, ID, ids, item_ids)
     return rows
 
 
@@ -164,7 +191,7 @@ def _block(path: Path, column: pa.Array, start: int, ids: pa.ChunkedArray, width
 
 def _counts(path: Path, file: pq.ParquetFile, rows: np.ndarray, ids: pa.ChunkedArray, present: np.ndarray) -> np.ndarray:
     column = file.read(columns=[INTERACTIONS])[INTERACTIONS]
-    if not _is_number(column.type):
+    if not is_number(column.type):
         raise CatalogError(f"{path}, field {INTERACTIONS!r}: holds {column.type}, expected numbers; write a count per item")
     found = pc.fill_null(pc.cast(column, pa.float64()), 0.0).to_numpy()
     bad = np.flatnonzero(~(np.isfinite(found) & (found >= 0)))
@@ -181,7 +208,3 @@ def _at(path: Path, row: int, ids: pa.ChunkedArray) -> str:
 
 def _is_list(kind: pa.DataType) -> bool:
     return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-
-
-def _is_number(kind: pa.DataType) -> bool:
-    return pa.types.is_floating(kind) or pa.types.is_integer(kind)

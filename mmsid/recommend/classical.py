@@ -50,8 +50,8 @@ class _Similarities(NamedTuple):
 def classical_baselines(items: list[Item], split: Split) -> list[ClassicalBaseline]:
     """Fit and tune popularity, item-kNN, TF-IDF kNN and the classical hybrid."""
     started = time.perf_counter()
-    num_items, similarities, counts = len(items), _similarities(items, split), item_counts(split.train, len(items))
-    popularity = torch.from_numpy(counts.astype(np.float32))
+    num_items, similarities = len(items), _similarities(items, split)
+    popularity = torch.from_numpy(item_counts(split.train, num_items, split.train_weights).astype(np.float32))
     baselines = [ClassicalBaseline("popularity", lambda histories: popularity.repeat(len(histories), 1), {}, time.perf_counter() - started)]
     chosen: dict[str, float] = {}
     for name, grid in (
@@ -75,22 +75,23 @@ def classical_scorer(items: list[Item], split: Split, parameters: dict[str, floa
     return _scorer(_similarities(items, split), parameters)
 
 
-def item_counts(histories: Sequence[np.ndarray], num_items: int) -> np.ndarray:
-    """Number of occurrences (N,) of each item in the histories."""
-    return np.bincount(np.concatenate([*histories, np.zeros(0, np.int64)]), minlength=num_items)
+def item_counts(histories: Sequence[np.ndarray], num_items: int, weights: Sequence[np.ndarray] | None = None) -> np.ndarray:
+    """Number of occurrences (N,) of each item in the histories, or the sum of its event weights."""
+    summed = None if weights is None else np.concatenate([*weights, np.zeros(0)])
+    return np.bincount(np.concatenate([*histories, np.zeros(0, np.int64)]), summed, minlength=num_items)
 
 
 def _similarities(items: list[Item], split: Split) -> _Similarities:
     _, text = fit_words(items)
     # one product of all pairs is much cheaper than a product per user
     dense = (text @ text.T).toarray() if len(items) <= DENSE_UP_TO else None
-    return _Similarities(item_similarity(split.train, item_counts(split.train, len(items))), text, dense)
+    return _Similarities(item_similarity(split.train, item_counts(split.train, len(items)), split.train_weights), text, dense)
 
 
-def item_similarity(histories: Sequence[np.ndarray], counts: np.ndarray) -> sparse.csr_matrix:
+def item_similarity(histories: Sequence[np.ndarray], counts: np.ndarray, weights: Sequence[np.ndarray] | None = None) -> sparse.csr_matrix:
     """Co-engagement within `WINDOW` steps, weight 1/distance, cosine-normalised by popularity; (N, N), empty diagonal."""
     scale = sparse.diags(1 / np.sqrt(np.maximum(counts, 1)))
-    return (scale @ co_engagement(histories, len(counts), window=WINDOW) @ scale).tocsr()
+    return (scale @ co_engagement(histories, len(counts), WINDOW, weights) @ scale).tocsr()
 
 
 def _scorer(similarities: _Similarities, point: dict[str, float]) -> Score:

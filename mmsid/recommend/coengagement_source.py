@@ -34,15 +34,14 @@ class CoEngagementSource:
         self.matrices = dict(matrices)
 
     @classmethod
-    def fit(cls, histories: Sequence[np.ndarray], num_items: int) -> CoEngagementSource:
-        """Count the pairs of train histories."""
-        histories = [history for history in histories if len(history)]
+    def fit(cls, histories: Sequence[np.ndarray], num_items: int, weights: Sequence[np.ndarray] | None = None) -> CoEngagementSource:
+        """Count the pairs of train histories; event weights of each history multiply (`co_engagement`), except in `basket`."""
         counts = item_counts(histories, num_items)
         scale = sparse.diags(1 / np.sqrt(np.maximum(counts, 1)))
         whole = {
-            "near": item_similarity(histories, counts),
-            "next": scale @ followed_by(histories, num_items, WINDOW) @ scale,
-            "far": scale @ co_engagement(histories, num_items, window=FAR) @ scale,
+            "near": item_similarity(histories, counts, weights),
+            "next": scale @ followed_by(histories, num_items, WINDOW, weights) @ scale,
+            "far": scale @ co_engagement(histories, num_items, FAR, weights) @ scale,
             "basket": scale @ _baskets(histories, num_items) @ scale,
         }
         return cls({name: heaviest(matrix.tocsr(), NEIGHBOURS) for name, matrix in whole.items()})

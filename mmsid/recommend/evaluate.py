@@ -95,7 +95,9 @@ def _evaluate(
         for counts, values in zip(rank(histories, targets[start : start + batch], coverage), (above, tied)):
             values.append(counts.cpu().numpy())
     empty = [np.zeros(0, dtype=np.int64)]
-    return Evaluation(users, Ranks(np.concatenate(above or empty), np.concatenate(tied or empty)), coverage.value() if len(users) else 0.0)
+    weights = split.target_weights(part)
+    ranks = Ranks(np.concatenate(above or empty), np.concatenate(tied or empty), None if weights is None else weights[:limit])
+    return Evaluation(users, ranks, coverage.value() if len(users) else 0.0)
 
 
 def mask_seen(scores: torch.Tensor, histories: list[np.ndarray]) -> torch.Tensor:

@@ -56,13 +56,16 @@ class FlatRecommender(TokenRecommender):
         start = self.offsets[level]
         return self.language_model.transformer.wte.weight[start : start + self.sizes[level]]
 
-    def forward(self, histories: torch.Tensor) -> torch.Tensor:
-        """Sum of negative log-likelihoods of every item of `histories` (B, T) given the items before it; padded with -1 on the right."""
+    def forward(self, histories: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+        """Sum of negative log-likelihoods of every item of `histories` (B, T) given the items before it, times `weights` (B, T).
+
+        Histories are padded with -1 on the right.
+        """
         real = histories >= 0
         ids, _ = self.sequences(histories)
         hidden = self.language_model.transformer(ids[:, :-1]).last_hidden_state  # causal: no item position attends to padding
         hidden = hidden.unflatten(1, (-1, len(self.sizes)))[real]  # (P, D, d)
-        return self.loss(hidden, histories[real])
+        return self.loss(hidden, histories[real], None if weights is None else weights[real])
 
     def steps(self, histories: torch.Tensor) -> FlatSteps:
         """Decoder for `beam_search` after histories (B, T)."""

@@ -77,8 +77,17 @@ class _Block(nn.Module):
 
 def pad_histories(histories: list[np.ndarray], max_history: int) -> torch.Tensor:
     """The last `max_history` items of each history as int64 (B, T), padded with -1 on the right; T >= 1."""
-    recent = [np.asarray(history[-max_history:]) for history in histories]
-    padded = np.full((len(recent), max(1, max((len(history) for history in recent), default=1))), -1, dtype=np.int64)
-    for row, history in enumerate(recent):
-        padded[row, : len(history)] = history
+    return _padded(histories, max_history, -1, np.int64)
+
+
+def pad_weights(weights: list[np.ndarray], max_history: int) -> torch.Tensor:
+    """Event weights of `pad_histories`, float32 (B, T), padded with 0."""
+    return _padded(weights, max_history, 0, np.float32)
+
+
+def _padded(rows: list[np.ndarray], max_history: int, fill: int, kind: type) -> torch.Tensor:
+    recent = [np.asarray(row[-max_history:]) for row in rows]
+    padded = np.full((len(recent), max(1, max((len(row) for row in recent), default=1))), fill, dtype=kind)
+    for index, row in enumerate(recent):
+        padded[index, : len(row)] = row
     return torch.from_numpy(padded)

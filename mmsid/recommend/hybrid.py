@@ -107,11 +107,10 @@ def fit_hybrid(
         embeddings = unit_rows(embeddings)
     content["embedding"] = None if embeddings is None else EmbeddingSource(embeddings, fit_centroids(embeddings))
 
-    def sources(model: torch.nn.Module, histories: Sequence[np.ndarray], known: np.ndarray) -> Sources:
-        counts = item_counts(histories, len(items))
-        return Sources(
-            path=PathSource(model, paths, known), coengagement=CoEngagementSource.fit(histories, len(items)), counts=counts, **content
-        )
+    def sources(model: torch.nn.Module, fitted_on: Split, known: np.ndarray) -> Sources:
+        counts = item_counts(fitted_on.train, len(items))
+        pairs = CoEngagementSource.fit(fitted_on.train, len(items), fitted_on.train_weights)
+        return Sources(path=PathSource(model, paths, known), coengagement=pairs, counts=counts, **content)
 
     inner = _hold_out_last(split)
     users = np.random.default_rng(seed).permutation(inner.users("valid"))[:MAX_EXAMPLES]
@@ -121,10 +120,10 @@ def fit_hybrid(
     visible = _without(inner, hidden)
     first = _fit_decoder(paths, visible, ~hidden, what=f"{what}, last train items held out", **settings)
     examples = [(inner.train[user], int(inner.valid[user])) for user in users]
-    rankers = _fit_rankers(sources(first.model, visible.train, ~hidden), examples, seed)
+    rankers = _fit_rankers(sources(first.model, visible, ~hidden), examples, seed)
     if decoder is None:
         decoder = fit(paths, split, what=what, **settings)
-    final = sources(decoder.model, split.train, np.ones(len(items), dtype=bool))
+    final = sources(decoder.model, split, np.ones(len(items), dtype=bool))
     return FittedHybrid(final, rankers, vectorizers, decoder.epochs, decoder.best, time.perf_counter() - started)
 
 
@@ -142,13 +141,13 @@ def hidden_items(items: Sequence[Item], share: float, seed: int) -> np.ndarray:
 def _hold_out_last(split: Split) -> Split:
     """The split whose valid items are the last train items, for users with an earlier item and no repetition of the last one."""
     held_out = [rows[-1] if len(rows) > 1 and rows[-1] not in rows[:-1] else -1 for rows in split.train]
-    return replace(split, train=[rows[:-1] for rows in split.train], valid=np.array(held_out, dtype=np.int64))
+    return split.with_train([slice(-1)] * len(split.train), np.array(held_out, dtype=np.int64))
 
 
 def _without(split: Split, hidden: np.ndarray) -> Split:
     """The split without the hidden items in train and valid."""
     valid = np.where((split.valid >= 0) & ~hidden[split.valid], split.valid, -1)
-    return replace(split, train=[rows[~hidden[rows]] for rows in split.train], valid=valid)
+    return split.with_train([~hidden[rows] for rows in split.train], valid)
 
 
 def _fit_decoder(paths: ItemPaths, split: Split, known: np.ndarray, **settings: object) -> Fitted:

@@ -21,13 +21,18 @@ HIT_CUTOFFS = (1, 5, 10, 20, 50)
 NDCG_CUTOFFS = (5, 10)
 MRR_CUTOFF = 50  # the default beam width, so that exact ranking and beam search are comparable
 COVERAGE_CUTOFF = 10
+WEIGHTED = "weighted"  # first word of the names of metrics that weight each target by its event
 
 
 class Ranks(NamedTuple):
-    """Ranks of P targets: `above` and `tied`, both int64 (P,). `tied == 0`: the target was not a candidate and earns nothing."""
+    """Ranks of P targets: `above` and `tied`, both int64 (P,). `tied == 0`: the target was not a candidate and earns nothing.
+
+    `weights` (P,) are the event weights of the targets; None for a catalogue without event weights.
+    """
 
     above: np.ndarray
     tied: np.ndarray
+    weights: np.ndarray | None = None
 
 
 def rank_targets(scores: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -90,9 +95,17 @@ def per_position(ranks: Ranks, metric: str) -> np.ndarray:
 
 
 def summarise(ranks: Ranks) -> dict[str, float]:
-    """Means over targets: HR@{1,5,10,20,50}, NDCG@{5,10}, MRR@50. Empty input gives zeros."""
+    """Means over targets: HR@{1,5,10,20,50}, NDCG@{5,10}, MRR@50. Empty input gives zeros.
+
+    If the targets have different event weights, means weighted by them are added: `weighted HR@10`, `weighted NDCG@10` and so on.
+    """
     names = [f"HR@{k}" for k in HIT_CUTOFFS] + [f"NDCG@{k}" for k in NDCG_CUTOFFS] + [f"MRR@{MRR_CUTOFF}"]
-    return {name: float(per_position(ranks, name).mean()) if len(ranks.above) else 0.0 for name in names}
+    values = {name: per_position(ranks, name) for name in names}
+    means = {name: float(value.mean()) if len(value) else 0.0 for name, value in values.items()}
+    weights = ranks.weights
+    if weights is None or len(weights) == 0 or (weights == weights[0]).all():
+        return means
+    return means | {f"{WEIGHTED} {name}": float(value @ weights / weights.sum()) for name, value in values.items()}
 
 
 @dataclass

@@ -104,12 +104,14 @@ def run(config: TrainRecommenderRLConfig) -> Path:
     catalog = read_catalog(config.catalog)
     split = split_histories(catalog, config.catalog.split)
     if any(not len(split.users(part)) for part in PARTS):
-        raise ConfigError("train_recommender_rl: no user has an item to rank; give catalog.sequences with histories of 3 items or more")
+        raise ConfigError(
+            "train_recommender_rl: no user has an item to rank; give catalog.sequences or events with histories of 3 items or more"
+        )
     item_ids = [item.item_id for item in catalog.items]
     table = SidTable.load(config.sids).align(item_ids)
     quality = np.ones(len(item_ids)) if config.text_quality is None else read_text_quality(config.text_quality, item_ids)
     inputs = {"sids": config.sids if config.sids.suffix == ".parquet" else config.sids / "sids.parquet"}
-    inputs |= {"items": config.catalog.items, "sequences": config.catalog.sequences, "text_quality": config.text_quality}
+    inputs |= config.catalog.input_files() | {"text_quality": config.text_quality}
     seeds = config.seeds or [config.seed]
     examples = train_examples(split)
     if not examples:

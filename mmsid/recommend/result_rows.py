@@ -36,7 +36,7 @@ class ReadRanks(NamedTuple):
 
 
 def write_ranks(path: Path, evaluations: Mapping[Part, Evaluation], catalog: Catalog) -> None:
-    """Write columns user_id, part, above, tied. The coverage of each part is stored in the schema's metadata."""
+    """Write columns user_id, part, above, tied, and weight where events have weights. Coverage is stored in the schema's metadata."""
     columns: dict[str, list[Any]] = {"user_id": [], "part": [], "above": [], "tied": []}
     for part, evaluation in evaluations.items():
         columns["user_id"] += [catalog.histories[user].user_id for user in evaluation.users]
@@ -45,6 +45,9 @@ def write_ranks(path: Path, evaluations: Mapping[Part, Evaluation], catalog: Cat
         columns["tied"] += evaluation.ranks.tied.tolist()
     types = {"user_id": pa.string(), "part": pa.string(), "above": pa.int64(), "tied": pa.int64()}
     table = pa.table({name: pa.array(values, types[name]) for name, values in columns.items()})
+    weights = [evaluation.ranks.weights for evaluation in evaluations.values()]
+    if weights and all(each is not None for each in weights):
+        table = table.append_column("weight", pa.array(np.concatenate(weights)))
     write_table(path, table, {f"coverage_{part}": repr(evaluation.coverage) for part, evaluation in evaluations.items()})
 
 
@@ -53,7 +56,8 @@ def read_ranks(path: Path, part: Part) -> ReadRanks:
     table = read_table(path)
     rows = np.array(table["part"].to_pylist()) == part
     coverage = float((table.schema.metadata or {})[f"coverage_{part}".encode()])
-    return ReadRanks(Ranks(table["above"].to_numpy()[rows], table["tied"].to_numpy()[rows]), coverage)
+    columns = [table[name].to_numpy()[rows] for name in ("above", "tied", "weight") if name in table.column_names]
+    return ReadRanks(Ranks(*columns), coverage)
 
 
 def lost_to_collisions(table: SidTable) -> int:

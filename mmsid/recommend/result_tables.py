@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from mmsid.recommend.metrics import COVERAGE_CUTOFF, HIT_CUTOFFS, MRR_CUTOFF, NDCG_CUTOFFS
+from mmsid.recommend.metrics import COVERAGE_CUTOFF, HIT_CUTOFFS, MRR_CUTOFF, NDCG_CUTOFFS, WEIGHTED
 
 COLUMNS = [f"HR@{k}" for k in HIT_CUTOFFS] + [f"NDCG@{k}" for k in NDCG_CUTOFFS] + [f"MRR@{MRR_CUTOFF}", f"coverage@{COVERAGE_CUTOFF}"]
+WEIGHTED_COLUMNS = [f"{WEIGHTED} HR@10", f"{WEIGHTED} NDCG@10"]  # only where events have different weights
 FAMILIES = ("classical", "sid", "fusion", "best_achievable")
 
 
@@ -26,15 +27,16 @@ def method_table(rows: Sequence[dict[str, Any]], *, best_first: bool = False) ->
     key = "metrics" if part == "test" else "valid"
     if best_first:
         rows = sorted(rows, key=lambda row: (FAMILIES.index(row["family"]), -_mean(row, key, "NDCG@10")))
+    columns = COLUMNS + [name for name in WEIGHTED_COLUMNS if any(name in row[key] for row in rows)]
     lines = [
         f"Item-level ranking of the full catalogue on {part}. Seen items are masked; a SID shared by n items takes n expected ranks.",
         "",
-        f"| method | family | seeds | {' | '.join(COLUMNS)} | valid NDCG@10 | items lost to collisions | seconds |",
-        f"|---|---|---|{'---|' * (len(COLUMNS) + 3)}",
+        f"| method | family | seeds | {' | '.join(columns)} | valid NDCG@10 | items lost to collisions | seconds |",
+        f"|---|---|---|{'---|' * (len(columns) + 3)}",
     ]
     for row in rows:
         rivals = [other for other in rows if other["family"] == row["family"]] if best_first and row["family"] != "best_achievable" else []
-        figures = " | ".join(_marked(row, key, name, rivals) for name in COLUMNS)
+        figures = " | ".join(_marked(row, key, name, rivals) for name in columns)
         lost = "" if row["collisions"] is None else f"{row['collisions']:,}"
         seconds = "" if row["seconds"] is None else f"{row['seconds']:.1f}"
         seeds = len(row["seeds"]) or ""

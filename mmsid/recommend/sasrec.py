@@ -51,11 +51,14 @@ class Sasrec(nn.Module):
         self.dropout = nn.Dropout(shape.dropout)
         nn.init.normal_(self.items.weight, std=0.05)
 
-    def forward(self, histories: torch.Tensor) -> torch.Tensor:
-        """Sum of the negative log-likelihoods of every item of `histories` (B, T) given the items before it."""
+    def forward(self, histories: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+        """Sum of the negative log-likelihoods of every item of `histories` (B, T) given the items before it, times `weights` (B, T)."""
         real = histories >= 0
         states = self.dropout(self.encoder(self.items(histories[:, :-1].clamp_min(0)), real))
-        return F.cross_entropy(states @ self.items.weight.T, histories[real], reduction="sum")
+        logits = states @ self.items.weight.T
+        if weights is None:
+            return F.cross_entropy(logits, histories[real], reduction="sum")
+        return F.cross_entropy(logits, histories[real], reduction="none") @ weights[real]
 
     @torch.no_grad()
     def score(self, histories: list[np.ndarray]) -> torch.Tensor:

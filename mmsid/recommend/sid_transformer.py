@@ -105,12 +105,13 @@ class SidTransformer(nn.Module):
             columns.append(state.new_zeros(len(items)).index_copy(0, rows, level.log_prob(logits, node[rows])))
         return torch.stack(columns, 1)
 
-    def forward(self, histories: torch.Tensor) -> torch.Tensor:
-        """Sum of the negative log-likelihoods of every item of `histories` (B, T) given the items before it."""
+    def forward(self, histories: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+        """Sum of the negative log-likelihoods of every item of `histories` (B, T) given the items before it, times `weights` (B, T)."""
         real = histories >= 0
         targets = histories[real]
         states = self.dropout(self.encoder(self.item_vectors(histories[:, :-1].clamp_min(0)), real))
-        return -self.path_log_prob(states, targets).sum()
+        log_prob = self.path_log_prob(states, targets)
+        return -(log_prob if weights is None else log_prob * weights[real][:, None]).sum()
 
 
 class SidTransformerSteps:

@@ -66,8 +66,11 @@ class TigerRecommender(TokenRecommender):
         ids, real = self.sequences(histories)
         return self.language_model.encoder(ids, attention_mask=real.long()).last_hidden_state, real
 
-    def forward(self, histories: torch.Tensor) -> torch.Tensor:
-        """Sum of negative log-likelihoods of every item of `histories` (B, T) given the items before it; padded with -1 on the right."""
+    def forward(self, histories: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+        """Sum of negative log-likelihoods of every item of `histories` (B, T) given the items before it, times `weights` (B, T).
+
+        Histories are padded with -1 on the right.
+        """
         user, place = (histories >= 0).nonzero(as_tuple=True)
         items = histories[user, place]
         windows = histories[user].masked_fill(torch.arange(histories.shape[1], device=histories.device) >= place[:, None], -1)
@@ -76,7 +79,7 @@ class TigerRecommender(TokenRecommender):
         hidden = self.language_model.decoder(
             inputs, encoder_hidden_states=states, encoder_attention_mask=real.long(), use_cache=False
         ).last_hidden_state
-        return self.loss(hidden, items)
+        return self.loss(hidden, items, None if weights is None else weights[user, place])
 
     def steps(self, histories: torch.Tensor) -> TigerSteps:
         """Decoder for `beam_search` after histories (B, T)."""

@@ -50,16 +50,18 @@ class TokenRecommender(nn.Module, ABC):
         real = real[..., None].expand(*real.shape, len(self.sizes)).flatten(1)
         return F.pad(ids, (1, 0), value=self.begin), F.pad(real, (1, 0), value=True)
 
-    def loss(self, hidden: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
+    def loss(self, hidden: torch.Tensor, items: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
         """Sum of the negative log-likelihoods of the paths of items (P,), all in `trie`. A node with one child adds nothing.
 
         Args:
             hidden: (P, D, d), the states that predict the levels.
+            weights: (P,), factors of the items' terms, or None.
         """
         total = hidden.new_zeros(())
         for number, level in enumerate(self.trie.levels):
             node = self.trie.node_of[number][items]
             rows = level.has_siblings(node).nonzero()[:, 0]
             logits = hidden[:, number].index_select(0, rows) @ self.level_table(number).T
-            total = total - level.log_prob(logits, node[rows]).sum()
+            log_prob = level.log_prob(logits, node[rows])
+            total = total - (log_prob if weights is None else log_prob * weights[rows]).sum()
         return total

@@ -133,7 +133,9 @@ def run(config: TrainRecommenderConfig) -> Path:
     catalog = read_catalog(config.catalog)
     split = split_histories(catalog, config.catalog.split)
     if any(not len(split.users(part)) for part in PARTS):
-        raise ConfigError("train_recommender: no user has an item to rank; give catalog.sequences with histories of 3 items or more")
+        raise ConfigError(
+            "train_recommender: no user has an item to rank; give catalog.sequences or events with histories of 3 items or more"
+        )
     item_ids = [item.item_id for item in catalog.items]
     tables = {name: SidTable.load(path).align(item_ids) for name, path in config.variants.items()}
     inputs = {f"arm {name}": path if path.suffix == ".parquet" else path / "sids.parquet" for name, path in config.variants.items()}

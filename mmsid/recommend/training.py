@@ -21,7 +21,7 @@ from mmsid.errors import MmsidError
 from mmsid.progress import track
 from mmsid.recommend.evaluate import Evaluation, Part, Recommender, Score, evaluate, recommender_scores
 from mmsid.recommend.flat import FlatRecommender, FlatShape
-from mmsid.recommend.history_encoder import pad_histories
+from mmsid.recommend.history_encoder import pad_histories, pad_weights
 from mmsid.recommend.paths import ItemPaths, PathTrie, item_paths
 from mmsid.recommend.sid_transformer import SidTransformer, SidTransformerShape
 from mmsid.recommend.tiger import TigerRecommender, TigerShape
@@ -153,7 +153,8 @@ def train(
     """Training loop of all recommenders. Restores the weights of the best epoch.
 
     Args:
-        wrapped: a prepared module, histories (B, T) -> loss summed over their items, with attributes `shape` and `window`.
+        wrapped: a prepared module, histories (B, T), and their event weights if there are any -> loss summed over their items, with
+            attributes `shape` and `window`.
         scores: returns the scoring function of the current weights.
 
     Returns:
@@ -164,6 +165,7 @@ def train(
     """
     model = accelerator.unwrap_model(wrapped)
     histories = train_histories(split)
+    weights = None if split.train_weights is None else [each for each in split.train_weights if len(each)]
     lr = schedule.lr or model.shape.lr
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=schedule.weight_decay)
     steps = schedule.epochs * math.ceil(len(histories) / schedule.batch_size)
@@ -175,7 +177,7 @@ def train(
     best, best_state, epochs_without_gain, note = -1.0, None, 0, {}
     epoch = 0
     for epoch in track(range(1, schedule.epochs + 1), what=what, unit="epochs", note=note):
-        loss = _epoch(wrapped, histories, rng.permutation(len(histories)), schedule.batch_size, optimizer, scheduler, accelerator)
+        loss = _epoch(wrapped, histories, weights, rng.permutation(len(histories)), schedule.batch_size, optimizer, scheduler, accelerator)
         verdict = [None]
         if accelerator.is_main_process:
             found = evaluate(scores(), split, "valid", num_items, schedule.stop_users).summary()["NDCG@10"]
@@ -198,28 +200,30 @@ def train(
 def _epoch(
     wrapped: torch.nn.Module,
     histories: list[np.ndarray],
+    weights: list[np.ndarray] | None,
     order: np.ndarray,
     batch_size: int,
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LRScheduler,
     accelerator: Accelerator | OneProcess,
 ) -> float:
-    """Train for one epoch. -> mean negative log-likelihood per item of this process's share, in nats."""
+    """Train for one epoch. -> mean negative log-likelihood per item of this process's share, weighted by `weights`, in nats."""
     wrapped.train()
     window = accelerator.unwrap_model(wrapped).window
-    total, count = 0.0, 0
+    total, count = 0.0, 0.0
     for start in range(0, len(order), batch_size):
         users = order[start : start + batch_size]
-        positions = sum(min(len(histories[user]), window) for user in users)
+        size = sum(min(len(histories[user]), window) if weights is None else float(weights[user][-window:].sum()) for user in users)
         share = users[accelerator.process_index :: accelerator.num_processes]
         batch = pad_histories([histories[user] for user in share], window).to(accelerator.device)
         optimizer.zero_grad(set_to_none=True)
-        loss = wrapped(batch)
-        # gradients are averaged over processes, so each share is divided by the positions of the whole batch
-        accelerator.backward(loss * (accelerator.num_processes / positions))
+        factors = () if weights is None else (pad_weights([weights[user] for user in share], window).to(accelerator.device),)
+        loss = wrapped(batch, *factors)
+        # gradients are averaged over processes, so each share is divided by the positions, or their weights, of the whole batch
+        accelerator.backward(loss * (accelerator.num_processes / size))
         accelerator.clip_grad_norm_(wrapped.parameters(), 1.0)
         optimizer.step()
         scheduler.step()
         total += float(loss.detach())
-        count += int((batch >= 0).sum())
-    return total / max(1, count)
+        count += float(factors[0].sum()) if factors else int((batch >= 0).sum())
+    return total / (count or 1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,7 @@ from scipy import sparse
 
 from mmsid.config import Section
 
+T = TypeVar("T")
 Codes = NDArray[np.int64]
 Floats = NDArray[np.float64]
 MAX_PATHS = 1_000_000  # paths scored at once; bounds memory use, changes no result
@@ -40,11 +42,15 @@ class EvidenceConfig(Section):
     behaviour_dim: int = Field(64, ge=1)
 
 
-def split_users(histories: Sequence[NDArray], shares: Sequence[float], seed: int) -> list[list[NDArray]]:
-    """Split users at random into disjoint groups with the given shares, which sum to 1. The order within a group is kept."""
-    order = np.random.default_rng(seed).permutation(len(histories))
-    cuts = np.round(np.cumsum(shares)[:-1] * len(histories)).astype(int)
-    return [[histories[user] for user in np.sort(part)] for part in np.split(order, cuts)]
+def split_users(users: Sequence[T], shares: Sequence[float], seed: int) -> list[list[T]]:
+    """Split users at random into disjoint groups with the given shares, which sum to 1. The order within a group is kept.
+
+    Args:
+        users: one element per user, for example its history or its number.
+    """
+    order = np.random.default_rng(seed).permutation(len(users))
+    cuts = np.round(np.cumsum(shares)[:-1] * len(users)).astype(int)
+    return [[users[user] for user in np.sort(part)] for part in np.split(order, cuts)]
 
 
 def prefix_keys(codes: Codes, codebook_size: int) -> Codes:

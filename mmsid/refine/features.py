@@ -48,9 +48,9 @@ class Material:
         """`most_alike` of the item vectors, computed once because they are frozen."""
         return most_alike(self.item_vectors)
 
-    def table(self, histories: Sequence[NDArray], config: EvidenceConfig) -> CodeTable:
-        """Index of the current codes with the co-engagement of the given histories."""
-        neighbours = co_engagement(list(histories), len(self.codes), config.window)
+    def table(self, histories: Sequence[NDArray], config: EvidenceConfig, weights: Sequence[NDArray] | None = None) -> CodeTable:
+        """Index of the current codes with the co-engagement of the given histories and their event weights."""
+        neighbours = co_engagement(list(histories), len(self.codes), config.window, weights)
         return CodeTable(self.codes, self.reference.head.codebook_size, neighbours, self.content, config.prior)
 
 

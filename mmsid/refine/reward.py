@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from mmsid.artifacts import read_json, read_weights, write_json, write_tensors
 from mmsid.config import Section
 from mmsid.errors import ArtifactError
-from mmsid.refine.evidence import Codes, EvidenceConfig, split_users
+from mmsid.refine.evidence import Codes, CodeTable, EvidenceConfig, split_users
 from mmsid.refine.features import FEATURE_GROUPS, Material, exchanged, feature_names, read_features
 from mmsid.refine.policy import Reference
 from mmsid.refine.preference_pairs import Pairs, calibration_curve, calibration_error, gain_error, make_pairs, pair_accuracy
@@ -152,11 +152,16 @@ def train_reward(
     evidence: EvidenceConfig,
     config: RewardConfig,
     seed: int,
+    weights: Sequence[NDArray] | None = None,
+    held_out_weights: Sequence[NDArray] | None = None,
 ) -> tuple[SidReward, dict[str, Any]]:
     """Fit `sid_reward` on all items and evaluate it on held-out users.
 
     The fit users are split into halves: features of one half predict the labels of the other, in both directions. The report comes from
     `folds` further fits, each evaluated on the items it was not fitted on, with features from all fit users and labels from `held_out`.
+
+    Args:
+        weights, held_out_weights: event weights of `histories` and `held_out`; they weight the co-engagement.
 
     Returns:
         The model, and a report with
@@ -169,22 +174,27 @@ def train_reward(
         * calibration, calibration_error: see `calibration_curve`.
     """
     rows = np.arange(len(material.codes))
-    first, second = split_users(histories, (0.5, 0.5), seed)
+    first, second = split_users(range(len(histories)), (0.5, 0.5), seed)
+
+    def table_of(users: Sequence[int]) -> CodeTable:
+        chosen = None if weights is None else [weights[user] for user in users]
+        return material.table([histories[user] for user in users], evidence, chosen)
+
     fitted: list[Tensor] = []
     labelled: list[Pairs] = []
     for half, (feature_users, label_users) in enumerate(((first, second), (second, first))):
         candidates = draw_candidates(material.reference, rows, config.candidates, seed + half)
-        pairs = make_pairs(material.table(label_users, evidence).neighbours(rows, candidates, evidence), config.tie)
+        pairs = make_pairs(table_of(label_users).neighbours(rows, candidates, evidence), config.tie)
         labelled.append(pairs._replace(row=pairs.row + half * len(rows)))
-        table = material.table(feature_users, evidence)
+        table = table_of(feature_users)
         fitted.append(read_features(material, table, rows, candidates))
     features = torch.cat(fitted)
     pairs = Pairs(*(np.concatenate(parts) for parts in zip(*labelled, strict=True)))
 
     candidates = draw_candidates(material.reference, rows, config.test_candidates, seed + 2)
-    table = material.table(histories, evidence)
+    table = material.table(histories, evidence, weights)
     test_features = read_features(material, table, rows, candidates)
-    test = make_pairs(material.table(held_out, evidence).neighbours(rows, candidates, evidence), config.test_tie)
+    test = make_pairs(material.table(held_out, evidence, held_out_weights).neighbours(rows, candidates, evidence), config.test_tie)
     report: dict[str, Any] = {"pairs": len(pairs.row), "test_pairs": len(test.row)}
     names = feature_names(material.codes.shape[1])
     if min(len(pairs.row), len(test.row)) == 0:

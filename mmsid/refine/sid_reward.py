@@ -12,7 +12,6 @@ from mmsid.artifacts import writing
 from mmsid.catalog import read_catalog, split_histories
 from mmsid.progress import done
 from mmsid.refine.config import RefineConfig
-from mmsid.refine.reward import train_reward
 from mmsid.refine.stage import Job
 
 
@@ -32,11 +31,11 @@ def run(config: SidRewardConfig) -> Path:
     catalog = read_catalog(config.catalog)
     split = split_histories(catalog, config.catalog.split)
     inputs = {name: getattr(config, name) for name in ("tokenizer", "sids", "captions", "interests")}
-    inputs |= {"items": config.catalog.items, "sequences": config.catalog.sequences}
+    inputs |= config.catalog.input_files()
     with writing(config.out, stage="sid_reward", config=config, inputs=inputs) as draft:
         accelerator.wait_for_everyone()
         job = Job(config, accelerator, catalog, split, draft, None)
-        reward, report = train_reward(job.material, job.fit_histories, job.held_out, config.evidence, config.reward, config.seed)
+        reward, report = job.learn_reward()
         if accelerator.is_main_process:
             reward.save(draft.path, report)
             draft.extra.update({"usable": report["usable"], "reason": report["reason"], "report": report})

@@ -67,7 +67,7 @@ def run(config: RefineConfig, quick_recommender: QuickRecommender | None = None)
     catalog = read_catalog(config.catalog)
     split = split_histories(catalog, config.catalog.split)
     inputs = {name: getattr(config, name) for name in ("tokenizer", "sids", "captions", "interests", "text_quality")}
-    inputs |= {"items": config.catalog.items, "sequences": config.catalog.sequences}
+    inputs |= config.catalog.input_files()
     inputs["tokenizer"] = manifest_folder(config.tokenizer)
     inputs["sids"] = manifest_folder(config.sids)
     with writing(config.out, stage="refine", config=config, inputs=inputs, resume=True) as draft:
@@ -109,7 +109,7 @@ class Job:
         self.held_out_pairs = gate.HeldOutPairs.from_histories(self.held_out)
         _, self.content = np.unique([item.content_sha256 for item in catalog.items], return_inverse=True)
         states, item_states = self._read_states(self.inputs)
-        self.neighbours = co_engagement(self.fit_histories, len(catalog.items), config.evidence.window)
+        self.neighbours = co_engagement(self.fit_histories, len(catalog.items), config.evidence.window, split.fit_weights())
         item_vectors = torch.nn.functional.normalize(item_states, dim=-1).cpu().numpy()
         self.prediction = self._robust_prediction(states, item_vectors) if config.uses_robust_prediction else None
         self.reference = Reference(
@@ -221,7 +221,8 @@ class Job:
     def learn_reward(self) -> tuple[SidReward, dict[str, Any]]:
         """Fit `sid_reward`; returns it with its held-out report, which has `usable` and `reason`."""
         config = self.config
-        return train_reward(self.material, self.fit_histories, self.held_out, config.evidence, config.reward, config.seed)
+        weights = self.split.fit_weights(), self.split.held_out_weights()
+        return train_reward(self.material, self.fit_histories, self.held_out, config.evidence, config.reward, config.seed, *weights)
 
     def scorer(self, reward: SidReward) -> Scorer:
         """Scorer of the loop: reward components of candidates, given the current codes of all items."""

@@ -58,7 +58,9 @@ def catalog_of_run(run: Path, overrides: Sequence[str] = ()) -> CatalogConfig:
     stage, manifest = with_catalog[0]
     working_folder = _working_folder(run / stage, Path(manifest["config"]["out"]))
     catalog = manifest["config"]["catalog"]
-    catalog |= {name: str(working_folder / catalog[name]) for name in ("items", "image_root", "sequences") if catalog.get(name)}
+    catalog |= {name: str(working_folder / catalog[name]) for name in ("items", "image_root", "sequences", "events") if catalog.get(name)}
+    if "vectors" in catalog:
+        catalog["vectors"] = [str(working_folder / path) for path in catalog["vectors"]]
     data = {"catalog": catalog}
     for override in overrides:
         apply_override(data, override, source=str(run / stage / MANIFEST))
@@ -66,7 +68,7 @@ def catalog_of_run(run: Path, overrides: Sequence[str] = ()) -> CatalogConfig:
     if not config.items.is_file():
         raise ArtifactError(
             f"{run} was made from the catalogue {config.items}, which does not exist; give its path: "
-            f"`mmsid report {run} catalog.items=FILE` (and catalog.sequences, catalog.image_root where the catalogue has them)"
+            f"`mmsid report {run} catalog.items=FILE` (and catalog.sequences, events, vectors, image_root where the catalogue has them)"
         )
     return config
 

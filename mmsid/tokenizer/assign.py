@@ -95,8 +95,7 @@ def run(config: AssignConfig, engine: Engine = "local") -> Path:
     published = None if config.append is None else Published.read(config.append)
     inputs = {
         "tokenizer": manifest_folder(config.tokenizer),
-        "items": config.catalog.items,
-        "sequences": config.catalog.sequences,
+        **config.catalog.input_files(),
         "captions": config.captions,
         "interests": config.interests,
         "append": None if config.append is None else manifest_folder(config.append),

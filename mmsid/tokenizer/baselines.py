@@ -65,7 +65,7 @@ class BaselinesConfig(StageConfig):
                 "collisions": self.collisions,
                 "num_levels": self.num_levels,
                 "codebook_size": self.codebook_size,
-                "behaviour_weight": self.start.behaviour_weight,
+                "behaviour_weight": self.start.behaviour_weight or 1.0,
             }
         )
 
@@ -81,8 +81,7 @@ def run(config: BaselinesConfig) -> Path:
     split = split_histories(catalog, config.catalog.split) if catalog.histories else None
     sources = MethodSources(catalog, split, config.captions, config.interests, config.use, config.max_length, config.start)
     inputs = {
-        "items": config.catalog.items,
-        "sequences": config.catalog.sequences,
+        **config.catalog.input_files(),
         "captions": config.captions,
         "interests": config.interests,
     }

@@ -165,7 +165,7 @@ def behaviour_of_catalog(
         return found
     if not histories:
         return None
-    pairs = co_engagement(histories, len(item_ids), behaviour.settings.window).tocoo()
+    pairs = co_engagement(histories, len(item_ids), behaviour.settings.window, split.fit_weights()).tocoo()
     column_of = {item_id: column for column, item_id in enumerate(behaviour.item_ids)}
     columns = np.array([column_of.get(item_id, -1) for item_id in item_ids])[pairs.col]
     known = columns >= 0

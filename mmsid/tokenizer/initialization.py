@@ -8,7 +8,7 @@ extra coordinate per level: states are 0 there, code c is sqrt(price), so that g
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -22,13 +22,14 @@ from torch import Tensor
 from mmsid.catalog import Catalog, Item, Split, co_engagement
 from mmsid.config import Section
 from mmsid.progress import track
-from mmsid.quantize import CoEngagementFactors, balanced_residual_kmeans, fuse
+from mmsid.quantize import CoEngagementFactors, balanced_residual_kmeans
 from mmsid.quantize.sinkhorn import column_log_weights
 from mmsid.tokenizer.behaviour import ItemBehaviour, estimate_kappa, read_files, with_interactions
 from mmsid.tokenizer.heads import CodeHead, ParallelHead, ResidualHead
 from mmsid.tokenizer.inputs import ItemInput, MinedInterests, attribute_text
 from mmsid.tokenizer.losses import code_cross_entropy
 from mmsid.tokenizer.model import ItemTokenizer
+from mmsid.tokenizer.ridge import ridge
 
 MIN_CROSS_ENTROPY = 0.25  # nats; cross-entropy of the target codes after initialization, a probability of about 0.78 each
 RIDGE_ROWS = 20_000  # states kept for the closed-form solutions: more rows cost RAM and hardly change them
@@ -43,13 +44,13 @@ class StartSettings(Section):
     Attributes:
         mode: "balanced" is the closed-form initialization; "random" leaves the heads at random, as UniSID does.
         behaviour_dim: dimension of the factorised co-engagement.
-        behaviour_weight: weight of behaviour beside content in the fused space.
+        behaviour_weight: weight of behaviour beside content in the fused space; None chooses it on the inner held-out users.
         window: two items of a history co-engage if they are at most this many steps apart.
     """
 
     mode: Literal["balanced", "random"] = "balanced"
     behaviour_dim: int = Field(64, ge=1)
-    behaviour_weight: float = Field(1.0, gt=0)
+    behaviour_weight: float | None = Field(None, gt=0)
     window: int = Field(3, ge=1)
 
 
@@ -96,7 +97,7 @@ def read_behaviour(
     """
     histories = split.fit_histories() if split is not None else []
     none = ItemBehaviour(np.zeros((len(catalog.items), 0), np.float32), np.zeros(len(catalog.items)))
-    pairs = co_engagement(histories, len(catalog.items), settings.window) if histories else None
+    pairs = co_engagement(histories, len(catalog.items), settings.window, split.fit_weights()) if histories else None
     if source == "none":
         return Behaviour(pairs, none)
     if source != "coengagement":
@@ -127,41 +128,14 @@ def read_states(tokenizer: ItemTokenizer, inputs: Sequence[ItemInput], batch_siz
     return ContentStates(pooled, kept, states)
 
 
-def fused_space(pooled: np.ndarray, behaviour: np.ndarray, weight: float, *, centre: bool) -> np.ndarray:
-    """Fused vectors [content / |content| ; weight x behaviour] of pooled content (N, H) and behaviour vectors (N, M): (N, H + M).
+def unit_content(pooled: np.ndarray, *, centre: bool) -> np.ndarray:
+    """Pooled content states (N, H), scaled to rows of unit length.
 
-    `centre` subtracts the mean content first, because the states of vision-language models share one dominant direction.
+    `centre` subtracts the mean content first, because the states of vision-language models, and many embeddings, share one dominant
+    direction.
     """
     content = pooled - pooled.mean(0, keepdims=True) if centre else pooled
-    content = content / np.maximum(np.linalg.norm(content, axis=1, keepdims=True), 1e-12)
-    return fuse(content, behaviour, weight)
-
-
-def ridge(x: Tensor, y: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Ridge regression y ~ x W^T + b: x (n, H), y (n, D) -> W (D, H), b (D,).
-
-    The penalty is a multiple of the mean variance of x, from 1e-4 to 100. It is chosen on a held-out fifth of the rows; the solution
-    is then fitted on all rows.
-    """
-    x, y = x.double(), y.double()
-    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(x)))
-    cut = max(1, len(x) // 5)
-    held_out, fit = order[:cut], order[cut:] if len(x) > 5 else order
-    solve = _ridge_path(x[fit], y[fit])
-    mean_x, mean_y = x[fit].mean(0), y[fit].mean(0)
-    penalties = [10.0**power for power in (-4, -3, -2, -1, 0, 1, 2)]
-    errors = [((x[held_out] - mean_x) @ solve(penalty) + mean_y - y[held_out]).square().sum().item() for penalty in penalties]
-    weight = _ridge_path(x, y)(penalties[int(np.argmin(errors))])
-    return weight.T.float().contiguous(), (y.mean(0) - x.mean(0) @ weight).float()
-
-
-def _ridge_path(x: Tensor, y: Tensor) -> Callable[[float], Tensor]:
-    """Penalty -> ridge solution (H, D), from one eigendecomposition."""
-    centred = x - x.mean(0)
-    values, vectors = torch.linalg.eigh(centred.T @ centred)
-    moment = vectors.T @ (centred.T @ (y - y.mean(0)))
-    scale = values.clamp_min(0).mean().clamp_min(1e-12)
-    return lambda penalty: vectors @ (moment / (values.clamp_min(0) + penalty * scale)[:, None])
+    return content / np.maximum(np.linalg.norm(content, axis=1, keepdims=True), 1e-12)
 
 
 def balanced_start(

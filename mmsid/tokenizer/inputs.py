@@ -1,4 +1,4 @@
-"""Inputs of the item tokenizer: one text of labelled fields per item, and its pictures.
+"""Inputs of the item tokenizer: one text of labelled fields per item, its pictures, and vectors that the user brings.
 
 Interests mined from co-engagement (`source: coengagement`) restate behaviour. They may be reconstruction targets but are never text
 that the backbone reads: it could not read an item without interactions. Behaviour has an input of its own (`behaviour.py`).
@@ -18,10 +18,10 @@ import numpy as np
 from mmsid.catalog import Catalog, Item
 from mmsid.catalog.annotations import SENSITIVE, read_captions, read_ok_rows
 from mmsid.catalog.records import ItemRecord, read_record
-from mmsid.errors import ConfigError
+from mmsid.errors import CatalogError, ConfigError
 
-FieldName = Literal["title", "caption", "interests", "categories", "attributes", "description", "pictures"]
-ALL_FIELDS: tuple[FieldName, ...] = ("title", "caption", "interests", "categories", "attributes", "description", "pictures")
+FieldName = Literal["title", "caption", "interests", "categories", "attributes", "description", "pictures", "vectors"]
+ALL_FIELDS: tuple[FieldName, ...] = ("title", "caption", "interests", "categories", "attributes", "description", "pictures", "vectors")
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,13 @@ class ItemInput:
         text: may be empty.
         pictures: paths or PIL images.
         behaviour: (M + 1,) float32, behaviour vector and number of interactions (`mmsid.tokenizer.behaviour`); None reads content alone.
+        vectors: vectors that the user brings, one per family; () for none.
     """
 
     text: str
     pictures: tuple[Any, ...] = ()
     behaviour: np.ndarray | None = field(default=None, compare=False)
+    vectors: tuple[np.ndarray, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True)
@@ -97,11 +99,14 @@ def build_inputs(
     captions, interests = captions or {}, interests or {}
     fields = readable_fields(use, interests)
     items = catalog.items if isinstance(catalog, Catalog) else catalog
+    vectors = catalog.vectors.of_items() if isinstance(catalog, Catalog) and catalog.vectors and "vectors" in fields else None
     return [
         ItemInput(
-            _text(item, captions.get(item.item_id, ""), interests.get(item.item_id), fields), item.images if "pictures" in fields else ()
+            _text(item, captions.get(item.item_id, ""), interests.get(item.item_id), fields),
+            item.images if "pictures" in fields else (),
+            vectors=() if vectors is None else vectors[row],
         )
-        for item in items
+        for row, item in enumerate(items)
     ]
 
 
@@ -123,7 +128,8 @@ def record_input(item: ItemInput | Item | Mapping[str, Any], fields: Sequence[Fi
         place: name of the item in messages, for example "item 3".
 
     Raises:
-        CatalogError, PictureError: as `read_record`.
+        CatalogError: as `read_record`, or the encoder reads vectors and the item has none.
+        PictureError: as `read_record`.
     """
     if isinstance(item, ItemInput):
         return item
@@ -132,8 +138,13 @@ def record_input(item: ItemInput | Item | Mapping[str, Any], fields: Sequence[Fi
     if (has_picture or record.pictures) and not reads_pictures and not record.caption:
         remedy = "give its text under the key `caption`" if "caption" in fields else "the picture has no influence on its codes"
         warnings.warn(f"{place} has a picture, but this tokenizer does not read pictures; {remedy}", stacklevel=3)
+    if "vectors" in fields and not record.vectors:
+        raise CatalogError(
+            f"{place} has no vectors, which this tokenizer reads; give them under the key `vectors`, a list of numbers or one list per "
+            "family, or assign SIDs to a catalogue with `vectors`"
+        )
     mined = MinedInterests("llm", record.interests, "") if record.interests else None
-    return ItemInput(_text(record, record.caption, mined, fields), record.pictures if reads_pictures else ())
+    return ItemInput(_text(record, record.caption, mined, fields), record.pictures if reads_pictures else (), vectors=record.vectors)
 
 
 def attribute_text(item: Item | ItemRecord) -> str:

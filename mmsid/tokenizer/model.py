@@ -17,40 +17,19 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mmsid.artifacts import read_json, read_weights, sha256, verify_file, write_json, write_tensors
-from mmsid.backbone.lora import LoraSettings, add_lora, load_lora, save_lora
+from mmsid.backbone.lora import add_lora, load_lora, save_lora
 from mmsid.backbone.query_tokens import BackboneInput, Batch, QueryBackbone
-from mmsid.backbone.text import TextBackbone
-from mmsid.backbone.vlm import INSTRUCTION, VlmBackbone, open_as_is
+from mmsid.backbone.vlm import open_as_is
 from mmsid.catalog import Item
 from mmsid.config import Section
 from mmsid.errors import ArtifactError, ConfigError, MmsidError
+from mmsid.tokenizer.backbones import BackboneSettings, build_backbone
 from mmsid.tokenizer.behaviour import FULL_TRUST, BehaviourInput, BehaviourSettings, ItemBehaviour
 from mmsid.tokenizer.heads import CodeHead, make_head
 from mmsid.tokenizer.inputs import ALL_FIELDS, FieldName, ItemInput, record_input
 
 FORMAT = 2
 ROUNDING_MARGIN = 1e-4  # relative margin below which rounding could decide; fp32 noise of a whole forward pass is about 1e-6
-
-
-class BackboneSettings(Section):
-    """The backbone of a tokenizer.
-
-    Attributes:
-        path: "minilm", "demo" (with `kind: vlm`), a folder or a hub id. Saved tokenizers store this reference, not the weights.
-        max_length: text tokens per item at most.
-        max_pictures: pictures per item at most (`kind: vlm`).
-        instruction: prompt before the pictures and the text of an item (`kind: vlm`).
-        states: input of the heads, one state per query token ("tokens"), or the mean content state for all of them ("pooled", an
-            ablation of the query tokens).
-    """
-
-    kind: Literal["text", "vlm"] = "text"
-    path: str = "minilm"
-    max_length: int = Field(96, ge=1)
-    max_pictures: int = Field(1, ge=0)
-    instruction: str = INSTRUCTION
-    states: Literal["tokens", "pooled"] = "tokens"
-    lora: LoraSettings = LoraSettings()
 
 
 class TokenizerSettings(Section):
@@ -96,7 +75,7 @@ class ItemTokenizer(nn.Module, ModelHubMixin, library_name="mmsid", tags=["seman
     def __init__(self, settings: TokenizerSettings, open_picture: Callable[[Any], Any] = open_as_is, *, saved: Path | None = None) -> None:
         super().__init__()
         self.settings = settings
-        self.backbone = _build_backbone(settings, open_picture)
+        self.backbone = build_backbone(settings.backbone, settings.num_levels, settings.seed, open_picture)
         self.backbone_sha256 = fingerprint(self.backbone.model)
         if saved is not None:
             self._check_backbone(saved)
@@ -105,7 +84,8 @@ class ItemTokenizer(nn.Module, ModelHubMixin, library_name="mmsid", tags=["seman
         else:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(settings.seed)
-                add_lora(self.backbone, settings.backbone.lora)
+                if isinstance(self.backbone, QueryBackbone):
+                    add_lora(self.backbone, settings.backbone.lora)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed + 1)
             self.head: CodeHead = make_head(
@@ -195,8 +175,8 @@ class ItemTokenizer(nn.Module, ModelHubMixin, library_name="mmsid", tags=["seman
 
         Args:
             items: dictionaries with the keys `title`, `description`, `categories`, `attributes`, `caption`, `interests`, `image` or
-                `images` (PIL images, paths, bytes), rows of a Hugging Face dataset, or `Item` objects. The tokenizer reads the fields
-                that it was trained on (`settings.use`).
+                `images` (PIL images, paths, bytes), `vectors`, rows of a Hugging Face dataset, or `Item` objects. The tokenizer reads the
+                fields that it was trained on (`settings.use`).
             behaviour: (N, M) behaviour vectors, for a tokenizer that was trained with them. Without them, items are read by their
                 content alone.
             interactions: (N,) number of interactions behind each vector; 0 reads the content alone. By default vectors are trusted fully.
@@ -360,8 +340,7 @@ class ItemTokenizer(nn.Module, ModelHubMixin, library_name="mmsid", tags=["seman
         fields = ", ".join(s.use) or "any text"
         behaviour = "none" if s.behaviour is None else f"{s.behaviour.source}, {s.behaviour.dim} dimensions"
         return (
-            f"Backbone {s.backbone.path} ({s.backbone.kind}, at most {s.backbone.max_length} text tokens, "
-            f"LoRA rank {s.backbone.lora.r}), "
+            f"Backbone {s.backbone.describe()}, "
             f"{s.head} head, {s.num_levels} levels of {s.codebook_size} codes, "
             f"code space of size {s.code_dim}, embedding of size {s.embedding_dim}. "
             f"Input fields: {fields}. Behaviour input: {behaviour}. "
@@ -377,18 +356,3 @@ def fingerprint(model: nn.Module) -> str:
         sample = flat[:: max(1, len(flat) // 8)][:9].float().cpu().tolist()
         entries.append([name, list(weight.shape), [f"{value:.6e}" for value in sample]])
     return sha256(entries)
-
-
-def _build_backbone(settings: TokenizerSettings, open_picture: Callable[[Any], Any]) -> QueryBackbone:
-    options = settings.backbone
-    if options.kind == "vlm":
-        return VlmBackbone(
-            options.path,
-            num_levels=settings.num_levels,
-            max_length=options.max_length,
-            max_pictures=options.max_pictures,
-            open_picture=open_picture,
-            instruction=options.instruction,
-            seed=settings.seed,
-        )
-    return TextBackbone(options.path, num_levels=settings.num_levels, max_length=options.max_length, seed=settings.seed)

@@ -78,8 +78,13 @@ class MethodSources:
 
     @cached_property
     def text(self) -> np.ndarray:
-        """MiniLM embeddings (N, 384) of the tokenizer's input texts, from the cache if they are in it."""
-        inputs, _ = load_inputs(self.catalog, self.captions, self.interests, self.use)
+        """Content of the items: MiniLM embeddings (N, 384) of the tokenizer's input texts, from the cache if they are in it.
+
+        A catalogue with vectors gives these instead, (N, D), unless `use` leaves them out.
+        """
+        inputs, fields = load_inputs(self.catalog, self.captions, self.interests, self.use)
+        if self.catalog.vectors is not None and "vectors" in fields:
+            return self.catalog.vectors.normalised().values
         texts = [item.text for item in inputs]
         path = None if self.cache is None else Path(self.cache) / f"text-{sha256([texts, self.max_length])[:32]}.safetensors"
         if path is not None and path.is_file():

@@ -64,7 +64,7 @@ def run(config: StabilityConfig, reannotate: Reannotate | None = None) -> Path:
     """
     inputs = {
         "tokenizer": manifest_folder(config.tokenizer),
-        "items": config.catalog.items,
+        **config.catalog.without_users().input_files(),
         "captions": config.captions,
         "interests": config.interests,
     }
@@ -97,7 +97,7 @@ class _Sample:
 
     def __init__(self, config: StabilityConfig, scratch: Path) -> None:
         self.config, self.scratch = config, scratch
-        catalog = read_catalog(config.catalog.model_copy(update={"sequences": None}))
+        catalog = read_catalog(config.catalog.without_users())
         rows = np.unique(np.linspace(0, len(catalog.items) - 1, min(config.max_items, len(catalog.items))).astype(int))
         self.items = [catalog.items[row] for row in rows]
         self.tokenizer = ItemTokenizer.from_pretrained(config.tokenizer, open_picture=self._open)

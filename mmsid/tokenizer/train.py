@@ -29,8 +29,7 @@ def run(config: TrainTokenizerConfig, on_step: OnStep | None = None) -> Path:
     catalog = read_catalog(config.catalog)
     split = split_histories(catalog, config.catalog.split) if catalog.histories else None
     folders = {
-        "items": config.catalog.items,
-        "sequences": config.catalog.sequences,
+        **config.catalog.input_files(),
         "captions": config.captions,
         "interests": config.interests,
         "align_codes_to": None if config.align_codes_to is None else manifest_folder(config.align_codes_to),

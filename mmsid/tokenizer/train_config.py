@@ -11,8 +11,8 @@ from mmsid.accelerator import Precision
 from mmsid.catalog import CatalogConfig
 from mmsid.config import StageConfig
 from mmsid.tokenizer import initialization
+from mmsid.tokenizer.backbones import BackboneSettings
 from mmsid.tokenizer.inputs import FieldName
-from mmsid.tokenizer.model import BackboneSettings
 from mmsid.tokenizer.objective import UNISID_WEIGHTS, LossWeights
 
 

@@ -14,14 +14,15 @@ from accelerate import Accelerator
 from safetensors import safe_open
 
 from mmsid.artifacts import Draft, read_tensors, write_json, write_tensors
-from mmsid.backbone.text import hidden_size_of
-from mmsid.catalog import Catalog, Split, load_picture
+from mmsid.catalog import Catalog, Split, adjacent_pairs, load_picture
 from mmsid.errors import ConfigError, MmsidError
 from mmsid.progress import track
+from mmsid.quantize import fuse
 from mmsid.sids import SidTable
 from mmsid.tokenizer import initialization
 from mmsid.tokenizer.batches import PairPlan
 from mmsid.tokenizer.behaviour import BehaviourSettings
+from mmsid.tokenizer.behaviour_weight import choose_weight
 from mmsid.tokenizer.code_renaming import check_sizes, rename_codes
 from mmsid.tokenizer.heads import ResidualHead
 from mmsid.tokenizer.inputs import ItemInput, build_inputs, read_caption_texts, read_mined_interests, readable_fields
@@ -41,13 +42,18 @@ class Training:
     """One training run. Call `loop`, then `finish`."""
 
     def __init__(self, config: TrainTokenizerConfig, accelerator: Accelerator, catalog: Catalog, split: Split | None, draft: Draft) -> None:
-        self.config, self.accelerator, self.catalog, self.draft = config, accelerator, catalog, draft
+        self.config, self.accelerator, self.catalog, self.split, self.draft = config, accelerator, catalog, split, draft
         self.published = None if config.align_codes_to is None else SidTable.load(config.align_codes_to)
         if self.published is not None:
             check_sizes(self.published, config.num_levels, config.codebook_size)
         mined = read_mined_interests(config.interests)
-        excluded = {*config.without, *(("pictures",) if config.backbone.kind == "text" else ())}
-        fields = tuple(name for name in readable_fields(config.use, mined) if name not in excluded)
+        backbone = config.backbone.fitted_to(catalog)
+        fields = tuple(name for name in readable_fields(config.use, mined) if name in backbone.fields and name not in config.without)
+        if not fields:
+            raise ConfigError(
+                f"train_tokenizer: no field is left to read; a backbone of kind {backbone.kind!r} reads {', '.join(backbone.fields)}: "
+                "correct use and without"
+            )
         self.inputs: list[ItemInput] = build_inputs(
             catalog, read_caption_texts(config.captions), mined if "interests" in fields else None, fields
         )
@@ -56,9 +62,9 @@ class Training:
         if config.resolved_head() == "residual":
             self.inputs = behaviour.items.added_to(self.inputs)
         limits, root = config.catalog.pictures, config.catalog.root
-        width = hidden_size_of(config.backbone.path) + behaviour.items.vectors.shape[1]
+        width = backbone.hidden_size() + behaviour.items.vectors.shape[1]
         settings = TokenizerSettings(
-            backbone=config.backbone,
+            backbone=backbone,
             head=config.resolved_head(),
             num_levels=config.num_levels,
             codebook_size=config.codebook_size,
@@ -120,15 +126,15 @@ class Training:
             fused = torch.zeros(len(self.inputs), 0)
             if start.mode == "balanced":
                 content = initialization.read_states(self.tokenizer, self.inputs, config.batch_size, config.seed)
-                self._set_factors(behaviour, start.behaviour_weight)
-                space = self._space(content, behaviour.items.vectors, start)
+                space = self._space(content, behaviour, start)
                 codes, fused = initialization.balanced_start(self.tokenizer, content, space, behaviour.items, config.seed)
             write_tensors(folder / "initial.safetensors", self.tokenizer.trained_state())
-            write_tensors(folder / "start.safetensors", {"codes": codes, "fused": fused})
+            weight = torch.ones(()) if self.tokenizer.behaviour is None else self.tokenizer.behaviour.value[0, 0].detach().clone()
+            write_tensors(folder / "start.safetensors", {"codes": codes, "fused": fused, "behaviour_weight": weight})
         self.accelerator.wait_for_everyone()
         self.tokenizer.load_state_dict(read_tensors(folder / "initial.safetensors"), strict=False)
         started = read_tensors(folder / "start.safetensors")
-        self.codes, self.fused = started["codes"], started["fused"]
+        self.codes, self.fused, self.behaviour_weight = started["codes"], started["fused"], float(started["behaviour_weight"])
         if self.reconstruct == "off":
             return None
         return FrozenDecoder.from_pretrained(config.decoder or str(folder / "decoder"))
@@ -152,9 +158,16 @@ class Training:
                 target.context.copy_(torch.from_numpy(behaviour.factors.context))
                 target.log_share.copy_(torch.from_numpy(behaviour.factors.log_share))
 
-    def _space(self, content: initialization.ContentStates, behaviour: np.ndarray, start: initialization.StartSettings) -> np.ndarray:
-        """Fused vectors (N, D) of content and behaviour, from which all targets are made."""
-        return initialization.fused_space(content.pooled, behaviour, start.behaviour_weight, centre=self.config.backbone.kind == "vlm")
+    def _space(
+        self, content: initialization.ContentStates, behaviour: initialization.Behaviour, start: initialization.StartSettings
+    ) -> np.ndarray:
+        """Fused vectors (N, D) = [content ; weight x behaviour], from which all targets are made. Sets the behaviour input."""
+        unit, weight = initialization.unit_content(content.pooled, centre=self.config.backbone.kind != "text"), start.behaviour_weight
+        if weight is None:
+            held_out = self.split.held_out_histories() if self.split is not None else []
+            weight, _ = choose_weight(unit, behaviour.items, adjacent_pairs(held_out), self.config.seed)
+        self._set_factors(behaviour, weight)
+        return fuse(unit, behaviour.items.vectors, weight)
 
     # --- training loop
 
@@ -276,6 +289,7 @@ class Training:
         codes, target = self._refit()
         figures = measure(codes, target, config.codebook_size)
         if self.tokenizer.behaviour is not None:
+            figures["behaviour_weight"] = self.behaviour_weight
             figures["kappa"] = float(self.tokenizer.behaviour.kappa)
             figures["agreement_of_readings"] = self.agreement
         if self.history:

@@ -140,7 +140,7 @@ def catalog_set(
     Raises:
         CatalogError: a column is absent, or no picture is left to train on.
     """
-    items = read_catalog(catalog.model_copy(update={"sequences": None})).items  # in canonical order, cut to max_items
+    items = read_catalog(catalog.without_users()).items  # in canonical order, cut to max_items
     table_path = targets.table or catalog.items
     id_column = catalog.fields.group_by or catalog.fields.item_id
     template = CaptionTemplate(caption_template)

@@ -103,7 +103,8 @@ def run(dataset: DatasetConfig, suite: SuiteConfig, options: BenchOptions, refin
     bench = Bench(dataset, work / "inputs", refine)
     if not len(bench.split.users("valid")) or not len(bench.split.users("test")):
         raise ConfigError(
-            f"bench: {dataset.name} has no user with a valid and a test item; set catalog.sequences to histories of at least 3 items"
+            f"bench: {dataset.name} has no user with a valid and a test item; give catalog.sequences or events with histories of "
+            "3 items or more"
         )
     plan = Plan(dataset, suite, bench.catalog.sha256, work)
     arms = _selected_arms(plan, options.only)
