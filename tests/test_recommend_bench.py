@@ -20,7 +20,8 @@ from test_recommend_train import write_catalogue
 
 from mmsid.config import build
 from mmsid.errors import ConfigError, MmsidError
-from mmsid.recommend.bench.config import DatasetConfig, SuiteConfig, load_dataset, load_suite
+from mmsid.recommend.bench.config import DatasetConfig, SuiteConfig
+from mmsid.recommend.bench.files import load_dataset, load_suite
 from mmsid.recommend.bench.jobs import Bench, finest_v_measures, ranks_path
 from mmsid.recommend.bench.plan import Plan
 from mmsid.recommend.bench.pool import BUDGET_SPENT, Outcome, Pool

@@ -74,7 +74,7 @@ def split_histories(catalog: Catalog, config: SplitConfig) -> Split:
         valid=np.array([part[1] for part in parts], dtype=np.int64),
         test=np.array([part[2] for part in parts], dtype=np.int64),
         before_test=[part[3] for part in parts],
-        held_out=_inner_held_out(catalog, train, config),
+        held_out=inner_held_out(catalog, train, config),
     )
 
 
@@ -103,8 +103,11 @@ def _cut_by_time(rows: np.ndarray, times: np.ndarray, valid_cut: float, test_cut
     return train, valid, test, before_test
 
 
-def _inner_held_out(catalog: Catalog, train: list[np.ndarray], config: SplitConfig) -> np.ndarray:
-    """(U,) bool: the users with the lowest hash of (seed, content of the train prefix). At least one when the share is above 0."""
+def inner_held_out(catalog: Catalog, train: list[np.ndarray], config: SplitConfig) -> np.ndarray:
+    """Choose the inner held-out users: (U,) bool, those with the lowest hash of (seed, content of the train prefix).
+
+    At least one when the share is above 0 and two users have train interactions.
+    """
     held_out = np.zeros(len(train), dtype=bool)
     with_train = [user for user, rows in enumerate(train) if len(rows)]
     count = math.ceil(config.inner_held_out * len(with_train)) if len(with_train) > 1 else 0

@@ -176,6 +176,26 @@ def paired_bootstraps(pairs: Sequence[tuple[np.ndarray, np.ndarray]], draws: int
     return [_difference(gap, found) for gap, found in zip(gaps, means, strict=True)]
 
 
+def grouped_bootstrap(values: np.ndarray, baseline: np.ndarray, member: np.ndarray, draws: int = 10_000, seed: int = 0) -> Difference:
+    """Bootstrap the difference on a group of users that is another one in each of D repetitions, paired over users and repetitions.
+
+    The difference is the mean over repetitions of the mean over the group. Users and repetitions are each resampled with replacement.
+
+    Args:
+        values, baseline: metric values (D, P) of method and baseline.
+        member: (D, P) bool, the group in each repetition; no group is empty.
+    """
+    gaps, member = np.where(member, values - baseline, 0.0), member.astype(np.float64)
+    count, users = gaps.shape
+    rng, means = np.random.default_rng(seed), []
+    for start in range(0, draws, 256):
+        size = min(256, draws - start)
+        weights = rng.multinomial(users, np.full(users, 1 / users), size=size)
+        of_repetition = (weights @ gaps.T) / np.maximum(weights @ member.T, 1)
+        means.append((of_repetition * rng.multinomial(count, np.full(count, 1 / count), size=size)).sum(1) / count)
+    return _difference(gaps.sum(1) / member.sum(1), np.concatenate(means))
+
+
 def _difference(gaps: np.ndarray, means: np.ndarray) -> Difference:
     low, high = np.quantile(means, [0.025, 0.975])
     p = min(1.0, 2 * (min((means <= 0).sum(), (means >= 0).sum()) + 1) / (len(means) + 1))
