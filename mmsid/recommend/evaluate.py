@@ -17,7 +17,7 @@ from mmsid.recommend.beam_search import beam_item_scores, beam_search
 from mmsid.recommend.flat import FlatRecommender
 from mmsid.recommend.history_encoder import pad_histories
 from mmsid.recommend.item_scorer import ItemScorer
-from mmsid.recommend.metrics import COVERAGE_CUTOFF, Coverage, Ranks, rank_targets, summarise
+from mmsid.recommend.metrics import COVERAGE_CUTOFF, SID_LEVEL_GAIN, Coverage, Ranks, hit_rate, rank_targets, sid_level_hits, summarise
 from mmsid.recommend.paths import PathTrie
 from mmsid.recommend.sid_transformer import SidTransformer
 from mmsid.recommend.tiger import TigerRecommender
@@ -34,40 +34,54 @@ MAX_BEAMS = 1 << 14  # users x beams of one search
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Ranks of the targets of `users` (rows of the split), and the catalogue coverage of their recommendations."""
+    """Ranks of the targets of `users` (rows of the split), and the catalogue coverage of their recommendations.
+
+    `sid_level_gain` is SID-level HR@10 minus item-level HR@10 (None without SIDs): what collisions would add to HR@10 if SIDs were
+    counted as hits instead of items.
+    """
 
     users: np.ndarray
     ranks: Ranks
     coverage: float
+    sid_level_gain: float | None = None
 
     def summary(self) -> dict[str, float]:
         """All metrics by name, including coverage."""
-        return summarise(self.ranks) | {f"coverage@{COVERAGE_CUTOFF}": self.coverage}
+        gain = {} if self.sid_level_gain is None else {SID_LEVEL_GAIN: self.sid_level_gain}
+        return summarise(self.ranks) | {f"coverage@{COVERAGE_CUTOFF}": self.coverage} | gain
 
 
-def evaluate(score: Score, split: Split, part: Part, num_items: int, limit: int | None = None) -> Evaluation:
+def evaluate(
+    score: Score, split: Split, part: Part, num_items: int, limit: int | None = None, sids: torch.Tensor | None = None
+) -> Evaluation:
     """Score all items, mask those that the user has seen, and rank the target.
 
     Args:
         score: histories -> (B, N), higher is better, -inf where an item is not a candidate.
         limit: evaluate only this many users, the first ones. The catalogue orders users by content hash, so the sample
             does not depend on row order or ids.
+        sids: int64 (N,), number of each item's SID; the gain of SID-level over item-level hits is measured if it is given.
 
     Raises:
         MmsidError: a score is NaN.
     """
     users = split.users(part)[:limit]
     targets = (split.valid if part == "valid" else split.test)[users]
-    coverage, above, tied = Coverage(num_items), [], []
+    coverage, above, tied, sid_hits = Coverage(num_items), [], [], []
     batch = max(1, min(256, MAX_SCORES // num_items))
     for start in range(0, len(users), batch):
         histories = [split.history(int(user), part) for user in users[start : start + batch]]
         scores = mask_seen(score(histories), histories)
-        for counts, values in zip(rank_targets(scores, torch.from_numpy(targets[start : start + batch]).to(scores.device)), (above, tied)):
+        own = torch.from_numpy(targets[start : start + batch]).to(scores.device)
+        for counts, values in zip(rank_targets(scores, own), (above, tied)):
             values.append(counts.cpu().numpy())
+        if sids is not None:
+            sid_hits.append(sid_level_hits(scores, own, sids.to(scores.device)))
         coverage.update(scores)
     empty = [np.zeros(0, dtype=np.int64)]
-    return Evaluation(users, Ranks(np.concatenate(above or empty), np.concatenate(tied or empty)), coverage.value() if len(users) else 0.0)
+    ranks = Ranks(np.concatenate(above or empty), np.concatenate(tied or empty))
+    gain = float((np.concatenate(sid_hits) - hit_rate(ranks, 10)).mean()) if sid_hits else None
+    return Evaluation(users, ranks, coverage.value() if len(users) else 0.0, gain)
 
 
 def mask_seen(scores: torch.Tensor, histories: list[np.ndarray]) -> torch.Tensor:

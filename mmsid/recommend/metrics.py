@@ -20,6 +20,7 @@ HIT_CUTOFFS = (1, 5, 10, 20, 50)
 NDCG_CUTOFFS = (5, 10)
 MRR_CUTOFF = 50  # the default beam width, so that exact ranking and beam search are comparable
 COVERAGE_CUTOFF = 10
+SID_LEVEL_GAIN = "SID-level minus item-level HR@10"
 
 
 class Ranks(NamedTuple):
@@ -50,6 +51,23 @@ def rank_targets(scores: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Ten
     above = (scores > own).sum(1)
     tied = (scores == own).sum(1)
     return above, torch.where(torch.isneginf(own[:, 0]), torch.zeros_like(tied), tied)
+
+
+def sid_level_hits(scores: torch.Tensor, targets: torch.Tensor, sids: torch.Tensor, cutoff: int = 10) -> np.ndarray:
+    """Expected SID-level HR@K per target, float64 (B,): a hit if the target's SID is among the K best distinct SIDs.
+
+    Many papers report this. A SID scores as its best candidate item, so a SID of n items takes one rank instead of n. A target that is
+    not a candidate earns nothing.
+
+    Args:
+        scores: (B, N), as for `rank_targets`.
+        sids: int64 (N,), number of each item's SID.
+    """
+    best = scores.new_full((len(scores), int(sids.max()) + 1), -torch.inf)
+    best.scatter_reduce_(1, sids.expand_as(scores), scores, "amax")
+    above, tied = rank_targets(best, sids[targets])
+    candidate = ~torch.isneginf(scores.gather(1, targets[:, None])[:, 0])
+    return hit_rate(Ranks(above.cpu().numpy(), torch.where(candidate, tied, 0).cpu().numpy()), cutoff)
 
 
 def hit_rate(ranks: Ranks, cutoff: int) -> np.ndarray:
@@ -212,9 +230,12 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def over_seeds(values: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
-    """Mean and sample standard deviation of each metric over seeds, `{"NDCG@10": {"mean", "std"}}`; std is 0 for one seed."""
+    """Mean and sample standard deviation of each metric over seeds, `{"NDCG@10": {"mean", "std"}}`; std is 0 for one seed.
+
+    A metric that is missing at a seed is left out.
+    """
     table = {}
-    for name in values[0]:
+    for name in (name for name in values[0] if all(name in value for value in values)):
         column = np.array([value[name] for value in values], dtype=np.float64)
         table[name] = {"mean": float(column.mean()), "std": float(column.std(ddof=1)) if len(column) > 1 else 0.0}
     return table

@@ -19,8 +19,9 @@ from mmsid.recommend.bench.config import DatasetConfig, RefineArm
 from mmsid.recommend.bench.plan import BenchJob
 from mmsid.recommend.classical import classical_baselines
 from mmsid.recommend.evaluate import PARTS, Evaluation, Part, evaluate
-from mmsid.recommend.hybrid import fit_hybrid
+from mmsid.recommend.hybrid import FittedHybrid, fit_hybrid
 from mmsid.recommend.late_fusion import late_fusion
+from mmsid.recommend.paths import PathTrie
 from mmsid.recommend.result_rows import lost_to_collisions, write_ranks
 from mmsid.recommend.sasrec import fit_sasrec
 from mmsid.recommend.training import fit, table_paths
@@ -149,7 +150,11 @@ class Bench:
                 fitted = fit_hybrid(paths, items, self.sources.text, self.split, **common)
             else:
                 fitted = fit(paths, self.split, **common)
-        found = {part: fitted.evaluate(self.split, part) for part in PARTS}
+        if isinstance(fitted, FittedHybrid):
+            sids = PathTrie.build(paths).node_of[-1]
+            found = {part: evaluate(fitted.score, self.split, part, len(items), sids=sids) for part in PARTS}
+        else:
+            found = {part: fitted.evaluate(self.split, part) for part in PARTS}
         seconds = time.perf_counter() - started
         rows = {job.arm.name: (found, {"epochs": fitted.epochs, "stopped_at_valid": fitted.best, "seconds": seconds})}
         if job.fusion is not None:
