@@ -235,7 +235,7 @@ def test_missing_draws_are_listed(finished, tmp_path):
     entry = json.loads(path.read_text())["datasets"]["tiny"]
     assert [row["draw"] for row in entry["draws"]] == [0]
     assert [(row["method"], row["draws"]) for row in entry["not_run"]] == [("tfidf", [1]), ("item_knn", [1])]
-    assert "draw 1, not requested in this call: tfidf, item_knn" in path.with_suffix(".md").read_text()
+    assert "draws 1, not requested in this call: tfidf, item_knn" in path.with_suffix(".md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -215,7 +215,7 @@ def _not_run_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
     methods: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         methods.setdefault((", ".join(map(str, row["draws"])), row["reason"]), []).append(row["method"])
-    return [f"- draw {draws}, {reason}: {', '.join(names)}" for (draws, reason), names in methods.items()]
+    return [f"- draws {draws}, {reason}: {', '.join(names)}" for (draws, reason), names in methods.items()]
 
 
 def _difference_table(rows: Sequence[dict[str, Any]]) -> list[str]:
