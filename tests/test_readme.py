@@ -52,10 +52,16 @@ SMALL = {
         "train_captioner.drawn.seen=0",
         *[f"train_captioner.{phase}={{steps: 2, batch_size: 8}}" for phase in ("vision_warmup", "captioning", "joint")],
     ],
+    "--suite new_items": [
+        "suite.protocols=[hidden]",
+        "suite.schedule.epochs=1",
+        "suite.tokenizer={steps: 1, reconstruct: off}",
+        "suite.results=results",
+        "dataset.codebook_size=16",
+    ],
     "bench --dataset demo": ["suite.schedule.epochs=1", "dataset.codebook_size=16"],
     "benchmarks/decoding.py": ["--items", "500", "--batch", "2", "--beam", "4", "--repeats", "1", "--out", "decoding.json"],
     "benchmarks/encoding.py": ["--items", "40", "--codes", "8", "--repeats", "1", "--out", "encoding.json"],
-    "benchmarks/new_items.py": ["--steps", "1", "--epochs", "1", "--out", "new_items.json", "codebook_size=16"],
     "benchmarks/recommending.py": ["--items", "300", "--users", "3", "--out", "recommending.json"],
     "benchmarks/assignment.py": ["--rows", "1000", "--dim", "16", "--sizes", "1000", "--repeats", "1", "--out", "assignment.json"],
 }

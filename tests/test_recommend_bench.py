@@ -20,15 +20,18 @@ from test_recommend_train import write_catalogue
 
 from mmsid.config import build
 from mmsid.errors import ConfigError, MmsidError
-from mmsid.recommend.bench.config import DatasetConfig, SuiteConfig, load_dataset, load_suite
+from mmsid.recommend.bench.config import DatasetConfig, SuiteConfig
+from mmsid.recommend.bench.files import load_dataset, load_suite
 from mmsid.recommend.bench.jobs import Bench, finest_v_measures, ranks_path
+from mmsid.recommend.bench.new_items.config import NewItemsSuite
+from mmsid.recommend.bench.new_items.plan import NewItemPlan
 from mmsid.recommend.bench.plan import Plan
 from mmsid.recommend.bench.pool import BUDGET_SPENT, Outcome, Pool
 from mmsid.recommend.bench.results import collect
 from mmsid.recommend.bench.run import BenchOptions, run
 from mmsid.recommend.bench.selection import choose_finalists, choose_trial, select
 from mmsid.recommend.classical import CLASSICAL_NAMES
-from mmsid.recommend.metrics import Ranks
+from mmsid.recommend.metrics import SID_LEVEL_GAIN, Ranks
 from mmsid.recommend.result_rows import difference_rows, read_ranks
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "bench"
@@ -87,6 +90,9 @@ def screen(plan: Plan, bench: Bench, *names: str) -> None:
 def test_every_shipped_suite_fits_every_shipped_data_set(name, suite):
     data, rules = load_dataset(name), load_suite(suite)
     assert data.name == name
+    if isinstance(rules, NewItemsSuite):
+        assert NewItemPlan(data, rules, "", Path("work")).tokenizer(0).codebook_size == data.codebook_size
+        return
     plan = Plan(data.model_copy(update={"published": None}), rules, "", Path("work"))
     for arm in (arm for arm in plan.arms() if arm.config.kind not in ("sasrec", "refine")):
         spec, own = plan.spec(arm), arm.config.tokenizer or {}
@@ -201,6 +207,22 @@ def test_seeds_change_tokenizer_and_recommender_but_not_published_sids(dataset, 
     screen(plan, bench, "published_letter")
     (row,), _ = collect(plan, select(plan).trials, ("valid", "test"))
     assert row["collisions"] == 0 and "no tokenizer seed" in row["varies"] and len(row["intrinsic"]["perplexity"]) == 2
+    assert row["metrics"][SID_LEVEL_GAIN]["mean"] == row["valid"][SID_LEVEL_GAIN]["mean"] == 0  # no collision, no inflation
+
+
+def test_collisions_inflate_sid_level_hits(dataset, tmp_path):
+    arms = {
+        "colliding": {"sids": {"method": "category_path", "collisions": "none"}},
+        "hybrid": {"sids": {"method": "random"}, "recommender": "hybrid"},
+    }
+    rows = pq.read_table(dataset.catalog.items).to_pylist()
+    pq.write_table(pa.Table.from_pylist([row | {"categories": [row["title"].split()[-1]]} for row in rows]), dataset.catalog.items)
+    plan, bench = plan_for(dataset, tmp_path / "work", arms=arms, trials=[{}], baselines=[])
+    screen(plan, bench, "colliding", "hybrid")
+    rows = {row["arm"]: row["metrics"] for row in collect(plan, select(plan).trials, ("valid", "test"))[0]}
+    # four SIDs of ten items: each is among the ten best distinct SIDs, while an item has one of up to forty ranks
+    assert rows["colliding"][SID_LEVEL_GAIN]["mean"] == pytest.approx(1 - rows["colliding"]["HR@10"]["mean"])
+    assert SID_LEVEL_GAIN not in rows["hybrid"], "the hybrid recommender ranks items, not SIDs"
 
 
 def test_fusion_and_sasrec_are_screened_in_their_own_families(dataset, tmp_path):
@@ -307,7 +329,7 @@ def test_the_command_resumes_after_a_kill_reports_a_failing_arm_and_then_does_no
     assert written["dataset"]["not_run"][0]["arm"] == "broken"
     table = (tmp_path / "out" / "tiny.md").read_text()
     assert table.index("| hybrid_knn |") < table.index("| popularity |") < table.index("| balanced_rq | sid |")
-    assert "## Not run" in table and "p (Holm)" in table
+    assert "## Not run" in table and "p (Holm)" in table and f"| {SID_LEVEL_GAIN} |" in table
 
     options = BenchOptions(suite_name="rules", results=tmp_path / "out", runs=tmp_path / "runs")
     shutil.copy(tmp_path / "out" / "tiny.json", tmp_path / "before.json")

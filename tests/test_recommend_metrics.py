@@ -9,7 +9,18 @@ import pytest
 import torch
 
 from mmsid.errors import MmsidError
-from mmsid.recommend.metrics import Coverage, Ranks, hit_rate, ndcg, over_seeds, paired_bootstraps, per_position, rank_targets, summarise
+from mmsid.recommend.metrics import (
+    Coverage,
+    Ranks,
+    hit_rate,
+    ndcg,
+    over_seeds,
+    paired_bootstraps,
+    per_position,
+    rank_targets,
+    sid_level_hits,
+    summarise,
+)
 
 
 def ranks(above, tied) -> Ranks:
@@ -50,6 +61,22 @@ def test_one_sid_for_all_items_gives_exactly_chance():
     coverage = Coverage(40)
     coverage.update(scores)
     assert coverage.value() == pytest.approx(1 - 0.75**6)
+
+
+def test_sid_level_hits_count_distinct_sids():
+    """Items 0 to 2 share SID 0, items 3 and 4 SID 1, item 5 has SID 2."""
+    scores, sids = torch.tensor([[3.0, 3.0, 3.0, 2.0, 1.0, 0.0]]), torch.tensor([0, 0, 0, 1, 1, 2])
+
+    def hit(item: int, cutoff: int, given: torch.Tensor = scores) -> float:
+        return sid_level_hits(given, torch.tensor([item]), sids, cutoff)[0]
+
+    assert [hit(0, 1), hit(3, 1), hit(3, 2), hit(4, 2), hit(5, 2), hit(5, 3)] == [1, 0, 1, 1, 0, 1]
+    above, tied = rank_targets(scores, torch.tensor([0]))
+    assert hit_rate(Ranks(above.numpy(), tied.numpy()), 1)[0] == pytest.approx(1 / 3)  # the gap that the shared SID makes
+    masked = scores.clone()
+    masked[0, [0, 1, 2]] = -torch.inf
+    assert hit(0, 3, masked) == 0 and hit(3, 1, masked) == 1
+    assert hit(5, 1, torch.zeros(1, 6)) == pytest.approx(1 / 3)  # three SIDs are tied
 
 
 def test_masked_items_are_not_candidates_and_nan_raises_an_error():
@@ -103,6 +130,7 @@ def test_mean_and_deviation_over_seeds():
     table = over_seeds([{"HR@1": 0.1}, {"HR@1": 0.3}])
     assert table["HR@1"]["mean"] == pytest.approx(0.2) and table["HR@1"]["std"] == pytest.approx(0.2 / math.sqrt(2))
     assert over_seeds([{"HR@1": 0.1}])["HR@1"]["std"] == 0
+    assert over_seeds([{"HR@1": 0.1, "more": 1.0}, {"HR@1": 0.1}]).keys() == {"HR@1"}
 
 
 def test_weighted_metrics_weight_each_target_by_its_event_and_exist_only_where_weights_differ():

@@ -30,7 +30,8 @@ from refinement_controls import (
 from mmsid.artifacts import read_json
 from mmsid.cli import main
 from mmsid.errors import ConfigError
-from mmsid.recommend.bench.config import DatasetConfig, SuiteConfig, load_suite
+from mmsid.recommend.bench.config import DatasetConfig, SuiteConfig
+from mmsid.recommend.bench.files import load_suite
 from mmsid.recommend.bench.plan import Plan
 from mmsid.recommend.bench.run import BenchOptions, run
 from mmsid.refine import ppo

@@ -11,7 +11,7 @@ from mmsid import stages
 from mmsid.artifacts import read_json, read_tensors
 from mmsid.backbone.lora import LoraSettings
 from mmsid.config import load_yaml
-from mmsid.recommend.bench.config import load_suite
+from mmsid.recommend.bench.files import load_suite
 from mmsid.tokenizer import train
 from mmsid.tokenizer.inputs import ItemInput
 from mmsid.tokenizer.model import BackboneSettings, ItemTokenizer

@@ -114,7 +114,7 @@ def split_histories(catalog: Catalog, config: SplitConfig) -> Split:
         valid=_at([user.rows for user in catalog.histories], valid, -1, np.int64),
         test=_at([user.rows for user in catalog.histories], test, -1, np.int64),
         before_test=[user.rows[: part.before_test] for user, part in zip(catalog.histories, parts, strict=True)],
-        held_out=_inner_held_out(catalog, train, config),
+        held_out=inner_held_out(catalog, train, config),
     )
     if not any(user.weights is not None for user in catalog.histories):
         return split
@@ -165,8 +165,11 @@ def _cut_by_time(times: np.ndarray, valid_cut: float, test_cut: float) -> _Parts
     return _Parts(first_valid, valid, test, first_test)
 
 
-def _inner_held_out(catalog: Catalog, train: list[np.ndarray], config: SplitConfig) -> np.ndarray:
-    """(U,) bool: the users with the lowest hash of (seed, content of the train prefix). At least one when the share is above 0."""
+def inner_held_out(catalog: Catalog, train: list[np.ndarray], config: SplitConfig) -> np.ndarray:
+    """Choose the inner held-out users: (U,) bool, those with the lowest hash of (seed, content of the train prefix).
+
+    At least one when the share is above 0 and two users have train interactions.
+    """
     held_out = np.zeros(len(train), dtype=bool)
     with_train = [user for user, rows in enumerate(train) if len(rows)]
     count = math.ceil(config.inner_held_out * len(with_train)) if len(with_train) > 1 else 0

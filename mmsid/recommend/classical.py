@@ -8,7 +8,7 @@ title, attributes, categories and description. The hybrid is kNN + weight x TF-I
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -72,7 +72,13 @@ def classical_baselines(items: list[Item], split: Split) -> list[ClassicalBaseli
 
 def classical_scorer(items: list[Item], split: Split, parameters: dict[str, float]) -> Score:
     """Scoring function of item-kNN, TF-IDF kNN or the hybrid with the given parameters."""
-    return _scorer(_similarities(items, split), parameters)
+    return classical_scorers(items, split, {"": parameters})[""]
+
+
+def classical_scorers(items: list[Item], split: Split, parameters: Mapping[str, dict[str, float]]) -> dict[str, Score]:
+    """Scoring functions of several classical baselines by name, from one computation of the similarities."""
+    similarities = _similarities(items, split)
+    return {name: _scorer(similarities, point) for name, point in parameters.items()}
 
 
 def item_counts(histories: Sequence[np.ndarray], num_items: int, weights: Sequence[np.ndarray] | None = None) -> np.ndarray:

@@ -7,7 +7,7 @@ recommender for large catalogues scores a list of unseen candidates instead (`Sc
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -18,7 +18,17 @@ from mmsid.recommend.beam_search import beam_item_scores, beam_search
 from mmsid.recommend.flat import FlatRecommender
 from mmsid.recommend.history_encoder import pad_histories
 from mmsid.recommend.item_scorer import ItemScorer
-from mmsid.recommend.metrics import COVERAGE_CUTOFF, Coverage, Ranks, rank_candidates, rank_targets, summarise
+from mmsid.recommend.metrics import (
+    COVERAGE_CUTOFF,
+    SID_LEVEL_GAIN,
+    Coverage,
+    Ranks,
+    hit_rate,
+    rank_candidates,
+    rank_targets,
+    sid_level_hits,
+    summarise,
+)
 from mmsid.recommend.paths import PathTrie
 from mmsid.recommend.sid_transformer import SidTransformer
 from mmsid.recommend.tiger import TigerRecommender
@@ -36,35 +46,51 @@ MAX_BEAMS = 1 << 14  # users x beams of one search
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Ranks of the targets of `users` (rows of the split), and the catalogue coverage of their recommendations."""
+    """Ranks of the targets of `users` (rows of the split), and the catalogue coverage of their recommendations.
+
+    `sid_level_gain` is SID-level HR@10 minus item-level HR@10 (None without SIDs): what collisions would add to HR@10 if SIDs were
+    counted as hits instead of items.
+    """
 
     users: np.ndarray
     ranks: Ranks
     coverage: float
+    sid_level_gain: float | None = None
 
     def summary(self) -> dict[str, float]:
         """All metrics by name, including coverage."""
-        return summarise(self.ranks) | {f"coverage@{COVERAGE_CUTOFF}": self.coverage}
+        gain = {} if self.sid_level_gain is None else {SID_LEVEL_GAIN: self.sid_level_gain}
+        return summarise(self.ranks) | {f"coverage@{COVERAGE_CUTOFF}": self.coverage} | gain
 
 
-def evaluate(score: Score, split: Split, part: Part, num_items: int, limit: int | None = None) -> Evaluation:
+def evaluate(
+    score: Score, split: Split, part: Part, num_items: int, limit: int | None = None, sids: torch.Tensor | None = None
+) -> Evaluation:
     """Score all items, mask those that the user has seen, and rank the target.
 
     Args:
         score: histories -> (B, N), higher is better, -inf where an item is not a candidate.
         limit: evaluate only this many users, the first ones. The catalogue orders users by content hash, so the sample
             does not depend on row order or ids.
+        sids: int64 (N,), number of each item's SID; the gain of SID-level over item-level hits is measured if it is given.
 
     Raises:
         MmsidError: a score is NaN.
     """
+    sid_hits = []
 
     def rank(histories: list[np.ndarray], targets: torch.Tensor, coverage: Coverage) -> tuple[torch.Tensor, torch.Tensor]:
         scores = mask_seen(score(histories), histories)
+        own = targets.to(scores.device)
         coverage.update(scores)
-        return rank_targets(scores, targets.to(scores.device))
+        if sids is not None:
+            sid_hits.append(sid_level_hits(scores, own, sids.to(scores.device)))
+        return rank_targets(scores, own)
 
-    return _evaluate(rank, split, part, num_items, limit, batch=max(1, min(256, MAX_SCORES // num_items)))
+    found = _evaluate(rank, split, part, num_items, limit, batch=max(1, min(256, MAX_SCORES // num_items)))
+    if not sid_hits:
+        return found
+    return replace(found, sid_level_gain=float((np.concatenate(sid_hits) - hit_rate(found.ranks, 10)).mean()))
 
 
 def evaluate_candidates(candidates: ScoredCandidates, split: Split, part: Part, num_items: int, limit: int | None = None) -> Evaluation:

@@ -22,6 +22,7 @@ NDCG_CUTOFFS = (5, 10)
 MRR_CUTOFF = 50  # the default beam width, so that exact ranking and beam search are comparable
 COVERAGE_CUTOFF = 10
 WEIGHTED = "weighted"  # first word of the names of metrics that weight each target by its event
+SID_LEVEL_GAIN = "SID-level minus item-level HR@10"
 
 
 class Ranks(NamedTuple):
@@ -63,6 +64,23 @@ def rank_candidates(items: torch.Tensor, scores: torch.Tensor, targets: torch.Te
     found = items == targets[:, None]
     column = torch.where(found.any(1), found.int().argmax(1), items.shape[1])  # the last column stands for all other items
     return rank_targets(F.pad(scores, (0, 1), value=-torch.inf), column)
+
+
+def sid_level_hits(scores: torch.Tensor, targets: torch.Tensor, sids: torch.Tensor, cutoff: int = 10) -> np.ndarray:
+    """Expected SID-level HR@K per target, float64 (B,): a hit if the target's SID is among the K best distinct SIDs.
+
+    Many papers report this. A SID scores as its best candidate item, so a SID of n items takes one rank instead of n. A target that is
+    not a candidate earns nothing.
+
+    Args:
+        scores: (B, N), as for `rank_targets`.
+        sids: int64 (N,), number of each item's SID.
+    """
+    best = scores.new_full((len(scores), int(sids.max()) + 1), -torch.inf)
+    best.scatter_reduce_(1, sids.expand_as(scores), scores, "amax")
+    above, tied = rank_targets(best, sids[targets])
+    candidate = ~torch.isneginf(scores.gather(1, targets[:, None])[:, 0])
+    return hit_rate(Ranks(above.cpu().numpy(), torch.where(candidate, tied, 0).cpu().numpy()), cutoff)
 
 
 def hit_rate(ranks: Ranks, cutoff: int) -> np.ndarray:
@@ -204,6 +222,26 @@ def paired_bootstraps(pairs: Sequence[tuple[np.ndarray, np.ndarray]], draws: int
     return [_difference(gap, found) for gap, found in zip(gaps, means, strict=True)]
 
 
+def grouped_bootstrap(values: np.ndarray, baseline: np.ndarray, member: np.ndarray, draws: int = 10_000, seed: int = 0) -> Difference:
+    """Bootstrap the difference on a group of users that is another one in each of D repetitions, paired over users and repetitions.
+
+    The difference is the mean over repetitions of the mean over the group. Users and repetitions are each resampled with replacement.
+
+    Args:
+        values, baseline: metric values (D, P) of method and baseline.
+        member: (D, P) bool, the group in each repetition; no group is empty.
+    """
+    gaps, member = np.where(member, values - baseline, 0.0), member.astype(np.float64)
+    count, users = gaps.shape
+    rng, means = np.random.default_rng(seed), []
+    for start in range(0, draws, 256):
+        size = min(256, draws - start)
+        weights = rng.multinomial(users, np.full(users, 1 / users), size=size)
+        of_repetition = (weights @ gaps.T) / np.maximum(weights @ member.T, 1)
+        means.append((of_repetition * rng.multinomial(count, np.full(count, 1 / count), size=size)).sum(1) / count)
+    return _difference(gaps.sum(1) / member.sum(1), np.concatenate(means))
+
+
 def _difference(gaps: np.ndarray, means: np.ndarray) -> Difference:
     low, high = np.quantile(means, [0.025, 0.975])
     p = min(1.0, 2 * (min((means <= 0).sum(), (means >= 0).sum()) + 1) / (len(means) + 1))
@@ -220,9 +258,12 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def over_seeds(values: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
-    """Mean and sample standard deviation of each metric over seeds, `{"NDCG@10": {"mean", "std"}}`; std is 0 for one seed."""
+    """Mean and sample standard deviation of each metric over seeds, `{"NDCG@10": {"mean", "std"}}`; std is 0 for one seed.
+
+    A metric that is missing at a seed is left out.
+    """
     table = {}
-    for name in values[0]:
+    for name in (name for name in values[0] if all(name in value for value in values)):
         column = np.array([value[name] for value in values], dtype=np.float64)
         table[name] = {"mean": float(column.mean()), "std": float(column.std(ddof=1)) if len(column) > 1 else 0.0}
     return table

@@ -17,7 +17,7 @@ from mmsid.artifacts import read_json, read_table, write_table
 from mmsid.catalog import Catalog, Split
 from mmsid.errors import ConfigError
 from mmsid.recommend.evaluate import Evaluation, Part
-from mmsid.recommend.metrics import COVERAGE_CUTOFF, Ranks, holm, paired_bootstraps, per_position, summarise
+from mmsid.recommend.metrics import Ranks, holm, paired_bootstraps, per_position
 from mmsid.sids.table import SidTable
 
 COMPARED = ("NDCG@10", "HR@10")
@@ -25,18 +25,20 @@ SIGNIFICANT = 0.05
 
 
 class ReadRanks(NamedTuple):
-    """Ranks of one part and the coverage measured with them, read from disk."""
+    """Ranks of one part, and coverage and SID-level gain (None without SIDs) measured with them, read from disk."""
 
     ranks: Ranks
     coverage: float
+    sid_level_gain: float | None
 
     def summary(self) -> dict[str, float]:
         """All metrics by name, including coverage."""
-        return summarise(self.ranks) | {f"coverage@{COVERAGE_CUTOFF}": self.coverage}
+        return Evaluation(np.zeros(0, np.int64), *self).summary()
 
 
 def write_ranks(path: Path, evaluations: Mapping[Part, Evaluation], catalog: Catalog) -> None:
-    """Write columns user_id, part, above, tied, and weight where events have weights. Coverage is stored in the schema's metadata."""
+    """Write columns user_id, part, above, tied, and weight where events have weights. Coverage and SID-level gain are stored in
+    the schema's metadata."""
     columns: dict[str, list[Any]] = {"user_id": [], "part": [], "above": [], "tied": []}
     for part, evaluation in evaluations.items():
         columns["user_id"] += [catalog.histories[user].user_id for user in evaluation.users]
@@ -48,16 +50,19 @@ def write_ranks(path: Path, evaluations: Mapping[Part, Evaluation], catalog: Cat
     weights = [evaluation.ranks.weights for evaluation in evaluations.values()]
     if weights and all(each is not None for each in weights):
         table = table.append_column("weight", pa.array(np.concatenate(weights)))
-    write_table(path, table, {f"coverage_{part}": repr(evaluation.coverage) for part, evaluation in evaluations.items()})
+    metadata = {f"coverage_{part}": repr(evaluation.coverage) for part, evaluation in evaluations.items()}
+    metadata |= {f"sid_level_gain_{part}": repr(one.sid_level_gain) for part, one in evaluations.items() if one.sid_level_gain is not None}
+    write_table(path, table, metadata)
 
 
 def read_ranks(path: Path, part: Part) -> ReadRanks:
     """Read one part of a file of `write_ranks`, with users in the order of the split."""
     table = read_table(path)
     rows = np.array(table["part"].to_pylist()) == part
-    coverage = float((table.schema.metadata or {})[f"coverage_{part}".encode()])
+    metadata = table.schema.metadata or {}
+    gain = metadata.get(f"sid_level_gain_{part}".encode())
     columns = [table[name].to_numpy()[rows] for name in ("above", "tied", "weight") if name in table.column_names]
-    return ReadRanks(Ranks(*columns), coverage)
+    return ReadRanks(Ranks(*columns), float(metadata[f"coverage_{part}".encode()]), None if gain is None else float(gain))
 
 
 def lost_to_collisions(table: SidTable) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from mmsid.recommend.metrics import COVERAGE_CUTOFF, HIT_CUTOFFS, MRR_CUTOFF, NDCG_CUTOFFS, WEIGHTED
+from mmsid.recommend.metrics import COVERAGE_CUTOFF, HIT_CUTOFFS, MRR_CUTOFF, NDCG_CUTOFFS, SID_LEVEL_GAIN, WEIGHTED
 
 COLUMNS = [f"HR@{k}" for k in HIT_CUTOFFS] + [f"NDCG@{k}" for k in NDCG_CUTOFFS] + [f"MRR@{MRR_CUTOFF}", f"coverage@{COVERAGE_CUTOFF}"]
 WEIGHTED_COLUMNS = [f"{WEIGHTED} HR@10", f"{WEIGHTED} NDCG@10"]  # only where events have different weights
@@ -29,10 +29,12 @@ def method_table(rows: Sequence[dict[str, Any]], *, best_first: bool = False) ->
         rows = sorted(rows, key=lambda row: (FAMILIES.index(row["family"]), -_mean(row, key, "NDCG@10")))
     columns = COLUMNS + [name for name in WEIGHTED_COLUMNS if any(name in row[key] for row in rows)]
     lines = [
-        f"Item-level ranking of the full catalogue on {part}. Seen items are masked; a SID shared by n items takes n expected ranks.",
+        f"Item-level ranking of the full catalogue on {part}. Seen items are masked; a SID shared by n items takes n expected ranks. "
+        "SID-level HR@10 counts a hit if the target's SID is among the 10 best distinct SIDs; its lead over item-level HR@10 is what "
+        "collisions inflate.",
         "",
-        f"| method | family | seeds | {' | '.join(columns)} | valid NDCG@10 | items lost to collisions | seconds |",
-        f"|---|---|---|{'---|' * (len(columns) + 3)}",
+        f"| method | family | seeds | {' | '.join(columns)} | valid NDCG@10 | items lost to collisions | {SID_LEVEL_GAIN} | seconds |",
+        f"|---|---|---|{'---|' * (len(columns) + 4)}",
     ]
     for row in rows:
         rivals = [other for other in rows if other["family"] == row["family"]] if best_first and row["family"] != "best_achievable" else []
@@ -41,7 +43,8 @@ def method_table(rows: Sequence[dict[str, Any]], *, best_first: bool = False) ->
         seconds = "" if row["seconds"] is None else f"{row['seconds']:.1f}"
         seeds = len(row["seeds"]) or ""
         valid = _figure(row["valid"].get("NDCG@10"))
-        lines.append(f"| {row['arm']} | {row['family']} | {seeds} | {figures} | {valid} | {lost} | {seconds} |")
+        gain = _figure(row[key].get(SID_LEVEL_GAIN))
+        lines.append(f"| {row['arm']} | {row['family']} | {seeds} | {figures} | {valid} | {lost} | {gain} | {seconds} |")
     return "\n".join(lines) + "\n"
 
 

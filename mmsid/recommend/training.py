@@ -71,7 +71,7 @@ class Fitted:
     def evaluate(self, split: Split, part: Part, beam: int = 50, limit: int | None = None) -> Evaluation:
         """Item-level ranks of the model on one part of the split."""
         scores = recommender_scores(self.model, self.trie, beam=beam)
-        return evaluate(scores, split, part, self.trie.num_items, limit)
+        return evaluate(scores, split, part, self.trie.num_items, limit, sids=self.trie.node_of[-1])
 
 
 def table_paths(table: SidTable) -> ItemPaths:

@@ -6,15 +6,13 @@ arms that it does not support). So every suite runs on every catalogue under the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from mmsid.catalog import CatalogConfig
-from mmsid.config import Section, build, load_yaml
-from mmsid.errors import ConfigError
+from mmsid.config import Section
 from mmsid.recommend.classical import CLASSICAL_NAMES
 from mmsid.recommend.sasrec import SasrecShape
 from mmsid.recommend.train import Architecture, ModelConfig
@@ -23,7 +21,6 @@ from mmsid.sids.collisions import Policy
 from mmsid.tokenizer.inputs import FieldName
 from mmsid.tokenizer.sid_methods import MethodSpec
 
-SectionT = TypeVar("SectionT", bound=Section)
 KINDS = ("sids", "published", "tokenizer", "refine", "classical", "sasrec", "fusion")
 
 
@@ -60,7 +57,8 @@ class DatasetConfig(Section):
     left_out: dict[str, str] = Field(default_factory=dict)
 
 
-def _without_bench_keys(settings: dict[str, Any], bench_keys: set[str]) -> dict[str, Any]:
+def refuse_bench_keys(settings: dict[str, Any], bench_keys: set[str]) -> dict[str, Any]:
+    """Return `settings`. Raises ValueError if they contain a key that the bench sets."""
     if found := sorted(bench_keys & set(settings)):
         raise ValueError(f"{found[0]} is set by the bench; remove it")
     return settings
@@ -83,7 +81,7 @@ class RefineArm(Section):
     @field_validator("settings")
     @classmethod
     def _refuse_bench_keys(cls, value: dict[str, Any]) -> dict[str, Any]:
-        return _without_bench_keys(value, {"out", "seed", "catalog", "captions", "interests", "tokenizer", "sids"})
+        return refuse_bench_keys(value, {"out", "seed", "catalog", "captions", "interests", "tokenizer", "sids"})
 
 
 class ArmConfig(Section):
@@ -134,7 +132,7 @@ class ArmConfig(Section):
     @field_validator("tokenizer")
     @classmethod
     def _refuse_bench_keys(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
-        return None if value is None else _without_bench_keys(value, {"out", "seed", "catalog", "captions", "interests"})
+        return None if value is None else refuse_bench_keys(value, {"out", "seed", "catalog", "captions", "interests"})
 
     @model_validator(mode="after")
     def _exactly_one(self) -> ArmConfig:
@@ -219,43 +217,3 @@ class SuiteConfig(Section):
         point = self.trials[trial]
         model = ModelConfig.model_validate(self.model.model_dump() | point.model)
         return model, Schedule.model_validate(self.schedule.model_dump() | point.schedule)
-
-
-def load_dataset(name: str, overrides: Sequence[str] = ()) -> DatasetConfig:
-    """Load a shipped data set by name, or a YAML file by path. `name` defaults to that of the file.
-
-    Raises:
-        ConfigError: the file does not exist or has an invalid key.
-    """
-    path = _find(name, "datasets")
-    return _load(DatasetConfig, path, overrides, {"name": path.stem})
-
-
-def load_suite(name: str, overrides: Sequence[str] = ()) -> SuiteConfig:
-    """Load a shipped suite by name, or a YAML file by path.
-
-    Raises:
-        ConfigError: the file does not exist or has an invalid key.
-    """
-    return _load(SuiteConfig, _find(name, "suites"), overrides, {})
-
-
-def _load(cls: type[SectionT], path: Path, overrides: Sequence[str], defaults: dict[str, Any]) -> SectionT:
-    return build(cls, defaults | load_yaml(path, overrides), source=str(path), section="")
-
-
-def _find(name: str, kind: str) -> Path:
-    path = Path(name)
-    if path.suffix in (".yaml", ".yml"):
-        return path
-    folder = _shipped() / kind
-    if not (folder / f"{name}.yaml").is_file():
-        shipped = ", ".join(sorted(found.stem for found in folder.glob("*.yaml")))
-        raise ConfigError(f"bench: {name!r} is none of the shipped {kind} ({shipped}); use one of them or the path of a YAML file")
-    return folder / f"{name}.yaml"
-
-
-def _shipped() -> Path:
-    """The folder `configs/bench` in the installed package or in the repository."""
-    package = Path(__file__).resolve().parents[2]
-    return next((folder / "configs" / "bench" for folder in (package, package.parent) if (folder / "configs" / "bench").is_dir()), package)
