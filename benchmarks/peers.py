@@ -4,8 +4,8 @@
     python benchmarks/peers.py --dataset amazon_scientific --model rpg
     python benchmarks/peers.py --dataset amazon_scientific --model tiger --share 0.1
 
-cornac reads our train histories, our valid targets (it selects its best epoch by them) and MiniLM embeddings of the texts that our tokenizer
-reads. With `--share`, a share of the items is hidden with all interactions from training, as in new_items.py.
+cornac reads our train histories, our valid targets (it selects its best epoch by them) and MiniLM embeddings of the texts
+that our tokenizer reads. With `--share`, a share of the items is hidden with all interactions, as in new_items.py.
 """
 
 from __future__ import annotations
