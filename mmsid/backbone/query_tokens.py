@@ -113,7 +113,8 @@ class QueryBackbone(nn.Module, ABC):
         """Tokenize items into a batch of model inputs with placeholder ids for the query tokens.
 
         Rows are padded to a multiple of `pad_to` (default: 8 on a GPU, for its tensor cores, otherwise 1). Per-token inputs (integers)
-        are (B, T); others, such as pictures, are stacked along their first axis. `query_mask` (B, T) marks query tokens, `content_mask` (B, T) content tokens.
+        are (B, T); others, such as pictures, are stacked along their first axis. `query_mask` (B, T) marks query tokens, `content_mask`
+        (B, T) content tokens.
         """
         return self.stack(self.tokens_of(items), pad_to)
 
