@@ -37,6 +37,7 @@ _EXPORTS = {
     "train_sid_reward": "mmsid.api",
     "train_text_quality": "mmsid.api",
     "train_tokenizer": "mmsid.api",
+    "write_recommendations": "mmsid.api",
     "write_report": "mmsid.api",
 }
 __all__ = ["__version__", *_EXPORTS]
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from mmsid.api import train_sid_reward as train_sid_reward
     from mmsid.api import train_text_quality as train_text_quality
     from mmsid.api import train_tokenizer as train_tokenizer
+    from mmsid.api import write_recommendations as write_recommendations
     from mmsid.api import write_report as write_report
     from mmsid.catalog import Catalog as Catalog
     from mmsid.catalog import Item as Item

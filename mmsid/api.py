@@ -163,6 +163,25 @@ def train_recommender_rl(out: PathLike, catalog: CatalogSettings, sids: PathLike
     return _run("train_recommender_rl", out, catalog, {"sids": sids, **settings})
 
 
+def write_recommendations(
+    out: PathLike, catalog: CatalogSettings, recommender: PathLike, sids: PathLike, *, engine: Engine = "local", **settings: Any
+) -> Path:
+    """Write the best k items of every user as parquet shards (stage `recommend`).
+
+    Args:
+        out: folder to write: `recommendations/part-*.parquet`, and `problems.parquet` with the rows of unusable users.
+        catalog: keys of the `catalog:` section. Its users are recommended to, unless `users` names another table.
+        recommender: recommender folder. `Recommender.from_pretrained(recommender)` answers single requests.
+        sids: SID folder in use now. New items in it are added to the recommender.
+        engine: "local", or "ray" for a Ray cluster.
+        settings: keys of `RecommendConfig`: `users`, `k`, `only`.
+
+    Raises:
+        ConfigError, CatalogError, ArtifactError: invalid settings, catalogue or folders.
+    """
+    return _run("recommend", out, catalog, {"recommender": recommender, "sids": sids, **settings}, engine)
+
+
 def write_report(out: PathLike, catalog: CatalogSettings, run: PathLike, **settings: Any) -> Path:
     """Write `report.html` and `summary.md` of a run folder. Keys: `ReportConfig`."""
     return _run("report", out, catalog, {"run": run, **settings})

@@ -2,9 +2,10 @@
 
 mmsid run CONFIG [key=value ...] [--redo STAGE]      every stage of the configuration in order; a second call resumes
 mmsid STAGE --config CONFIG [key=value ...] [--redo] one stage; also `accelerate launch scripts/STAGE.py --config CONFIG`
-                                                     caption, interests and assign take `--engine ray` (a Ray cluster)
+                                                     caption, interests, assign and recommend take `--engine ray` (Ray)
 mmsid assign --config CONFIG --append SIDS           Semantic IDs for new items; the published codes in SIDS stay unchanged
                                                      --refresh moves published items whose behaviour has become sure
+mmsid recommend --config CONFIG [--users FILE] [--k K]   the best K items for every user, as parquet files
 mmsid report RUN [catalog.key=value ...]             RUN/report.html; RUN is a run folder, its YAML, or benchmark results (.json)
 mmsid catalog --config CONFIG                        read a catalogue and describe it
 mmsid demo-catalog OUT --items N --users M --seed S  draw the demo catalogue
@@ -46,10 +47,13 @@ def _one_stage(stage: str, arguments: list[str]) -> None:
     if stage == "assign":
         parser.add_argument("--append", metavar="SIDS", help="SID folder whose published codes stay (assign.append)")
         parser.add_argument("--refresh", action="store_true", help="move published items whose behaviour has become sure (assign.refresh)")
+    if stage == "recommend":
+        parser.add_argument("--users", metavar="FILE", help="table of users and histories; default: all users of the catalogue")
+        parser.add_argument("--k", type=int, help="items per user (recommend.k)")
     parsed = parser.parse_intermixed_args(arguments)
-    append = [f"assign.append={parsed.append}"] if getattr(parsed, "append", None) else []
-    append += ["assign.refresh=true"] if getattr(parsed, "refresh", False) else []
-    data = load_yaml(parsed.config, [*parsed.overrides, *append])
+    options = {name: getattr(parsed, name, None) for name in ("append", "refresh", "users", "k")}
+    given = [f"{stage}.{name}={value}" for name, value in options.items() if value is not None and value is not False]
+    data = load_yaml(parsed.config, [*parsed.overrides, *given])
     data.setdefault(stage, data.get("refine", {}) if stage == "sid_reward" else {})
     configs = stage_configs(data, source=str(parsed.config))
     run_stages({stage: configs[stage]}, redo=[stage] if parsed.redo else [], engine=getattr(parsed, "engine", "local"))

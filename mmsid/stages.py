@@ -32,10 +32,11 @@ _STAGES = {
     "refine": ("mmsid.refine.config:RefineConfig", "mmsid.refine.stage:run"),
     "train_recommender": ("mmsid.recommend.train:TrainRecommenderConfig", "mmsid.recommend.train:run"),
     "train_recommender_rl": ("mmsid.recommend.reinforce:TrainRecommenderRLConfig", "mmsid.recommend.reinforce:run"),
+    "recommend": ("mmsid.recommend.recommend:RecommendConfig", "mmsid.recommend.recommend:run"),
     "report": ("mmsid.report.summary:ReportConfig", "mmsid.report.summary:run"),
 }
 STAGES = tuple(_STAGES)
-ON_RAY = ("caption", "interests", "assign")  # stages that accept engine="ray"
+ON_RAY = ("caption", "interests", "assign", "recommend")  # stages that accept engine="ray"
 
 
 class RunHeader(Section):
@@ -143,6 +144,10 @@ def _upstream(stage: str, folders: Mapping[str, Path], header: RunHeader, config
     if "refine" in configs:
         variants["ours_refined"] = folders["refine"] / "sids"
     behaviour = getattr(configs.get("train_tokenizer"), "behaviour", None)
+    sids, recommender = folders.get("assign"), None
+    if stage == "recommend" and "train_recommender" in configs:
+        trained = configs["train_recommender"]
+        sids, recommender = trained.variants.get(trained.kept_variant), trained.kept_recommender
     return {
         "model": folders.get("train_captioner") if stage == "caption" else None,
         "cache": header.runs / ".cache" / "annotations.sqlite",
@@ -151,7 +156,8 @@ def _upstream(stage: str, folders: Mapping[str, Path], header: RunHeader, config
         "judgements": folders.get("judge"),
         "text_quality": folders.get("text_quality"),
         "tokenizer": folders.get("train_tokenizer"),
-        "sids": folders.get("assign"),
+        "sids": sids,
+        "recommender": recommender,
         "behaviour": behaviour if stage != "train_tokenizer" and isinstance(behaviour, tuple) else None,
         "variants": variants if stage == "train_recommender" and variants else None,
         "run": header.runs / header.name,

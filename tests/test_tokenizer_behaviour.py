@@ -18,6 +18,8 @@ from mmsid.errors import ArtifactError, ConfigError
 from mmsid.tokenizer.behaviour import BehaviourInput, BehaviourSettings, ItemBehaviour, behaviour_of_catalog, estimate_kappa
 from mmsid.tokenizer.behaviour_weight import choose_weight
 from mmsid.tokenizer.heads import ResidualHead
+from mmsid.tokenizer.inputs import ItemInput
+from mmsid.tokenizer.model import BackboneSettings, TokenizerSettings
 from mmsid.tokenizer.refresh import moving_items
 
 COLORS, PRODUCTS = ("red", "blue", "green", "black"), ("shoe", "bag", "lamp", "chair", "watch", "bowl")
@@ -44,6 +46,18 @@ def test_head_reads_both_and_needs_room_for_behaviour():
     assert torch.equal(head.project(h), content)
     with pytest.raises(ValueError, match=r"code_dim is 4, but content and behaviour need 3 \+ 2"):
         ResidualHead(3, 2, 4, 4, settings)
+
+
+def test_a_text_may_have_as_many_tokens_as_the_behaviour_has_entries(tmp_path):
+    backbone = BackboneSettings(path=tiny_bert(tmp_path / "bert"), max_length=40)
+    plain = ItemTokenizer(TokenizerSettings(backbone=backbone, codebook_size=4, code_dim=40))
+    items = [ItemInput("red shoe"), ItemInput("blue bag for the office")]
+    dim = plain.backbone.tokens(items[0])["input_ids"].shape[1] - 1
+    settings = plain.settings.model_copy(update={"behaviour": BehaviourSettings(source="vectors", dim=dim)})
+    tokenizer, vectors = ItemTokenizer(settings), np.eye(2, dim, dtype=np.float32)
+    together = tokenizer.encode(items, behaviour=vectors).scores
+    alone = torch.cat([tokenizer.encode(items[row : row + 1], behaviour=vectors[row : row + 1]).scores for row in range(2)])
+    assert torch.allclose(together, alone, atol=1e-5)
 
 
 def test_kappa_is_the_ratio_of_noise_to_signal():

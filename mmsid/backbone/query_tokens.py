@@ -112,8 +112,9 @@ class QueryBackbone(nn.Module, ABC):
     def collate(self, items: Sequence[BackboneInput], pad_to: int | None = None) -> Batch:
         """Tokenize items into a batch of model inputs with placeholder ids for the query tokens.
 
-        Rows are padded to a multiple of `pad_to` (default: 8 on a GPU, for its tensor cores, otherwise 1). Per-token inputs are (B, T);
-        pictures are stacked along their first axis. `query_mask` (B, T) marks query tokens, `content_mask` (B, T) content tokens.
+        Rows are padded to a multiple of `pad_to` (default: 8 on a GPU, for its tensor cores, otherwise 1). Per-token inputs (integers)
+        are (B, T); others, such as pictures, are stacked along their first axis. `query_mask` (B, T) marks query tokens, `content_mask`
+        (B, T) content tokens.
         """
         return self.stack(self.tokens_of(items), pad_to)
 
@@ -130,7 +131,12 @@ class QueryBackbone(nn.Module, ABC):
             "query_mask": torch.zeros(size, dtype=torch.bool),
             "content_mask": torch.zeros(size, dtype=torch.bool),
         }
-        per_token = {key for row in encoded for key, value in row.items() if key not in batch and value.shape[:2] == row["input_ids"].shape}
+        per_token = {
+            key
+            for row in encoded
+            for key, value in row.items()
+            if key not in batch and value.shape == row["input_ids"].shape and not value.is_floating_point()
+        }
         for key in sorted(per_token):
             batch[key] = torch.full(size, self.extra_fill.get(key, 0), dtype=torch.int64)
         for i, (row, length) in enumerate(zip(encoded, lengths, strict=True)):

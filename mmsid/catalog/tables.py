@@ -1,4 +1,4 @@
-"""Reader of parquet, jsonl and csv tables. All formats give the same rows, and errors name the file and the row."""
+"""Reader of parquet, jsonl and csv tables, whole or in pieces. All formats give the same rows; errors name the file and the row."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import datetime
 import decimal
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +44,40 @@ def read_table_rows(path: Path, selected: Sequence[str], *, config_key: str) -> 
     """
     path = Path(path)
     table = _READERS[table_kind(path, config_key)](path, selected)
-    if not table.rows:
-        raise CatalogError(f"{config_key}: {path} holds no rows; expected at least one, write the table again")
+    _refuse_empty(path, len(table.rows), config_key)
     return table
+
+
+def table_pieces(path: Path, selected: Sequence[str], rows: int, *, config_key: str) -> tuple[int, Iterator[Table]]:
+    """Number of rows of a table, and its consecutive pieces of `rows` rows (the last one may be shorter).
+
+    A parquet file is read piece by piece. Other files are read at once.
+
+    Raises:
+        CatalogError: as `read_table_rows`. Damage inside a parquet file is noticed when its piece is read.
+    """
+    path = Path(path)
+    if table_kind(path, config_key) != ".parquet":
+        table = read_table_rows(path, selected, config_key=config_key)
+        starts = range(0, len(table.rows), rows)
+        return len(table.rows), (
+            replace(table, rows=table.rows[start : start + rows], numbers=table.numbers[start : start + rows]) for start in starts
+        )
+    try:
+        total = pq.read_metadata(path).num_rows
+    except (OSError, pa.ArrowException) as error:
+        raise _unreadable_parquet(path, error) from error
+    _refuse_empty(path, total, config_key)
+    return total, _parquet_pieces(path, selected, rows)
+
+
+def _refuse_empty(path: Path, rows: int, config_key: str) -> None:
+    if not rows:
+        raise CatalogError(f"{config_key}: {path} holds no rows; expected at least one, write the table again")
+
+
+def _unreadable_parquet(path: Path, error: Exception) -> CatalogError:
+    return CatalogError(f"{path} cannot be read as parquet ({type(error).__name__}); write the file again")
 
 
 def table_kind(path: Path, config_key: str) -> str:
@@ -69,8 +100,25 @@ def _read_parquet(path: Path, selected: Sequence[str]) -> Table:
             refuse_doubled(path, columns)
             rows = file.read(columns=[name for name in selected if name in columns]).to_pylist(maps_as_pydicts="strict")
     except (OSError, pa.ArrowException, KeyError, ValueError) as error:
-        raise CatalogError(f"{path} cannot be read as parquet ({type(error).__name__}); write the file again") from error
+        raise _unreadable_parquet(path, error) from error
     return Table(path, columns, rows, range(1, len(rows) + 1), "row", is_csv=False)
+
+
+def _parquet_pieces(path: Path, selected: Sequence[str], rows: int) -> Iterator[Table]:
+    first, waiting = 1, []
+    try:
+        with pq.ParquetFile(path) as file:
+            columns = file.schema_arrow.names
+            refuse_doubled(path, columns)
+            for batch in file.iter_batches(rows, columns=[name for name in selected if name in columns]):
+                waiting += batch.to_pylist(maps_as_pydicts="strict")
+                while len(waiting) >= rows:  # batches need not have `rows` rows
+                    yield Table(path, columns, waiting[:rows], range(first, first + rows), "row", is_csv=False)
+                    first, waiting = first + rows, waiting[rows:]
+    except (OSError, pa.ArrowException, KeyError, ValueError) as error:
+        raise _unreadable_parquet(path, error) from error
+    if waiting:
+        yield Table(path, columns, waiting, range(first, first + len(waiting)), "row", is_csv=False)
 
 
 def _read_jsonl(path: Path, selected: Sequence[str]) -> Table:

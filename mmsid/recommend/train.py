@@ -110,6 +110,11 @@ class TrainRecommenderConfig(StageConfig):
         return self.recommender if self.recommender not in (False, None, "off") else None
 
     @property
+    def kept_recommender(self) -> Path | None:
+        """Folder of the recommender that is kept, or None."""
+        return None if self.kept_variant is None else self.out / RECOMMENDER
+
+    @property
     def hybrid_variants(self) -> list[str]:
         """Variants on which a hybrid recommender is trained."""
         return list(self.variants) if self.architecture == "hybrid" else [] if self.kept_variant is None else [self.kept_variant]
