@@ -138,6 +138,7 @@ def unit_content(pooled: np.ndarray, *, centre: bool) -> np.ndarray:
     return content / np.maximum(np.linalg.norm(content, axis=1, keepdims=True), 1e-12)
 
 
+@torch.no_grad()
 def balanced_start(
     tokenizer: ItemTokenizer, content: ContentStates, fused: np.ndarray, behaviour: ItemBehaviour, seed: int
 ) -> tuple[Tensor, Tensor]:
@@ -174,12 +175,11 @@ def balanced_start(
     both = torch.cat([reading, predicted[content_sample(len(reading), seed)]])
     vectors, codes = priced_codebooks(both, settings.num_levels, settings.codebook_size, seed)
     codes = codes[: len(reading)]
-    with torch.no_grad():
-        weight, bias = ridge(content.states[:, -1][fitted], space[rows][fitted], seed)
-        tokenizer.emb_head.weight.copy_(weight)
-        tokenizer.emb_head.bias.copy_(bias)
-        target = append_price_coordinates(predicted[rows], settings.num_levels)
-        start_head(head, vectors, content.states[:, :-1], target, codes[rows], seed, torch.from_numpy(behaviour.rows()[content.rows]))
+    weight, bias = ridge(content.states[:, -1][fitted], space[rows][fitted], seed)
+    tokenizer.emb_head.weight.copy_(weight)
+    tokenizer.emb_head.bias.copy_(bias)
+    target = append_price_coordinates(predicted[rows], settings.num_levels)
+    start_head(head, vectors, content.states[:, :-1], target, codes[rows], seed, torch.from_numpy(behaviour.rows()[content.rows]))
     return codes, append_price_coordinates(space, settings.num_levels)
 
 
@@ -225,6 +225,7 @@ def append_price_coordinates(x: Tensor, num_levels: int) -> Tensor:
     return torch.cat([x, x.new_zeros(*x.shape[:-1], num_levels)], -1)
 
 
+@torch.no_grad()
 def priced_codebooks(x: Tensor, num_levels: int, codebook_size: int, seed: int) -> tuple[Tensor, Tensor]:
     """Balanced residual k-means with balanced greedy codes: code vectors with prices (L, K, D + L) and codes (N, L).
 
