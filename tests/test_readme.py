@@ -56,6 +56,7 @@ SMALL = {
     "benchmarks/decoding.py": ["--items", "500", "--batch", "2", "--beam", "4", "--repeats", "1", "--out", "decoding.json"],
     "benchmarks/encoding.py": ["--items", "40", "--codes", "8", "--repeats", "1", "--out", "encoding.json"],
     "benchmarks/new_items.py": ["--steps", "1", "--epochs", "1", "--out", "new_items.json", "codebook_size=16"],
+    "benchmarks/hidden_items.py": ["--draws", "1", "--epochs", "1", "--out", "hidden_items.json", "codebook_size=16"],
     "benchmarks/recommending.py": ["--items", "300", "--users", "3", "--out", "recommending.json"],
     "benchmarks/assignment.py": ["--rows", "1000", "--dim", "16", "--sizes", "1000", "--repeats", "1", "--out", "assignment.json"],
 }

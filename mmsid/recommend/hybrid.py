@@ -120,6 +120,8 @@ def fit_hybrid(
         raise MmsidError("no user has two train items, so the ranker has no training examples; give sequences of 4 items or more")
     hidden = hidden_items(items, hidden_share, seed)
     visible = _without(inner, hidden)
+    if not any(map(len, visible.train)):  # a tiny catalogue
+        hidden, visible = np.zeros(len(items), dtype=bool), inner
     first = _fit_decoder(paths, visible, ~hidden, what=f"{what}, last train items held out", **settings)
     examples = [(inner.train[user], int(inner.valid[user])) for user in users]
     rankers = _fit_rankers(sources(first.model, visible.train, ~hidden), examples, hidden, seed)
@@ -165,7 +167,7 @@ def _fit_rankers(sources: Sources, examples: list[tuple[np.ndarray, int]], hidde
 
     Random negatives keep the scores calibrated over all items, unlike negatives drawn from the candidates.
     """
-    rng, features, invalid = np.random.default_rng(seed), [], []
+    rng, features, invalid, lengths = np.random.default_rng(seed), [], [], []
     num_items = sources.num_items
     for start in track(range(0, len(examples), BATCH_SIZE), what="evidence", unit="batches"):
         batch = examples[start : start + BATCH_SIZE]
@@ -175,6 +177,6 @@ def _fit_rankers(sources: Sources, examples: list[tuple[np.ndarray, int]], hidde
         seen = np.stack([np.isin(row, np.append(history, item)) for row, (history, item) in zip(drawn, batch, strict=True)])
         seen[:, 0] = False
         invalid.append(torch.from_numpy(seen))
-    lengths = torch.tensor([len(history) for history, _ in examples])
+        lengths += map(len, histories.histories)
     weights = torch.tensor([NEW_WEIGHT if hidden[item] else 1.0 for _, item in examples])
-    return fit_rankers(torch.cat(features), lengths, torch.cat(invalid), weights, seed)
+    return fit_rankers(torch.cat(features), torch.tensor(lengths), torch.cat(invalid), weights, seed)
