@@ -35,6 +35,7 @@ from mmsid.recommend.words import Vectorizers, fit_vectorizers
 
 HIDDEN_SHARE = 0.1  # of the items, as new items for the ranker
 MAX_EXAMPLES = 8000  # held-out items that the ranker is trained on
+NEW_WEIGHT = 2.5  # of an example whose next item is hidden; with 1, new items rank below plain cosine (docs/experiments/new_items.md)
 NEGATIVES = 500  # random items drawn per held-out item
 BATCH_SIZE = 64  # histories scored at once
 
@@ -118,9 +119,11 @@ def fit_hybrid(
         raise MmsidError("no user has two train items, so the ranker has no training examples; give sequences of 4 items or more")
     hidden = hidden_items(items, hidden_share, seed)
     visible = _without(inner, hidden)
+    if not any(map(len, visible.train)):  # a tiny catalogue
+        hidden, visible = np.zeros(len(items), dtype=bool), inner
     first = _fit_decoder(paths, visible, ~hidden, what=f"{what}, last train items held out", **settings)
     examples = [(inner.train[user], int(inner.valid[user])) for user in users]
-    rankers = _fit_rankers(sources(first.model, visible, ~hidden), examples, seed)
+    rankers = _fit_rankers(sources(first.model, visible, ~hidden), examples, hidden, seed)
     if decoder is None:
         decoder = fit(paths, split, what=what, **settings)
     final = sources(decoder.model, split, np.ones(len(items), dtype=bool))
@@ -158,12 +161,12 @@ def _fit_decoder(paths: ItemPaths, split: Split, known: np.ndarray, **settings: 
     return fit(ItemPaths(paths.tokens[known], paths.sizes), replace(split, train=train, valid=valid), **settings)
 
 
-def _fit_rankers(sources: Sources, examples: list[tuple[np.ndarray, int]], seed: int) -> list[Ranker]:
+def _fit_rankers(sources: Sources, examples: list[tuple[np.ndarray, int]], hidden: np.ndarray, seed: int) -> list[Ranker]:
     """Train the rankers on (history, next item), with a softmax over the next item and random unseen items.
 
     Random negatives keep the scores calibrated over all items, unlike negatives drawn from the candidates.
     """
-    rng, features, invalid = np.random.default_rng(seed), [], []
+    rng, features, invalid, lengths = np.random.default_rng(seed), [], [], []
     num_items = sources.num_items
     for start in track(range(0, len(examples), BATCH_SIZE), what="evidence", unit="batches"):
         batch = examples[start : start + BATCH_SIZE]
@@ -173,5 +176,6 @@ def _fit_rankers(sources: Sources, examples: list[tuple[np.ndarray, int]], seed:
         seen = np.stack([np.isin(row, np.append(history, item)) for row, (history, item) in zip(drawn, batch, strict=True)])
         seen[:, 0] = False
         invalid.append(torch.from_numpy(seen))
-    lengths = torch.tensor([len(history) for history, _ in examples])
-    return fit_rankers(torch.cat(features), lengths, torch.cat(invalid), seed)
+        lengths += map(len, histories.histories)
+    weights = torch.tensor([NEW_WEIGHT if hidden[item] else 1.0 for _, item in examples])
+    return fit_rankers(torch.cat(features), torch.tensor(lengths), torch.cat(invalid), weights, seed)

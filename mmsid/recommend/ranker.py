@@ -46,21 +46,22 @@ def mean_score(rankers: Sequence[Ranker], features: torch.Tensor, lengths: torch
     return torch.stack([ranker(features, lengths) for ranker in rankers]).mean(0)
 
 
-def fit_rankers(features: torch.Tensor, lengths: torch.Tensor, invalid: torch.Tensor, seed: int) -> list[Ranker]:
+def fit_rankers(features: torch.Tensor, lengths: torch.Tensor, invalid: torch.Tensor, weights: torch.Tensor, seed: int) -> list[Ranker]:
     """Train the rankers with a softmax over the true item and its negatives.
 
     Args:
         features: (P, 1 + negatives, F) of P examples, the true item first.
         lengths: (P,) of the histories.
         invalid: (P, 1 + negatives) bool, items that are no negatives (seen ones, and repetitions of the true item).
+        weights: (P,) of the examples in the loss.
     """
     return [
-        _fit_ranker(features, lengths, invalid, seed=RANKERS * seed + number)
+        _fit_ranker(features, lengths, invalid, weights, seed=RANKERS * seed + number)
         for number in track(range(RANKERS), what="rankers", unit="rankers")
     ]
 
 
-def _fit_ranker(features: torch.Tensor, lengths: torch.Tensor, invalid: torch.Tensor, seed: int) -> Ranker:
+def _fit_ranker(features: torch.Tensor, lengths: torch.Tensor, invalid: torch.Tensor, weights: torch.Tensor, seed: int) -> Ranker:
     sample = features[:: max(1, len(features) // 500)].float().flatten(0, 1)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -71,7 +72,8 @@ def _fit_ranker(features: torch.Tensor, lengths: torch.Tensor, invalid: torch.Te
         for _ in range(EPOCHS):
             for rows in torch.randperm(len(features)).split(BATCH_SIZE):
                 scores = ranker(features[rows].float(), lengths[rows]).masked_fill(invalid[rows], -torch.inf)
-                loss = F.cross_entropy(scores, torch.zeros(len(rows), dtype=torch.long))
+                losses = F.cross_entropy(scores, torch.zeros(len(rows), dtype=torch.long), reduction="none")
+                loss = (weights[rows] * losses).mean()
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
