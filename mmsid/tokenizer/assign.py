@@ -15,8 +15,8 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field, field_validator, model_validator
 
-from mmsid.artifacts import manifest_folder, write_json, write_table, writing
-from mmsid.catalog import CatalogConfig, read_catalog, split_histories
+from mmsid.artifacts import Draft, manifest_folder, write_json, write_table, writing
+from mmsid.catalog import Catalog, CatalogConfig, Split, read_catalog, split_histories
 from mmsid.config import StageConfig
 from mmsid.progress import done
 from mmsid.ray_pool import Engine, RayConfig
@@ -106,10 +106,7 @@ def run(config: AssignConfig, engine: Engine = "local") -> Path:
         items, fields = load_inputs(catalog, config.captions, config.interests, tokenizer.settings.use or None)
         limited = config.free_text_nats is not None and any(name in FREE_TEXT for name in fields)
         trusted = load_inputs(catalog, config.captions, config.interests, trusted_fields(fields))[0] if limited else None
-        known = None
-        if config.behaviour != "none":
-            known = behaviour_of_catalog(tokenizer.behaviour, catalog, split, config.behaviour or ())
-        known = known or ItemBehaviour(np.zeros((len(items), 0), np.float32), np.zeros(len(items)))
+        known = _known_behaviour(config, tokenizer, catalog, split)
         encodings = CatalogEncodings(tokenizer, len(items), draft.path / "scores.f32")
         rows, sure, moving = np.full(len(items), -1), np.zeros(len(items), bool), None
         if published is not None:
@@ -145,11 +142,8 @@ def run(config: AssignConfig, engine: Engine = "local") -> Path:
             moving=moving,
             seed=config.seed,
         )
-        if published is not None and config.refresh:
-            report = churn_report(published.table, table)
-            write_json(draft.path / "churn.json", report)
-            (draft.path / "churn.md").write_text(churn_table(report), encoding="utf-8")
-            draft.counts["moved"] = int(moving.sum())
+        if published is not None and moving is not None:
+            _write_churn(draft, churn_report(published.table, table), moving)
         if published is None and len(items) <= _RECONSTRUCTION_ROWS:
             metrics |= reconstruction_figures(tokenizer.head, encodings.last_scores(), table) or {}
             write_json(draft.path / INTRINSIC, metrics)
@@ -169,6 +163,21 @@ def run(config: AssignConfig, engine: Engine = "local") -> Path:
         new = f" ({int((rows < 0).sum()):,} new, {others})"
     done(f"assign: wrote Semantic IDs of {len(items):,} items{new}, {metrics['collisions']['moved']:,} relocated, to {config.out}")
     return config.out
+
+
+def _known_behaviour(config: AssignConfig, tokenizer: ItemTokenizer, catalog: Catalog, split: Split | None) -> ItemBehaviour:
+    """Behaviour of the items; no interactions where the tokenizer or the configuration reads none."""
+    known = None
+    if config.behaviour != "none":
+        known = behaviour_of_catalog(tokenizer.behaviour, catalog, split, config.behaviour or ())
+    count = len(catalog.items)
+    return known or ItemBehaviour(np.zeros((count, 0), np.float32), np.zeros(count))
+
+
+def _write_churn(draft: Draft, report: dict[str, Any], moving: np.ndarray) -> None:
+    write_json(draft.path / "churn.json", report)
+    (draft.path / "churn.md").write_text(churn_table(report), encoding="utf-8")
+    draft.counts["moved"] = int(moving.sum())
 
 
 def _moving(
