@@ -15,8 +15,8 @@ from mmsid.artifacts import read_json
 from mmsid.catalog import CatalogConfig, read_catalog, split_histories
 from mmsid.cli import main
 from mmsid.errors import ArtifactError, ConfigError
-from mmsid.tokenizer.behaviour import BehaviourInput, BehaviourSettings, ItemBehaviour, behaviour_of_catalog, estimate_kappa
-from mmsid.tokenizer.behaviour_weight import choose_weight
+from mmsid.tokenizer.behaviour import BehaviourInput, BehaviourSettings, ItemBehaviour, behaviour_of_catalog
+from mmsid.tokenizer.behaviour_weight import choose_trust_and_weight
 from mmsid.tokenizer.heads import ResidualHead
 from mmsid.tokenizer.inputs import ItemInput
 from mmsid.tokenizer.model import BackboneSettings, TokenizerSettings
@@ -58,16 +58,6 @@ def test_a_text_may_have_as_many_tokens_as_the_behaviour_has_entries(tmp_path):
     together = tokenizer.encode(items, behaviour=vectors).scores
     alone = torch.cat([tokenizer.encode(items[row : row + 1], behaviour=vectors[row : row + 1]).scores for row in range(2)])
     assert torch.allclose(together, alone, atol=1e-5)
-
-
-def test_kappa_is_the_ratio_of_noise_to_signal():
-    """v = signal + noise / sqrt(n), with variances 1 and 4 per item: kappa = 4."""
-    rng = np.random.default_rng(0)
-    counts = rng.integers(1, 30, 20_000)
-    vectors = rng.normal(size=(20_000, 1)) + 2 * rng.normal(size=(20_000, 1)) / np.sqrt(counts)[:, None]
-    behaviour = ItemBehaviour(vectors.astype(np.float32), counts.astype(float))
-    assert estimate_kappa(np.zeros((20_000, 1)), behaviour) == pytest.approx(4, rel=0.15)
-    assert estimate_kappa(np.zeros((2, 1)), ItemBehaviour(np.zeros((2, 1), np.float32), np.zeros(2))) == 1.0
 
 
 def test_refresh_moves_the_worst_fitting_items_first():
@@ -248,5 +238,19 @@ def test_weight_of_behaviour_is_chosen_by_what_tells_the_next_item(told_by, expe
     content, vectors = (shown, noise) if told_by == "content" else (noise, shown)
     pairs = np.array([[row, rng.choice(np.flatnonzero(group == group[row]))] for row in rng.integers(300, size=400)])
     pairs = pairs[pairs[:, 0] != pairs[:, 1]][: 50 if told_by == "few pairs" else None]
-    weight, ranked = choose_weight(content, ItemBehaviour(vectors, np.full(300, 50.0)), pairs, seed=0)
-    assert weight == expected and bool(ranked) == (told_by != "few pairs")
+    known = ItemBehaviour(vectors, np.full(300, 50.0))
+    assert choose_trust_and_weight(content, known, pairs, seed=0)[1] == expected
+    assert choose_trust_and_weight(content, known, pairs, seed=0, weights=(1.4,))[1] == 1.4
+
+
+@pytest.mark.parametrize(("noise", "expected"), [(0.0, 0.1), (3.0, 3.0)])
+def test_rare_behaviour_is_trusted_unless_it_is_noise(noise, expected):
+    """Content predicts the group's vector. With one interaction, an item's own vector is exact, or noise."""
+    rng = np.random.default_rng(0)
+    group = np.arange(300) % 60
+    unit = lambda x: (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)  # noqa: E731
+    centres = rng.normal(size=(60, 8))
+    content = unit(centres[group] + 0.8 * rng.normal(size=(300, 8)))
+    vectors = unit(unit(centres)[group] + noise * rng.normal(size=(300, 8)))
+    pairs = np.array([(a, b) for a in range(300) for b in np.flatnonzero(group == group[a]) if a != b])
+    assert choose_trust_and_weight(content, ItemBehaviour(vectors, np.ones(300)), pairs, seed=0)[0] == expected

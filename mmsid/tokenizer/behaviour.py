@@ -28,7 +28,6 @@ from mmsid.quantize import CoEngagementFactors
 from mmsid.tokenizer.inputs import ItemInput
 
 FULL_TRUST = 1e6  # interactions assumed for the user's vectors if neither their file nor the sequences give a number
-KAPPAS = (0.1, 30.0)  # limits of the estimate of kappa
 CONTEXT_ITEMS = "behaviour_items.parquet"
 
 
@@ -193,22 +192,3 @@ def with_interactions(vectors: np.ndarray, histories: Sequence[np.ndarray]) -> I
     """Count the occurrences of each item in `histories`; items whose vector is zero have n_i = 0."""
     counts = np.bincount(np.concatenate([*histories, np.zeros(0, np.int64)]).astype(np.int64), minlength=len(vectors))
     return ItemBehaviour(vectors, np.where(vectors.any(1), counts, 0).astype(np.float64))
-
-
-def estimate_kappa(predicted: np.ndarray, behaviour: ItemBehaviour) -> float:
-    """kappa = sigma^2 / tau^2 by the method of moments.
-
-    |v_i - p_i|^2 has the expectation tau^2 + sigma^2 / n_i: tau^2 is what content does not predict, sigma^2 / n_i the noise of the
-    vector. Both follow from a least-squares fit on 1 / n_i, weighted by n_i. The result is limited to `KAPPAS`.
-
-    Args:
-        predicted: (N, M), content's prediction p_i of the behaviour vectors, in their units.
-    """
-    rows = behaviour.interactions > 0
-    if not rows.any():
-        return 1.0
-    inverse = 1 / behaviour.interactions[rows]
-    squared = np.square(behaviour.vectors[rows] - predicted[rows]).sum(1)
-    design, weight = np.stack([np.ones_like(inverse), inverse], 1), np.sqrt(behaviour.interactions[rows])[:, None]
-    (between, noise), *_ = np.linalg.lstsq(design * weight, squared * weight[:, 0], rcond=None)
-    return float(np.clip(noise / max(between, 1e-9), *KAPPAS))

@@ -24,7 +24,7 @@ from mmsid.config import Section
 from mmsid.progress import track
 from mmsid.quantize import CoEngagementFactors, balanced_residual_kmeans
 from mmsid.quantize.sinkhorn import column_log_weights
-from mmsid.tokenizer.behaviour import ItemBehaviour, estimate_kappa, read_files, with_interactions
+from mmsid.tokenizer.behaviour import ItemBehaviour, read_files, with_interactions
 from mmsid.tokenizer.heads import CodeHead, ParallelHead, ResidualHead
 from mmsid.tokenizer.inputs import ItemInput, MinedInterests, attribute_text
 from mmsid.tokenizer.losses import code_cross_entropy
@@ -169,8 +169,6 @@ def balanced_start(
         space = torch.cat([space[:, :width], torch.where(cold[:, None], predicted[:, width:], space[:, width:])], 1)
     reading = predicted
     if isinstance(head, ResidualHead) and head.behaviour is not None:
-        scale = head.behaviour.value[0, 0].item()
-        head.behaviour.kappa.fill_(estimate_kappa(predicted[:, width:].numpy() / scale, behaviour))
         reading = head.behaviour(predicted[:, None], torch.from_numpy(behaviour.rows()))[:, 0]
     both = torch.cat([reading, predicted[content_sample(len(reading), seed)]])
     vectors, codes = priced_codebooks(both, settings.num_levels, settings.codebook_size, seed)

@@ -22,7 +22,7 @@ from mmsid.sids import SidTable
 from mmsid.tokenizer import initialization
 from mmsid.tokenizer.batches import PairPlan
 from mmsid.tokenizer.behaviour import BehaviourSettings
-from mmsid.tokenizer.behaviour_weight import choose_weight
+from mmsid.tokenizer.behaviour_weight import WEIGHTS, choose_trust_and_weight
 from mmsid.tokenizer.code_renaming import check_sizes, rename_codes
 from mmsid.tokenizer.heads import ResidualHead
 from mmsid.tokenizer.inputs import ItemInput, build_inputs, read_caption_texts, read_mined_interests, readable_fields
@@ -148,12 +148,13 @@ class Training:
             return BehaviourSettings(source="vectors", dim=dim, window=window)
         return BehaviourSettings(source="coengagement", dim=dim, contexts=len(behaviour.factors.context), window=window)
 
-    def _set_factors(self, behaviour: initialization.Behaviour, weight: float) -> None:
+    def _set_factors(self, behaviour: initialization.Behaviour, kappa: float, weight: float) -> None:
         target = self.tokenizer.behaviour
         if target is None:
             return
         with torch.no_grad():
             target.value.copy_(weight * torch.eye(len(target.value)))
+            target.kappa.fill_(kappa)
             if behaviour.factors is not None:
                 target.context.copy_(torch.from_numpy(behaviour.factors.context))
                 target.log_share.copy_(torch.from_numpy(behaviour.factors.log_share))
@@ -162,11 +163,11 @@ class Training:
         self, content: initialization.ContentStates, behaviour: initialization.Behaviour, start: initialization.StartSettings
     ) -> np.ndarray:
         """Fused vectors (N, D) = [content ; weight x behaviour], from which all targets are made. Sets the behaviour input."""
-        unit, weight = initialization.unit_content(content.pooled, centre=self.config.backbone.kind != "text"), start.behaviour_weight
-        if weight is None:
-            held_out = self.split.held_out_histories() if self.split is not None else []
-            weight, _ = choose_weight(unit, behaviour.items, adjacent_pairs(held_out), self.config.seed)
-        self._set_factors(behaviour, weight)
+        unit = initialization.unit_content(content.pooled, centre=self.config.backbone.kind != "text")
+        pairs = adjacent_pairs(self.split.held_out_histories() if self.split is not None else [])
+        weights = WEIGHTS if start.behaviour_weight is None else (start.behaviour_weight,)
+        kappa, weight = choose_trust_and_weight(unit, behaviour.items, pairs, self.config.seed, weights)
+        self._set_factors(behaviour, kappa, weight)
         return fuse(unit, behaviour.items.vectors, weight)
 
     # --- training loop
