@@ -58,7 +58,8 @@ class Recommendations:
 class Recommender:
     """Hybrid recommender over a catalogue of items with Semantic IDs.
 
-    Load it with `from_pretrained`; `mmsid train_recommender` writes the folder.
+    Load it with `from_pretrained`; `mmsid train_recommender` writes the folder. Several threads may call `recommend`, but not while
+    `add_items` or `grow` runs.
 
     Attributes:
         item_ids: ids of all items, in the order of the rows.

@@ -5,14 +5,16 @@ The folder has a manifest and checksums. Search indexes, tries and posting lists
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 from scipy import sparse
+from sklearn.feature_extraction.text import TfidfVectorizer
 
 from mmsid._version import __version__
 from mmsid.artifacts import (
@@ -107,7 +109,7 @@ def save_state(folder: Path, state: RecommenderState, card: str, identity: Mappi
         draft.counts["items"] = len(state.table)
 
 
-def load_state(folder: Path) -> tuple[RecommenderState, dict[str, str]]:
+def load_state(folder: Path) -> tuple[RecommenderState, dict[str, Any]]:
     """Read a recommender folder. -> its state, and the keys of recommender.json.
 
     Raises:
@@ -193,7 +195,7 @@ def path_tokens(table: SidTable, sizes: Sequence[int]) -> np.ndarray:
     return tokens
 
 
-def _path_source(folder: Path, table: SidTable, settings: Mapping, known: np.ndarray) -> PathSource:
+def _path_source(folder: Path, table: SidTable, settings: Mapping[str, Any], known: np.ndarray) -> PathSource:
     tokens = path_tokens(table, settings["sizes"])
     paths = ItemPaths(tokens, tuple(settings["sizes"]))
     model = SidTransformer(paths, SidTransformerShape(**settings["shape"]))
@@ -223,7 +225,7 @@ def _load_weights(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], f
         raise ArtifactError(f"{folder}: weights do not fit the settings ({error}); copy the folder again or train it again") from error
 
 
-def _vectorizer(path: Path, build):
+def _vectorizer(path: Path, build: Callable[..., TfidfVectorizer]) -> TfidfVectorizer | None:
     if not path.is_file():
         return None
     terms = read_table(path)
