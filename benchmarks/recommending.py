@@ -134,7 +134,7 @@ def generate(num_items: int, rng: np.random.Generator) -> RecommenderState:
     """A recommender of random content, with the sparsity of a real one."""
     ids = [f"i{number}" for number in range(num_items)]
     codes = np.stack([rng.integers(size, size=num_items) for size in SIZES], 1)
-    paths = ItemPaths(codes, SIZES, np.ones_like(codes, dtype=bool))
+    paths = ItemPaths(codes, SIZES)
     centres = rng.normal(size=(1000, DIM)).astype(np.float32)
     embeddings = centres[rng.integers(1000, size=num_items)] + rng.normal(size=(num_items, DIM)).astype(np.float32)
     embeddings = unit_rows(embeddings)

@@ -14,12 +14,13 @@ from tiny_catalog import write_catalog
 
 from mmsid.artifacts import read_json, read_manifest
 from mmsid.backbone.lora import LoraSettings
-from mmsid.catalog import read_catalog
+from mmsid.catalog import read_catalog, split_histories
 from mmsid.cli import main
 from mmsid.errors import ArtifactError, ConfigError
 from mmsid.sids import SidTable
 from mmsid.sids.churn import churn_report
 from mmsid.tokenizer import assign, train
+from mmsid.tokenizer.behaviour import behaviour_of_catalog
 from mmsid.tokenizer.bundle import load_bundle, write_bundle
 from mmsid.tokenizer.inputs import load_inputs
 from mmsid.tokenizer.model import BackboneSettings, ItemTokenizer
@@ -69,8 +70,9 @@ FRESH = """
 import json, sys
 from mmsid.tokenizer.inputs import ItemInput
 from mmsid.tokenizer.model import ItemTokenizer
-texts = json.load(sys.stdin)
-codes = ItemTokenizer.from_pretrained(sys.argv[1]).encode([ItemInput(text) for text in texts]).raw_codes
+texts, vectors, interactions = json.load(sys.stdin)
+items = [ItemInput(text) for text in texts]
+codes = ItemTokenizer.from_pretrained(sys.argv[1]).encode(items, behaviour=vectors, interactions=interactions).raw_codes
 print(json.dumps(codes.tolist()))
 """
 
@@ -78,11 +80,19 @@ print(json.dumps(codes.tolist()))
 @pytest.mark.slow
 def test_a_fresh_process_gives_the_published_raw_codes(world) -> None:
     catalog = read_catalog(world["catalog"])
-    use = ItemTokenizer.from_pretrained(world["bundle"]).settings.use
-    texts = [item.text for item in load_inputs(catalog, None, None, use)[0]]
+    tokenizer = ItemTokenizer.from_pretrained(world["bundle"])
+    texts = [item.text for item in load_inputs(catalog, None, None, tokenizer.settings.use)[0]]
+    known = behaviour_of_catalog(tokenizer.behaviour, catalog, split_histories(catalog, world["catalog"].split))
     moved = shutil.copytree(world["bundle"], world["folder"] / "elsewhere")
     command = [sys.executable, "-c", FRESH, str(moved)]
-    done = subprocess.run(command, input=json.dumps(texts), capture_output=True, text=True, timeout=280, env=os.environ.copy())
+    done = subprocess.run(
+        command,
+        input=json.dumps([texts, known.vectors.tolist(), known.interactions.tolist()]),
+        capture_output=True,
+        text=True,
+        timeout=280,
+        env=os.environ.copy(),
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     table = SidTable.load(moved / "sids")
     assert table.item_ids == [item.item_id for item in catalog.items]
