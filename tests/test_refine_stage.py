@@ -222,8 +222,7 @@ def test_dropped_words_are_the_same_every_time_and_about_the_share():
 
 @pytest.mark.slow
 def test_two_processes_end_with_the_codes_of_one(start, tmp_path):
-    """Gradients are summed in another order. The first rounds agree to rounding. Later rounds, at this high learning rate, amplify it, and a
-    few items may end elsewhere."""
+    """Gradients are summed in another order. The first rounds agree to rounding; later rounds amplify it, and a few items end elsewhere."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     environment["PYTHONPATH"] = str(Path(__file__).parents[1])
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
