@@ -257,7 +257,7 @@ def test_the_shipped_suite_has_every_method_and_three_draws():
 
 @pytest.mark.slow
 def test_the_command_reports_a_failed_job_and_resumes(finished, tmp_path, capsys):
-    """`ours` fails, because one level of two codes has no room for 32 items; the retrievers are ranked nevertheless."""
+    """`ours` fails, because one level of two codes gives only two SIDs for 32 items; the retrievers are ranked nevertheless."""
     plain = {"protocols": ["hidden"], "draws": 1, "share": 0.2, "jobs": 1, "methods": ["tfidf", "minilm_cosine", "emb_cosine"]}
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(plain | {"tokenizer": {"num_levels": 1, "codebook_size": 2, "steps": 0}}))
     data = finished.dataset.model_dump(mode="json", exclude_none=True, exclude={"name"})

@@ -246,7 +246,7 @@ def test_mistakes_are_refused_with_their_remedy(trained, recommend, tmp_path, ca
     pq.write_table(pa.table({"user": ["a"], "items": [["x"]]}), tmp_path / "users.parquet")
     for arguments, section, words in (
         ((), {"sids": str(tmp_path / "moved")}, "give known items other codes"),
-        ((), {"recommender": str(tmp_path)}, "no recommender folder"),
+        ((), {"recommender": str(tmp_path)}, "not a recommender folder"),
         ((), {"only": str(tmp_path / "only.csv")}, "knows none of the 1 ids (first: 'who'"),
         ((), {"catalog": {"sequences": None}}, "the catalogue has no users; name a table of users: --users FILE"),
         (("--users", tmp_path / "none.csv"), {}, "recommend.users: "),

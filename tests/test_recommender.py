@@ -230,7 +230,7 @@ def test_mistakes_name_the_place_and_the_remedy(trained, recommender, tmp_path):
         (MmsidError, "one row per item", lambda: recommender.add_items([NEW], table)),
         (MmsidError, r"shape \(1, 3\), expected \(1, 8\)", lambda: recommender.add_items([NEW], table, np.zeros((1, 3)))),
         (MmsidError, "1 items are NaN", lambda: recommender.add_items([NEW], table, vector * np.nan)),
-        (ArtifactError, "no recommender folder", lambda: Recommender.from_pretrained(tmp_path)),
+        (ArtifactError, "not a recommender folder", lambda: Recommender.from_pretrained(tmp_path)),
         (ArtifactError, "remove it", lambda: recommender.save_pretrained(folder)),
     ):
         with pytest.raises(error, match=message):

@@ -209,6 +209,10 @@ def test_vectors_of_the_user_are_an_input(run_folder, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["assign", "--config", str(tmp_path / "run.yaml"), f"assign.behaviour={tmp_path / 'wrong.parquet'}", "--redo"])
     assert "dimension 4, the tokenizer reads 5" in capsys.readouterr().err
+    pq.write_table(pa.Table.from_pylist(rows[:-1]), tmp_path / "two_tower.parquet")
+    with pytest.raises(SystemExit):
+        main(["train_tokenizer", "--config", str(tmp_path / "run.yaml")])
+    assert "its input behaviour 1" in (error := capsys.readouterr().err) and "has changed" in error
 
 
 def test_no_behaviour_is_content_alone(run_folder, tmp_path):

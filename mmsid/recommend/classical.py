@@ -70,11 +70,6 @@ def classical_baselines(items: list[Item], split: Split) -> list[ClassicalBaseli
     return baselines
 
 
-def classical_scorer(items: list[Item], split: Split, parameters: dict[str, float]) -> Score:
-    """Scoring function of item-kNN, TF-IDF kNN or the hybrid with the given parameters."""
-    return classical_scorers(items, split, {"": parameters})[""]
-
-
 def classical_scorers(items: list[Item], split: Split, parameters: Mapping[str, dict[str, float]]) -> dict[str, Score]:
     """Scoring functions of several classical baselines by name, from one computation of the similarities."""
     similarities = _similarities(items, split)

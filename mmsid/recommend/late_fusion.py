@@ -10,7 +10,7 @@ import torch
 
 from mmsid.catalog.items import Item
 from mmsid.catalog.splits import Split
-from mmsid.recommend.classical import classical_scorer
+from mmsid.recommend.classical import classical_scorers
 from mmsid.recommend.evaluate import Score, mask_seen
 from mmsid.recommend.metrics import Ranks, ndcg, rank_targets
 
@@ -34,7 +34,7 @@ def late_fusion(score: Score, hybrid: dict[str, float], items: list[Item], split
         score: log-probabilities or logits of all items, -inf where the recommender scores none.
         hybrid: parameters of the classical hybrid, tuned on valid (`classical.classical_baselines`).
     """
-    baseline = classical_scorer(items, split, hybrid)
+    baseline = classical_scorers(items, split, {"hybrid_knn": hybrid})["hybrid_knn"]
     users = split.users("valid")[:TUNING_USERS]
     gains: dict[tuple[float, float], list[np.ndarray]] = {point: [] for point in product(WEIGHTS, POWERS)}
     for start in range(0, len(users), 256):

@@ -1,7 +1,7 @@
 """Stage `recommend`: the best k items for every user, written as parquet shards.
 
-Production is no evaluation: the whole history of a user is read, and nothing is held out. Items that are new in the SID folder are added
-to the recommender first. A killed job resumes at the first missing shard and writes the same files.
+The stage reads the whole history of a user and holds nothing out: it serves, and does not evaluate. Items that are new in the SID folder
+are added to the recommender first. A killed job resumes at the first missing shard and writes the same files.
 """
 
 from __future__ import annotations

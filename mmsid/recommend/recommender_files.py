@@ -118,7 +118,9 @@ def load_state(folder: Path) -> tuple[RecommenderState, dict[str, Any]]:
     folder = Path(folder)
     if not (folder / CONFIG).is_file():
         hint = f"; it is in {folder / 'recommender'}" if (folder / "recommender" / CONFIG).is_file() else ""
-        raise ArtifactError(f"{folder} is no recommender folder (no {CONFIG}){hint}; give the folder that `mmsid train_recommender` wrote")
+        raise ArtifactError(
+            f"{folder} is not a recommender folder: it has no {CONFIG}{hint}; give the one that `mmsid train_recommender` wrote"
+        )
     read_manifest(folder, "recommender")
     verify_folder(folder)
     settings = read_json(folder / CONFIG)

@@ -11,7 +11,7 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 from accelerate import Accelerator
@@ -27,7 +27,7 @@ from mmsid.progress import done
 from mmsid.recommend.classical import CLASSICAL_NAMES, classical_baselines
 from mmsid.recommend.evaluate import PARTS, Evaluation, Part, evaluate
 from mmsid.recommend.flat import FlatShape
-from mmsid.recommend.hybrid import fit_hybrid, hybrid_name
+from mmsid.recommend.hybrid import FittedHybrid, fit_hybrid, hybrid_name
 from mmsid.recommend.metrics import over_seeds
 from mmsid.recommend.recommender import Recommender
 from mmsid.recommend.recommender_files import embeddings_file, read_embeddings
@@ -100,14 +100,14 @@ class TrainRecommenderConfig(StageConfig):
     best_achievable: Path | None = None
     beam: int = Field(default=50, gt=0)
     baseline: str | None = None
-    recommender: bool | str | None = True
+    recommender: bool | str = True
 
     @property
     def kept_variant(self) -> str | None:
         """Variant whose hybrid recommender is kept, or None."""
         if self.recommender is True:
             return next((name for name in ("ours_refined", "ours") if name in self.variants), next(iter(self.variants)))
-        return self.recommender if self.recommender not in (False, None, "off") else None
+        return self.recommender or None
 
     @property
     def kept_recommender(self) -> Path | None:
@@ -147,20 +147,20 @@ def run(config: TrainRecommenderConfig) -> Path:
     inputs |= {f"embeddings {name}": embeddings_file(config.variants[name]) for name in config.hybrid_variants}
     inputs["best_achievable"] = config.best_achievable
     with writing(config.out, stage="train_recommender", config=config, inputs=inputs, resume=True) as draft:
-        decoder = None
+        world, decoder = _World(config, catalog, split, draft.path), None
         for name, table in tables.items():
             for seed in config.recommender_seeds:
-                fitted = _run_variant(config, name, table, seed, catalog, split, draft.path, accelerator)
+                fitted = _run_variant(world, accelerator, name, table, seed)
                 if (name, seed) == (config.kept_variant, config.recommender_seeds[0]) and config.architecture == "sid_transformer":
                     decoder = fitted
         if accelerator.is_main_process:
             if config.kept_variant is not None and config.architecture != "hybrid":
-                table, seed = tables[config.kept_variant], config.recommender_seeds[0]
-                marker = draft.path / "ranks" / hybrid_name(config.kept_variant) / f"{seed}.json"
+                seed = config.recommender_seeds[0]
+                marker = world.marker(hybrid_name(config.kept_variant), seed)
                 if not marker.is_file():
-                    _run_hybrid(config, config.kept_variant, table, seed, catalog, split, marker, decoder)
+                    _run_hybrid(world, config.kept_variant, tables[config.kept_variant], seed, marker, decoder)
             if config.classical_baselines:
-                _run_classical(config, catalog, split, draft.path)
+                _run_classical(world)
             rows = _rows(config, tables, draft.path)
             differences = _differences(config, rows, draft.path)
             write_json(draft.path / "metrics.json", {"dataset": dataset_facts(catalog, split), "arms": rows, "differences": differences})
@@ -215,28 +215,32 @@ def _check(config: TrainRecommenderConfig) -> None:
         raise ConfigError(f"train_recommender.seeds: {seeds} contains a seed twice; remove the repetition")
 
 
-def _run_variant(
-    config: TrainRecommenderConfig,
-    name: str,
-    table: SidTable,
-    seed: int,
-    catalog: Catalog,
-    split: Split,
-    folder: Path,
-    accelerator: Accelerator,
-) -> Fitted | None:
+class _World(NamedTuple):
+    """Inputs of all methods, and the folder of their results."""
+
+    config: TrainRecommenderConfig
+    catalog: Catalog
+    split: Split
+    folder: Path
+
+    def marker(self, method: str, seed: int) -> Path:
+        """File that marks the result of a method and seed as complete."""
+        return self.folder / "ranks" / method / f"{seed}.json"
+
+
+def _run_variant(world: _World, accelerator: Accelerator, name: str, table: SidTable, seed: int) -> Fitted | None:
     """Train and rank one variant. -> the trained recommender, None if it was finished earlier or is a hybrid."""
-    marker = folder / "ranks" / name / f"{seed}.json"
+    config, marker = world.config, world.marker(name, seed)
     # rank 0 checks the disk for all processes, so that they agree on the remaining work
     if broadcast_object_list([marker.is_file() if accelerator.is_main_process else None])[0]:
         return None
     if config.architecture == "hybrid":
         if accelerator.is_main_process:
-            _run_hybrid(config, name, table, seed, catalog, split, marker)
+            _run_hybrid(world, name, table, seed, marker)
         return None
     fitted = fit(
         table_paths(table),
-        split,
+        world.split,
         shape=config.model.shape(config.architecture),
         schedule=config.schedule,
         seed=seed,
@@ -245,53 +249,47 @@ def _run_variant(
     )
     if not accelerator.is_main_process:
         return None
-    evaluations = {part: fitted.evaluate(split, part, beam=config.beam) for part in PARTS}
-    extra = {"seconds": fitted.seconds, "epochs": fitted.epochs, "stopped_at_valid": fitted.best}
-    _write_result(marker, evaluations, extra, catalog)
+    _write_fitted(world, fitted, marker, {part: fitted.evaluate(world.split, part, beam=config.beam) for part in PARTS})
     return fitted
 
 
-def _run_hybrid(
-    config: TrainRecommenderConfig,
-    name: str,
-    table: SidTable,
-    seed: int,
-    catalog: Catalog,
-    split: Split,
-    marker: Path,
-    decoder: Fitted | None = None,
-) -> None:
+def _run_hybrid(world: _World, name: str, table: SidTable, seed: int, marker: Path, decoder: Fitted | None = None) -> None:
     """Train and rank the hybrid recommender of a variant, in this process alone, and save the one that the stage keeps."""
+    config, items = world.config, world.catalog.items
     fitted = fit_hybrid(
         table_paths(table),
-        catalog.items,
+        items,
         read_embeddings(config.variants[name], table.item_ids),
-        split,
+        world.split,
         shape=config.model.shape("hybrid"),
         schedule=config.schedule,
         seed=seed,
         what=f"{hybrid_name(name)}, seed {seed}",
         decoder=decoder,
     )
-    evaluations = {part: fitted.evaluate(split, part) for part in PARTS}
+    evaluations = {part: fitted.evaluate(world.split, part) for part in PARTS}
     if (name, seed) == (config.kept_variant, config.recommender_seeds[0]):
-        out = marker.parents[2] / RECOMMENDER
+        out = world.folder / RECOMMENDER
         shutil.rmtree(out, ignore_errors=True)  # written by a run that was interrupted before its marker
         figures = {f"{metric} on test": evaluations["test"].summary()[metric] for metric in ("HR@10", "NDCG@10")}
-        Recommender.from_fitted(fitted, catalog.items, table).save_pretrained(out, figures=figures)
-    extra = {"seconds": fitted.seconds, "epochs": fitted.epochs, "stopped_at_valid": fitted.best}
-    _write_result(marker, evaluations, extra, catalog)
+        Recommender.from_fitted(fitted, items, table).save_pretrained(out, figures=figures)
+    _write_fitted(world, fitted, marker, evaluations)
 
 
-def _run_classical(config: TrainRecommenderConfig, catalog: Catalog, split: Split, folder: Path) -> None:
-    markers = {name: folder / "ranks" / name / f"{config.seed}.json" for name in CLASSICAL_NAMES}
+def _run_classical(world: _World) -> None:
+    markers, items = {name: world.marker(name, world.config.seed) for name in CLASSICAL_NAMES}, world.catalog.items
     if all(marker.is_file() for marker in markers.values()):
         return
-    for baseline in classical_baselines(catalog.items, split):
+    for baseline in classical_baselines(items, world.split):
         started = time.perf_counter()
-        evaluations = {part: evaluate(baseline.score, split, part, len(catalog.items)) for part in PARTS}
+        evaluations = {part: evaluate(baseline.score, world.split, part, len(items)) for part in PARTS}
         extra = {"seconds": baseline.seconds + time.perf_counter() - started, "parameters": baseline.parameters}
-        _write_result(markers[baseline.name], evaluations, extra, catalog)
+        _write_result(markers[baseline.name], evaluations, extra, world.catalog)
+
+
+def _write_fitted(world: _World, fitted: Fitted | FittedHybrid, marker: Path, evaluations: dict[Part, Evaluation]) -> None:
+    extra = {"seconds": fitted.seconds, "epochs": fitted.epochs, "stopped_at_valid": fitted.best}
+    _write_result(marker, evaluations, extra, world.catalog)
 
 
 def _write_result(marker: Path, evaluations: dict[Part, Evaluation], extra: dict[str, Any], catalog: Catalog) -> None:

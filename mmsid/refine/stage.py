@@ -39,7 +39,7 @@ from mmsid.refine.reward import SidReward, train_reward
 from mmsid.refine.robust_prediction import RobustPrediction
 from mmsid.refine.tracking import RunLog, check_tracker
 from mmsid.sids.table import SidTable
-from mmsid.tokenizer.behaviour import behaviour_of_catalog
+from mmsid.tokenizer.behaviour import behaviour_inputs, behaviour_of_catalog
 from mmsid.tokenizer.inputs import ItemInput, load_inputs
 from mmsid.tokenizer.model import ItemTokenizer
 
@@ -67,7 +67,7 @@ def run(config: RefineConfig, quick_recommender: QuickRecommender | None = None)
     catalog = read_catalog(config.catalog)
     split = split_histories(catalog, config.catalog.split)
     inputs = {name: getattr(config, name) for name in ("tokenizer", "sids", "captions", "interests", "text_quality")}
-    inputs |= config.catalog.input_files()
+    inputs |= config.catalog.input_files() | behaviour_inputs(config.behaviour)
     inputs["tokenizer"] = manifest_folder(config.tokenizer)
     inputs["sids"] = manifest_folder(config.sids)
     with writing(config.out, stage="refine", config=config, inputs=inputs, resume=True) as draft:

@@ -26,7 +26,7 @@ from mmsid.sids.collisions import Policy
 from mmsid.sids.folder import INTRINSIC
 from mmsid.sids.retrieval import retrieval_table
 from mmsid.sids.table import BEHAVIOUR, CONTENT
-from mmsid.tokenizer.behaviour import ItemBehaviour, behaviour_of_catalog
+from mmsid.tokenizer.behaviour import ItemBehaviour, behaviour_inputs, behaviour_of_catalog
 from mmsid.tokenizer.catalog_encoding import CatalogEncoder, CatalogEncodings
 from mmsid.tokenizer.inputs import load_inputs
 from mmsid.tokenizer.model import ItemTokenizer
@@ -96,6 +96,7 @@ def run(config: AssignConfig, engine: Engine = "local") -> Path:
     inputs = {
         "tokenizer": manifest_folder(config.tokenizer),
         **config.catalog.input_files(),
+        **behaviour_inputs(config.behaviour),
         "captions": config.captions,
         "interests": config.interests,
         "append": None if config.append is None else manifest_folder(config.append),

@@ -173,6 +173,12 @@ def behaviour_of_catalog(
     return with_interactions(behaviour.factors().vectors(weights), histories)
 
 
+def behaviour_inputs(behaviour: str | tuple[Path, ...] | None) -> dict[str, Path]:
+    """Name -> vector file, for the manifests of stages; {} if `behaviour` names no files."""
+    files = behaviour if isinstance(behaviour, tuple) else ()
+    return {f"behaviour {number}": path for number, path in enumerate(files, start=1)}
+
+
 def read_files(files: Sequence[Path], item_ids: Sequence[str], histories: Sequence[np.ndarray]) -> ItemBehaviour:
     """Behaviour vectors of the user's own files. n_i is the column `interactions` of the files, else the occurrences in `histories`,
     else so large that the vectors are trusted fully.

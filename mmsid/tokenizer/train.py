@@ -12,6 +12,7 @@ from mmsid.accelerator import make_accelerator
 from mmsid.artifacts import manifest_folder, writing
 from mmsid.catalog import read_catalog, split_histories
 from mmsid.progress import done
+from mmsid.tokenizer.behaviour import behaviour_inputs
 from mmsid.tokenizer.train_config import TrainTokenizerConfig
 from mmsid.tokenizer.training import OnStep, Training
 
@@ -30,6 +31,7 @@ def run(config: TrainTokenizerConfig, on_step: OnStep | None = None) -> Path:
     split = split_histories(catalog, config.catalog.split) if catalog.histories else None
     folders = {
         **config.catalog.input_files(),
+        **behaviour_inputs(config.behaviour),
         "captions": config.captions,
         "interests": config.interests,
         "align_codes_to": None if config.align_codes_to is None else manifest_folder(config.align_codes_to),
