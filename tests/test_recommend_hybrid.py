@@ -16,6 +16,7 @@ from mmsid.catalog.items import Item
 from mmsid.catalog.splits import Split
 from mmsid.errors import MmsidError
 from mmsid.recommend import embedding_source, hybrid, term_source
+from mmsid.recommend.bench.new_items.protocol import drawn_items
 from mmsid.recommend.coengagement_source import CoEngagementSource
 from mmsid.recommend.embedding_source import EmbeddingSource, fit_centroids, unit_rows
 from mmsid.recommend.evaluate import evaluate, evaluate_candidates
@@ -30,6 +31,7 @@ from mmsid.recommend.sparse_rows import heaviest
 from mmsid.recommend.term_source import TermSource
 from mmsid.recommend.training import Schedule
 from mmsid.recommend.words import fit_vectorizers
+from mmsid.sids.readings import Readings
 
 SMALL = SidTransformerShape(d_model=16, heads=2, hidden=16, layers=1, dropout=0.0)
 BRIEF = Schedule(epochs=3, batch_size=32, lr=0.02)
@@ -233,12 +235,30 @@ def test_held_out_and_hidden_items_are_kept_from_the_sources_of_the_ranker(data,
     assert decoded == [(40 - hidden.sum(), [*map(len, inner)]), (40, [*map(len, split.train)])]
 
 
+def test_the_decoder_of_the_ranker_reads_codes_that_do_not_know_held_out_interactions(data, monkeypatch):
+    catalog, split, paths, embeddings = data
+    readings = Readings(shortened=(paths.tokens + 1) % 8, content=(paths.tokens + 2) % 8)
+    decoded, original = [], hybrid.fit
+    monkeypatch.setattr(hybrid, "fit", lambda paths, split, **settings: decoded.append(paths.tokens) or original(paths, split, **settings))
+    fitted = fit_hybrid(paths, catalog.items, embeddings, split, shape=SMALL, schedule=BRIEF, hidden_share=0.3, readings=readings)
+    hidden = hidden_items(catalog.items, 0.3, 0)
+    assert np.array_equal(decoded[0], readings.shortened[~hidden]) and np.array_equal(decoded[1], paths.tokens)
+    assert np.array_equal(fitted.sources.path.paths.tokens, paths.tokens)
+
+
 def test_hidden_items_depend_on_content_alone():
     items = [item(str(number)) for number in range(500)]
     hidden = hidden_items(items, 0.1, seed=0)
     assert 25 < hidden.sum() < 80
     assert np.array_equal(hidden_items(items[::-1], 0.1, seed=0), hidden[::-1])
     assert not np.array_equal(hidden_items(items, 0.1, seed=1), hidden) and not hidden_items(items, 0.0, seed=0).any()
+
+
+def test_an_evaluation_that_hides_items_by_the_same_seed_leaves_items_to_hide():
+    items = [item(str(number)) for number in range(500)]
+    for seed in range(3):
+        known = [one for one, new in zip(items, drawn_items(items, 0.1, seed), strict=True) if not new]
+        assert 25 < hidden_items(known, 0.1, seed).sum() < 80
 
 
 def test_the_hybrid_works_without_embeddings_and_without_text(data):
@@ -252,4 +272,4 @@ def test_the_hybrid_without_items_to_hold_out_names_the_remedy(data):
     catalog, split, paths, embeddings = data
     fitted = partial(fit_hybrid, paths, catalog.items, embeddings, shape=SMALL)
     with pytest.raises(MmsidError, match="4 items"):
-        fitted(replace(split, train=[rows[:1] for rows in split.train]))
+        fitted(split=replace(split, train=[rows[:1] for rows in split.train]))

@@ -1,5 +1,6 @@
 """Behaviour input of the tokenizer: trust, two readings, vectors of new items from stored factors, user files, append and refresh."""
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +16,7 @@ from mmsid.artifacts import read_json
 from mmsid.catalog import CatalogConfig, read_catalog, split_histories
 from mmsid.cli import main
 from mmsid.errors import ArtifactError, ConfigError
+from mmsid.sids.readings import load_readings, readings_file
 from mmsid.tokenizer.behaviour import BehaviourInput, BehaviourSettings, ItemBehaviour, behaviour_of_catalog
 from mmsid.tokenizer.behaviour_weight import choose_trust_and_weight
 from mmsid.tokenizer.heads import ResidualHead
@@ -33,6 +35,16 @@ def test_fusion_by_hand():
     found = behaviour(s, torch.tensor([[1.0, 3.0], [1.0, 0.0]]))
     assert found[0, 0].tolist() == [1.0, 2.0, 0.25 * 0.5 + 0.75 * 2.0, 9.0]
     assert torch.equal(found[1], s[1]), "no interactions: the content reading"
+
+
+def test_behaviour_of_a_state_is_replaced_without_reading_the_content_again():
+    behaviour = BehaviourInput(BehaviourSettings(source="vectors", dim=2), first=1)
+    behaviour.value.data.copy_(torch.tensor([[2.0, 1.0], [0.0, 1.0]]))
+    torch.manual_seed(0)
+    s = torch.randn(4, 3, 5)
+    before, after = (torch.cat([torch.randn(4, 2), counts[:, None]], 1) for counts in torch.tensor([[3.0, 1, 40, 0], [2.0, 0, 39, 0]]))
+    assert torch.allclose(behaviour.replaced(behaviour(s, before), before, after), behaviour(s, after), atol=1e-5)
+    assert torch.allclose(behaviour.replaced(behaviour(s, before), before, torch.zeros(4, 3)), s, atol=1e-5)
 
 
 def test_head_reads_both_and_needs_room_for_behaviour():
@@ -157,6 +169,32 @@ def test_vectors_of_an_item_depend_on_its_own_interactions_only(run_folder):
     assert behaviour_of_catalog(tokenizer.behaviour, catalog, None) is None
 
 
+def test_assign_writes_the_readings_of_held_out_interactions(run_folder, tmp_path):
+    """They equal those that encoding with shortened histories, and without behaviour, gives."""
+    tokenizer, catalog, split = loaded(run_folder)
+    sids, ids = run_folder / "runs/first/assign", [item.item_id for item in catalog.items]
+    table, readings = SidTable.load(sids).align(ids), load_readings(sids, ids)
+    shortened = behaviour_of_catalog(tokenizer.behaviour, catalog, split.with_train([slice(-1)] * len(split.train), split.valid))
+    expected = {
+        "content": tokenizer.encode(catalog.items).raw_codes.numpy(),
+        "shortened": tokenizer.encode(catalog.items, behaviour=shortened.vectors, interactions=shortened.interactions).raw_codes.numpy(),
+    }
+    for name, raw in expected.items():
+        same = (raw == table.raw_codes).all(1, keepdims=True)
+        assert np.array_equal(getattr(readings, name), np.where(same, table.codes, raw)) and not same.all()
+    some = load_readings(sids / "sids.parquet", ids[5:7][::-1])
+    assert np.array_equal(some.content, readings.content[[6, 5]])
+    copy = shutil.copytree(sids, tmp_path / "copy")
+    (copy / "SHA256SUMS").unlink()
+    readings.rows(np.arange(3)).save(copy)
+    with pytest.raises(ArtifactError, match=r"shape \(60, 2\)"):
+        load_readings(copy, ids)
+    with pytest.raises(ArtifactError, match="no Semantic ID for 'i99'"):
+        load_readings(sids, ["i99"])
+    (copy / "readings.safetensors").unlink()
+    assert load_readings(copy, ids) is None
+
+
 def test_append_moves_nothing_and_refresh_moves_what_behaviour_bears_out(run_folder, tmp_path):
     config = str(run_folder / "run.yaml")
     published = SidTable.load(run_folder / "runs/first/assign")
@@ -169,6 +207,10 @@ def test_append_moves_nothing_and_refresh_moves_what_behaviour_bears_out(run_fol
     grown = SidTable.load(run_folder / "runs/grown/assign")
     assert np.array_equal(grown.align(published.item_ids).codes, published.codes)
     new = grown.align([f"i{number}" for number in range(60, 68)])
+    earlier, later = (load_readings(run_folder / f"runs/{name}/assign", published.item_ids) for name in ("first", "grown"))
+    assert np.array_equal(earlier.content, later.content) and np.array_equal(earlier.shortened, later.shortened)
+    of_new = load_readings(run_folder / "runs/grown/assign", new.item_ids)
+    assert np.array_equal(of_new.content, new.codes) and np.array_equal(of_new.shortened, new.codes)
     assert set(new.source) == {"content"} and set(grown.align(published.item_ids).source) == {"behaviour"}
 
     logged = write_catalog(tmp_path / "logged", new=8, extra_users=120)
@@ -219,11 +261,10 @@ def test_no_behaviour_is_content_alone(run_folder, tmp_path):
     main(["run", str(run_folder / "run.yaml"), "name=none", "train_tokenizer.behaviour=none"])
     assert ItemTokenizer.from_pretrained(run_folder / "runs/none/train_tokenizer").behaviour is None
     assert set(SidTable.load(run_folder / "runs/none/assign").source) == {"content"}
+    assert readings_file(run_folder / "runs/none/assign") is None
 
 
 def test_a_damaged_list_of_context_items_is_refused(run_folder, tmp_path):
-    import shutil
-
     copy = shutil.copytree(run_folder / "runs/first/train_tokenizer", tmp_path / "copy")
     (copy / "manifest.json").unlink()
     (copy / "behaviour_items.parquet").unlink()

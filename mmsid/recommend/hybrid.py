@@ -2,7 +2,9 @@
 
 The ranker is trained on the last item of every train prefix, held out from the decoder and from all statistics it reads. A share
 of the items is hidden from them as well: these stand for new items, so the ranker learns what a score is worth without
-interactions. Decoder and statistics are then fitted on all train prefixes. Valid and test items give no gradients or statistics.
+interactions. Semantic IDs that were read with behaviour know the held-out interactions, so the decoder of the ranker reads other
+codes: known items by their behaviour without those interactions, hidden ones by content, as new items are (`mmsid.sids.readings`).
+Decoder and statistics are then fitted on all train prefixes. Valid and test items give no gradients or statistics.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from mmsid.recommend.sid_transformer import SidTransformerShape
 from mmsid.recommend.sources import PER_SOURCE, Candidates, Sources, term_sources
 from mmsid.recommend.training import Fitted, Schedule, fit
 from mmsid.recommend.words import Vectorizers, fit_vectorizers
+from mmsid.sids.readings import Readings
 
 HIDDEN_SHARE = 0.1  # of the items, as new items for the ranker
 MAX_EXAMPLES = 8000  # held-out items that the ranker is trained on
@@ -85,6 +88,7 @@ def fit_hybrid(
     seed: int = 0,
     what: str = "hybrid",
     decoder: Fitted | None = None,
+    readings: Readings | None = None,
     hidden_share: float = HIDDEN_SHARE,
 ) -> FittedHybrid:
     """Train the ranker on held-out items, then decoder and statistics on all train prefixes.
@@ -95,6 +99,7 @@ def fit_hybrid(
     Args:
         embeddings: (N, D) embeddings in the order of the items, one source of evidence; None: none.
         decoder: a SID transformer trained on all train prefixes of the split; None: it is trained here.
+        readings: further readings of the items, in their order; None: the codes of `paths` were made without behaviour.
         hidden_share: share of the items that are hidden while the ranker learns, drawn by content hash.
 
     Raises:
@@ -108,7 +113,7 @@ def fit_hybrid(
         embeddings = unit_rows(embeddings)
     content["embedding"] = None if embeddings is None else EmbeddingSource(embeddings, fit_centroids(embeddings))
 
-    def sources(model: torch.nn.Module, fitted_on: Split, known: np.ndarray) -> Sources:
+    def sources(model: torch.nn.Module, paths: ItemPaths, fitted_on: Split, known: np.ndarray) -> Sources:
         counts = item_counts(fitted_on.train, len(items))
         pairs = CoEngagementSource.fit(fitted_on.train, len(items), fitted_on.train_weights)
         return Sources(path=PathSource(model, paths, known), coengagement=pairs, counts=counts, **content)
@@ -121,12 +126,13 @@ def fit_hybrid(
     visible = _without(inner, hidden)
     if not any(map(len, visible.train)):  # a tiny catalogue
         hidden, visible = np.zeros(len(items), dtype=bool), inner
-    first = _fit_decoder(paths, visible, ~hidden, what=f"{what}, last train items held out", **settings)
+    held_out_paths = paths if readings is None else _paths_of_readings(paths, readings, hidden)
+    first = _fit_decoder(held_out_paths, visible, ~hidden, what=f"{what}, last train items held out", **settings)
     examples = [(inner.train[user], int(inner.valid[user])) for user in users]
-    rankers = _fit_rankers(sources(first.model, visible, ~hidden), examples, hidden, seed)
+    rankers = _fit_rankers(sources(first.model, held_out_paths, visible, ~hidden), examples, hidden, seed)
     if decoder is None:
         decoder = fit(paths, split, what=what, **settings)
-    final = sources(decoder.model, split, np.ones(len(items), dtype=bool))
+    final = sources(decoder.model, paths, split, np.ones(len(items), dtype=bool))
     return FittedHybrid(final, rankers, vectorizers, decoder.epochs, decoder.best, time.perf_counter() - started)
 
 
@@ -136,8 +142,11 @@ def hybrid_name(variant: str) -> str:
 
 
 def hidden_items(items: Sequence[Item], share: float, seed: int) -> np.ndarray:
-    """(N,) bool: a share of the items, drawn by content hash. Items of equal content are hidden together."""
-    draws = np.array([int(sha256(f"{seed}:{item.content_sha256}")[:12], 16) for item in items], dtype=np.float64)
+    """(N,) bool: a share of the items, drawn by content hash. Items of equal content are hidden together.
+
+    The hash has a prefix of its own: an evaluation that hides items by (seed, content) would otherwise leave none to hide here.
+    """
+    draws = np.array([int(sha256(f"ranker:{seed}:{item.content_sha256}")[:12], 16) for item in items], dtype=np.float64)
     return draws / 16.0**12 < share
 
 
@@ -151,6 +160,13 @@ def _without(split: Split, hidden: np.ndarray) -> Split:
     """The split without the hidden items in train and valid."""
     valid = np.where((split.valid >= 0) & ~hidden[split.valid], split.valid, -1)
     return split.with_train([~hidden[rows] for rows in split.train], valid)
+
+
+def _paths_of_readings(paths: ItemPaths, readings: Readings, hidden: np.ndarray) -> ItemPaths:
+    """Paths of the codes that do not know the held-out interactions. A collision suffix, if there is one, stays."""
+    tokens = paths.tokens.copy()
+    tokens[:, : readings.content.shape[1]] = np.where(hidden[:, None], readings.content, readings.shortened)
+    return ItemPaths(tokens, paths.sizes)
 
 
 def _fit_decoder(paths: ItemPaths, split: Split, known: np.ndarray, **settings: object) -> Fitted:

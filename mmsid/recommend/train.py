@@ -36,6 +36,7 @@ from mmsid.recommend.result_tables import ranking_table
 from mmsid.recommend.sid_transformer import SidTransformerShape
 from mmsid.recommend.tiger import TigerShape
 from mmsid.recommend.training import Fitted, Schedule, Shape, fit, table_paths
+from mmsid.sids.readings import load_readings, readings_file
 from mmsid.sids.table import SidTable
 
 Architecture = Literal["sid_transformer", "flat", "tiger", "hybrid"]
@@ -145,6 +146,7 @@ def run(config: TrainRecommenderConfig) -> Path:
     tables = {name: SidTable.load(path).align(item_ids) for name, path in config.variants.items()}
     inputs = {f"arm {name}": path if path.suffix == ".parquet" else path / "sids.parquet" for name, path in config.variants.items()}
     inputs |= {f"embeddings {name}": embeddings_file(config.variants[name]) for name in config.hybrid_variants}
+    inputs |= {f"readings {name}": readings_file(config.variants[name]) for name in config.hybrid_variants}
     inputs["best_achievable"] = config.best_achievable
     with writing(config.out, stage="train_recommender", config=config, inputs=inputs, resume=True) as draft:
         world, decoder = _World(config, catalog, split, draft.path), None
@@ -266,6 +268,7 @@ def _run_hybrid(world: _World, name: str, table: SidTable, seed: int, marker: Pa
         seed=seed,
         what=f"{hybrid_name(name)}, seed {seed}",
         decoder=decoder,
+        readings=load_readings(config.variants[name], table.item_ids),
     )
     evaluations = {part: fitted.evaluate(world.split, part) for part in PARTS}
     if (name, seed) == (config.kept_variant, config.recommender_seeds[0]):

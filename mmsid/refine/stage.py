@@ -38,8 +38,10 @@ from mmsid.refine.publish import make_table
 from mmsid.refine.reward import SidReward, train_reward
 from mmsid.refine.robust_prediction import RobustPrediction
 from mmsid.refine.tracking import RunLog, check_tracker
+from mmsid.sids.readings import Readings, load_readings
 from mmsid.sids.table import SidTable
-from mmsid.tokenizer.behaviour import behaviour_inputs, behaviour_of_catalog
+from mmsid.tokenizer.behaviour import ItemBehaviour, behaviour_inputs, behaviour_of_catalog
+from mmsid.tokenizer.further_readings import further_readings, shortened_behaviour
 from mmsid.tokenizer.inputs import ItemInput, load_inputs
 from mmsid.tokenizer.model import ItemTokenizer
 
@@ -123,7 +125,7 @@ class Job:
         """Fit the reward, run the loop, apply the gate and write the folder (rank 0)."""
         config, folder = self.config, self.draft.path
         reward, report = self.learn_reward()
-        refined = None
+        refined, states = None, None
         if report["usable"]:
             self._refine(reward)
             states, item_states = (self.reference.states, None) if config.trainable == "heads" else self._read_states(self.inputs)
@@ -139,7 +141,7 @@ class Job:
         write_json(folder / "gate.json", verdict.to_json() | {"margins": config.gate.model_dump(), "reward": report})
         proposed = self.start if refined is None else refined
         moved = write_moved(folder, self.start, proposed, self._gained(reward, proposed), verdict.accepted)
-        self._write_tables(proposed if verdict.accepted else self.start, verdict.accepted)
+        self._write_tables(proposed if verdict.accepted else self.start, verdict.accepted, states if verdict.accepted else None)
         self.draft.counts.update(
             {
                 "items": len(self.inputs),
@@ -352,8 +354,8 @@ class Job:
         known.update(gather_object([((place, seed), dict(quick(tables[place], seed))) for place, seed in own]))
         return gate.ranking_figures(lambda place, seed: known[place, seed], range(len(tables)), chosen)
 
-    def _write_tables(self, table: SidTable, accepted: bool) -> None:
-        """Write tokenizer and SIDs: the refined ones, or those of the start."""
+    def _write_tables(self, table: SidTable, accepted: bool, states: Tensor | None) -> None:
+        """Write tokenizer and SIDs: the refined ones, with states (N, L, H) of the refined tokenizer, or those of the start."""
         if not accepted:
             self.tokenizer = ItemTokenizer.from_pretrained(tokenizer_folder(self.config.tokenizer))
         outcome = "refined by `mmsid refine`" if accepted else "kept as it was: `mmsid refine` was not accepted by its gate"
@@ -362,6 +364,20 @@ class Job:
         )
         embedding = self.refined_embedding if accepted else self.embedding
         write_sids(self.draft.path / "sids", table, embedding, self.catalog, self.held_out, self.config.seed)
+        readings = load_readings(self.config.sids, table.item_ids) if states is None else self._readings(states, table)
+        if readings is not None:
+            readings.save(self.draft.path / "sids")
+
+    def _readings(self, states: Tensor, table: SidTable) -> Readings | None:
+        """Further readings of all items by the refined tokenizer."""
+        head, size = self.tokenizer.head, self.tokenizer.backbone.hidden_size
+        shortened = shortened_behaviour(self.tokenizer.behaviour, self.catalog, self.split)
+        if shortened is None:
+            return None
+        behaviour = states[:, 0, size:].cpu().numpy()
+        read = ItemBehaviour(behaviour[:, :-1], behaviour[:, -1])
+        shortened = shortened.only(read.interactions > 0)
+        return further_readings(head, lambda rows: head.project(states[torch.from_numpy(rows)]), read, shortened, table)
 
 
 def _merged(

@@ -24,10 +24,12 @@ from mmsid.sids import intrinsic_table
 from mmsid.sids.churn import churn_report, churn_table
 from mmsid.sids.collisions import Policy
 from mmsid.sids.folder import INTRINSIC
+from mmsid.sids.readings import Readings, load_readings
 from mmsid.sids.retrieval import retrieval_table
-from mmsid.sids.table import BEHAVIOUR, CONTENT
+from mmsid.sids.table import BEHAVIOUR, CONTENT, SidTable
 from mmsid.tokenizer.behaviour import ItemBehaviour, behaviour_inputs, behaviour_of_catalog
 from mmsid.tokenizer.catalog_encoding import CatalogEncoder, CatalogEncodings
+from mmsid.tokenizer.further_readings import further_readings, shortened_behaviour
 from mmsid.tokenizer.inputs import load_inputs
 from mmsid.tokenizer.model import ItemTokenizer
 from mmsid.tokenizer.publish import HeadScores, head_decoder, publish, reconstruction_figures
@@ -143,6 +145,9 @@ def run(config: AssignConfig, engine: Engine = "local") -> Path:
             moving=moving,
             seed=config.seed,
         )
+        readings = _readings(tokenizer, catalog, split, encodings, known, table, config.append, rows, moving)
+        if readings is not None:
+            readings.save(draft.path)
         if published is not None and moving is not None:
             _write_churn(draft, churn_report(published.table, table), moving)
         if published is None and len(items) <= _RECONSTRUCTION_ROWS:
@@ -173,6 +178,39 @@ def _known_behaviour(config: AssignConfig, tokenizer: ItemTokenizer, catalog: Ca
         known = behaviour_of_catalog(tokenizer.behaviour, catalog, split, config.behaviour or ())
     count = len(catalog.items)
     return known or ItemBehaviour(np.zeros((count, 0), np.float32), np.zeros(count))
+
+
+def _readings(
+    tokenizer: ItemTokenizer,
+    catalog: Catalog,
+    split: Split | None,
+    encodings: CatalogEncodings,
+    known: ItemBehaviour,
+    table: SidTable,
+    append: Path | None,
+    rows: np.ndarray,
+    moving: np.ndarray | None,
+) -> Readings | None:
+    """Further readings of all items; None for a tokenizer that reads no co-engagement. Items that keep their published codes keep those
+    of the earlier folder; None if that has none."""
+    shortened = shortened_behaviour(tokenizer.behaviour, catalog, split)
+    if shortened is None or not known.vectors.shape[1]:
+        return None
+    if append is None:
+        return further_readings(tokenizer.head, encodings.scores_of, known, shortened, table)
+    kept = (rows >= 0) & ~(np.zeros(len(rows), bool) if moving is None else moving)
+    earlier = load_readings(append, [item_id for item_id, keep in zip(table.item_ids, kept, strict=True) if keep])
+    if earlier is None:
+        return None
+    fresh = np.flatnonzero(~kept)
+    part = table.align([table.item_ids[row] for row in fresh])
+    shortened = shortened.only(known.interactions > 0)
+    known, shortened = (ItemBehaviour(each.vectors[fresh], each.interactions[fresh]) for each in (known, shortened))
+    computed = further_readings(tokenizer.head, lambda places: encodings.scores_of(fresh[places]), known, shortened, part)
+    found = Readings(*(np.zeros_like(table.codes) for _ in Readings._fields))
+    for name in Readings._fields:
+        getattr(found, name)[kept], getattr(found, name)[fresh] = getattr(earlier, name), getattr(computed, name)
+    return found
 
 
 def _write_churn(draft: Draft, report: dict[str, Any], moving: np.ndarray) -> None:

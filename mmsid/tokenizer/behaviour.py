@@ -81,6 +81,16 @@ class BehaviourInput(nn.Module):
         seen = (behaviour[:, :-1] @ self.value.T)[:, None]
         return torch.cat([before, own + trust * (seen - own), after], -1)
 
+    def replaced(self, s: Tensor, before: Tensor, after: Tensor) -> Tensor:
+        """States (B, L, D) with the behaviour `after` (B, M + 1), from states `s` that were computed with the behaviour `before`.
+
+        The content part (1 - g) P s is what remains of a state without g V v; it is scaled by (1 - g') / (1 - g).
+        """
+        (seen, trust), (other, other_trust) = ((each[:, :-1] @ self.value.T, self.trust(each[:, -1:])) for each in (before, after))
+        scale = (before[:, -1:] + self.kappa) / (after[:, -1:] + self.kappa)
+        own = (s[..., self.span] - (trust * seen)[:, None]) * scale[:, None] + (other_trust * other)[:, None]
+        return torch.cat([s[..., : self.span.start], own, s[..., self.span.stop :]], -1)
+
     def trust(self, interactions: Tensor) -> Tensor:
         """g = n / (n + kappa)."""
         return interactions / (interactions + self.kappa)

@@ -26,6 +26,7 @@ from mmsid.recommend.sasrec import fit_sasrec
 from mmsid.recommend.training import fit, table_paths
 from mmsid.sids import SidTable, intrinsic_metrics, write_sid_folder
 from mmsid.sids.folder import INTRINSIC
+from mmsid.sids.readings import load_readings
 from mmsid.tokenizer.assign import AssignConfig
 from mmsid.tokenizer.assign import run as assign
 from mmsid.tokenizer.sid_methods import MethodSources, MethodSpec, import_published, make_sids
@@ -143,10 +144,11 @@ class Bench:
         if job.arm.config.kind == "sasrec":
             fitted = fit_sasrec(len(items), self.split, shape=shape, schedule=job.schedule, seed=job.seed)
         else:
-            paths = table_paths(SidTable.load(job.sids).align([item.item_id for item in items]))
+            item_ids = [item.item_id for item in items]
+            paths = table_paths(SidTable.load(job.sids).align(item_ids))
             common = {"shape": shape, "schedule": job.schedule, "seed": job.seed, "what": job.arm.name}
             if job.arm.config.recommender == "hybrid":
-                fitted = fit_hybrid(paths, items, self.sources.text, self.split, **common)
+                fitted = fit_hybrid(paths, items, self.sources.text, self.split, readings=load_readings(job.sids, item_ids), **common)
             else:
                 fitted = fit(paths, self.split, **common)
         found = {part: fitted.evaluate(self.split, part) for part in PARTS}

@@ -35,6 +35,7 @@ from mmsid.recommend.result_rows import write_ranks
 from mmsid.recommend.training import fit, table_paths
 from mmsid.sids import SidTable, relocate
 from mmsid.sids.append import append_codes
+from mmsid.sids.readings import load_readings
 from mmsid.sids.table import FILE_NAME
 from mmsid.tokenizer import assign, train
 from mmsid.tokenizer.sid_methods import MethodSources, random_codes
@@ -152,7 +153,8 @@ class NewItemBench:
             own = job.sids is not None and (job.sids / EMBEDDINGS).is_file()
             vectors = self._embeddings(job.sids) if own else self.sources.text
             fit_candidates = retrained_hybrid if split is world.whole else fit_hybrid_candidates
-            return {job.name: fit_candidates(world, paths, vectors, **common)}
+            readings = load_readings(job.sids, self.item_ids)
+            return {job.name: fit_candidates(world, paths, vectors, readings, **common)}
         if job.kind == "liger":
             return liger_methods(world, read_tensors(job.decoder / WEIGHTS), paths, common["shape"], self._embeddings(job.sids))
         fitted = fit(paths, split, **common) if split is world.whole else fit_decoder(world, paths, **common)

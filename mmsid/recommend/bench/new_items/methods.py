@@ -25,6 +25,7 @@ from mmsid.recommend.paths import ItemPaths, PathTrie
 from mmsid.recommend.sid_transformer import SidTransformerShape
 from mmsid.recommend.sparse_rows import history_weights
 from mmsid.recommend.training import Fitted, Schedule, build, fit
+from mmsid.sids.readings import Readings
 
 Point = TypeVar("Point")
 Tuned = tuple[Score, dict[str, Any]]  # scoring function of the whole catalogue, and what was tuned
@@ -85,6 +86,7 @@ def fit_hybrid_candidates(
     world: NewItemWorld,
     paths: ItemPaths,
     vectors: np.ndarray,
+    readings: Readings | None,
     shape: SidTransformerShape,
     schedule: Schedule,
     seed: int,
@@ -94,8 +96,10 @@ def fit_hybrid_candidates(
 
     Args:
         vectors: (N, D) embeddings of known and new items.
+        readings: further readings of known and new items; None: the paths were made without behaviour.
     """
-    items, settings = world.catalog.items, {"shape": shape, "schedule": schedule, "seed": seed, "what": what}
+    known = None if readings is None else readings.rows(world.known)
+    items, settings = world.catalog.items, {"readings": known, "shape": shape, "schedule": schedule, "seed": seed, "what": what}
     fitted = fit_hybrid(paths_of(paths, world.known), world.known_items, vectors[world.known], world.fit_known, **settings)
     new = np.flatnonzero(world.new)
     terms = fitted.vectorizers.transform([items[row] for row in new])
@@ -111,10 +115,10 @@ def fit_hybrid_candidates(
 
 
 def retrained_hybrid(
-    world: NewItemWorld, paths: ItemPaths, vectors: np.ndarray, **settings: Any
+    world: NewItemWorld, paths: ItemPaths, vectors: np.ndarray, readings: Readings | None, **settings: Any
 ) -> tuple[ScoredCandidates, dict[str, Any]]:
     """The hybrid recommender trained with the interactions of the new items, too."""
-    fitted = fit_hybrid(paths, world.catalog.items, vectors, world.whole, **settings)
+    fitted = fit_hybrid(paths, world.catalog.items, vectors, world.whole, readings=readings, **settings)
     return fitted.ranked, {"epochs": fitted.epochs, "stopped_at_valid": fitted.best}
 
 
