@@ -114,7 +114,7 @@ def id_texts(column: pa.ChunkedArray, place: str) -> pa.ChunkedArray:
 
 def _float_texts(column: pa.ChunkedArray) -> pa.ChunkedArray:
     values = pc.cast(column, pa.float64())
-    whole = pc.and_(pc.equal(pc.floor(values), values), pc.less_equal(pc.abs(values), _WHOLE_NUMBERS))
+    whole = pc.and_(pc.equal(pc.trunc(values), values), pc.less_equal(pc.abs(values), _WHOLE_NUMBERS))
     numbers = pc.cast(pc.if_else(whole, values, 0.0), pa.int64()).cast(pa.large_string())
     texts = pc.if_else(whole, numbers, pc.cast(values, pa.large_string()))
     return pc.if_else(pc.is_nan(values), pa.scalar(None, pa.large_string()), texts)
