@@ -128,7 +128,7 @@ class Distances:
             s = self.scores(torch.as_tensor(rows[start : start + BATCH], device=self.device))
             codes = torch.as_tensor(candidates[start : start + BATCH], device=self.device)
             if isinstance(self.head, ResidualHead):
-                value = (s[:, None, -1] - self.head.prefix_vectors(codes)[..., -1, :]).square().sum(-1)
+                value = (s[:, None, -1] - self.head.reconstruction(codes)).square().sum(-1)
             else:
                 value = -self.head.log_prob(s, codes).sum(-1)
             pieces.append(value.double().cpu().numpy())

@@ -193,6 +193,13 @@ class ResidualHead(CodeHead):
         chosen = [F.embedding(codes[..., level], self.vectors[level]) for level in range(codes.shape[-1])]
         return torch.stack(chosen, -2).cumsum(-2)
 
+    def reconstruction(self, codes: Tensor) -> Tensor:
+        """Sum of the code vectors of whole paths: codes (..., L) -> (..., code_dim), the last entry of `prefix_vectors`."""
+        total = F.embedding(codes[..., 0], self.vectors[0])
+        for level in range(1, codes.shape[-1]):
+            total = total + F.embedding(codes[..., level], self.vectors[level])
+        return total
+
     def residual(self, s: Tensor, prefix: Tensor) -> Tensor:
         """r_l = s_l - sum of the vectors of `prefix` (B, l) or (B, M, l): (B, code_dim) or (B, M, code_dim)."""
         level = prefix.shape[-1]
