@@ -91,11 +91,12 @@ def time_steps(folder: Path, items: int, repeats: int) -> dict[str, list[float]]
 def refinement_step(policy: HeadPolicy, optimizer: torch.optim.Optimizer, rows: torch.Tensor) -> float:
     """One step of the loop on sampled paths with random advantages; -> CPU seconds."""
     config, reference = LoopConfig(), policy.reference
-    old_all = reference.tree.log_prob[rows]
+    tree = reference.tree(rows, None).take(torch.arange(len(rows)))
+    old_all = tree.log_prob
     picks = ppo.sample_groups(old_all, config.group, torch.Generator().manual_seed(0))
     signal = ppo.leave_one_out(torch.randn(picks.shape, generator=torch.Generator().manual_seed(1)))
     started = time.process_time()
-    new_all = policy.log_prob(rows)
+    new_all = policy.log_prob(rows, tree)
     gain = ppo.surrogate(new_all.gather(1, picks), old_all.gather(1, picks), signal, config.clip_low, config.clip_high).mean(1)
     loss = (config.kl * ppo.exact_kl(new_all, old_all) - gain).mean()
     optimizer.zero_grad()

@@ -22,7 +22,7 @@ from mmsid.progress import track
 from mmsid.refine import ppo
 from mmsid.refine.evidence import Codes
 from mmsid.refine.loop import LoopConfig, Refinement, Scorer
-from mmsid.refine.policy import Reference
+from mmsid.refine.policy import PathTree, Reference
 from mmsid.refine.stage import Job
 from mmsid.refine.ungated import refine_ungated, run_loop, usable_scorer, write_moved_sids
 from mmsid.tokenizer.heads import ResidualHead
@@ -124,22 +124,31 @@ class TablePolicy:
     """Categorical policy per item: the reference's log-probabilities plus a trained row of P logits. It cannot encode new items."""
 
     def __init__(self, reference: Reference) -> None:
-        self.reference = reference
-        self.logits = nn.Parameter(torch.zeros_like(reference.tree.log_prob))
+        self.start = start_tree(reference)
+        self.logits = nn.Parameter(torch.zeros_like(self.start.log_prob))
         self.parameters = [self.logits]
         # the greedy path is the best level by level, not always the most likely one: without this lead items would move before any step
-        self.lead = torch.zeros_like(reference.tree.log_prob)
-        self.lead[:, 0] = reference.tree.log_prob.amax(1) - reference.tree.log_prob[:, 0]
+        self.lead = torch.zeros_like(self.start.log_prob)
+        self.lead[:, 0] = self.start.log_prob.amax(1) - self.start.log_prob[:, 0]
 
-    def log_prob(self, rows: Tensor) -> Tensor:
-        """(B,) item rows -> (B, P), with gradient."""
-        return (self.reference.tree.log_prob[rows] + ROW_SCALE * self.logits[rows]).log_softmax(-1)
+    def tree(self, rows: Tensor, table: Codes) -> PathTree:
+        """The reference's trees of item rows (R,), the same in every round."""
+        return self.start.take(rows)
+
+    def log_prob(self, rows: Tensor, tree: PathTree) -> Tensor:
+        """(B,) item rows and their trees -> (B, P), with gradient."""
+        return (tree.log_prob + ROW_SCALE * self.logits[rows]).log_softmax(-1)
 
     @torch.no_grad()
     def greedy(self) -> Codes:
         """Each item's best path of its tree, (N, L)."""
-        best = (self.reference.tree.log_prob + self.lead + ROW_SCALE * self.logits).argmax(-1)
-        return self.reference.tree.codes[torch.arange(len(best), device=best.device), best].cpu().numpy()
+        best = (self.start.log_prob + self.lead + ROW_SCALE * self.logits).argmax(-1)
+        return self.start.paths(best[:, None].cpu())[:, 0]
+
+
+def start_tree(reference: Reference) -> PathTree:
+    """The reference's own trees of all items, m^L paths each: for catalogues of benchmark size."""
+    return reference.tree(torch.arange(len(reference.greedy), device=reference.states.device), reference.proposals(reference.greedy))
 
 
 def best_of_n(reference: Reference, scorer: Scorer, config: LoopConfig, seed: int) -> Codes:
@@ -148,11 +157,11 @@ def best_of_n(reference: Reference, scorer: Scorer, config: LoopConfig, seed: in
     As many paths are scored as in the loop. -> codes (N, L).
     """
     order, draw = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
-    scale, tree, table = ppo.RunningScale(), reference.tree, reference.greedy.copy()
+    scale, tree, table = ppo.RunningScale(), start_tree(reference), reference.greedy.copy()
     for _ in track(range(max(1, round(config.rounds * config.group / SAMPLES))), what="best of n", unit="rounds"):
         rows = np.sort(order.permutation(len(table))[: max(1, round(config.moving * len(table)))])
         picks = ppo.sample_groups(tree.log_prob[torch.as_tensor(rows)].cpu(), SAMPLES, draw).numpy()
-        candidates = np.concatenate([table[rows][:, None], tree.codes.cpu().numpy()[rows[:, None], picks]], axis=1)
+        candidates = np.concatenate([table[rows][:, None], tree.take(torch.as_tensor(rows)).paths(torch.as_tensor(picks))], axis=1)
         parts = scorer(rows, candidates, table)
         rewards = sum(weight * scale(name, torch.as_tensor(parts[name])) for name, weight in config.weights.items())
         table[rows] = candidates[np.arange(len(rows)), rewards.argmax(dim=1).numpy()]  # among equal rewards the current codes stay
@@ -175,7 +184,7 @@ def displaced_at_random(reference: Reference, codes: Codes, seed: int) -> Codes:
 
     A path outside its item's tree counts as the least likely one.
     """
-    tree = reference.tree.codes.cpu().numpy()
+    tree = start_tree(reference).codes.cpu().numpy().astype(np.int64)
     same = (tree == codes[:, None]).all(-1)
     rank = np.where(same.any(1), same.argmax(1), tree.shape[1] - 1)
     drawn = np.random.default_rng(seed).permutation(rank)

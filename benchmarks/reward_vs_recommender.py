@@ -99,16 +99,14 @@ def main() -> None:
 def moved(job: Job, reward: SidReward, block: int, share: float) -> SidTable:
     """SID table of the start with one block of items moved, after collision handling."""
     rng = np.random.default_rng([job.config.seed, block, 17])
-    codes, tree = job.reference.greedy.copy(), job.reference.tree
+    codes, propose = job.reference.greedy.copy(), job.reference.proposals(job.reference.greedy)
     rows = np.sort(rng.permutation(len(codes))[: max(1, round(share * len(codes)))])
     tilt = rng.uniform(-2, 2, size=2)
     table = job.material.table(job.fit_histories, job.config.evidence)
     for piece in np.split(rows, range(ROWS, len(rows), ROWS)):
-        log_prob = tree.log_prob[torch.from_numpy(piece)].cpu()
-        drawn = torch.multinomial(
-            log_prob.exp(), DRAWN, replacement=True, generator=torch.Generator().manual_seed(int(rng.integers(2**31)))
-        )
-        paths = tree.codes[torch.from_numpy(piece)].cpu().numpy()[np.arange(len(piece))[:, None], drawn.numpy()]
+        tree = job.reference.tree(torch.from_numpy(piece), propose)
+        generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
+        paths = tree.paths(torch.multinomial(tree.log_prob.exp().cpu(), DRAWN, replacement=True, generator=generator))
         with torch.no_grad():
             experts = reward.experts(read_features(job.material, table, piece, paths))
         preference = torch.zeros(paths.shape[:2])

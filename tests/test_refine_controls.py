@@ -25,6 +25,7 @@ from refinement_controls import (
     group_normalised,
     reward_weighted,
     shuffled,
+    start_tree,
 )
 
 from mmsid.artifacts import read_json
@@ -109,7 +110,8 @@ def test_a_table_per_item_starts_at_the_reference_and_finds_the_swap():
     reference = Reference(*toy(), top_m=CODES)
     policy = TablePolicy(reference)
     rows = torch.tensor([3, 0])
-    torch.testing.assert_close(policy.log_prob(rows).detach(), reference.tree.log_prob[rows])
+    tree = policy.tree(rows, reference.greedy)
+    torch.testing.assert_close(policy.log_prob(rows, tree).detach(), start_tree(reference).log_prob[rows])
     assert (policy.greedy() == reference.greedy).all()
     target, _ = swapped(reference)
     loop = make_loop(planted_reward(target), lr=0.003)  # the table's rate is a hundred times the head's
@@ -136,7 +138,7 @@ def test_shuffled_rewards_are_the_same_rewards_for_other_items():
 
 def test_random_displacement_keeps_the_churn_and_its_ranks():
     reference = Reference(*toy(), top_m=CODES)
-    tree = reference.tree.codes.numpy()
+    tree = start_tree(reference).codes.numpy()
     codes = reference.greedy.copy()
     codes[[1, 4, 7]] = tree[[1, 4, 7], [2, 5, 5]]
     moved = displaced_at_random(reference, codes, seed=1)

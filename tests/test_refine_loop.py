@@ -38,6 +38,12 @@ def toy(seed: int = 0, kind: str = "residual"):
     return head, states
 
 
+def tree_of(reference: Reference):
+    """The reference's own trees of all items."""
+    rows = torch.arange(len(reference.states))
+    return reference.tree(rows, reference.proposals(reference.greedy)).take(rows)
+
+
 def make_loop(scorer, seed=0, kind="residual", quality=None, metric=None, top_m=CODES, refinement=Refinement, **changes):
     head, states = toy(kind=kind)
     reference = Reference(head, states, top_m)
@@ -79,8 +85,9 @@ def test_only_the_likelihood_objective_learns_a_path_of_tiny_probability(objecti
         for parameter in head.parameters():
             parameter *= 8.0
     reference = Reference(head, states, CODES)
-    unlikely = reference.tree.codes[torch.arange(ITEMS), reference.tree.log_prob.argmin(1)].numpy()
-    assert reference.tree.log_prob.amin(1).exp().median() < 1e-4
+    tree = tree_of(reference)
+    unlikely = tree.codes[torch.arange(ITEMS), tree.log_prob.argmin(1)].numpy()
+    assert tree.log_prob.amin(1).exp().median() < 1e-4
     config = LoopConfig(**QUICK | {"objective": objective, "kl": 0.0, "rounds": 60, "lr": 0.1})
     policy = HeadPolicy(head, lambda rows: states[rows], list(head.parameters()), reference)
     codes = Refinement(policy, reference, planted_reward(unlikely), config, Accelerator(cpu=True)).run(lambda record: None)
@@ -103,7 +110,7 @@ def test_t8_of_two_actions_the_better_is_taken(better):
     """The reward is +1 or -1 by the first code, the same for every item."""
     reward = lambda rows, candidates, table: {"planted": np.where(candidates[..., 0] % 2 == better, 1.0, -1.0)}  # noqa: E731
     codes, *_ = run_loop(reward, rounds=20, lr=0.06, top_m=2)
-    tree = Reference(*toy(), top_m=2).tree.codes[..., 0].numpy() % 2
+    tree = tree_of(Reference(*toy(), top_m=2)).codes[..., 0].numpy() % 2
     can = (tree == better).any(1)
     assert can.sum() > ITEMS // 3 and (codes[can, 0] % 2 == better).all()
 
@@ -136,10 +143,10 @@ def test_a_sharp_start_is_flattened_until_it_explores():
     with torch.no_grad():
         head.log_temperature.fill_(-7.0)
     sharp = Reference(head, states, top_m=CODES)
-    assert float(ppo.entropy(sharp.tree.log_prob).mean()) < 0.05 and sharp.temperature == 1.0
+    assert float(ppo.entropy(tree_of(sharp).log_prob).mean()) < 0.05 and sharp.temperature == 1.0
     flat = Reference(head, states, top_m=CODES, temperature=None, entropy=1.5)
-    assert float(ppo.entropy(flat.tree.log_prob).mean()) == pytest.approx(1.5, abs=0.01)
-    assert (flat.greedy == sharp.greedy).all() and (flat.tree.codes == sharp.tree.codes).all()
+    assert float(ppo.entropy(tree_of(flat).log_prob).mean()) == pytest.approx(1.5, abs=0.01)
+    assert (flat.greedy == sharp.greedy).all() and (tree_of(flat).codes == tree_of(sharp).codes).all()
     assert Reference(*toy(), top_m=CODES, temperature=None, entropy=0.1).temperature == 1.0
 
 
@@ -247,22 +254,19 @@ def test_a_weight_without_a_component_is_an_error():
 
 
 @pytest.mark.parametrize("kind", ["residual", "parallel"])
-@pytest.mark.parametrize("frozen", [False, True])
-def test_tree_scores_equal_those_of_the_head(kind, frozen):
+def test_tree_scores_equal_those_of_the_head(kind):
     head, _ = toy(kind=kind)
     states = torch.randn(7, LEVELS, ITEMS, generator=torch.Generator().manual_seed(1))
-    reference = Reference(head, states, top_m=3, freeze_first_level=frozen)
-    tree = reference.tree
-    assert tree.codes.shape == (7, 3 if frozen else 9, 2)
+    reference = Reference(head, states, top_m=3)
+    tree = tree_of(reference)
+    assert tree.codes.shape == (7, 9, 2)
     slow = head.log_prob(head.project(states), tree.codes).sum(-1).log_softmax(-1)
     torch.testing.assert_close(path_log_prob(head, states, tree.codes, tree.branching), slow)
     torch.testing.assert_close(tree.log_prob, slow)
     assert (tree.codes[:, 0].numpy() == reference.greedy).all()
-    if frozen:
-        assert (tree.codes[:, :, 0] == tree.codes[:, :1, 0]).all()
     assert reference.error_growth(np.arange(7), reference.greedy[:, None]).max() == pytest.approx(0.0, abs=1e-6)
-    flat = Reference(head, states, top_m=3, freeze_first_level=frozen, temperature=4.0)
-    torch.testing.assert_close(path_log_prob(head, states, tree.codes, tree.branching, 4.0), flat.tree.log_prob)
+    flat = Reference(head, states, top_m=3, temperature=4.0)
+    torch.testing.assert_close(path_log_prob(head, states, tree.codes, tree.branching, 4.0), tree_of(flat).log_prob)
 
 
 def test_a_proposed_code_is_in_the_tree_and_can_be_reached():
@@ -275,6 +279,18 @@ def test_a_proposed_code_is_in_the_tree_and_can_be_reached():
             lambda greedy: lambda rows, kept: far.numpy()[rows][:, None, None],
         )
     )
-    holds = lambda reference: (reference.tree.codes[..., 0] == far[:, None]).any(1)  # noqa: E731
+    holds = lambda reference: (tree_of(reference).codes[..., 0] == far[:, None]).any(1)  # noqa: E731
     assert not holds(without).any() and holds(proposed).all()
-    assert (proposed.tree.codes[:, 0].numpy() == proposed.greedy).all(), "the greedy path of the reference stays first"
+    assert (tree_of(proposed).codes[:, 0].numpy() == proposed.greedy).all(), "the greedy path of the reference stays first"
+
+
+def test_a_path_outside_the_trees_of_the_start_is_reached_over_several_rounds():
+    """With two codes per level, a tree of the start holds 4 of the 16 paths; later trees follow the policy."""
+    target = np.stack([np.arange(ITEMS) % CODES, (np.arange(ITEMS) // CODES) % CODES], axis=1)
+    steps = [dict(zip(range(CODES), rank, strict=True)) for rank in ([0, 1, 2, 3], [1, 0, 1, 2], [2, 1, 0, 1], [3, 2, 1, 0])]
+    near = np.array([[-steps[goal][code] for code in range(CODES)] for goal in range(CODES)], dtype=float)
+    reward = lambda rows, candidates, table: {"planted": near[target[rows][:, None], candidates].mean(-1)}  # noqa: E731
+    codes, reference, _, _ = run_loop(reward, rounds=60, lr=0.06, top_m=2)
+    outside = ~(tree_of(reference).codes.numpy() == target[:, None]).all(-1).any(-1)
+    reached = (codes == target).all(1)
+    assert outside.mean() > 0.5 and reached[outside].mean() > 0.5

@@ -222,7 +222,8 @@ def test_dropped_words_are_the_same_every_time_and_about_the_share():
 
 @pytest.mark.slow
 def test_two_processes_end_with_the_codes_of_one(start, tmp_path):
-    """Gradients are summed in another order. The first rounds agree to rounding; later rounds amplify it, and a few items end elsewhere."""
+    """Gradients are summed in another order. The first rounds agree to rounding. Later rounds amplify it (trees follow the policy), and a
+    few items end elsewhere."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     environment["PYTHONPATH"] = str(Path(__file__).parents[1])
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
@@ -237,7 +238,7 @@ def test_two_processes_end_with_the_codes_of_one(start, tmp_path):
         "ndcg": 9.0,
     }
     for processes, command in ((1, [sys.executable]), (2, launch)):
-        config = _config(start, tmp_path / f"refine{processes}", rounds=8, gate=loose, reward=RewardConfig(steps=60, least_gain=-1.0))
+        config = _config(start, tmp_path / f"refine{processes}", rounds=6, gate=loose, reward=RewardConfig(steps=60, least_gain=-1.0))
         config = config.model_copy(update={"loop": config.loop.model_copy(update={"moving": 1.0})})  # so that the target gains at once
         section = json.loads(config.model_dump_json())
         catalog = section.pop("catalog")
@@ -261,7 +262,7 @@ def test_two_processes_end_with_the_codes_of_one(start, tmp_path):
     one, two = ({row["item_id"]: row["codes_after"] for row in table} for table in tables)
     elsewhere = {item for item in one.keys() | two.keys() if one.get(item) != two.get(item)} - ties
     assert one and len(elsewhere) <= 12, "a quarter of the items"
-    logs = [(tmp_path / f"refine{processes}" / "log.jsonl").read_text().splitlines()[:5] for processes in (1, 2)]
+    logs = [(tmp_path / f"refine{processes}" / "log.jsonl").read_text().splitlines()[:4] for processes in (1, 2)]
     for first, second in zip(*(map(json.loads, log) for log in logs), strict=True):
         assert [first[key] for key in ("reward", "kl", "monitored")] == pytest.approx(
             [second[key] for key in ("reward", "kl", "monitored")], rel=1e-3

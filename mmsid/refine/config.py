@@ -47,11 +47,10 @@ class RefineConfig(StageConfig):
             refuses.
         trainable: `heads` trains code vectors and projection on cached states (minutes on a CPU); `all` also trains the adapter and the
             query tokens (needs a GPU for catalogues of real size; lower `loop.batch`).
-        top_m: codes per level in every item's tree of paths; top_m ** num_levels paths are enumerated.
+        top_m: codes per level in every item's tree of paths; top_m ** num_levels paths are enumerated in every round, under the policy
+            of that round.
         proposals: codes among the `top_m` of every level that are chosen because most of an item's neighbours hold them, whatever their
-            probability (none at a frozen first level). A positive weight of `robust_prediction` adds the code that it predicts. The sum
-            must be below top_m.
-        freeze_first_level: keep the first code of every item.
+            probability. A positive weight of `robust_prediction` adds the code that it predicts. The sum must be below top_m.
         temperature: flattens (> 1) the joint path distribution of policy and reference, in sampling and in scoring. None: the smallest
             value of at least 1 that gives the start `start_entropy` nats over an item's tree on average.
         collisions: collision policy of the published codes; must be the policy that `sids` was published with.
@@ -69,7 +68,6 @@ class RefineConfig(StageConfig):
     trainable: Literal["heads", "all"] = "heads"
     top_m: int = Field(8, ge=2)
     proposals: int = Field(2, ge=0)
-    freeze_first_level: bool = False
     temperature: float | None = Field(None, gt=0)
     start_entropy: float = Field(2.0, gt=0)
     collisions: Collisions = "relocate"

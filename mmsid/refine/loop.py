@@ -24,7 +24,7 @@ from mmsid.progress import track
 from mmsid.refine import ppo
 from mmsid.refine.early_stopping import MonitoredMetric, table_figures
 from mmsid.refine.evidence import Codes, Floats
-from mmsid.refine.policy import BATCH, Reference
+from mmsid.refine.policy import BATCH, PathTree, Reference
 
 # rows (R,), candidates (R, C, L), current codes of all items (N, L) -> components (R, C), higher is better, finite
 Scorer = Callable[[NDArray, Codes, Codes], dict[str, Floats]]
@@ -38,8 +38,11 @@ class Policy(Protocol):
 
     parameters: Sequence[Tensor]
 
-    def log_prob(self, rows: Tensor) -> Tensor:
-        """(B,) item rows -> (B, P) log-probabilities over each item's tree, with gradient."""
+    def tree(self, rows: Tensor, table: Codes) -> PathTree:
+        """Path trees of item rows (R,), given the current codes of all items (N, L)."""
+
+    def log_prob(self, rows: Tensor, tree: PathTree) -> Tensor:
+        """(B,) item rows and their trees -> (B, P) log-probabilities, with gradient."""
 
     def greedy(self) -> Codes:
         """Argmax codes of all items, (N, L)."""
@@ -105,7 +108,7 @@ class Refinement:
 
     Args:
         policy: trained in place.
-        reference: the frozen start with its path trees.
+        reference: the frozen start.
         scorer: reward components of candidates.
         accelerator: device and processes.
         quality: (N,) factors of the advantages, one per item.
@@ -157,7 +160,6 @@ class Refinement:
             record = {"round": number, **self.round(table)}
             before, table = table, self.policy.greedy()
             record |= table_figures(table, self.reference.head.codebook_size, before, self.reference.greedy)
-            record["outside_tree"] = self._outside_tree(table)
             reason = None
             if record["kl"] > self.config.most_kl:
                 reason = f"mean KL to the reference {record['kl']:.3f} is above most_kl {self.config.most_kl}"
@@ -223,11 +225,6 @@ class Refinement:
             for weight, old in zip(self.policy.parameters, weights, strict=True):
                 weight.copy_(old)
 
-    def _outside_tree(self, codes: Codes) -> float:
-        """Share of the items whose greedy path is not in their enumerated tree, where KL and expected reward do not see it."""
-        inside = (self.reference.tree.codes.cpu().numpy() == codes[:, None]).all(-1).any(-1)
-        return float(1 - inside.mean())
-
     def round(self, table: Codes) -> dict[str, Any]:
         """Draw, score and optimise once against the current codes (N, L); returns the figures of the round."""
         config, device = self.config, self.accelerator.device
@@ -236,18 +233,17 @@ class Refinement:
             self.lr *= self._annealed(self.next_round) / self._annealed(self.next_round - 1)
         moving = np.sort(self.rng.permutation(self.items)[: max(1, round(config.moving * self.items))])
         rows = torch.as_tensor(moving, device=device)
-        with torch.no_grad():
-            old_all = torch.cat([self.policy.log_prob(piece) for piece in rows.split(BATCH)])
+        tree = self.policy.tree(rows, table)
+        old_all = self._log_prob(rows, tree)
         picks = self.draw_paths(old_all.cpu())
-        candidates = self.reference.tree.codes[rows].cpu().gather(1, picks[..., None].expand(-1, -1, table.shape[1])).numpy()
-        rewards, record = self._rewards(self.scorer(moving, candidates, table), old_all.cpu())
+        rewards, record = self._rewards(self.scorer(moving, tree.paths(picks), table), old_all.cpu())
         advantages = self.advantages(rewards) * self.quality[moving]
         old = old_all.gather(1, picks.to(device))
         before = [weight.detach().clone() for weight in self.policy.parameters]
-        figures = self._optimise(rows, old_all, picks.to(device), old, advantages.float().to(device))
+        figures = self._optimise(rows, tree, old_all, picks.to(device), old, advantages.float().to(device))
         figures |= self._adapt(figures["round_kl"], before)
         if figures["undone"]:
-            figures["kl"] = float(ppo.exact_kl(old_all, self.reference.tree.log_prob[rows]).mean())
+            figures["kl"] = float(ppo.exact_kl(old_all, tree.log_prob).mean())
         return record | figures
 
     def _rewards(self, parts: dict[str, Floats], old_all: Tensor) -> tuple[Tensor, dict[str, Any]]:
@@ -278,7 +274,13 @@ class Refinement:
             self.lr = min(max(self.lr * factor, config.lr * 1e-4), config.lr * 30)
         return {"undone": undone, "lr": self.lr}
 
-    def _optimise(self, rows: Tensor, old_all: Tensor, picks: Tensor, old: Tensor, advantages: Tensor) -> dict[str, Any]:
+    @torch.no_grad()
+    def _log_prob(self, rows: Tensor, tree: PathTree) -> Tensor:
+        """Log-probabilities (R, P) of the current policy, in pieces."""
+        places = torch.arange(len(rows), device=rows.device)
+        return torch.cat([self.policy.log_prob(rows[piece], tree.take(piece)) for piece in places.split(BATCH)])
+
+    def _optimise(self, rows: Tensor, tree: PathTree, old_all: Tensor, picks: Tensor, old: Tensor, advantages: Tensor) -> dict[str, Any]:
         """`epochs` passes over the groups (first axis R of every argument); ends before a step that would exceed the KL limit."""
         config, clipped, steps, epochs, stopped = self.config, [], 0, 0, False
         for _ in range(config.epochs):
@@ -286,7 +288,9 @@ class Refinement:
             for chosen in np.array_split(self.rng.permutation(len(rows)), max(1, math.ceil(len(rows) / config.batch))):
                 batch = torch.as_tensor(chosen, device=rows.device)
                 own = batch[self.accelerator.process_index :: self.accelerator.num_processes]
-                loss, sums = self._loss(rows[own], old_all[own], picks[own], old[own], advantages[own], len(batch), first=steps == 0)
+                loss, sums = self._loss(
+                    rows[own], tree.take(own), old_all[own], picks[own], old[own], advantages[own], len(batch), first=steps == 0
+                )
                 sums = self.accelerator.reduce(sums, reduction="sum")
                 approximate, kl, clip_share, signal = (float(value) / len(batch) for value in sums)
                 if steps and approximate > 1.5 * self.step_kl:
@@ -299,9 +303,8 @@ class Refinement:
                 steps += 1
             if stopped:
                 break
-        with torch.no_grad():
-            now = torch.cat([self.policy.log_prob(piece) for piece in rows.split(BATCH)])
-        levels = ppo.level_entropies(now, self.reference.tree.branching).mean(0)
+        now = self._log_prob(rows, tree)
+        levels = ppo.level_entropies(now, tree.branching).mean(0)
         log_ratios = ppo.log_ratio(now.gather(1, picks), old)
         round_kl = float(ppo.exact_kl(old_all, now).mean())
         return {
@@ -314,23 +317,23 @@ class Refinement:
             # KL(old || new) of the round: estimated from the samples, and exact over all paths
             "approximate_kl": float(ppo.approximate_kl(now.gather(1, picks), old).mean()) if self.samples_policy else round_kl,
             "round_kl": round_kl,
-            "kl": float(ppo.exact_kl(now, self.reference.tree.log_prob[rows]).mean()),
+            "kl": float(ppo.exact_kl(now, tree.log_prob).mean()),
             "skipped_steps": self.skipped,
             **{f"entropy_{level + 1}": float(value) for level, value in enumerate(levels)},
         }
 
     def _loss(
-        self, rows: Tensor, old_all: Tensor, picks: Tensor, old: Tensor, advantages: Tensor, size: int, first: bool
+        self, rows: Tensor, tree: PathTree, old_all: Tensor, picks: Tensor, old: Tensor, advantages: Tensor, size: int, first: bool
     ) -> tuple[Tensor, Tensor]:
         """Loss summed over the rows and divided by `size`; sums of KL(old || new), KL to the reference, clip fraction, |advantage|."""
         config = self.config
-        new_all = self.policy.log_prob(rows)
+        new_all = self.policy.log_prob(rows, tree)
         # the tolerance covers rounding on a GPU (thousandths of a nat); dropout or a wrong mask differ by far more
         if first and not torch.allclose(new_all.detach(), old_all, rtol=1e-3, atol=2e-2):
             raise MmsidError("the policy scores its own samples differently in the first step: dropout or a mask differs; this is a bug")
         new = new_all.gather(1, picks)
         gain = self.gain(new, old, advantages)
-        kl = ppo.exact_kl(new_all, self.reference.tree.log_prob[rows])
+        kl = ppo.exact_kl(new_all, tree.log_prob)
         loss = (-gain + config.kl * kl - config.entropy * ppo.entropy(new_all)).sum() / size
         with torch.no_grad():
             clipped = ppo.clip_fraction(ppo.log_ratio(new, old), config.clip_low, config.clip_high).sum()

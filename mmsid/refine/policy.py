@@ -1,8 +1,9 @@
 """The quantizer policy as a one-step bandit over an enumerated tree of paths, and its frozen reference.
 
-The tree of an item holds its m most likely codes per level given each kept prefix, fixed under the reference (m^L paths: 512 for m = 8,
-L = 3). Policy and reference are both normalised over these paths, so that KL, entropy and expected reward are exact.
-Symbols: N items, P paths, L levels, K codes, H hidden size, D code space.
+The tree of an item holds its m most likely codes per level given each kept prefix (m^L paths: 512 for m = 8, L = 3). A round of refinement
+enumerates the trees of its items under the current policy and drops them at its end, so that nothing of size N x m^L is held and paths that
+became likely can be sampled. Policy and reference are both normalised over these paths, so that KL, entropy and expected reward are exact.
+Symbols: N items, R items of a round, P paths, L levels, K codes, H hidden size, D code space.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -24,15 +26,16 @@ from mmsid.tokenizer.heads import CodeHead, ResidualHead
 
 Propose = Callable[[NDArray, Codes], Codes]
 BATCH = 512  # items per piece in loops over the whole catalogue; bounds memory use, changes no result
+TEMPERATURE_ITEMS = 4096  # items whose trees choose the exploring temperature
 
 
 @dataclass(frozen=True)
 class PathTree:
-    """Enumerated paths of all items.
+    """Enumerated paths of R items.
 
     Attributes:
-        codes: (N, P, L) int64, depth first, the reference's greedy path first.
-        log_prob: (N, P) log-probabilities of the reference, normalised over P.
+        codes: (R, P, L), depth first, the greedy path of the enumerating policy first. Stored in 16 bits where K allows it.
+        log_prob: (R, P) log-probabilities of the reference, normalised over P.
         branching: children per level; P is their product.
     """
 
@@ -40,9 +43,13 @@ class PathTree:
     log_prob: Tensor
     branching: tuple[int, ...]
 
+    def take(self, places: Tensor) -> PathTree:
+        """The tree of some of the items, (B,) places among the R; its codes are int64."""
+        return PathTree(self.codes[places].long(), self.log_prob[places], self.branching)
 
-def _pieces(items: int) -> list[NDArray]:
-    return np.split(np.arange(items), range(BATCH, items, BATCH))
+    def paths(self, picks: Tensor) -> Codes:
+        """Codes of the chosen paths: indices (R, G) -> (R, G, L), on the CPU."""
+        return self.codes.cpu().gather(1, picks[..., None].expand(-1, -1, self.codes.shape[-1])).numpy().astype(np.int64)
 
 
 def path_log_prob(head: CodeHead, h: Tensor, paths: Tensor, branching: tuple[int, ...], temperature: float = 1.0) -> Tensor:
@@ -136,17 +143,16 @@ class Distances:
 
 
 class Reference:
-    """The frozen reference policy: a copy of the tokenizer's head, the items' states, their path trees and reconstruction errors.
+    """The frozen reference policy: a copy of the tokenizer's head, the items' states, and their reconstruction errors.
 
     Args:
         head: the tokenizer's head; copied and frozen.
         states: (N, L, H) SID states of all items, fp32.
         top_m: codes kept per level.
-        freeze_first_level: keep only the paths under the item's best first code.
         temperature: see `path_log_prob`; None takes `exploring_temperature` for a mean of `entropy` nats.
-        propose: from the greedy codes of all items (N, L), a function that proposes further codes for an item's tree at every level:
-            item rows (R,) and their kept prefixes (R, M, l) -> (R, M, n), -1 for none. They replace the least likely of the m codes.
-            The right code of an item with a wrong start is seldom among the m most likely.
+        propose: from the codes of all items (N, L), a function that proposes further codes for an item's tree at every level: item rows
+            (R,) and their kept prefixes (R, M, l) -> (R, M, n), -1 for none. They replace the least likely of the m codes. The right code
+            of an item with a wrong start is seldom among the m most likely.
     """
 
     def __init__(
@@ -154,37 +160,45 @@ class Reference:
         head: CodeHead,
         states: Tensor,
         top_m: int,
-        freeze_first_level: bool = False,
         temperature: float | None = 1.0,
         entropy: float = 2.0,
         propose: Callable[[Codes], Propose] | None = None,
     ) -> None:
         self.head = copy.deepcopy(head).eval().requires_grad_(False)
-        self.states = states
+        self.states, self.top_m, self.propose = states, top_m, propose
         with torch.no_grad():
             self.greedy = torch.cat([self.head.greedy(self.head.project(piece)).codes for piece in states.split(BATCH)]).cpu().numpy()
-            proposed = None if propose is None else propose(self.greedy)
-            parts = [self._enumerate(rows, top_m, freeze_first_level, proposed) for rows in _pieces(len(states))]
-            m = min(top_m, head.codebook_size)
-            branching = (1 if freeze_first_level else m, *[m] * (head.num_levels - 1))
-            log_prob = torch.cat([log_prob for _, log_prob in parts])
-            self.temperature = exploring_temperature(log_prob, entropy) if temperature is None else temperature
-            codes = torch.cat([codes for codes, _ in parts])
-            self.tree = PathTree(codes, (log_prob / self.temperature).log_softmax(-1), branching)
+        self.temperature = 1.0
+        if temperature is None:  # on items evenly spread over the catalogue
+            sample = torch.linspace(0, len(states) - 1, min(len(states), TEMPERATURE_ITEMS), device=states.device).round().long()
+            temperature = exploring_temperature(self.tree(sample, self.proposals(self.greedy)).log_prob, entropy)
+        self.temperature = temperature
         self._distances = Distances(self.head, lambda rows: self.head.project(states[rows]), self.greedy)
 
-    def _enumerate(self, rows: NDArray, top_m: int, freeze_first_level: bool, propose: Propose | None) -> tuple[Tensor, Tensor]:
-        def proposals(kept: Tensor) -> Tensor:
-            level = kept.shape[-1]
-            if propose is None or (freeze_first_level and level == 0):
-                return kept.new_zeros(*kept.shape[:2], 0)
-            return torch.as_tensor(propose(rows, kept.cpu().numpy()), device=kept.device)
+    def proposals(self, table: Codes) -> Propose | None:
+        """Function that proposes codes for the trees, given the current codes of all items (N, L); None for no proposals."""
+        return None if self.propose is None else self.propose(table)
 
-        codes, log_prob = self.head.top_paths(self.head.project(self.states[rows]), top_m, proposals)
-        if freeze_first_level:
-            kept = codes.shape[1] // min(top_m, self.head.codebook_size)
-            codes, log_prob = codes[:, :kept], log_prob[:, :kept]
-        return codes, log_prob.log_softmax(-1)
+    @torch.no_grad()
+    def tree(
+        self, rows: Tensor, propose: Propose | None, head: CodeHead | None = None, states: Callable[[Tensor], Tensor] | None = None
+    ) -> PathTree:
+        """Trees of `rows` (R,), enumerated under a policy and scored by the reference.
+
+        Args:
+            propose: from `proposals`.
+            head, states: of the enumerating policy; by default those of the reference.
+        """
+        own, head = head is None, head or self.head
+        kind = torch.int16 if head.codebook_size <= 2**15 else torch.int64
+        branching = (min(self.top_m, head.codebook_size),) * head.num_levels
+        found, scores = [], []
+        for piece in rows.split(BATCH):
+            proposals = None if propose is None else partial(_proposed, propose, piece.cpu().numpy())
+            codes = head.top_paths(head.project(self.states[piece] if own else states(piece)), self.top_m, proposals).codes
+            found.append(codes.to(kind))
+            scores.append(path_log_prob(self.head, self.states[piece], codes, branching, self.temperature))
+        return PathTree(torch.cat(found), torch.cat(scores), branching)
 
     def error_growth(self, rows: NDArray, candidates: Codes) -> Floats:
         """`Distances.growth` of candidates (R, C, L) of `rows` (R,) -> (R, C), with the frozen states and vectors.
@@ -204,6 +218,10 @@ class Reference:
         return np.concatenate(pieces) if pieces else np.zeros(candidates.shape, dtype=np.float32)
 
 
+def _proposed(propose: Propose, rows: NDArray, kept: Tensor) -> Tensor:
+    return torch.as_tensor(propose(rows, kept.cpu().numpy()), device=kept.device)
+
+
 class HeadPolicy:
     """Policy made of the tokenizer's own weights, which all items share (amortised), so that new items profit too.
 
@@ -211,7 +229,7 @@ class HeadPolicy:
         head: trained in place.
         states: item rows (B,) -> SID states (B, L, H): cached, or computed by the backbone with gradient.
         parameters: weights that the optimiser moves.
-        reference: its trees and temperature are used for scoring.
+        reference: its temperature is used for scoring.
     """
 
     def __init__(
@@ -223,14 +241,17 @@ class HeadPolicy:
     ) -> None:
         self.head, self.states, self.parameters, self.reference = head, states, list(parameters), reference
 
-    def log_prob(self, rows: Tensor) -> Tensor:
-        """(B,) item rows -> (B, P) log-probabilities over each item's tree, with gradient."""
-        tree = self.reference.tree
-        return path_log_prob(self.head, self.states(rows), tree.codes[rows], tree.branching, self.reference.temperature)
+    def tree(self, rows: Tensor, table: Codes) -> PathTree:
+        """Trees of item rows (R,) under the current weights; `table` (N, L) are the current codes of all items."""
+        return self.reference.tree(rows, self.reference.proposals(table), self.head, self.states)
+
+    def log_prob(self, rows: Tensor, tree: PathTree) -> Tensor:
+        """(B,) item rows and their trees -> (B, P) log-probabilities, with gradient."""
+        return path_log_prob(self.head, self.states(rows), tree.codes, tree.branching, self.reference.temperature)
 
     @torch.no_grad()
     def greedy(self) -> Codes:
-        """Argmax codes of all items, (N, L); they may be outside the tree."""
+        """Argmax codes of all items, (N, L)."""
         rows = torch.arange(len(self.reference.greedy), device=self.reference.states.device)
         pieces = [self.head.greedy(self.head.project(self.states(piece))).codes for piece in rows.split(BATCH)]
         return torch.cat(pieces).cpu().numpy()

@@ -22,7 +22,7 @@ from mmsid.config import Section
 from mmsid.errors import ArtifactError
 from mmsid.refine.evidence import Codes, CodeTable, EvidenceConfig, split_users
 from mmsid.refine.features import FEATURE_GROUPS, Material, exchanged, feature_names, read_features
-from mmsid.refine.policy import Reference
+from mmsid.refine.policy import BATCH, Reference
 from mmsid.refine.preference_pairs import Pairs, calibration_curve, calibration_error, gain_error, make_pairs, pair_accuracy
 
 
@@ -136,13 +136,14 @@ def fit(model: SidReward, features: Tensor, pairs: Pairs, config: RewardConfig, 
 
 
 def draw_candidates(reference: Reference, rows: NDArray, count: int, seed: int) -> Codes:
-    """Candidate codes (R, count, L) of `rows` (R,): the first half from the reference policy, the rest uniformly from the tree."""
-    generator = torch.Generator().manual_seed(seed)
-    log_prob = reference.tree.log_prob[torch.as_tensor(rows, device=reference.tree.log_prob.device)].cpu()
-    drawn = torch.multinomial(log_prob.exp(), count // 2, replacement=True, generator=generator)
-    even = torch.randint(log_prob.shape[1], (len(rows), count - count // 2), generator=generator)
-    picks = torch.cat([drawn, even], dim=1).numpy()
-    return reference.tree.codes.cpu().numpy()[rows[:, None], picks]
+    """Candidate codes (R, count, L) of `rows` (R,): the first half from the reference policy, the rest uniformly from its trees."""
+    generator, drawn, propose = torch.Generator().manual_seed(seed), [], reference.proposals(reference.greedy)
+    for piece in torch.as_tensor(rows, device=reference.states.device).split(BATCH):
+        tree = reference.tree(piece, propose)
+        likely = torch.multinomial(tree.log_prob.exp().cpu(), count // 2, replacement=True, generator=generator)
+        even = torch.randint(tree.log_prob.shape[1], (len(piece), count - count // 2), generator=generator)
+        drawn.append(tree.paths(torch.cat([likely, even], dim=1)))
+    return np.concatenate(drawn)
 
 
 def train_reward(

@@ -114,9 +114,7 @@ class Job:
         self.neighbours = co_engagement(self.fit_histories, len(catalog.items), config.evidence.window, split.fit_weights())
         item_vectors = torch.nn.functional.normalize(item_states, dim=-1).cpu().numpy()
         self.prediction = self._robust_prediction(states, item_vectors) if config.uses_robust_prediction else None
-        self.reference = Reference(
-            self.tokenizer.head, states, config.top_m, config.freeze_first_level, config.temperature, config.start_entropy, self._propose
-        )
+        self.reference = Reference(self.tokenizer.head, states, config.top_m, config.temperature, config.start_entropy, self._propose)
         self._check_start()
         self.embedding = self._embed(item_states)
         self.material = Material(self.reference, item_vectors, self.reference.greedy, self.content)
@@ -255,7 +253,7 @@ class Job:
     def loop(self, policy: Policy, scorer: Scorer, kind: type[Refinement] = Refinement) -> Refinement:
         """Build the loop without running it; `kind` is a subclass with another estimator."""
         config, size = self.config, self.tokenizer.codebook_size
-        metric = next_item_information(self.split, size, levels=2 if config.freeze_first_level else 1)
+        metric = next_item_information(self.split, size)
         return kind(policy, self.reference, scorer, config.loop, self.accelerator, config.seed, self.quality, metric)
 
     def _refine(self, reward: SidReward) -> None:
