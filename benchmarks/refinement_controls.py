@@ -160,8 +160,8 @@ def best_of_n(reference: Reference, scorer: Scorer, config: LoopConfig, seed: in
     scale, tree, table = ppo.RunningScale(), start_tree(reference), reference.greedy.copy()
     for _ in track(range(max(1, round(config.rounds * config.group / SAMPLES))), what="best of n", unit="rounds"):
         rows = np.sort(order.permutation(len(table))[: max(1, round(config.moving * len(table)))])
-        picks = ppo.sample_groups(tree.log_prob[torch.as_tensor(rows)].cpu(), SAMPLES, draw).numpy()
-        candidates = np.concatenate([table[rows][:, None], tree.take(torch.as_tensor(rows)).paths(torch.as_tensor(picks))], axis=1)
+        picks = ppo.sample_groups(tree.log_prob[torch.as_tensor(rows)].cpu(), SAMPLES, draw)
+        candidates = np.concatenate([table[rows][:, None], tree.take(torch.as_tensor(rows)).paths(picks)], axis=1)
         parts = scorer(rows, candidates, table)
         rewards = sum(weight * scale(name, torch.as_tensor(parts[name])) for name, weight in config.weights.items())
         table[rows] = candidates[np.arange(len(rows)), rewards.argmax(dim=1).numpy()]  # among equal rewards the current codes stay

@@ -20,7 +20,7 @@ from mmsid.refine.evidence import Codes, prefix_keys
 MonitoredMetric = Callable[[Codes], float]  # raw codes (N, L) of all items -> value, higher is better
 
 
-def next_item_information(split: Split, codebook_size: int, levels: int = 1) -> MonitoredMetric | None:
+def next_item_information(split: Split, codebook_size: int) -> MonitoredMetric | None:
     """`transition_information` counted on the fit users, evaluated on the steps to valid items; None where there are no such steps."""
     counted = adjacent_pairs(split.fit_histories())
     users = [user for user in split.users("valid") if len(split.train[user])]
@@ -28,7 +28,7 @@ def next_item_information(split: Split, codebook_size: int, levels: int = 1) -> 
     evaluated = evaluated[evaluated[:, 0] != evaluated[:, 1]]
     if not len(counted) or not len(evaluated):
         return None
-    return lambda codes: transition_information(codes, codebook_size, counted, evaluated, levels)
+    return lambda codes: transition_information(codes, codebook_size, counted, evaluated)
 
 
 def transition_information(
@@ -42,8 +42,7 @@ def transition_information(
     Args:
         codes: (N, L).
         counted, evaluated: (P, 2) and (Q, 2) item rows in time order, P and Q above 0.
-        levels: length of the prefixes. Long prefixes identify single items, whose pairs are predictable under any codes; use more than 1
-            only where the first level is frozen.
+        levels: length of the prefixes. Long prefixes identify single items, whose pairs are predictable under any codes.
     """
     keys = prefix_keys(codes[:, :levels], codebook_size)
     parent = np.zeros(len(codes), dtype=np.int64)

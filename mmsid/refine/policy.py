@@ -169,8 +169,9 @@ class Reference:
         with torch.no_grad():
             self.greedy = torch.cat([self.head.greedy(self.head.project(piece)).codes for piece in states.split(BATCH)]).cpu().numpy()
         self.temperature = 1.0
-        if temperature is None:  # on items evenly spread over the catalogue
-            sample = torch.linspace(0, len(states) - 1, min(len(states), TEMPERATURE_ITEMS), device=states.device).round().long()
+        if temperature is None:  # on items evenly spread over a coordinate of the states, so that the order of the rows does not decide
+            ranks = torch.linspace(0, len(states) - 1, min(len(states), TEMPERATURE_ITEMS), device=states.device).round().long()
+            sample = states[:, 0, 0].argsort()[ranks]
             temperature = exploring_temperature(self.tree(sample, self.proposals(self.greedy)).log_prob, entropy)
         self.temperature = temperature
         self._distances = Distances(self.head, lambda rows: self.head.project(states[rows]), self.greedy)
