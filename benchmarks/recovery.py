@@ -4,7 +4,7 @@
     OMP_NUM_THREADS=1 python benchmarks/recovery.py --seeds 0
 
 Two tokenizers per seed: `good`, and `damaged`, trained on targets of which a share (20 %) was exchanged between items. Both are refined
-with the recipe `repair` and the acceptance gate; an accepted result is refined again, up to `--passes` times. Metrics are of published
+with the acceptance gate; an accepted result is refined again, up to `--passes` times. Metrics are of published
 codes: level-1 lift and target on held-out users; NDCG@10, HR@10 and HR@50 of the SID transformer (test; `--part valid` leaves test unread).
 
 `refined` is the accepted result, `proposed` the last result before the gate. `recovered` = (refined - damaged) / (good - damaged), without
@@ -78,7 +78,10 @@ def main() -> None:
 
 def one_seed(parsed: argparse.Namespace, seed: int) -> dict[str, Any]:
     """Train, refine and rank both tokenizers; -> metrics per table, recovered shares and harm."""
-    data = load_yaml(parsed.config, ["refine.recipe=repair", *parsed.overrides, f"seed={seed}", f"name=good{seed}", f"runs={parsed.out}"])
+    data = load_yaml(
+        parsed.config,
+        ["train_tokenizer.behaviour=coengagement", *parsed.overrides, f"seed={seed}", f"name=good{seed}", f"runs={parsed.out}"],
+    )
     data = {key: value for key, value in data.items() if key not in ("baselines", "train_recommender", "report")}
     configs = stage_configs(data, str(parsed.config))
     run_stages(configs)

@@ -220,7 +220,7 @@ def test_the_whole_suite_on_a_tiny_catalogue(tmp_path):
     arms["start"]["tokenizer"] = {"backbone": backbone, "steps": 0, "behaviour": "none", "reconstruct": "off"}
     for name, arm in arms.items():
         if name != "start":
-            loop = {"rounds": 6, "lr": 1e-3, "batch": 16, "step_kl": 0.3, "most_kl": 99.0, "patience": 0}
+            loop = {"rounds": 6, "lr": 1e-3, "batch": 16, "step_kl": 0.3, "patience": 0}
             arm["refine"]["settings"] = {
                 "loop": loop | arm["refine"].get("settings", {}).get("loop", {}), "reward": {"steps": 40, "least_gain": -1.0},
             }  # fmt: skip

@@ -16,14 +16,12 @@ from mmsid.refine.tracking import RunLog, check_tracker
 def test_transition_information_by_hand():
     codes = np.array([[0, 0], [0, 1], [1, 0], [1, 0]])
     counted, evaluated = np.array([[0, 2], [1, 3], [2, 0]]), np.array([[0, 3]])
-    # level 1: code 1 follows in 2 of 3, (2 + 1) / (3 + 2) in general; after code 0 in (2 + 4 * .6) / (2 + 4)
+    # code 1 follows in 2 of 3, (2 + 1) / (3 + 2) in general; after code 0 in (2 + 4 * .6) / (2 + 4)
     first = np.log((2 + 4 * 0.6) / 6) - np.log(0.6)
-    assert transition_information(codes, 2, counted, evaluated) == pytest.approx(first)
-    # level 2: after code 1 only code 0 is in use: no information
-    assert transition_information(codes, 2, counted, evaluated, levels=2) == pytest.approx(first)
-    # the reverse pair: 1 -> 0 once in 1; then which of two codes: (1 + 1) / (1 + 2), after prefix (1, 0) once in 1
-    back = np.log((1 + 4 * 0.4) / 5) - np.log(0.4) + np.log((1 + 4 * 2 / 3) / 5) - np.log(2 / 3)
-    assert transition_information(codes, 2, counted, np.array([[3, 0]]), levels=2) == pytest.approx(back)
+    assert transition_information(codes, counted, evaluated) == pytest.approx(first)
+    # the reverse pair: 1 -> 0 once in 1
+    back = np.log((1 + 4 * 0.4) / 5) - np.log(0.4)
+    assert transition_information(codes, counted, np.array([[3, 0]])) == pytest.approx(back)
 
 
 def test_collapsed_and_scrambled_codes_have_no_information():
@@ -31,7 +29,7 @@ def test_collapsed_and_scrambled_codes_have_no_information():
     cluster = np.arange(120) // 20
     pairs = np.array([rng.choice(np.flatnonzero(cluster == rng.integers(6)), 2, replace=False) for _ in range(3000)])
     good = np.stack([cluster, np.arange(120) % 20], axis=1)
-    value = lambda codes: transition_information(codes, 20, pairs[:2000], pairs[2000:])  # noqa: E731
+    value = lambda codes: transition_information(codes, pairs[:2000], pairs[2000:])  # noqa: E731
     assert value(np.zeros_like(good)) == 0.0
     assert value(good) > 1.2 and value(good[rng.permutation(120)]) < 0.2
     renamed = np.stack([rng.permutation(20)[good[:, level]] for level in range(2)], axis=1)
@@ -43,9 +41,9 @@ def test_the_metric_evaluates_the_step_to_the_valid_item_and_ignores_test():
     split = Split(train, np.array([2, -1, 1]), np.array([3, 3, 3]), [], np.array([False, True, False]))
     codes = np.array([[0], [1], [0], [1]])
     # counted: 0 -> 1 of the only fit user with a pair; evaluated: 1 -> 2, without the user without valid item and the repeated item
-    assert next_item_information(split, 2)(codes) == transition_information(codes, 2, np.array([[0, 1]]), np.array([[1, 2]]))
+    assert next_item_information(split)(codes) == transition_information(codes, np.array([[0, 1]]), np.array([[1, 2]]))
     no_valid = Split(train, np.array([-1, -1, -1]), np.array([3, 3, 3]), [], np.array([False, True, False]))
-    assert next_item_information(no_valid, 2) is None
+    assert next_item_information(no_valid) is None
 
 
 def test_table_figures_by_hand():

@@ -14,14 +14,12 @@ from mmsid.tokenizer.heads import ParallelHead, ResidualHead
 
 ITEMS, LEVELS, CODES = 24, 2, 4
 QUICK = {
-    "rounds": 30,
+    "rounds": 60,
     "lr": 0.03,
     "kl": 0.05,
     "batch": 64,
     "moving": 1.0,
-    "most_kl": 50.0,
-    "step_kl": 10.0,
-    "adapt": False,
+    "step_kl": 0.3,
     "weights": {"planted": 1.0},
 }
 
@@ -76,23 +74,6 @@ def test_t9_finds_the_planted_swap(kind):
     assert (codes != reference.greedy).any(1)[[0, second]].all()
     assert (codes == target).all()
     assert log[-1]["reward_planted"] > log[0]["reward_planted"] and log[-1]["kl"] > 0
-
-
-@pytest.mark.parametrize(("objective", "found"), [("clipped", False), ("likelihood", True)])
-def test_only_the_likelihood_objective_learns_a_path_of_tiny_probability(objective, found):
-    head, states = toy(kind="parallel")
-    with torch.no_grad():
-        for parameter in head.parameters():
-            parameter *= 8.0
-    reference = Reference(head, states, CODES)
-    tree = tree_of(reference)
-    unlikely = tree.codes[torch.arange(ITEMS), tree.log_prob.argmin(1)].numpy()
-    assert tree.log_prob.amin(1).exp().median() < 1e-4
-    config = LoopConfig(**QUICK | {"objective": objective, "kl": 0.0, "rounds": 60, "lr": 0.1})
-    policy = HeadPolicy(head, lambda rows: states[rows], list(head.parameters()), reference)
-    codes = Refinement(policy, reference, planted_reward(unlikely), config, Accelerator(cpu=True)).run(lambda record: None)
-    reached = (codes == unlikely).all(1).mean()
-    assert reached > 0.5 if found else reached < 0.1
 
 
 def test_t9_does_not_move_when_the_reward_is_constant():
@@ -150,10 +131,8 @@ def test_a_sharp_start_is_flattened_until_it_explores():
     assert Reference(*toy(), top_m=CODES, temperature=None, entropy=0.1).temperature == 1.0
 
 
-def test_early_stops():
+def test_a_round_ends_before_a_step_beyond_its_target():
     target, _ = swapped(Reference(*toy(), top_m=CODES))
-    *_, log = run_loop(planted_reward(target), most_kl=0.01)
-    assert "stopped" in log[-1] and len(log) < 41
     *_, log = run_loop(planted_reward(target), step_kl=1e-6, rounds=2)
     assert log[0]["stopped_early"] and log[0]["steps"] == 1
 
@@ -165,46 +144,40 @@ def test_a_round_that_goes_much_too_far_is_undone_and_the_rate_falls():
     assert log[0]["undone"] and log[0]["round_kl"] > 0.04 and log[0]["kl"] == pytest.approx(0.0, abs=1e-6)
     assert all(torch.equal(a, b) for a, b in zip(start.parameters(), head.parameters())) and (codes == reference.greedy).all()
     assert log[0]["lr"] == 5.0 / 4
-    *_, log = run_loop(planted_reward(target), rounds=30, lr=5.0, step_kl=0.02, adapt=True)
+    *_, log = run_loop(planted_reward(target), rounds=30, lr=5.0, step_kl=0.02)
     late = [record["round_kl"] for record in log if not record["undone"]][-10:]
     assert len(late) == 10 and max(late) <= 4 * 0.02
 
 
-def test_the_rate_rises_where_steps_are_tiny():
+def test_the_rate_falls_linearly_and_rises_where_steps_are_tiny():
     target, _ = swapped(Reference(*toy(), top_m=CODES))
-    *_, log = run_loop(planted_reward(target), rounds=6, lr=1e-5, step_kl=0.02, adapt=True)
-    assert log[-1]["lr"] == pytest.approx(1e-5 * 1.5**6)
-
-
-def test_annealed_rates_fall_to_the_last_round():
-    target, _ = swapped(Reference(*toy(), top_m=CODES))
-    *_, log = run_loop(planted_reward(target), rounds=4, lr=0.02, anneal=True)
-    assert [record["lr"] for record in log] == pytest.approx([0.02, 0.015, 0.01, 0.005])
-    *_, log = run_loop(planted_reward(target), rounds=4, lr=1e-5, step_kl=0.02, adapt=True, anneal=True)
+    *_, log = run_loop(planted_reward(target), rounds=4, lr=1e-5, step_kl=0.02)
     assert [record["lr"] for record in log] == pytest.approx([1e-5 * 1.5 ** (n + 1) * (1 - n / 4) for n in range(4)])
 
 
-def test_the_run_ends_at_the_best_round_of_the_monitored_metric():
+def test_a_run_without_gain_in_the_monitored_metric_ends_and_keeps_the_start():
     target, _ = swapped(Reference(*toy(), top_m=CODES))
     start = Reference(*toy(), top_m=CODES).greedy
-    few = lambda codes: float(min((codes != start).any(1).sum(), 3))  # noqa: E731  rises up to three moved items
-    codes, _, head, log = run_loop(planted_reward(1 - target.clip(0, 1)), metric=few, patience=2, rounds=40, lr=0.1)
-    assert "stopped" in log[-1] and log[-1]["round"] < 39
-    best = next(record["round"] for record in log if record["monitored"] == max(record["monitored"] for record in log))
-    assert log[-1]["round"] == best + 2 and few(codes) == log[best]["monitored"]
-    assert (head.greedy(head.project(torch.eye(ITEMS)[:, None].expand(-1, LEVELS, -1))).codes.numpy() == codes).all()
-    *_, head, log = run_loop(planted_reward(target), metric=lambda codes: 0.0, patience=2)
-    assert len(log) == 2 and all(torch.equal(a, b) for a, b in zip(head.parameters(), toy()[0].parameters())), (
-        "without an improvement the start is restored"
-    )
+    lost = lambda codes: -float((codes != start).any(1).sum())  # noqa: E731
+    codes, _, head, log = run_loop(planted_reward(1 - target.clip(0, 1)), metric=lost, patience=4, rounds=40, lr=0.1)
+    assert "stopped" in log[-1] and len(log) < 40 and log[-1]["monitored"] < 0
+    assert (codes == start).all() and all(torch.equal(a, b) for a, b in zip(head.parameters(), toy()[0].parameters()))
+    assert len(run_loop(planted_reward(target), metric=lambda codes: 0.0, patience=2)[-1]) == 2, "no change is no gain"
     assert len(run_loop(planted_reward(target), metric=lambda codes: 0.0, patience=0, rounds=5)[-1]) == 5
+
+
+def test_a_run_with_gain_goes_on_after_its_peak():
+    target, _ = swapped(Reference(*toy(), top_m=CODES))
+    values = iter([0.0, -1.0, 3.0, *[1.0] * 20])
+    codes, _, _, log = run_loop(planted_reward(target), metric=lambda codes: next(values), patience=2, rounds=12)
+    assert len(log) == 12 and "stopped" not in log[-1] and (codes == target).all()
 
 
 @pytest.mark.parametrize("interrupted", [1, 4])
 def test_t12_a_resumed_run_equals_the_uninterrupted_one(interrupted, tmp_path):
     target, _ = swapped(Reference(*toy(), top_m=CODES))
-    settings = {"rounds": 6, "adapt": True, "anneal": True, "moving": 0.5, "batch": 7, "patience": 4, "checkpoint_every": 2}
-    metric = lambda codes: -abs(float((codes != target).sum()) - 20)  # noqa: E731
+    settings = {"rounds": 6, "moving": 0.5, "batch": 7, "patience": 4, "checkpoint_every": 2}
+    metric = lambda codes: float((codes != Reference(*toy(), top_m=CODES).greedy).sum())  # noqa: E731
     whole, log = make_loop(planted_reward(target), metric=metric, **settings), []
     codes = whole.run(log.append)
 

@@ -68,34 +68,6 @@ def test_bounded_negative_by_hand():
     assert float(full) == pytest.approx(-2.0)
 
 
-def test_tilted_likelihood_by_hand():
-    # pi_old = (.8, .2); exp(A / eta) = (1, 4): q ~ (.8, .8), so (.5, .5); with twice the eta exp(A / eta) = (1, 2), q ~ (.8, .4)
-    old, advantages = torch.log(torch.tensor([[0.8, 0.2]], dtype=torch.float64)), torch.tensor([[0.0, math.log(4)]], dtype=torch.float64)
-    start = old.clone().requires_grad_()
-    (gain,) = ppo.tilted_likelihood(start, old, advantages, eta=1.0)
-    assert gain.item() == pytest.approx(0.5 * math.log(0.8) + 0.5 * math.log(0.2))
-    gain.backward()
-    assert start.grad.tolist() == [[pytest.approx(0.5 - 0.8), pytest.approx(0.5 - 0.2)]], "q - pi: the rare path has its full weight"
-    (weaker,) = ppo.tilted_likelihood(old, old, advantages, eta=2.0)
-    assert float(weaker) == pytest.approx(2 / 3 * math.log(0.8) + 1 / 3 * math.log(0.2))
-    # log-probabilities need not be normalised: a part of a tree is enough
-    (part,) = ppo.tilted_likelihood(old - 3.0, old - 5.0, advantages, eta=1.0)
-    assert float(part) == pytest.approx(gain.item())
-    with pytest.raises(ValueError, match="detached"):
-        ppo.tilted_likelihood(start, start, advantages, 1.0)
-    with pytest.raises(FloatingPointError, match="diverged"):
-        ppo.tilted_likelihood(old * torch.nan, old, advantages, 1.0)
-
-
-def test_even_groups_hold_the_likeliest_path_and_others_once():
-    log_p = torch.tensor([[0.01, 0.9, 0.05, 0.04]] * 4000).log()
-    groups = ppo.even_groups(log_p, 2, torch.Generator().manual_seed(0))
-    assert groups.shape == (4000, 2) and (groups == 1).any(1).all()
-    others = torch.bincount(groups[groups != 1], minlength=4)
-    assert others[1] == 0 and (others[[0, 2, 3]] / 4000 - 1 / 3).abs().max() < 0.03, "however unlikely"
-    assert ppo.even_groups(log_p, 9, torch.Generator())[0].sort().values.tolist() == [0, 1, 2, 3]
-
-
 def test_gradient_through_old_or_advantage_is_refused():
     leaf = torch.zeros(1, requires_grad=True)
     with pytest.raises(ValueError, match="detached"):

@@ -16,7 +16,7 @@ import yaml
 from tiny_backbones import tiny_bert
 
 from mmsid.artifacts import is_complete, read_json, read_manifest, read_table, write_table, writing
-from mmsid.catalog import CatalogConfig, read_catalog
+from mmsid.catalog import CatalogConfig, read_catalog, split_histories
 from mmsid.errors import ArtifactError
 from mmsid.refine import gate
 from mmsid.refine.code_stability import drop_words
@@ -26,6 +26,7 @@ from mmsid.refine.reward import RewardConfig, SidReward
 from mmsid.refine.stage import run
 from mmsid.sids import SidTable
 from mmsid.tokenizer import assign, train
+from mmsid.tokenizer.behaviour import behaviour_of_catalog
 from mmsid.tokenizer.inputs import load_inputs
 from mmsid.tokenizer.model import BackboneSettings, ItemTokenizer
 
@@ -66,7 +67,7 @@ def start(tmp_path_factory):
 
 def _config(start, out, **changes):
     weights = {"sid_reward": 1.0, "neighbours": 1.0, "crowding": 0.1}
-    loop = LoopConfig(rounds=changes.pop("rounds", 30), lr=1e-3, batch=64, kl=0.01, step_kl=0.3, most_kl=99.0, weights=weights, patience=0)
+    loop = LoopConfig(rounds=changes.pop("rounds", 30), lr=1e-3, batch=64, kl=0.01, step_kl=0.3, weights=weights, patience=0)
     return RefineConfig(**{**start, "out": out, "loop": loop, "reward": RewardConfig(steps=60, least_gain=-1.0), **changes})
 
 
@@ -91,10 +92,12 @@ def test_refine_writes_a_whole_folder_and_improves(start, tmp_path):
             "round_kl", "monitored", "lift", "raw_to_published"} <= log[0].keys()  # fmt: skip
     assert not (out / "checkpoint.safetensors").exists()
     assert read_manifest(out, "refine")["extra"]["accepted"] is True
-    # the written tokenizer gives the written raw codes
+    # the written tokenizer reads behaviour, and gives the written raw codes
     catalog = read_catalog(start["catalog"])
     tokenizer = ItemTokenizer.from_pretrained(out / "tokenizer")
-    inputs, _ = load_inputs(catalog, None, None, tokenizer.settings.use)
+    known = behaviour_of_catalog(tokenizer.behaviour, catalog, split_histories(catalog, start["catalog"].split))
+    inputs = known.added_to(load_inputs(catalog, None, None, tokenizer.settings.use)[0])
+    assert ItemTokenizer.from_pretrained(start["tokenizer"]).behaviour is None and set(after.source) == {"behaviour"} != set(before.source)
     assert (tokenizer.encode(inputs).raw_codes.numpy() == after.align([item.item_id for item in catalog.items]).raw_codes).all()
     assert after.tokenizer_sha256 == tokenizer.sha256() != before.tokenizer_sha256
     assert SidReward.load(out / "reward").names
@@ -152,28 +155,13 @@ def test_an_interrupted_run_continues_to_the_same_weights(start, tmp_path, monke
         assert (whole / name).read_bytes() == (again / name).read_bytes(), name
 
 
-def test_robust_prediction_is_rewarded_and_the_behaviour_input_is_refined(start, tmp_path, monkeypatch):
+def test_the_behaviour_input_of_a_tokenizer_is_refined(start, tmp_path, monkeypatch):
     with_behaviour, decide = _start(tmp_path, behaviour="coengagement"), gate.decide
     monkeypatch.setattr(gate, "decide", lambda *figures: replace(decide(*figures), accepted=True))  # a refused run writes the start
-    weights = {"sid_reward": 1.0, "robust_prediction": 1.0}
-    config = _config(with_behaviour, tmp_path / "trained", rounds=2)
-    trained = run(config.model_copy(update={"loop": config.loop.model_copy(update={"weights": weights, "lr": 1e-6})}))
-    records = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
-    assert len(records) == 2 and all(record["reward_robust_prediction"] < 0 for record in records)
+    trained = run(_config(with_behaviour, tmp_path / "trained", rounds=2))
     values = lambda folder: ItemTokenizer.from_pretrained(folder).behaviour.value  # noqa: E731
     assert not torch.equal(values(trained / "tokenizer"), values(with_behaviour["tokenizer"]))
     assert set(SidTable.load(trained / "sids").source) == {"behaviour"}, "every item of this catalogue has interactions"
-    with pytest.raises(ValueError, match="plus one for robust_prediction"):
-        RefineConfig(**start, out=tmp_path / "x", top_m=3, loop={"weights": weights})
-
-
-def test_explicit_settings_override_the_recipe_repair(start, tmp_path):
-    one = lambda **values: RefineConfig(**start, out=tmp_path / "x", **values)  # noqa: E731
-    repair = one(recipe="repair").loop
-    assert repair.objective == "likelihood" and repair.weights["robust_prediction"] and one(recipe="repair").uses_robust_prediction
-    own = one(recipe="repair", loop={"rounds": 3, "weights": {"sid_reward": 1.0}}).loop
-    assert own == repair.model_copy(update={"rounds": 3, "weights": {"sid_reward": 1.0}})
-    assert one().loop == LoopConfig() and one(recipe="repair", loop=own).loop == own
 
 
 def test_a_refused_run_keeps_the_start(start, tmp_path):

@@ -30,7 +30,7 @@ def _start():
 
 
 def _loosely(value: float) -> LoopConfig:
-    return LoopConfig(rounds=25, lr=value, kl=0.0, moving=1.0, step_kl=1e9, most_kl=1e9, adapt=False, weights={"hacked": 1.0})
+    return LoopConfig(rounds=25, lr=value, kl=0.0, moving=1.0, step_kl=2.0, weights={"hacked": 1.0})
 
 
 def _rewards_uniqueness(rows, candidates, codes):

@@ -50,13 +50,20 @@ def write_items(config: CatalogConfig, item_ids: Collection[str], folder: Path) 
     return config.model_copy(update={"items": path, "image_root": config.root, "max_items": None})
 
 
-def with_train_histories(config: CatalogConfig, catalog: Catalog, histories: Sequence[np.ndarray], folder: Path) -> CatalogConfig:
+def with_train_histories(
+    config: CatalogConfig, catalog: Catalog, histories: Sequence[np.ndarray], folder: Path, valid: Sequence[int] | None = None
+) -> CatalogConfig:
     """Write histories (item rows of `catalog`) as a sequences table, and return `config` with a split whose train part they are.
 
-    The split is leave-one-out. It takes two interactions from the end of every history, so the last item is written three times. No
+    The split is leave-one-out. It takes two interactions from the end of every history, so the last item is written twice more. No
     model reads the two copies: they are the valid and the test item.
+
+    Args:
+        valid: valid item of each history, instead of a copy; -1 for none.
     """
-    rows = [[catalog.items[row].item_id for row in (*history, history[-1], history[-1])] for history in histories if len(history)]
+    targets = [-1] * len(histories) if valid is None else valid
+    ends = [(history, history[-1] if target < 0 else target) for history, target in zip(histories, targets, strict=True) if len(history)]
+    rows = [[catalog.items[row].item_id for row in (*history, target, history[-1])] for history, target in ends]
     users = [f"user{number}" for number in range(len(rows))]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "sequences.parquet"

@@ -1,4 +1,4 @@
-"""Checkpoint of an interrupted refinement in one safetensors file: weights, optimiser, running scales, generators, best round.
+"""Checkpoint of an interrupted refinement in one safetensors file: weights, optimiser, running scales, generators, monitored metric.
 
 A run that resumes from it ends with the same weights, bit by bit on the same machine, as an uninterrupted one.
 """
@@ -19,15 +19,13 @@ from mmsid.refine.loop import Refinement
 def save_state(loop: Refinement, path: Path) -> None:
     """Write the state of `loop` atomically. Call it on rank 0, between rounds."""
     tensors = {f"weight.{place}": weight for place, weight in enumerate(loop.policy.parameters)}
-    tensors |= {f"best.{place}": weight for place, weight in enumerate(loop.best_weights or [])}
     for place, state in loop.optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{place}.{name}": torch.as_tensor(value) for name, value in state.items()}
     tensors["draw"] = loop.generator.get_state()
     progress = {
         "next_round": loop.next_round,
         "ended": loop.ended,
-        "best": loop.best,
-        "waited": loop.waited,
+        "monitored": loop.monitored,
         "skipped": loop.skipped,
         "scales": loop.scale.scales,
         "lr": loop.lr,
@@ -60,10 +58,8 @@ def load_state(loop: Refinement, path: Path) -> None:
             state.setdefault(int(place), {})[key] = value
     loop.optimizer.load_state_dict(loop.optimizer.state_dict() | {"state": state})
     loop.lr = progress["lr"]
-    best = [tensors[f"best.{place}"].to(weight.device) for place, weight in enumerate(loop.policy.parameters) if f"best.{place}" in tensors]
-    loop.best_weights = best or None
     loop.generator.set_state(tensors["draw"])
     loop.rng.bit_generator.state = progress["order"]
     loop.scale.scales = progress["scales"]
     loop.next_round, loop.ended, loop.skipped = progress["next_round"], progress["ended"], progress["skipped"]
-    loop.best, loop.waited = progress["best"], progress["waited"]
+    loop.monitored = progress["monitored"]

@@ -1,6 +1,6 @@
 """Early stopping: the monitored metric that ends a refinement run, and code statistics for the log.
 
-The metric is the information that an item's code prefix gives about the prefix of the next item, in nats. It is counted on the fit users
+The metric is the information that an item's first code gives about the first code of the next item, in nats. It is counted on the fit users
 and evaluated on the step to every user's valid item; no parameter is fitted on valid. It is part of neither the reward nor the gate,
 which use equal prefixes of items engaged together.
 """
@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from mmsid.catalog import Split, adjacent_pairs
-from mmsid.refine.evidence import Codes, prefix_keys
+from mmsid.refine.evidence import Codes
 
 MonitoredMetric = Callable[[Codes], float]  # raw codes (N, L) of all items -> value, higher is better
 
 
-def next_item_information(split: Split, codebook_size: int) -> MonitoredMetric | None:
+def next_item_information(split: Split) -> MonitoredMetric | None:
     """`transition_information` counted on the fit users, evaluated on the steps to valid items; None where there are no such steps."""
     counted = adjacent_pairs(split.fit_histories())
     users = [user for user in split.users("valid") if len(split.train[user])]
@@ -28,44 +28,35 @@ def next_item_information(split: Split, codebook_size: int) -> MonitoredMetric |
     evaluated = evaluated[evaluated[:, 0] != evaluated[:, 1]]
     if not len(counted) or not len(evaluated):
         return None
-    return lambda codes: transition_information(codes, codebook_size, counted, evaluated)
+    return lambda codes: transition_information(codes, counted, evaluated)
 
 
-def transition_information(
-    codes: Codes, codebook_size: int, counted: NDArray, evaluated: NDArray, levels: int = 1, prior: float = 4.0
-) -> float:
-    """Mean over the pairs `evaluated` of log p(prefix of the second | prefix of the first) - log p(prefix of the second), in nats.
+def transition_information(codes: Codes, counted: NDArray, evaluated: NDArray, prior: float = 4.0) -> float:
+    """Mean over the pairs `evaluated` of log p(code of the second | code of the first) - log p(code of the second), in nats, at level 1.
 
-    p is estimated level by level on the pairs `counted`. Counts given the first item's prefix are smoothed towards the counts for any
-    first item (Dirichlet prior of strength `prior`); those are smoothed by one per code in use. The value is 0 if all items share a code.
+    p is estimated on the pairs `counted`. Counts given the first item's code are smoothed towards the counts for any first item
+    (Dirichlet prior of strength `prior`); those are smoothed by one per code in use. The value is 0 if all items share a code. Longer prefixes identify
+    single items, whose pairs are predictable under any codes.
 
     Args:
         codes: (N, L).
         counted, evaluated: (P, 2) and (Q, 2) item rows in time order, P and Q above 0.
-        levels: length of the prefixes. Long prefixes identify single items, whose pairs are predictable under any codes.
     """
-    keys = prefix_keys(codes[:, :levels], codebook_size)
-    parent = np.zeros(len(codes), dtype=np.int64)
-    total = np.zeros(len(evaluated))
-    for level in range(keys.shape[1]):
-        _, one_of_each, own = np.unique(keys[:, level], return_index=True, return_inverse=True)
-        children = np.bincount(parent[one_of_each], minlength=len(own))  # codes in use after each prefix
-        count, parent_count = (np.bincount(label[counted[:, 1]], minlength=len(own)) for label in (own, parent))
-        above = parent[evaluated[:, 1]]
-        marginal = (count[own[evaluated[:, 1]]] + 1) / (parent_count[above] + children[above])
-        both = _pair_counts(own, own, counted, evaluated)
-        given = _pair_counts(own, parent, counted, evaluated)
-        total += np.log((both + prior * marginal) / (given + prior)) - np.log(marginal)
-        parent = own
-    return float(total.mean())
+    used, own = np.unique(codes[:, 0], return_inverse=True)
+    seconds = evaluated[:, 1]
+    count = np.bincount(own[counted[:, 1]], minlength=len(used))
+    marginal = (count[own[seconds]] + 1) / (len(counted) + len(used))
+    both = _pair_counts(own, counted, evaluated)
+    given = np.bincount(own[counted[:, 0]], minlength=len(used))[own[evaluated[:, 0]]]
+    return float((np.log((both + prior * marginal) / (given + prior)) - np.log(marginal)).mean())
 
 
-def _pair_counts(of_first: NDArray, of_second: NDArray, counted: NDArray, evaluated: NDArray) -> NDArray:
-    """How often the labels (of_first, of_second) of each pair in `evaluated` (Q, 2) occur among the pairs `counted`. -> (Q,)."""
-    size = len(of_first)
+def _pair_counts(label: NDArray, counted: NDArray, evaluated: NDArray) -> NDArray:
+    """How often the labels of each pair in `evaluated` (Q, 2) occur among the pairs `counted`. -> (Q,)."""
+    size = len(label)
     ones = np.ones(len(counted))
-    table = sparse.coo_matrix((ones, (of_first[counted[:, 0]], of_second[counted[:, 1]])), shape=(size, size)).tocsr()
-    return np.asarray(table[of_first[evaluated[:, 0]], of_second[evaluated[:, 1]]]).ravel()
+    table = sparse.coo_matrix((ones, (label[counted[:, 0]], label[counted[:, 1]])), shape=(size, size)).tocsr()
+    return np.asarray(table[label[evaluated[:, 0]], label[evaluated[:, 1]]]).ravel()
 
 
 def table_figures(codes: Codes, codebook_size: int, before: Codes, start: Codes) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
 from scipy import sparse
 
 from mmsid.config import Section
@@ -32,14 +31,12 @@ class EvidenceConfig(Section):
         code_weights: weights of code agreement at the second, third, ... level.
         prior: co-engagement weight at which an item's excess share counts half.
         window: largest distance of two interactions in a history that counts as co-engagement.
-        behaviour_dim: dimension of the factorised co-engagement that the component `robust_prediction` is fitted on.
     """
 
     level_weights: tuple[float, ...] = (0.6, 0.4)
-    code_weights: tuple[float, ...] = (0.5, 0.5)
+    code_weights: tuple[float, ...] = (0.7, 0.3)
     prior: float = 1.0
     window: int = 3
-    behaviour_dim: int = Field(64, ge=1)
 
 
 def split_users(users: Sequence[T], shares: Sequence[float], seed: int) -> list[list[T]]:

@@ -31,7 +31,8 @@ class GateConfig(Section):
         draws: number of bootstrap draws.
         raw_collisions, published_collisions: absolute growth of the share of items that share codes.
         least_perplexity, lift: relative fall.
-        reconstruction: relative growth of the variance of item vectors that the codes do not explain.
+        reconstruction: relative growth of the variance of content and behaviour vectors that the codes do not explain; behaviour is
+            weighted as suits the held-out users best.
         flip_rate: absolute growth of the share of items whose raw codes change under noise.
         ndcg, hit_rate, coverage: relative fall of NDCG@10, HR@50 and coverage of the quick recommender.
         standard_errors: factor of the standard error of a difference, where it is known.
@@ -204,17 +205,17 @@ def measure(
     codebook_size: int,
     content: NDArray,
     held_out: HeldOutPairs,
-    item_vectors: NDArray,
+    described: NDArray,
     level_weights: Sequence[float],
 ) -> dict[str, float]:
-    """Metrics of the gate for published `codes` (N, L), `raw_codes` (N, L) and item vectors (N, H)."""
+    """Metrics of the gate for published `codes` (N, L), `raw_codes` (N, L) and the vectors (N, D) that the codes have to describe."""
     return {
         "target": agreement(codes, codebook_size, held_out, level_weights),
         "raw_collisions": colliding_share(raw_codes, content),
         "published_collisions": colliding_share(codes, content),
         "least_perplexity": least_perplexity(codes, codebook_size),
         "lift": level_lift(codes, held_out),
-        "reconstruction": unexplained_variance(codes, item_vectors),
+        "reconstruction": unexplained_variance(codes, described),
     }
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from mmsid.refine.policy import BATCH, PathTree, Reference
 Scorer = Callable[[NDArray, Codes, Codes], dict[str, Floats]]
 Describe = Callable[[int, Codes], dict[str, Any]]  # round, raw codes (N, L) -> further figures for the log
 
-RENAMED_COMPONENTS = {"rebuild": "reconstruction", "consensus": "robust_prediction"}
+RENAMED_COMPONENTS = {"rebuild": "reconstruction"}
 
 
 class Policy(Protocol):
@@ -52,45 +52,35 @@ class LoopConfig(Section):
     """Policy optimisation. The ratio is joint over the levels of a path; KL is KL(policy || reference) over the item's tree.
 
     Attributes:
+        rounds: largest number of rounds; step_kl and the learning rate fall linearly over them.
         group: paths scored per item and round.
         batch: items per minibatch, over all processes; a group is never split.
         clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
-        kl: coefficient of the exact KL to the reference.
-        entropy: coefficient of an entropy bonus; a value above 0 moves the policy even under a constant reward.
-        objective: `clipped` (PPO on sampled paths) or `likelihood` (likelihood of the improved policy on uniformly drawn paths, which also
-            learns from rare ones).
-        eta: advantage that corresponds to one nat, for `likelihood`.
+        kl: coefficient of the exact KL to the reference. Above 0, items move only as far as their reward pays for it.
         moving: share of the items that are optimised per round.
         grad_norm: maximum norm of the gradient.
-        step_kl: target of KL(old || new) per round. Epochs end at 1.5 times this value, a round beyond 4 times is undone.
-        adapt: raise the learning rate by half after a round below half of step_kl, halve it after one above twice step_kl.
-        anneal: step_kl and the learning rate fall linearly over the rounds.
-        most_kl: the run ends when the mean exact KL to the reference exceeds this value.
-        patience: rounds without a better monitored metric before the run ends and returns to its best round; 0: never.
+        step_kl: target of KL(old || new) of the first round, in nats. Epochs end at 1.5 times the target of their round. The learning rate
+            rises by half after a round below half of it and is halved after one above twice of it; a round beyond 4 times is undone.
+        patience: the run ends and keeps the start when the monitored metric, averaged over so many rounds, is not above its value at the
+            start; 0: never. It does not end at its peak, because later levels still improve when the first, which it reads, no longer does.
         checkpoint_every: rounds between checkpoints.
         weights: weight of every reward component (see `mmsid.refine.evidence`).
     """
 
-    rounds: int = 30
-    group: int = 8
+    rounds: int = 60
+    group: int = 24
     epochs: int = 3
     batch: int = 256
     lr: float = 1e-4
     clip_low: float = 0.2
     clip_high: float = 0.28
-    kl: float = 0.05
-    entropy: float = 0.0
-    objective: Literal["clipped", "likelihood"] = "clipped"
-    eta: float = Field(0.25, gt=0)
+    kl: float = 0.0
     moving: float = 0.5
     grad_norm: float = 1.0
-    step_kl: float = 0.05
-    adapt: bool = True
-    anneal: bool = False
-    most_kl: float = 1.5
-    patience: int = Field(8, ge=0)
+    step_kl: float = 1.0
+    patience: int = Field(10, ge=0)
     checkpoint_every: int = Field(5, ge=1)
-    weights: dict[str, float] = Field(default={"sid_reward": 1.0, "codes": 1.0, "balance": 1.0, "crowding": 0.3, "reconstruction": 0.2})
+    weights: dict[str, float] = Field(default={"sid_reward": 1.0, "neighbours": 1.0, "codes": 1.0, "balance": 1.5, "crowding": 0.5})
 
     @field_validator("weights")
     @classmethod
@@ -102,9 +92,10 @@ class LoopConfig(Section):
 
 
 class Refinement:
-    """State and rounds of one refinement run: policy, optimiser, running scales, random generators, best round so far.
+    """State and rounds of one refinement run: policy, optimiser, running scales, random generators, monitored metric.
 
-    Subclasses change the estimator by overriding `draw_paths`, `advantages` and `gain`.
+    Subclasses change the estimator by overriding `draw_paths`, `advantages` and `gain`. `samples_policy` tells whether the paths are
+    samples of the policy, so that its KL can be estimated from them.
 
     Args:
         policy: trained in place.
@@ -115,6 +106,8 @@ class Refinement:
         metric: held-out metric of raw codes for early stopping; it must not be part of the reward.
         describe: further figures for the log, computed on rank 0.
     """
+
+    samples_policy = True
 
     def __init__(
         self,
@@ -139,8 +132,8 @@ class Refinement:
         self.rng = np.random.default_rng(seed)
         self.skipped, self.step_kl, self.lr = 0, config.step_kl, config.lr
         self.next_round, self.ended = 0, False
-        self.best, self.waited = -math.inf, 0
-        self.best_weights: list[Tensor] | None = None
+        self.start_weights = [weight.detach().clone() for weight in policy.parameters]
+        self.monitored: list[float] = []  # metric of the start and of every round
 
     def run(self, log: Callable[[dict[str, Any]], None], save: Callable[[Refinement], None] | None = None) -> Codes:
         """Run the rounds from `next_round` on and return the greedy codes (N, L).
@@ -154,19 +147,17 @@ class Refinement:
         """
         table, note = self.policy.greedy(), {}
         if self.next_round == 0 and self.metric is not None:
-            self._patience_spent(self.metric(table))
+            self.monitored = [self.metric(table)]
         rounds = range(self.next_round, 0 if self.ended else self.config.rounds)
         for number in track(rounds, what="refine", unit="rounds", note=note):
             record = {"round": number, **self.round(table)}
             before, table = table, self.policy.greedy()
             record |= table_figures(table, self.reference.head.codebook_size, before, self.reference.greedy)
             reason = None
-            if record["kl"] > self.config.most_kl:
-                reason = f"mean KL to the reference {record['kl']:.3f} is above most_kl {self.config.most_kl}"
             if self.metric is not None:
                 record["monitored"] = self.metric(table)
-                if self._patience_spent(record["monitored"]):
-                    reason = reason or f"the monitored metric has not exceeded {self.best:.4f} for {self.waited} rounds"
+                self.monitored.append(record["monitored"])
+                reason = self._without_gain()
             if self.describe is not None and self.accelerator.is_main_process:
                 record |= self.describe(number, table)
             self.next_round, self.ended = number + 1, reason is not None
@@ -177,16 +168,14 @@ class Refinement:
                 save(self)
             if self.ended:
                 break
-        if self.best_weights is None or not self.config.patience:
+        if not self.ended:
             return table
-        self._restore(self.best_weights)
+        self._restore(self.start_weights)
         return self.policy.greedy()
 
     def draw_paths(self, log_prob: Tensor) -> Tensor:
         """Path indices (R, G) to score, from the policy's log-probabilities (R, P) on the CPU."""
-        sampled = ppo.sample_groups(log_prob, self.config.group, self.generator)
-        # even groups are drawn after the sampled ones: results of a seed depend on this order
-        return ppo.even_groups(log_prob, self.config.group, self.generator) if self.config.objective == "likelihood" else sampled
+        return ppo.sample_groups(log_prob, self.config.group, self.generator)
 
     def advantages(self, rewards: Tensor) -> Tensor:
         """Advantages (R, G) of the scaled rewards (R, G)."""
@@ -194,31 +183,22 @@ class Refinement:
 
     def gain(self, new: Tensor, old: Tensor, advantages: Tensor) -> Tensor:
         """Objective per item, to be maximised: log-probabilities of the drawn paths and their advantages, (B, G) each -> (B,)."""
-        if self.config.objective == "likelihood":
-            return ppo.tilted_likelihood(new, old, advantages, self.config.eta)
         return ppo.surrogate(new, old, advantages, self.config.clip_low, self.config.clip_high).mean(dim=1)
 
     def mean_reward(self, rewards: Tensor, log_prob: Tensor) -> float:
         """Mean of rewards (R, G) for the log; `log_prob` (R, P) is the policy that the paths were drawn from."""
         return float(rewards.mean())
 
-    @property
-    def samples_policy(self) -> bool:
-        """Whether the paths are samples of the policy, so that its KL can be estimated from them."""
-        return self.config.objective == "clipped"
-
     def _annealed(self, number: int) -> float:
         """Factor of step_kl and learning rate in a round."""
-        return 1 - number / self.config.rounds if self.config.anneal else 1.0
+        return 1 - number / self.config.rounds
 
-    def _patience_spent(self, value: float) -> bool:
-        """Record the monitored metric and the best weights; True when it has not improved for `patience` rounds."""
-        if value > self.best:
-            self.best, self.waited = value, 0
-            self.best_weights = [weight.detach().clone() for weight in self.policy.parameters]
-        else:
-            self.waited += 1
-        return 0 < self.config.patience <= self.waited
+    def _without_gain(self) -> str | None:
+        """Reason to end the run, if the monitored metric has gained nothing."""
+        start, recent = self.monitored[0], self.monitored[1:][-self.config.patience :]
+        if not self.config.patience or len(recent) < self.config.patience or np.mean(recent) > start:
+            return None
+        return f"the monitored metric is {np.mean(recent):.4f} on average of {len(recent)} rounds and was {start:.4f} at the start"
 
     def _restore(self, weights: Sequence[Tensor]) -> None:
         with torch.no_grad():
@@ -269,9 +249,8 @@ class Refinement:
         if undone:
             self._restore(before)
             self.optimizer.state.clear()
-        if config.adapt or undone:
-            factor = 0.25 if undone else 0.5 if moved > 2 * self.step_kl else 1.5 if 0 < moved < 0.5 * self.step_kl else 1.0
-            self.lr = min(max(self.lr * factor, config.lr * 1e-4), config.lr * 30)
+        factor = 0.25 if undone else 0.5 if moved > 2 * self.step_kl else 1.5 if 0 < moved < 0.5 * self.step_kl else 1.0
+        self.lr = min(max(self.lr * factor, config.lr * 1e-4), config.lr * 30)
         return {"undone": undone, "lr": self.lr}
 
     @torch.no_grad()
@@ -297,7 +276,7 @@ class Refinement:
                     stopped = True
                     break
                 clipped.append(clip_share)
-                if signal == 0.0 and kl < 1e-6 and config.entropy == 0.0:
+                if signal == 0.0 and (kl < 1e-6 or config.kl == 0.0):
                     continue  # the gradient is zero: a step could only amplify rounding noise
                 self._step(loss)
                 steps += 1
@@ -334,7 +313,7 @@ class Refinement:
         new = new_all.gather(1, picks)
         gain = self.gain(new, old, advantages)
         kl = ppo.exact_kl(new_all, tree.log_prob)
-        loss = (-gain + config.kl * kl - config.entropy * ppo.entropy(new_all)).sum() / size
+        loss = (-gain + config.kl * kl).sum() / size
         with torch.no_grad():
             clipped = ppo.clip_fraction(ppo.log_ratio(new, old), config.clip_low, config.clip_high).sum()
             distance = ppo.approximate_kl(new, old).mean(1).sum() if self.samples_policy else ppo.exact_kl(old_all, new_all).sum()

@@ -2,7 +2,7 @@
 
 An action is a whole path (L codes), so ratios are joint over the levels. Log-probabilities are normalised over an item's enumerated paths.
 Sources: PPO (Schulman 2017), clip-higher (DAPO, 2503.14476), GBPO (OneRec-V2, 2508.20900), advantages without deviation (Dr.GRPO),
-scaling per component (GDPO, 2601.05242), likelihood of an improved policy (MPO, 1806.06920).
+scaling per component (GDPO, 2601.05242).
 """
 
 from __future__ import annotations
@@ -41,43 +41,14 @@ def surrogate(new: Tensor, old: Tensor, advantages: Tensor, clip_low: float, cli
         ValueError: `old` or `advantages` carries a gradient.
         FloatingPointError: see `log_ratio`.
     """
-    _check_detached(old, advantages)
+    if old.requires_grad or advantages.requires_grad:
+        raise ValueError("old log-probabilities and advantages must be detached")
     ratios = log_ratio(new, old)
     probability = new.detach().exp()
     bound = torch.maximum(old.exp(), 1.0 - probability)
     # pi / bound is written through log pi: the gradient is the same and nothing underflows
     bounded = (new.clamp(min=-60.0) - bound.clamp(min=1e-12).log()).exp() * advantages
     return torch.where(advantages < 0, bounded, clipped_surrogate(ratios, advantages, clip_low, clip_high))
-
-
-def _check_detached(old: Tensor, advantages: Tensor) -> None:
-    if old.requires_grad or advantages.requires_grad:
-        raise ValueError("old log-probabilities and advantages must be detached")
-
-
-def tilted_likelihood(new: Tensor, old: Tensor, advantages: Tensor, eta: float) -> Tensor:
-    """Log-likelihood of an improved policy, to be maximised, per item: sum_g q_g log pi_g with q ~ pi_old exp(A / eta).
-
-    q maximises E_q[A] - eta KL(q || pi_old); fitting the policy to q by likelihood is the M-step of MPO (1806.06920). q and pi are
-    normalised over the G given paths, which are the whole tree of an item or any part of it. At pi = pi_old the gradient is q - pi, so
-    that a rare path with a high advantage gets its full weight; a sampled policy gradient hardly ever sees such a path.
-
-    Args:
-        new, old, advantages: (N, G); `old` and `advantages` must be detached.
-        eta: advantage that corresponds to one nat.
-
-    Returns:
-        (N,).
-
-    Raises:
-        ValueError: `old` or `advantages` carries a gradient.
-        FloatingPointError: `new` is not finite.
-    """
-    _check_detached(old, advantages)
-    if not bool(torch.isfinite(new).all()):
-        raise FloatingPointError("log-probabilities are not finite: the policy has diverged (lower the learning rate)")
-    improved = (old + advantages / eta).softmax(dim=1)
-    return (improved * new.log_softmax(dim=1)).sum(dim=1)
 
 
 def check_groups(rewards: Tensor) -> Tensor:
@@ -171,16 +142,6 @@ def clip_fraction(log_ratios: Tensor, clip_low: float, clip_high: float) -> Tens
     """Share of each item's samples whose ratio is outside [1-low, 1+high]: (N, G) -> (N,)."""
     ratio = log_ratios.detach().exp()
     return ((ratio < 1.0 - clip_low) | (ratio > 1.0 + clip_high)).float().mean(dim=1)
-
-
-def even_groups(log_p: Tensor, group: int, generator: torch.Generator) -> Tensor:
-    """The most likely path of every item and `group` - 1 other paths drawn uniformly without replacement: (N, P) -> int64 (N, group).
-
-    All P paths where P <= `group`.
-    """
-    keys = torch.rand(log_p.shape, generator=generator)
-    keys.scatter_(1, log_p.argmax(dim=1, keepdim=True), 2.0)
-    return keys.topk(min(group, log_p.shape[1]), dim=1).indices
 
 
 def sample_groups(log_p: Tensor, group: int, generator: torch.Generator) -> Tensor:

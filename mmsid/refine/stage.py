@@ -23,7 +23,7 @@ from mmsid.artifacts import Draft, manifest_folder, write_json, writing
 from mmsid.catalog import Catalog, Split, co_engagement, load_picture, read_catalog, split_histories
 from mmsid.errors import ArtifactError
 from mmsid.progress import done, track
-from mmsid.quantize import ppmi_svd
+from mmsid.quantize import fuse
 from mmsid.refine import gate
 from mmsid.refine.checkpoint import load_state, save_state
 from mmsid.refine.code_stability import changed_codes, noisy_sample
@@ -36,12 +36,14 @@ from mmsid.refine.outputs import write_moved, write_near_ties, write_sids, write
 from mmsid.refine.policy import HeadPolicy, Propose, Reference
 from mmsid.refine.publish import make_table
 from mmsid.refine.reward import SidReward, train_reward
-from mmsid.refine.robust_prediction import RobustPrediction
 from mmsid.refine.tracking import RunLog, check_tracker
 from mmsid.sids.readings import Readings, load_readings
 from mmsid.sids.table import SidTable
+from mmsid.tokenizer.added_behaviour import add_behaviour
 from mmsid.tokenizer.behaviour import ItemBehaviour, behaviour_inputs, behaviour_of_catalog
+from mmsid.tokenizer.behaviour_weight import choose_trust_and_weight
 from mmsid.tokenizer.further_readings import further_readings, shortened_behaviour
+from mmsid.tokenizer.initialization import unit_content
 from mmsid.tokenizer.inputs import ItemInput, load_inputs
 from mmsid.tokenizer.model import ItemTokenizer
 
@@ -49,6 +51,7 @@ from mmsid.tokenizer.model import ItemTokenizer
 QuickRecommender = Callable[[SidTable, int], Mapping[str, float]]
 CHECKPOINT = "checkpoint.safetensors"
 SCORED_ROWS = 256  # items whose features are computed at once
+PROPOSALS = 2  # codes per level of an item's tree that hold most of its neighbours, whatever their probability
 
 
 def run(config: RefineConfig, quick_recommender: QuickRecommender | None = None) -> Path:
@@ -108,13 +111,19 @@ class Job:
         self.quality = None if config.text_quality is None else read_text_quality(config.text_quality, item_ids)
         self.start_sha256 = self.tokenizer.sha256()
         self.fit_histories, self.held_out = split.fit_histories(), split.held_out_histories()
-        self.held_out_pairs = gate.HeldOutPairs.from_histories(self.held_out)
         _, self.content = np.unique([item.content_sha256 for item in catalog.items], return_inverse=True)
         states, item_states = self._read_states(self.inputs)
+        self.held_out_pairs = gate.HeldOutPairs.from_histories(self.held_out)
+        self.described = unit_content(states[..., : self.tokenizer.backbone.hidden_size].mean(1).cpu().numpy(), centre=True)
+        if known is not None:
+            pairs = self.held_out_pairs.pairs
+            _, weight = choose_trust_and_weight(self.described, known, pairs, config.seed)
+            self.described = fuse(self.described, known.vectors, weight)
+        elif self.fit_histories and self.tokenizer.behaviour is None:
+            states = self._add_behaviour(states)
         self.neighbours = co_engagement(self.fit_histories, len(catalog.items), config.evidence.window, split.fit_weights())
         item_vectors = torch.nn.functional.normalize(item_states, dim=-1).cpu().numpy()
-        self.prediction = self._robust_prediction(states, item_vectors) if config.uses_robust_prediction else None
-        self.reference = Reference(self.tokenizer.head, states, config.top_m, config.temperature, config.start_entropy, self._propose)
+        self.reference = Reference(self.tokenizer.head, states, config.top_m, None, config.start_entropy, self._propose)
         self._check_start()
         self.embedding = self._embed(item_states)
         self.material = Material(self.reference, item_vectors, self.reference.greedy, self.content)
@@ -164,15 +173,17 @@ class Job:
     def _propose(self, codes: Codes) -> Propose:
         near = NeighboursCodes(codes, self.tokenizer.codebook_size, self.neighbours, self.content, self.config.evidence)
 
-        def propose(rows: np.ndarray, prefixes: Codes) -> Codes:
-            codes = near.after(rows, prefixes, self.config.proposals)
-            return codes if self.prediction is None else np.concatenate([codes, self.prediction.after(rows, prefixes)], -1)
+        return lambda rows, prefixes: near.after(rows, prefixes, PROPOSALS)
 
-        return propose
-
-    def _robust_prediction(self, states: Tensor, item_vectors: np.ndarray) -> RobustPrediction:
-        behaviour = ppmi_svd(self.neighbours, self.config.evidence.behaviour_dim)
-        return RobustPrediction(self.tokenizer.head, states, np.concatenate([behaviour, item_vectors], axis=1))
+    def _add_behaviour(self, states: Tensor) -> Tensor:
+        """Add a behaviour input to a tokenizer that was trained on content alone: states (N, L, H) -> (N, L, H + M + 1)."""
+        config, pairs = self.config, self.held_out_pairs.pairs
+        added = add_behaviour(self.tokenizer, states, self.catalog, self.split, pairs, config.behaviour, config.seed)
+        if added is None:
+            return states
+        self.inputs, self.described = added.items.added_to(self.inputs), added.fused
+        rows = torch.from_numpy(added.items.rows()).to(states)
+        return torch.cat([states, rows[:, None].expand(-1, states.shape[1], -1)], -1)
 
     def _quality_record(self) -> dict[str, float] | str:
         if self.quality is None:
@@ -231,10 +242,7 @@ class Job:
             table = self._table(codes)
             growth = self.reference.error_growth(rows, candidates)
             parts = table.components(rows, candidates, growth, self.config.evidence)
-            parts["sid_reward"] = self._rewards(reward, table, rows, candidates)
-            if self.prediction is not None:
-                parts["robust_prediction"] = -self.prediction.growth(rows, candidates)
-            return parts
+            return parts | {"sid_reward": self._rewards(reward, table, rows, candidates)}
 
         return score
 
@@ -252,8 +260,7 @@ class Job:
 
     def loop(self, policy: Policy, scorer: Scorer, kind: type[Refinement] = Refinement) -> Refinement:
         """Build the loop without running it; `kind` is a subclass with another estimator."""
-        config, size = self.config, self.tokenizer.codebook_size
-        metric = next_item_information(self.split, size)
+        config, metric = self.config, next_item_information(self.split)
         return kind(policy, self.reference, scorer, config.loop, self.accelerator, config.seed, self.quality, metric)
 
     def _refine(self, reward: SidReward) -> None:
@@ -298,16 +305,12 @@ class Job:
         rows, noisy = noisy_sample(self.inputs, [item.content_sha256 for item in self.catalog.items])
         if not rows:
             return None
-        after = self._read_states(noisy)[0]
-        before = after
-        if self.config.trainable == "all":
-            start = ItemTokenizer.from_pretrained(tokenizer_folder(self.config.tokenizer), open_picture=self.open_picture)
-            self.tokenizer, moved = start.to(self.accelerator.device).eval(), self.tokenizer
-            before, self.tokenizer = self._read_states(noisy)[0], moved
-        return (
-            changed_codes(self.reference.head, before, self.reference.greedy[rows]),
-            changed_codes(self.tokenizer.head, after, refined.raw_codes[rows]),
-        )
+        after = changed_codes(self.tokenizer.head, self._read_states(noisy)[0], refined.raw_codes[rows])
+        start = ItemTokenizer.from_pretrained(tokenizer_folder(self.config.tokenizer), open_picture=self.open_picture)
+        self.tokenizer, refined_tokenizer = start.to(self.accelerator.device).eval(), self.tokenizer
+        before = changed_codes(start.head, self._read_states(noisy)[0], self.reference.greedy[rows])
+        self.tokenizer = refined_tokenizer
+        return before, after
 
     def _judge(self, refined: SidTable, changed: tuple[np.ndarray, np.ndarray] | None) -> gate.GateResult:
         """Apply the gate on every process. The quick recommender (several training runs) is used only if all cheaper guards pass."""
@@ -320,7 +323,7 @@ class Job:
                 size,
                 self.content,
                 self.held_out_pairs,
-                self.material.item_vectors,
+                self.described,
                 config.level_weights,
             )
             for table in tables

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ def write_moved_sids(settings: dict[str, Any], move: Callable[[Job], Codes]) -> 
         job = Job(config, accelerator, catalog, split, draft, None)
         codes = move(job)
         table = make_table(job.tokenizer, job.reference.states, job.inputs, catalog, config.collisions, codes)
+        table = replace(table, tokenizer_sha256=job.start_sha256)  # no other tokenizer is kept
         write_sids(draft.path, table, job.embedding, catalog, job.held_out, config.seed)
         changed = codes != job.reference.greedy
         draft.counts["moved"] = int(changed.any(axis=1).sum())

@@ -2,7 +2,7 @@
 
 `ResidualHead` is a differentiable residual quantizer; `ParallelHead` is the head of UniSID (arXiv 2602.10445, section 2.2).
 Symbols: B items, M paths per item, L levels, K codes per level, H hidden size of the backbone, D size of the projected states (the
-code space for the residual head, K for the parallel head). Ties go to the lowest index.
+code space for the residual head; K, plus the behaviour coordinates if any, for the parallel head). Ties go to the lowest index.
 """
 
 from __future__ import annotations
@@ -235,34 +235,56 @@ class ResidualHead(CodeHead):
 
 
 class ParallelHead(CodeHead):
-    """Head of UniSID: one linear layer per SID token gives K logits (D = K). The levels are independent given the item."""
+    """Head of UniSID: one linear layer per SID token gives K logits. The levels are independent given the item.
 
-    def __init__(self, hidden_size: int, num_levels: int = 3, codebook_size: int = 256) -> None:
+    With a behaviour input, the projected states have K + M coordinates: the logits of the content, then behaviour, which is
+    U h_l + b_l for content alone. Its weight in the logits is a matrix (K, M) per level, `vectors`.
+    """
+
+    def __init__(self, hidden_size: int, num_levels: int = 3, codebook_size: int = 256, behaviour: BehaviourSettings | None = None) -> None:
         super().__init__()
-        self.num_levels, self.codebook_size = num_levels, codebook_size
+        self.hidden_size, self.num_levels, self.codebook_size = hidden_size, num_levels, codebook_size
         self.levels = nn.ModuleList(nn.Linear(hidden_size, codebook_size) for _ in range(num_levels))
+        self.behaviour = None if behaviour is None else BehaviourInput(behaviour, codebook_size)
+        if behaviour is not None:
+            self.projection = nn.Linear(hidden_size, behaviour.dim, bias=False)
+            self.bias = nn.Parameter(torch.zeros(num_levels, behaviour.dim))
+            self.vectors = nn.Parameter(torch.zeros(num_levels, codebook_size, behaviour.dim))
 
     def project(self, h: Tensor) -> Tensor:
-        """Logits of all levels: (B, L, H) -> (B, L, K)."""
-        return torch.stack([linear(h[:, level]) for level, linear in enumerate(self.levels)], 1)
+        """Behaviour reading, as in `ResidualHead`: (B, L, H) or (B, L, H + M + 1) -> (B, L, D)."""
+        s = self.content(h)
+        return s if self.behaviour is None else self.behaviour(s, h[:, 0, self.hidden_size :])
+
+    def content(self, h: Tensor) -> Tensor:
+        """Content reading: logits of the first H coordinates of states h (B, L, ...), and their behaviour coordinates. -> (B, L, D)."""
+        h = h[..., : self.hidden_size]
+        logits = torch.stack([linear(h[:, level]) for level, linear in enumerate(self.levels)], 1)
+        return logits if self.behaviour is None else torch.cat([logits, self.projection(h) + self.bias], -1)
 
     @torch.no_grad()
     def rename(self, permutations: Sequence[np.ndarray]) -> None:
-        """Permute the outputs of every level's layer in place."""
-        for linear, permutation in zip(self.levels, permutations, strict=True):
+        """Permute the outputs of every level in place."""
+        for level, (linear, permutation) in enumerate(zip(self.levels, permutations, strict=True)):
+            order = np.argsort(permutation)
             for weight in (linear.weight, linear.bias):
-                weight.copy_(weight[np.argsort(permutation)].clone())
+                weight.copy_(weight[order].clone())
+            if self.behaviour is not None:
+                self.vectors[level] = self.vectors[level][order].clone()
 
     def level_logits(self, s: Tensor, prefix: Tensor) -> Tensor:
         """Logits of the level after `prefix`; they depend on the length of the prefix only."""
-        logits = s[:, prefix.shape[-1]]
+        level = prefix.shape[-1]
+        logits = s[:, level, : self.codebook_size]
+        if self.behaviour is not None:
+            logits = logits + s[:, level, self.codebook_size :] @ self.vectors[level].T
         return logits if prefix.dim() == 2 else logits[:, None].expand(-1, prefix.shape[1], -1)
 
 
 def make_head(
     kind: str, hidden_size: int, num_levels: int, codebook_size: int, code_dim: int, behaviour: BehaviourSettings | None
 ) -> CodeHead:
-    """Build a head of kind "residual" or "parallel" (`code_dim` and `behaviour` apply to "residual" only)."""
+    """Build a head of kind "residual" or "parallel" (`code_dim` applies to "residual" only)."""
     if kind == "parallel":
-        return ParallelHead(hidden_size, num_levels, codebook_size)
+        return ParallelHead(hidden_size, num_levels, codebook_size, behaviour)
     return ResidualHead(hidden_size, num_levels, codebook_size, code_dim, behaviour)

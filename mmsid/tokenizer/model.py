@@ -37,7 +37,7 @@ class TokenizerSettings(Section):
 
     Attributes:
         code_dim: dimension of the code space of the residual head.
-        behaviour: behaviour input of the residual head, set by training; None for none.
+        behaviour: behaviour input of the head, set by training or refinement; None for none.
         use: the item fields that the tokenizer was trained on; new items are encoded from the same fields.
     """
 
@@ -119,7 +119,9 @@ class ItemTokenizer(nn.Module, ModelHubMixin, library_name="mmsid", tags=["seman
     @property
     def score_width(self) -> int:
         """D, the last dimension of `Encoded.scores`."""
-        return self.codebook_size if self.settings.head == "parallel" else self.settings.code_dim
+        if self.settings.head == "residual":
+            return self.settings.code_dim
+        return self.codebook_size + (0 if self.settings.behaviour is None else self.settings.behaviour.dim)
 
     @property
     def behaviour(self) -> BehaviourInput | None:
