@@ -174,6 +174,7 @@ def write_tables(folder: Path, name: str, seeds: list[Seed]) -> None:
         } | {"moved": float(np.mean([one["moved"] for one in figures])), "seeds": [one.seed for one in done]}
         if row.endswith("refined"):
             methods[row] |= {key: [one[key] for one in figures] for key in ("accepted", "reasons")}
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / "refinement_content.json"
     written = read_json(path) if path.exists() else {"datasets": {}}
     written["datasets"][name] = {"methods": methods, "differences": differences(seeds, set(methods))}

@@ -109,6 +109,9 @@ def _write_refine(folder: Path, start: SidTable, refined: SidTable, accepted: bo
             "codes_before": start.codes[moved].tolist(),
             "codes_after": refined.codes[moved].tolist(),
             "reward_gained": [0.5 - 0.01 * rank for rank in range(len(moved))],
+            "neighbours_gained": [0.25] * len(moved),
+            "balance_gained": [-0.5] * len(moved),
+            "crowding_gained": [0.0] * len(moved),
         }
     )
     write_table(folder / "moved.parquet", table)

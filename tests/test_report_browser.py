@@ -148,7 +148,7 @@ def test_another_method_can_be_explored(opened):
 
 def test_moved_items_show_both_codes(opened):
     moved = all_of(opened, "#moved li")
-    assert len(moved) == 6 and "reward +0.500" in moved[0].text
+    assert len(moved) == 6 and "reward +0.500 (balance -0.50, neighbours +0.25)" in moved[0].text
     assert [chip.text for chip in moved[0].find_elements("css selector", ".changed")] == ["b_7"]
 
 

@@ -35,8 +35,8 @@ def transition_information(codes: Codes, counted: NDArray, evaluated: NDArray, p
     """Mean over the pairs `evaluated` of log p(code of the second | code of the first) - log p(code of the second), in nats, at level 1.
 
     p is estimated on the pairs `counted`. Counts given the first item's code are smoothed towards the counts for any first item
-    (Dirichlet prior of strength `prior`); those are smoothed by one per code in use. The value is 0 if all items share a code. Longer prefixes identify
-    single items, whose pairs are predictable under any codes.
+    (Dirichlet prior of strength `prior`); those are smoothed by one per code in use. The value is 0 if all items share a code. Longer
+    prefixes identify single items, whose pairs are predictable under any codes.
 
     Args:
         codes: (N, L).

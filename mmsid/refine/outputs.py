@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -19,15 +20,20 @@ from mmsid.tokenizer.model import ItemTokenizer
 NEAR_TIE = 0.05  # nats between the best and the second-best code
 
 
-def write_moved(folder: Path, start: SidTable, refined: SidTable, gained: Floats, accepted: bool) -> int:
-    """Write `moved.parquet`, one row per item whose codes differ, with the reward gained (`gained` (M,), same order). -> number of rows."""
+def write_moved(folder: Path, start: SidTable, refined: SidTable, gained: Mapping[str, Floats], accepted: bool) -> int:
+    """Write `moved.parquet`, one row per item whose codes differ, with what it gained of every reward component. -> number of rows.
+
+    Args:
+        gained: component -> (M,), in the order of the rows. `reward_gained` is that of `sid_reward`.
+    """
     rows = np.flatnonzero((start.codes != refined.codes).any(axis=1))
     columns = {
         "item_id": pa.array([start.item_ids[row] for row in rows], pa.string()),
         "codes_before": pa.array(start.codes[rows].tolist(), pa.list_(pa.int64())),
         "codes_after": pa.array(refined.codes[rows].tolist(), pa.list_(pa.int64())),
-        "reward_gained": pa.array(gained, pa.float64()),
+        "reward_gained": pa.array(gained["sid_reward"], pa.float64()),
     }
+    columns |= {f"{name}_gained": pa.array(values, pa.float64()) for name, values in gained.items() if name != "sid_reward"}
     write_table(folder / "moved.parquet", pa.table(columns), {"accepted": str(accepted).lower()})
     return len(rows)
 

@@ -292,13 +292,12 @@ class Job:
                 pieces.append(reward.eval()(features).double().numpy())
         return np.concatenate(pieces)
 
-    def _gained(self, reward: SidReward, refined: SidTable) -> Floats:
-        """(M,) reward of each moved item's new codes in the new table minus that of its old codes in the old table."""
-        rows = np.flatnonzero((self.start.codes != refined.codes).any(axis=1))
-        if not len(rows):
-            return np.zeros(0)
-        now, then = (self._rewards(reward, self._table(codes), rows, codes[rows][:, None]) for codes in (refined.codes, self.start.codes))
-        return (now - then)[:, 0]
+    def _gained(self, reward: SidReward, refined: SidTable) -> dict[str, Floats]:
+        """Reward components of each moved item's new codes in the new table minus those of its old codes in the old table, (M,) each."""
+        rows, score = np.flatnonzero((self.start.codes != refined.codes).any(axis=1)), self.scorer(reward)
+        scored = rows if len(rows) else np.zeros(1, np.int64)  # the names of the components are needed in any case
+        now, then = (score(scored, codes[scored][:, None], codes) for codes in (refined.codes, self.start.codes))
+        return {name: (now[name] - then[name])[: len(rows), 0] for name in now}
 
     def _changed_codes(self, refined: SidTable) -> tuple[np.ndarray, np.ndarray] | None:
         """Whether raw codes of a sample of items change under noise, before and after refinement; None without texts."""

@@ -86,9 +86,9 @@ function drawMoved() {
     `${moved.mean_gain.toFixed(3)}, and ${amount(moved.first_level, "first code")} changed` : "";
   const part = moved.rows.length < moved.count ? ` The list shows the ${moved.rows.length} items with the largest gain.` : "";
   $("moved-summary").textContent = `${amount(moved.count, "item")}${facts}.${part}`;
-  fill($("moved"), moved.rows, ({ row, before, after, gain }) => {
+  fill($("moved"), moved.rows, ({ row, before, after, gain, parts }) => {
     const move = make("span", { className: "move" }, sid(before), "→", sid(after, { before }));
-    return itemCard(row, move, `reward ${gain < 0 ? "" : "+"}${gain.toFixed(3)}`);
+    return itemCard(row, move, `reward ${gain < 0 ? "" : "+"}${gain.toFixed(3)}${parts ? ` (${parts})` : ""}`);
   }, 12);
 }
 

@@ -145,6 +145,13 @@ def _categories(items: Sequence[Item]) -> dict[str, list]:
     return {"paths": [list(path) for path in paths], "of": of_item}
 
 
+def reward_parts(moved: Mapping[str, Any]) -> str:
+    """What a row of `moved.parquet` gained of each reward component besides `sid_reward`, those that changed, largest first."""
+    parts = {name.removesuffix("_gained"): value for name, value in moved.items() if name.endswith("_gained") and name != "reward_gained"}
+    changed = sorted(((name, value) for name, value in parts.items() if abs(value) >= 0.005), key=lambda part: (-abs(part[1]), part[0]))
+    return ", ".join(f"{name} {value:+.2f}" for name, value in changed)
+
+
 def _moved(run: Path, items: Sequence[Item]) -> dict[str, Any] | None:
     """Items whose codes refinement changed, or would have changed, sorted by decreasing gain in reward."""
     if not is_complete(run / "refine"):
@@ -165,6 +172,7 @@ def _moved(run: Path, items: Sequence[Item]) -> dict[str, Any] | None:
                 "before": row["codes_before"],
                 "after": row["codes_after"],
                 "gain": round(row["reward_gained"], 4),
+                "parts": reward_parts(row),
             }
             for row in shown[:MAX_MOVED]
         ],

@@ -6,17 +6,19 @@ picture, caption, interests and SID.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.markdown import Markdown
 
-from mmsid.artifacts import is_complete, read_json, writing
-from mmsid.catalog import CatalogConfig, Item, read_catalog
+from mmsid.artifacts import is_complete, read_json, read_table, writing
+from mmsid.catalog import CatalogConfig, read_catalog
 from mmsid.config import StageConfig
 from mmsid.progress import done, is_main_process
 from mmsid.report.charts import SINGLE_SEED_NOTE, seed_count
+from mmsid.report.explore import reward_parts
 from mmsid.report.page import write_run_page
 from mmsid.report.run_folder import annotations, sid_folders
 from mmsid.sids.folder import INTRINSIC
@@ -24,6 +26,7 @@ from mmsid.sids.intrinsic_table import intrinsic_table
 from mmsid.sids.table import FILE_NAME, SidTable
 
 EXAMPLES = 3  # items that the summary shows
+MOVED = 5  # items moved by refinement that the summary shows
 
 
 class ReportConfig(StageConfig):
@@ -55,7 +58,7 @@ def run(config: ReportConfig) -> Path:
                 *_sid_tables(folders),
                 *_single_seed(config.run),
                 *_intrinsic(folders),
-                *_gate(config.run),
+                *_gate(config),
                 *_ranking(config.run),
                 *_examples(config, folders),
             ]
@@ -86,18 +89,33 @@ def _intrinsic(folders: dict[str, Path]) -> list[str]:
     return ["## Intrinsic metrics (held-out users of train; none of them is an objective)", "", intrinsic_table(metrics)] if metrics else []
 
 
-def _gate(run: Path) -> list[str]:
+def _gate(config: ReportConfig) -> list[str]:
+    run = config.run
     if not is_complete(run / "refine"):
         return []
     gate: dict[str, Any] = read_json(run / "refine" / "gate.json")
-    if gate["accepted"]:
-        return ["## Refinement", "", "The acceptance gate accepted the refined codes.", ""]
-    return [
-        "## Refinement",
-        "",
-        f"The acceptance gate refused the refined codes, the initial codes are kept: {'; '.join(gate['reasons'])}",
-        "",
-    ]
+    verdict = "The acceptance gate accepted the refined codes."
+    if not gate["accepted"]:
+        verdict = f"The acceptance gate refused the refined codes, the initial codes are kept: {'; '.join(gate['reasons'])}"
+    lines = ["## Refinement", "", verdict, "", "| figure of the gate | before | after |", "|---|---|---|"]
+    lines += [f"| {row['metric']} | {row['before']:.4g} | {row['after']:.4g} |" for row in gate["rows"]]
+    return [*lines, "", *_moved(config)]
+
+
+def _moved(config: ReportConfig) -> list[str]:
+    """The items that gained most of the reward, and of what part of it; items with pictures before items without."""
+    moved = read_table(config.run / "refine" / "moved.parquet").to_pylist()
+    items = {item.item_id: item for item in read_catalog(config.catalog).items}
+    first = sorted(moved, key=lambda row: (not items[row["item_id"]].images, -row["reward_gained"], row["item_id"]))[:MOVED]
+    lines = [f"{len(moved):,} items move. Those with the largest gain in reward:", ""] if first else []
+    for row in first:
+        item = items[row["item_id"]]
+        lines += [
+            f"- **{item.title or item.item_id}**: `{item.images[0] if item.images else 'no picture'}`",
+            f"  - `{_sid(row['codes_before'])}` -> `{_sid(row['codes_after'])}`",
+            f"  - sid_reward {row['reward_gained']:+.2f}; {reward_parts(row)}",
+        ]
+    return [*lines, ""] if first else []
 
 
 def _ranking(run: Path) -> list[str]:
@@ -121,11 +139,10 @@ def _examples(config: ReportConfig, folders: dict[str, Path]) -> list[str]:
             f"- **{item.title or item.item_id}**: `{item.images[0] if item.images else 'no picture'}`",
             f"  - caption: {captions.get(item.item_id, 'none')}",
             f"  - interests: {mined.summary if mined else 'none'}",
-            f"  - SID: `{_sid(table, item)}`",
+            f"  - SID: `{_sid(table.codes[table.row_of[item.item_id]])}`",
         ]
     return [*lines, ""]
 
 
-def _sid(table: SidTable, item: Item) -> str:
-    codes = table.codes[table.item_ids.index(item.item_id)]
+def _sid(codes: Sequence[int]) -> str:
     return " ".join(f"<{chr(ord('a') + level)}_{code}>" for level, code in enumerate(codes))
