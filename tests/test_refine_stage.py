@@ -164,6 +164,13 @@ def test_the_behaviour_input_of_a_tokenizer_is_refined(start, tmp_path, monkeypa
     assert set(SidTable.load(trained / "sids").source) == {"behaviour"}, "every item of this catalogue has interactions"
 
 
+def test_a_tokenizer_with_behaviour_may_read_newer_logs_than_its_sids(tmp_path):
+    start = _start(tmp_path, behaviour="coengagement")
+    newer = make_catalog(tmp_path, np.random.default_rng(7))
+    out = run(_config(start | {"catalog": newer}, tmp_path / "refine", rounds=2))
+    assert read_json(out / "gate.json")["rows"], "the gate compares with the published codes"
+
+
 def test_a_refused_run_keeps_the_start(start, tmp_path):
     config = _config(start, tmp_path / "refine", rounds=2, gate={"confidence": 1.1})
     out = run(config)

@@ -222,6 +222,9 @@ class Job:
                 f"{self.config.sids} has codebooks {self.start.codebook_sizes}, the tokenizer {self.config.tokenizer} has "
                 f"{self.tokenizer.num_levels} of size {self.tokenizer.codebook_size}; assign SIDs with this tokenizer first"
             )
+        own = self.start.tokenizer_sha256 == self.start_sha256
+        if own and self.tokenizer.behaviour is not None and self.start.catalog_sha256 != self.catalog.sha256:
+            return  # newer logs: the tokenizer reads other behaviour than when it published
         same = float((self.start.raw_codes == self.reference.greedy).all(1).mean())
         if same < 0.98:
             raise ArtifactError(
