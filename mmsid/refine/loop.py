@@ -80,7 +80,7 @@ class LoopConfig(Section):
     step_kl: float = 1.0
     patience: int = Field(10, ge=0)
     checkpoint_every: int = Field(5, ge=1)
-    weights: dict[str, float] = Field(default={"sid_reward": 1.0, "neighbours": 1.0, "codes": 1.0, "balance": 1.5, "crowding": 0.5})
+    weights: dict[str, float] = Field(default={"sid_reward": 1.0, "neighbours": 1.0, "codes": 1.0, "balance": 1.5, "crowding": 0.7})
 
     @field_validator("weights")
     @classmethod
