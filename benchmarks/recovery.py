@@ -82,7 +82,7 @@ def one_seed(parsed: argparse.Namespace, seed: int) -> dict[str, Any]:
         parsed.config,
         ["train_tokenizer.behaviour=coengagement", *parsed.overrides, f"seed={seed}", f"name=good{seed}", f"runs={parsed.out}"],
     )
-    data = {key: value for key, value in data.items() if key not in ("baselines", "train_recommender", "report")}
+    data = {key: value for key, value in data.items() if key not in ("text_quality", "baselines", "train_recommender", "report")}
     configs = stage_configs(data, str(parsed.config))
     run_stages(configs)
     # the damaged run uses the annotations of the good run

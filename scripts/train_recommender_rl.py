@@ -2,7 +2,7 @@
 
 Reads:  the catalogue and its sequences, a SID folder, and `runs/<name>/text_quality/` if it exists.
 Writes: runs/<name>/train_recommender_rl/ with metrics.json, ranking.md, models/, logs/ and the ranks of every user.
-Run:    accelerate launch scripts/train_recommender_rl.py --config configs/demo_quality.yaml [train_recommender_rl.seeds=[0,1,2]]
+Run:    accelerate launch scripts/train_recommender_rl.py --config configs/demo_recommender_rl.yaml [train_recommender_rl.seeds=[0,1,2]]
 
 Departures from DeepInterestGR (arXiv 2604.20861): a small causal model over SID tokens instead of a 7B language model with
 LoRA; rollouts and log-probabilities restricted to existing SIDs; advantages weighted by the text quality instead of divided

@@ -32,7 +32,6 @@ SMALL = {
     "train_recommender_rl.py": [
         "train_recommender_rl.schedule={epochs: 2}",
         "train_recommender_rl.reinforcement={steps: 3, histories: 4, group: 4}",
-        *QUALITY,
     ],
     "mmsid stability": ["stability.max_items=20"],
     "configs/demo.yaml": [
@@ -45,6 +44,7 @@ SMALL = {
         "train_recommender.seeds=[0]",
         "train_recommender.schedule.epochs=1",
         "refine.gate.draws=50",
+        *QUALITY,
     ],
     "configs/captioner_demo.yaml": [
         "train_captioner.drawn.cards=64",

@@ -258,12 +258,12 @@ def test_pipeline_from_demo_ads_to_a_reinforced_recommender_on_two_processes(tmp
             "baselines.methods=[random,balanced_rq]",
         )
     quality = ["text_quality.model.steps=150", "text_quality.least_accuracy=0.6", "text_quality.most_calibration_error=0.5"]
-    call("scripts/train_reward.py", "--part", "text", "--config", "configs/demo_quality.yaml", *quality)
+    call("scripts/train_reward.py", "--part", "text", "--config", "configs/demo.yaml", *quality)
     assert 0 < read_manifest(tmp_path / "runs/demo/text_quality", "text_quality")["extra"]["mean_q"] < 1
     section = "train_recommender_rl."
     small = [section + "schedule={epochs: 2}", section + "reinforcement={steps: 3, histories: 4, group: 4}"]
     launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
-    call(*launch, "scripts/train_recommender_rl.py", "--config", "configs/demo_quality.yaml", *small, *quality)
+    call(*launch, "scripts/train_recommender_rl.py", "--config", "configs/demo_recommender_rl.yaml", *small)
     out = tmp_path / "runs/demo/train_recommender_rl"
     assert read_manifest(out, "train_recommender_rl")["extra"]["text_quality"]["deviation"] > 0
     log = [json.loads(line) for line in (out / "logs" / "rl" / "0.jsonl").read_text().splitlines()]
