@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 
 import torch
-from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from mmsid.backbone.packaged_weights import MINILM, resolve
@@ -72,6 +72,10 @@ class TextBackbone(QueryBackbone):
             raise ConfigError(f"max_length is {max_length}, but {path!r} has positions for {limit} content tokens; lower max_length")
         self.path, self.text_tokenizer, self.max_length = path, text_tokenizer, max_length
         model.requires_grad_(False)
+
+    def text_room(self) -> tuple[PreTrainedTokenizerBase, int]:
+        """Tokenizer of the texts, and the number of tokens that are read of one, special tokens not counted."""
+        return self.text_tokenizer, self.max_length - self.text_tokenizer.num_special_tokens_to_add()
 
     def tokens(self, item: BackboneInput) -> Batch:
         """Token ids of the text, (1, T), special tokens included; an empty text gives at least one token."""

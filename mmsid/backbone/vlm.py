@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedTokenizerBase
 
 from mmsid.backbone.packaged_weights import resolve
 from mmsid.backbone.query_tokens import BackboneInput, Batch, QueryBackbone
@@ -101,6 +101,10 @@ class VlmBackbone(QueryBackbone):
             except PictureError:
                 continue
         return opened
+
+    def text_room(self) -> tuple[PreTrainedTokenizerBase, int]:
+        """Tokenizer of the texts, and the number of tokens that are read of one, special tokens not counted."""
+        return self.processor.tokenizer, self.max_length
 
     def _truncate(self, text: str) -> str:
         offsets = self.processor.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]

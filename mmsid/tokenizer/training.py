@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,17 +26,32 @@ from mmsid.tokenizer.behaviour import BehaviourSettings
 from mmsid.tokenizer.behaviour_weight import WEIGHTS, choose_trust_and_weight
 from mmsid.tokenizer.code_renaming import check_sizes, rename_codes
 from mmsid.tokenizer.heads import ResidualHead
-from mmsid.tokenizer.inputs import ItemInput, build_inputs, read_caption_texts, read_mined_interests, readable_fields
+from mmsid.tokenizer.inputs import FieldName, ItemInput, build_inputs, read_caption_texts, read_mined_interests, readable_fields
 from mmsid.tokenizer.model import ItemTokenizer, TokenizerSettings
 from mmsid.tokenizer.model_card import model_card
 from mmsid.tokenizer.objective import Labels, Objective
 from mmsid.tokenizer.reconstruction import FrozenDecoder, train_decoder
+from mmsid.tokenizer.text_limit import cut_texts
 from mmsid.tokenizer.train_config import TrainTokenizerConfig
 
 MAX_GRAD_NORM = 1.0
 MEASURED_ROWS = 512  # items on which the figures are measured if the head is not refitted
 
 OnStep = Callable[[int, dict[str, float]], None]
+
+
+def _check_pictures(catalog: Catalog, fields: Sequence[FieldName]) -> None:
+    """Raise ConfigError if a vision-language model would be trained without a picture."""
+    if "pictures" not in fields:
+        raise ConfigError(
+            f"train_tokenizer: backbone.kind is 'vlm', but the tokenizer reads {', '.join(fields)} and no pictures; add pictures to "
+            "train_tokenizer.use, or choose backbone.kind=text"
+        )
+    if not any(item.images for item in catalog.items):
+        raise ConfigError(
+            f"train_tokenizer: backbone.kind is 'vlm', but none of the {len(catalog.items):,} items has a picture; set "
+            "catalog.fields.image, or choose backbone.kind=text"
+        )
 
 
 class Training:
@@ -54,6 +70,8 @@ class Training:
                 f"train_tokenizer: no field is left to read; a backbone of kind {backbone.kind!r} reads {', '.join(backbone.fields)}: "
                 "correct use and without"
             )
+        if backbone.kind == "vlm":
+            _check_pictures(catalog, fields)
         self.inputs: list[ItemInput] = build_inputs(
             catalog, read_caption_texts(config.captions), mined if "interests" in fields else None, fields
         )
@@ -78,6 +96,7 @@ class Training:
         if self.tokenizer.behaviour is not None and behaviour.factors is not None:
             self.tokenizer.behaviour.item_ids = [item.item_id for item in catalog.items]
         self.tokenizer.to(accelerator.device)
+        self._warn_of_cut_texts(fields)
         self.categories = initialization.category_ids(catalog.items, config.num_levels)
         self.texts, self.reconstruct = self._reconstruction_texts(mined)
         decoder = self._initialize(behaviour, start)
@@ -95,6 +114,15 @@ class Training:
         )
         self.history: list[dict[str, float]] = []
         self.agreement: list[float] | None = None  # per level, of the codes of both readings
+
+    def _warn_of_cut_texts(self, fields: Sequence[FieldName]) -> None:
+        backbone = self.tokenizer.backbone
+        if not hasattr(backbone, "text_room") or not self.accelerator.is_main_process:
+            return
+        cut = cut_texts([item.text for item in self.inputs], fields, *backbone.text_room())
+        if cut is not None:
+            self.draft.extra["cut_texts"] = cut._asdict()
+            warnings.warn(cut.describe(self.config.backbone.max_length, len(self.inputs)), stacklevel=2)
 
     # --- initialization: rank 0 writes it, all ranks read it
 
