@@ -2,10 +2,10 @@
 
     OMP_NUM_THREADS=1 python benchmarks/refinement_drift.py --dataset demo --seeds 0 1 2 3 4
 
-Tokenizer and SIDs come from the first half of the calendar; the next quarter is what the rows may read; the last quarter judges. Rows:
+Tokenizer and SIDs come from the first half of the calendar; the rows may read the logs until the end of the third quarter; the last judges. Rows:
 `stale`, the published codes; `refreshed`, items whose behaviour has become sure are read again (`assign.refresh`); `refined`, what the
-acceptance gate published; `refined_kl`, the same with a price on the KL to the start; `retrained` on everything before the last quarter,
-codes renamed to agree with the published ones. A SID transformer is trained on everything before the last quarter and predicts every
+acceptance gate published; `refined_kl`, the same with a price on the KL to the start; `retrained`, a new tokenizer whose codes are
+renamed to agree with the published ones. A SID transformer is trained on everything before the last quarter and predicts every
 user's first interaction in it. Writes refinement_drift.json and .md; finished rows are kept.
 """
 
@@ -39,19 +39,12 @@ KL = 0.3  # reward units per nat, of refined_kl
 
 
 class Quarters:
-    """Catalogues of the first half, of the quarter after it, and of both, and the split that judges."""
+    """Catalogues with the logs of the first half and of the first three quarters of the calendar, and the split that judges."""
 
     def __init__(self, catalog: Catalog, config: CatalogConfig, folder: Path) -> None:
         half, self.whole = (calendar_world(catalog, config.split, until) for until in (0.5, 0.75))
-        times = np.concatenate([user.timestamps for user in catalog.histories])
-        start, end = (np.quantile(times, until, method="higher") for until in (0.5, 0.75))
-        cuts = [np.searchsorted(user.timestamps, (start, end), side="left") for user in catalog.histories]
-        quarter = [user.rows[first:last] for user, (first, last) in zip(catalog.histories, cuts, strict=True)]
-        train = [rows[:-1] if len(rows) > 1 else rows for rows in quarter]
-        valid = [int(rows[-1]) if len(rows) > 1 else -1 for rows in quarter]
         self.half = with_train_histories(config, catalog, half.fit.train, folder / "half", half.fit.valid)
-        self.quarter = with_train_histories(config, catalog, train, folder / "quarter", valid)
-        self.before = with_train_histories(config, catalog, self.whole.fit.train, folder / "before", self.whole.fit.valid)
+        self.newer = with_train_histories(config, catalog, self.whole.fit.train, folder / "newer", self.whole.fit.valid)
 
 
 class Seed:
@@ -68,15 +61,15 @@ class Seed:
         self._make(stale, lambda out: assign.run(self._assigning(out, tokenizer, quarters.half)))
         folder = self.work / row
         if row == "refreshed":
-            self._make(folder, lambda out: assign.run(self._assigning(out, tokenizer, quarters.quarter, append=stale, refresh=True)))
+            self._make(folder, lambda out: assign.run(self._assigning(out, tokenizer, quarters.newer, append=stale, refresh=True)))
         elif row == "retrained":
             again = self.work / "retrained_tokenizer"
-            self._make(again, lambda out: train.run(self._training(out, quarters.before, align_codes_to=stale)))
-            self._make(folder, lambda out: assign.run(self._assigning(out, again, quarters.before)))
+            self._make(again, lambda out: train.run(self._training(out, quarters.newer, align_codes_to=stale)))
+            self._make(folder, lambda out: assign.run(self._assigning(out, again, quarters.newer)))
         elif row != "stale":
             loop = {"kl": KL} if row == "refined_kl" else {}
-            given = {"catalog": quarters.quarter, "tokenizer": tokenizer, "sids": stale, "out": folder, "loop": loop} | self.common
-            self._make(folder, lambda out: refine.run(RefineConfig(**given), quick_recommender(quarters.quarter)))
+            given = {"catalog": quarters.newer, "tokenizer": tokenizer, "sids": stale, "out": folder, "loop": loop} | self.common
+            self._make(folder, lambda out: refine.run(RefineConfig(**given), quick_recommender(quarters.newer)))
             folder = folder / "sids"
         return SidTable.load(folder).align(self.item_ids)
 
