@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/refinement_drift.py --dataset demo --seeds 0 1 2 3 4
 
-Tokenizer and SIDs come from the first half of the calendar; the rows may read the logs until the end of the third quarter; the last judges. Rows:
+Tokenizer and SIDs come from the first half of the calendar; the rows may read the logs of three quarters, and the last one judges. Rows:
 `stale`, the published codes; `refreshed`, items whose behaviour has become sure are read again (`assign.refresh`); `refined`, what the
 acceptance gate published; `refined_kl`, the same with a price on the KL to the start; `retrained`, a new tokenizer whose codes are
 renamed to agree with the published ones. A SID transformer is trained on everything before the last quarter and predicts every
