@@ -22,7 +22,7 @@ from mmsid.progress import track
 from mmsid.refine import ppo
 from mmsid.refine.evidence import Codes
 from mmsid.refine.loop import LoopConfig, Refinement, Scorer
-from mmsid.refine.policy import PathTree, Reference
+from mmsid.refine.policy import BATCH, PathTree, Reference
 from mmsid.refine.stage import Job
 from mmsid.refine.ungated import refine_ungated, run_loop, usable_scorer, write_moved_sids
 from mmsid.tokenizer.heads import ResidualHead
@@ -206,7 +206,7 @@ def _gumbel(job: Job) -> Codes:
     generator = torch.Generator().manual_seed(config.seed)
     pairs = job.neighbours.tocoo()
     chances = torch.from_numpy(pairs.data)
-    target = job.reference.head.project(job.reference.states)[:, -1].detach()
+    target = torch.cat([job.reference.head.project(piece)[:, -1] for piece in job.reference.states.split(BATCH)]).detach()
     steps = loop.rounds * loop.epochs * max(1, round(loop.moving * len(target) / loop.batch))
     optimizer = torch.optim.Adam(head.parameters(), lr=5e-4)
     for step in track(range(steps), what="gumbel", unit="steps"):

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mmsid.refine.evidence import Codes
+from mmsid.refine.item_states import ItemStates
 from mmsid.refine.policy import BATCH
 from mmsid.tokenizer.heads import CodeHead
 from mmsid.tokenizer.inputs import ItemInput
@@ -43,7 +44,7 @@ def drop_words(text: str, share: float) -> str:
 
 
 @torch.no_grad()
-def changed_codes(head: CodeHead, states: Tensor, clean: Codes) -> NDArray[np.bool_]:
+def changed_codes(head: CodeHead, states: Tensor | ItemStates, clean: Codes) -> NDArray[np.bool_]:
     """Whether any raw code of an item changes under noise: noisy states (n, L, H), codes of the clean inputs (n, L) -> (n,)."""
     head = copy.deepcopy(head).to(states.device)
     codes = torch.cat([head.greedy(head.project(piece)).codes for piece in states.split(BATCH)])

@@ -105,6 +105,7 @@ class CodeTable:
             _, which, sizes = np.unique(content, return_inverse=True, return_counts=True)
             share = 1.0 / sizes[which]
         self.levels = [self._level(self.keys[:, level], share, edges) for level in range(self.codes.shape[1])]
+        self._kept_totals: dict[int, tuple[NDArray, NDArray, NDArray]] = {}
         self.single = [self._level(self.codes[:, level], share, edges) for level in range(1, self.codes.shape[1])]
 
     def _level(self, keys: Codes, share: Floats, edges: sparse.coo_matrix) -> _Level:
@@ -218,6 +219,15 @@ class CodeTable:
             total -= np.log((used[candidates[..., level]] - own + 1.0) * self.codebook_size / len(self.codes))
         return total
 
+    def _totals(self, vectors: NDArray, level: int) -> tuple[NDArray, NDArray]:
+        """Sums of the vectors (N, D) in every group of a level, (U, D), and the groups' numbers of items; kept for further calls."""
+        kept = self._kept_totals.get(level)
+        if kept is None or kept[0] is not vectors:
+            table, items = self.levels[level], np.arange(len(vectors))
+            members = sparse.csr_matrix((np.ones(len(items), vectors.dtype), (table.inverse, items)), (len(table.keys), len(items)))
+            kept = self._kept_totals[level] = (vectors, members @ vectors, np.bincount(table.inverse, minlength=len(table.keys)))
+        return kept[1], kept[2]
+
     def share_under(self, items: NDArray, weights: Floats, candidates: Codes) -> Floats:
         """Share of the weights (R, k) of `items` (R, k) under each prefix of candidates (R, P, L). -> (R, P, L)."""
         keys, held = prefix_keys(candidates, self.codebook_size), self.keys[items]
@@ -230,9 +240,7 @@ class CodeTable:
         The mean of an empty prefix is 0.
         """
         table = self.levels[level]
-        totals = np.zeros((len(table.keys), vectors.shape[1]), dtype=vectors.dtype)
-        np.add.at(totals, table.inverse, vectors)
-        sizes = np.bincount(table.inverse, minlength=len(table.keys))
+        totals, sizes = self._totals(vectors, level)
         keys = prefix_keys(candidates[..., : level + 1], self.codebook_size)[..., -1]
         number, found = _look_up(table.keys, keys)
         own = keys == self.keys[rows, level][:, None]
@@ -274,8 +282,12 @@ class NeighboursCodes:
         if self.code_weight[level]:
             held = table.holding(rows, np.broadcast_to(every, (len(rows), len(every))), level)
             score += self.code_weight[level] * held[:, None]
-        best = np.argsort(-score, axis=-1, kind="stable")[..., :count]
-        return np.where(np.take_along_axis(score, best, -1) > 0, best, -1)
+        best = np.full((*score.shape[:2], count), -1)
+        for place in range(count):  # argmax takes the lowest code among ties; a sort of all codes would cost more
+            code = score.argmax(-1, keepdims=True)
+            best[..., place] = np.where(np.take_along_axis(score, code, -1) > 0, code, -1)[..., 0]
+            np.put_along_axis(score, code, -np.inf, -1)
+        return best
 
 
 def _weighted_sum(excess: Floats, weights: Sequence[float]) -> Floats:

@@ -30,6 +30,7 @@ from mmsid.refine.policy import BATCH, PathTree, Reference
 Scorer = Callable[[NDArray, Codes, Codes], dict[str, Floats]]
 Describe = Callable[[int, Codes], dict[str, Any]]  # round, raw codes (N, L) -> further figures for the log
 
+MOST_MOVING = 32_768  # items per round: with 512 paths each, their trees take 300 MB
 RENAMED_COMPONENTS = {"rebuild": "reconstruction"}
 
 
@@ -57,7 +58,8 @@ class LoopConfig(Section):
         batch: items per minibatch, over all processes; a group is never split.
         clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
         kl: coefficient of the exact KL to the reference. Above 0, items move only as far as their reward pays for it.
-        moving: share of the items that are optimised per round.
+        moving: share of the items that are optimised per round, at most 32,768 items: only their trees are held. A catalogue of millions
+            needs more rounds.
         grad_norm: maximum norm of the gradient.
         step_kl: target of KL(old || new) of the first round, in nats. Epochs end at 1.5 times the target of their round. The learning rate
             rises by half after a round below half of it and is halved after one above twice of it; a round beyond 4 times is undone.
@@ -211,7 +213,7 @@ class Refinement:
         self.step_kl = config.step_kl * self._annealed(self.next_round)
         if self.next_round:
             self.lr *= self._annealed(self.next_round) / self._annealed(self.next_round - 1)
-        moving = np.sort(self.rng.permutation(self.items)[: max(1, round(config.moving * self.items))])
+        moving = np.sort(self.rng.permutation(self.items)[: min(MOST_MOVING, max(1, round(config.moving * self.items)))])
         rows = torch.as_tensor(moving, device=device)
         tree = self.policy.tree(rows, table)
         old_all = self._log_prob(rows, tree)

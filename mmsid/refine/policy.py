@@ -16,12 +16,12 @@ from functools import partial
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
 from mmsid.refine import ppo
 from mmsid.refine.evidence import Codes, Floats
+from mmsid.refine.item_states import ItemStates
 from mmsid.tokenizer.heads import CodeHead, ResidualHead
 
 Propose = Callable[[NDArray, Codes], Codes]
@@ -66,22 +66,10 @@ def path_log_prob(head: CodeHead, h: Tensor, paths: Tensor, branching: tuple[int
         prefixes = paths[:, ::left, :level]
         left //= children
         chosen = paths[:, ::left, level].reshape(batch, -1, children)
-        logits = _level_logits(head, s, prefixes)
+        logits = head.tree_logits(s, prefixes)
         scores = logits.gather(-1, chosen) - logits.logsumexp(-1, keepdim=True)
         joint = (joint[..., None] + scores).flatten(1)
     return (joint / temperature).log_softmax(-1)
-
-
-def _level_logits(head: CodeHead, s: Tensor, prefixes: Tensor) -> Tensor:
-    """(B, M, K) logits up to a constant per row: softmax does not see |r|^2, so -|r - e|^2 / t becomes (2 r.e - |e|^2) / t."""
-    if not isinstance(head, ResidualHead):
-        return head.level_logits(s, prefixes)
-    level = prefixes.shape[-1]
-    table = head.vectors[level]
-    inner = (s[:, level] @ table.T)[:, None]
-    for before in range(level):
-        inner = inner - F.embedding(prefixes[..., before], head.vectors[before] @ table.T)  # deterministic backward, see heads.py
-    return (2 * inner - table.square().sum(-1)) / head.log_temperature[level].exp()
 
 
 def exploring_temperature(log_prob: Tensor, entropy: float) -> float:
@@ -147,7 +135,7 @@ class Reference:
 
     Args:
         head: the tokenizer's head; copied and frozen.
-        states: (N, L, H) SID states of all items, fp32.
+        states: SID states of all items, fp32, as a tensor (N, L, H) or as `ItemStates`.
         top_m: codes kept per level.
         temperature: see `path_log_prob`; None takes `exploring_temperature` for a mean of `entropy` nats.
         propose: from the codes of all items (N, L), a function that proposes further codes for an item's tree at every level: item rows
@@ -158,7 +146,7 @@ class Reference:
     def __init__(
         self,
         head: CodeHead,
-        states: Tensor,
+        states: Tensor | ItemStates,
         top_m: int,
         temperature: float | None = 1.0,
         entropy: float = 2.0,
@@ -171,7 +159,7 @@ class Reference:
         self.temperature = 1.0
         if temperature is None:  # on items evenly spread over a coordinate of the states, so that the order of the rows does not decide
             ranks = torch.linspace(0, len(states) - 1, min(len(states), TEMPERATURE_ITEMS), device=states.device).round().long()
-            sample = states[:, 0, 0].argsort()[ranks]
+            sample = torch.cat([piece[:, 0, 0] for piece in states.split(BATCH)]).argsort()[ranks]
             temperature = exploring_temperature(self.tree(sample, self.proposals(self.greedy)).log_prob, entropy)
         self.temperature = temperature
         self._distances = Distances(self.head, lambda rows: self.head.project(states[rows]), self.greedy)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mmsid.catalog import Catalog
 from mmsid.refine.evidence import Codes
+from mmsid.refine.item_states import ItemStates
 from mmsid.refine.policy import BATCH
 from mmsid.sids.collisions import Policy, resolve
 from mmsid.sids.table import BEHAVIOUR, CONTENT, SidTable
@@ -18,26 +19,37 @@ from mmsid.tokenizer.inputs import ItemInput
 from mmsid.tokenizer.model import ROUNDING_MARGIN, ItemTokenizer
 from mmsid.tokenizer.publish import HeadScores
 
+ScoresOf = Callable[[np.ndarray], Tensor]
+
 
 @torch.no_grad()
-def raw_codes(tokenizer: ItemTokenizer, states: Tensor, inputs: Sequence[ItemInput]) -> tuple[Codes, np.ndarray, Tensor]:
-    """Argmax codes (N, L), margins (N,) and projected states (N, L, D) of cached states (N, L, H), on the CPU.
+def raw_codes(tokenizer: ItemTokenizer, states: Tensor | ItemStates, inputs: Sequence[ItemInput]) -> tuple[Codes, np.ndarray, ScoresOf]:
+    """Argmax codes (N, L), margins (N,), and a function from rows (n,) to projected states (n, L, D), of cached states; on the CPU.
 
     Items whose margin is within rounding error are encoded again by `ItemTokenizer.encode`, so that the codes equal its codes.
     """
-    scores = torch.cat([tokenizer.head.project(piece) for piece in states.split(BATCH)])
-    greedy = [tokenizer.head.greedy(piece) for piece in scores.split(BATCH)]
+    head = copy.deepcopy(tokenizer.head).eval()  # the tokenizer's own may be in training
+    greedy = [head.greedy(head.project(piece)) for piece in states.split(BATCH)]
     codes, margin, relative = (torch.cat(column).cpu() for column in zip(*greedy, strict=True))
-    scores = scores.cpu()
+    again: dict[int, Tensor] = {}
     for row in (relative < ROUNDING_MARGIN).nonzero().flatten().tolist():
-        again = tokenizer.encode([inputs[row]])
-        codes[row], margin[row], scores[row] = again.raw_codes[0], again.margin[0], again.scores[0]
-    return codes.numpy(), margin.numpy(), scores
+        encoded = tokenizer.encode([inputs[row]])
+        codes[row], margin[row], again[row] = encoded.raw_codes[0], encoded.margin[0], encoded.scores[0]
+
+    @torch.no_grad()
+    def scores_of(rows: np.ndarray) -> Tensor:
+        scores = head.project(states[torch.from_numpy(rows).to(states.device)]).cpu()
+        for place, row in enumerate(rows.tolist()):
+            if row in again:
+                scores[place] = again[row]
+        return scores
+
+    return codes.numpy(), margin.numpy(), scores_of
 
 
 def make_table(
     tokenizer: ItemTokenizer,
-    states: Tensor,
+    states: Tensor | ItemStates,
     inputs: Sequence[ItemInput],
     catalog: Catalog,
     policy: Policy,
@@ -47,11 +59,11 @@ def make_table(
 
     `moved` (N, L) replaces the tokenizer's own raw codes; the tokenizer still scores where collisions are relocated.
     """
-    codes, margin, scores = raw_codes(tokenizer, states, inputs)
+    codes, margin, scores_of = raw_codes(tokenizer, states, inputs)
     if moved is not None:
         codes, margin = moved, np.full(len(moved), np.nan, np.float32)
     # a copy, because `HeadScores` moves its head to the CPU and this head may be in training
-    head_scores = HeadScores(copy.deepcopy(tokenizer.head), lambda rows: scores[torch.from_numpy(rows)])
+    head_scores = HeadScores(copy.deepcopy(tokenizer.head), scores_of)
     sizes = (tokenizer.codebook_size,) * tokenizer.num_levels
     hashes = [item.content_sha256 for item in catalog.items]
     resolution = resolve(policy, codes, hashes, sizes, head_scores.last_scores, head_scores.prefix_candidates)

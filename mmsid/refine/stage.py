@@ -31,6 +31,7 @@ from mmsid.refine.config import RefineConfig
 from mmsid.refine.early_stopping import next_item_information
 from mmsid.refine.evidence import Codes, CodeTable, Floats, NeighboursCodes
 from mmsid.refine.features import Material, read_features
+from mmsid.refine.item_states import ItemStates
 from mmsid.refine.loop import Policy, Refinement, Scorer
 from mmsid.refine.outputs import write_moved, write_near_ties, write_sids, write_tokenizer
 from mmsid.refine.policy import HeadPolicy, Propose, Reference
@@ -114,7 +115,7 @@ class Job:
         _, self.content = np.unique([item.content_sha256 for item in catalog.items], return_inverse=True)
         states, item_states = self._read_states(self.inputs)
         self.held_out_pairs = gate.HeldOutPairs.from_histories(self.held_out)
-        self.described = unit_content(states[..., : self.tokenizer.backbone.hidden_size].mean(1).cpu().numpy(), centre=True)
+        self.described = unit_content(states.content.mean(1).cpu().numpy(), centre=True)
         if known is not None:
             pairs = self.held_out_pairs.pairs
             _, weight = choose_trust_and_weight(self.described, known, pairs, config.seed)
@@ -175,37 +176,39 @@ class Job:
 
         return lambda rows, prefixes: near.after(rows, prefixes, PROPOSALS)
 
-    def _add_behaviour(self, states: Tensor) -> Tensor:
-        """Add a behaviour input to a tokenizer that was trained on content alone: states (N, L, H) -> (N, L, H + M + 1)."""
+    def _add_behaviour(self, states: ItemStates) -> ItemStates:
+        """Add a behaviour input to a tokenizer that was trained on content alone; returns the states with behaviour."""
         config, pairs = self.config, self.held_out_pairs.pairs
-        added = add_behaviour(self.tokenizer, states, self.catalog, self.split, pairs, config.behaviour, config.seed)
+        added = add_behaviour(self.tokenizer, states.content, self.catalog, self.split, pairs, config.behaviour, config.seed)
         if added is None:
             return states
         self.inputs, self.described = added.items.added_to(self.inputs), added.fused
-        rows = torch.from_numpy(added.items.rows()).to(states)
-        return torch.cat([states, rows[:, None].expand(-1, states.shape[1], -1)], -1)
+        return ItemStates(states.content, torch.from_numpy(added.items.rows()).to(states.content))
 
     def _quality_record(self) -> dict[str, float] | str:
         if self.quality is None:
             return "1 for every item: no text_quality was given"
         return {"mean": float(self.quality.mean()), "deviation": float(self.quality.std())}
 
-    def _read_states(self, inputs: list[ItemInput]) -> tuple[Tensor, Tensor]:
-        """SID states (N, L, H) and EMB states (N, H) of N items; each process computes its share."""
+    def _read_states(self, inputs: list[ItemInput]) -> tuple[ItemStates, Tensor]:
+        """SID states and EMB states (N, H) of N items; each process computes its share."""
         device, size = self.accelerator.device, self.config.batch_size
         order = sorted(range(len(inputs)), key=lambda row: (len(inputs[row].text), len(inputs[row].pictures)))
         starts = range(0, len(order), size)[self.accelerator.process_index :: self.accelerator.num_processes]
-        size_of, behaviour = self.tokenizer.backbone.hidden_size, self.tokenizer.behaviour
-        width = size_of if behaviour is None else size_of + behaviour.settings.dim + 1
+        width, behaviour = self.tokenizer.backbone.hidden_size, self.tokenizer.behaviour
         states = torch.zeros(len(order), self.tokenizer.num_levels, width, device=device)
-        item_states = torch.zeros(len(order), size_of, device=device)
+        item_states = torch.zeros(len(order), width, device=device)
+        known = None if behaviour is None else torch.zeros(len(order), behaviour.settings.dim + 1, device=device)
         with torch.no_grad():
             for start in track(starts, what="refine: reading items", unit="batches"):
                 rows = order[start : start + size]
                 h, e = self.tokenizer.hidden(self._collate([inputs[row] for row in rows]))
                 index = torch.tensor(rows, device=device)
-                states[index], item_states[index] = h.float(), e.float()
-        return self.accelerator.reduce(states, reduction="sum"), self.accelerator.reduce(item_states, reduction="sum")
+                states[index], item_states[index] = h[..., :width].float(), e.float()
+                if known is not None:
+                    known[index] = h[:, 0, width:].float()
+        total = lambda part: None if part is None else self.accelerator.reduce(part, reduction="sum")  # noqa: E731
+        return ItemStates(total(states), total(known)), total(item_states)
 
     def _embed(self, item_states: Tensor) -> np.ndarray:
         with torch.no_grad():
@@ -357,8 +360,8 @@ class Job:
         known.update(gather_object([((place, seed), dict(quick(tables[place], seed))) for place, seed in own]))
         return gate.ranking_figures(lambda place, seed: known[place, seed], range(len(tables)), chosen)
 
-    def _write_tables(self, table: SidTable, accepted: bool, states: Tensor | None) -> None:
-        """Write tokenizer and SIDs: the refined ones, with states (N, L, H) of the refined tokenizer, or those of the start."""
+    def _write_tables(self, table: SidTable, accepted: bool, states: ItemStates | None) -> None:
+        """Write tokenizer and SIDs: the refined ones, with the states of the refined tokenizer, or those of the start."""
         if not accepted:
             self.tokenizer = ItemTokenizer.from_pretrained(tokenizer_folder(self.config.tokenizer))
         outcome = "refined by `mmsid refine`" if accepted else "kept as it was: `mmsid refine` was not accepted by its gate"
@@ -371,13 +374,13 @@ class Job:
         if readings is not None:
             readings.save(self.draft.path / "sids")
 
-    def _readings(self, states: Tensor, table: SidTable) -> Readings | None:
+    def _readings(self, states: ItemStates, table: SidTable) -> Readings | None:
         """Further readings of all items by the refined tokenizer."""
-        head, size = self.tokenizer.head, self.tokenizer.backbone.hidden_size
+        head = self.tokenizer.head
         shortened = shortened_behaviour(self.tokenizer.behaviour, self.catalog, self.split)
         if shortened is None:
             return None
-        behaviour = states[:, 0, size:].cpu().numpy()
+        behaviour = states.behaviour.cpu().numpy()
         read = ItemBehaviour(behaviour[:, :-1], behaviour[:, -1])
         shortened = shortened.only(read.interactions > 0)
         return further_readings(head, lambda rows: head.project(states[torch.from_numpy(rows)]), read, shortened, table)

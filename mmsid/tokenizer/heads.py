@@ -61,6 +61,10 @@ class CodeHead(nn.Module, ABC):
     def level_logits(self, s: Tensor, prefix: Tensor) -> Tensor:
         """Logits of the level after `prefix`: s (B, L, D), prefix (B, l) -> (B, K); prefix (B, M, l) -> (B, M, K)."""
 
+    def tree_logits(self, s: Tensor, prefixes: Tensor) -> Tensor:
+        """`level_logits` of many prefixes (B, M, l) up to a constant per row, (B, M, K), computed faster where the head can."""
+        return self.level_logits(s, prefixes)
+
     def scale(self, s: Tensor, prefix: Tensor, logits: Tensor) -> Tensor:
         """Magnitude (B,) of the terms that were subtracted to form `logits`, which bounds their rounding error."""
         return logits.abs().amax(-1)
@@ -117,14 +121,24 @@ class CodeHead(nn.Module, ABC):
         codes = torch.zeros(batch, 1, 0, dtype=torch.int64, device=s.device)
         joint = torch.zeros(batch, 1, dtype=s.dtype, device=s.device)
         for _ in range(self.num_levels):
-            scores = self.level_logits(s, codes).log_softmax(-1)
-            # a stable sort keeps the lowest index first among ties; topk guarantees no order
-            order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :m]
+            scores = self.tree_logits(s, codes).log_softmax(-1)
+            order = _best(scores, m)
             if propose is not None:
                 order = _keep_proposed(scores.flatten(0, 1), order.flatten(0, 1), propose(codes).flatten(0, 1)).view_as(order)
             joint = (joint[..., None] + scores.gather(-1, order)).flatten(1)
             codes = torch.cat([codes[:, :, None].expand(-1, -1, m, -1), order[..., None]], -1).flatten(1, 2)
         return Paths(codes, joint.log_softmax(-1))
+
+
+def _best(scores: Tensor, m: int) -> Tensor:
+    """Indices (..., m) of the m largest scores (..., K), best first; the lowest index first among ties, which topk does not guarantee."""
+    values, found = scores.topk(m, dim=-1)
+    found, by_index = found.sort(dim=-1)
+    order = found.gather(-1, values.gather(-1, by_index).sort(dim=-1, descending=True, stable=True).indices)
+    tied = (scores >= values[..., -1:]).sum(-1) > m  # topk chose among equal scores
+    if bool(tied.any()):
+        order[tied] = scores[tied].sort(dim=-1, descending=True, stable=True).indices[..., :m]
+    return order
 
 
 def _keep_proposed(scores: Tensor, kept: Tensor, proposed: Tensor) -> Tensor:
@@ -213,6 +227,19 @@ class ResidualHead(CodeHead):
         r, vectors = self.residual(s, prefix), self.vectors[prefix.shape[-1]]
         squared = r.square().sum(-1, keepdim=True) + vectors.square().sum(-1) - 2 * r @ vectors.T
         return -squared / self.log_temperature[prefix.shape[-1]].exp()
+
+    def tree_logits(self, s: Tensor, prefixes: Tensor) -> Tensor:
+        """(2 r.e - |e|^2) / t, that is `level_logits` without -|r|^2 / t, from inner products of code vectors.
+
+        The residuals (B, M, code_dim) are not built.
+        """
+        level = prefixes.shape[-1]
+        table = self.vectors[level]
+        inner = (s[:, level] @ table.T)[:, None]
+        for before in range(level):
+            inner = inner - F.embedding(prefixes[..., before], self.vectors[before] @ table.T)
+        logits = (2 * inner - table.square().sum(-1)) / self.log_temperature[level].exp()
+        return logits.expand(-1, prefixes.shape[1], -1)
 
     def scale(self, s: Tensor, prefix: Tensor, logits: Tensor) -> Tensor:
         """(|r|^2 + max |e|^2) / t of the level after `prefix`; the logits are small differences of terms of this size."""
