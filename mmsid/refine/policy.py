@@ -216,7 +216,7 @@ class HeadPolicy:
 
     Args:
         head: trained in place.
-        states: item rows (B,) -> SID states (B, L, H): cached, or computed by the backbone with gradient.
+        states: item rows (B,) -> SID states (B, L, ...): cached, or computed by the backbone with gradient.
         parameters: weights that the optimiser moves.
         reference: its temperature is used for scoring.
     """

@@ -28,13 +28,14 @@ from mmsid.refine import gate
 from mmsid.refine.checkpoint import load_state, save_state
 from mmsid.refine.code_stability import changed_codes, noisy_sample
 from mmsid.refine.config import RefineConfig
+from mmsid.refine.content_reading import teach_content_reading
 from mmsid.refine.early_stopping import next_item_information
 from mmsid.refine.evidence import Codes, CodeTable, Floats, NeighboursCodes
 from mmsid.refine.features import Material, read_features
 from mmsid.refine.item_states import ItemStates
 from mmsid.refine.loop import Policy, Refinement, Scorer
 from mmsid.refine.outputs import write_moved, write_near_ties, write_sids, write_tokenizer
-from mmsid.refine.policy import HeadPolicy, Propose, Reference
+from mmsid.refine.policy import BATCH, HeadPolicy, Propose, Reference
 from mmsid.refine.publish import make_table
 from mmsid.refine.reward import SidReward, train_reward
 from mmsid.refine.tracking import RunLog, check_tracker
@@ -135,8 +136,10 @@ class Job:
         reward, report = self.learn_reward()
         refined, states = None, None
         if report["usable"]:
-            self._refine(reward)
+            gained = self._refine(reward)
             states, item_states = (self.reference.states, None) if config.trainable == "heads" else self._read_states(self.inputs)
+            if gained:
+                self._teach_content_reading(states)
             self.refined_embedding = self.embedding if item_states is None else self._embed(item_states)
             refined = make_table(self.tokenizer, states, self.inputs, self.catalog, config.collisions)
         else:
@@ -269,7 +272,8 @@ class Job:
         config, metric = self.config, next_item_information(self.split)
         return kind(policy, self.reference, scorer, config.loop, self.accelerator, config.seed, self.quality, metric)
 
-    def _refine(self, reward: SidReward) -> None:
+    def _refine(self, reward: SidReward) -> bool:
+        """Run the loop; False if it ended without gain, with the weights of the start."""
         loop = self.loop(self.policy(), self.scorer(reward))
         loop.describe = self._describe
         path, main = self.draft.path / CHECKPOINT, self.accelerator.is_main_process
@@ -277,6 +281,13 @@ class Job:
         log = RunLog(self.accelerator, self.draft.path, self.config.log_with, self.config.loop.model_dump(), loop.next_round)
         loop.run(log, (lambda loop: save_state(loop, path)) if main else None)
         log.close()
+        return not loop.ended
+
+    def _teach_content_reading(self, states: ItemStates) -> None:
+        head = self.tokenizer.head
+        with torch.no_grad():
+            codes = torch.cat([head.greedy(head.project(piece)).codes for piece in states.split(BATCH)])
+        self.draft.extra["content_reading"] = teach_content_reading(head, states, codes, self.config.seed)
 
     def _describe(self, number: int, codes: Codes) -> dict[str, Any]:
         """Lift of a round's raw codes; every `checkpoint_every` rounds, with cached states, also after collision handling."""
