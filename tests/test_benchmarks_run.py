@@ -34,3 +34,9 @@ def test_annotation_finds_the_same_rows_without_ray(tmp_path):
 @pytest.mark.slow
 def test_a_refinement_step_beside_a_supervised_one(tmp_path):
     assert run("refine_step", "--items", "64", "--repeats", "1", out=tmp_path / "refine_step.json")
+
+
+@pytest.mark.slow
+def test_refinement_of_a_large_catalogue_is_measured(tmp_path):
+    (size,) = run("refine_scale", "--items", "2000", "--rounds", "1", out=tmp_path / "refine_scale.json")["sizes"]
+    assert size["items"] == 2000 and size["peak_gib"] > 0 and {"nearest_items", "reference", "round"} <= size["seconds"].keys()
