@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
+
+from mmsid.progress import track
+from mmsid.tokenizer.inputs import ItemInput
+from mmsid.tokenizer.model import ItemTokenizer
 
 
 class ItemStates:
@@ -37,3 +42,32 @@ class ItemStates:
     def split(self, size: int) -> Iterator[Tensor]:
         """States of all items in pieces of `size` rows."""
         return (self[slice(start, start + size)] for start in range(0, len(self), size))
+
+
+def hidden_states(tokenizer: ItemTokenizer, inputs: Sequence[ItemInput]) -> tuple[Tensor, Tensor]:
+    """SID states (B, L, ...) and EMB states (B, H) of a batch, fp32, with gradient."""
+    batch = {key: value.to(tokenizer.device) for key, value in tokenizer.collate(inputs, 16).items()}
+    h, e = tokenizer.hidden(batch)
+    return h.float(), e.float()
+
+
+@torch.no_grad()
+def read_states(
+    tokenizer: ItemTokenizer, inputs: Sequence[ItemInput], batch_size: int, accelerator: Accelerator
+) -> tuple[ItemStates, Tensor]:
+    """SID states and EMB states (N, H) of N items; each process computes its share."""
+    device, width, behaviour = accelerator.device, tokenizer.backbone.hidden_size, tokenizer.behaviour
+    order = sorted(range(len(inputs)), key=lambda row: (len(inputs[row].text), len(inputs[row].pictures)))
+    starts = range(0, len(order), batch_size)[accelerator.process_index :: accelerator.num_processes]
+    content = torch.zeros(len(order), tokenizer.num_levels, width, device=device)
+    embedding = torch.zeros(len(order), width, device=device)
+    known = None if behaviour is None else torch.zeros(len(order), behaviour.settings.dim + 1, device=device)
+    for start in track(starts, what="refine: reading items", unit="batches"):
+        rows = order[start : start + batch_size]
+        h, e = hidden_states(tokenizer, [inputs[row] for row in rows])
+        index = torch.tensor(rows, device=device)
+        content[index], embedding[index] = h[..., :width], e
+        if known is not None:
+            known[index] = h[:, 0, width:]
+    total = lambda part: None if part is None else accelerator.reduce(part, reduction="sum")  # noqa: E731
+    return ItemStates(total(content), total(known)), total(embedding)

@@ -22,7 +22,7 @@ from mmsid.annotate.readers import read_text_quality
 from mmsid.artifacts import Draft, manifest_folder, write_json, writing
 from mmsid.catalog import Catalog, Split, co_engagement, load_picture, read_catalog, split_histories
 from mmsid.errors import ArtifactError
-from mmsid.progress import done, track
+from mmsid.progress import done
 from mmsid.quantize import fuse
 from mmsid.refine import gate
 from mmsid.refine.checkpoint import load_state, save_state
@@ -32,7 +32,7 @@ from mmsid.refine.content_reading import teach_content_reading
 from mmsid.refine.early_stopping import next_item_information
 from mmsid.refine.evidence import Codes, CodeTable, Floats, NeighboursCodes
 from mmsid.refine.features import Material, read_features
-from mmsid.refine.item_states import ItemStates
+from mmsid.refine.item_states import ItemStates, hidden_states, read_states
 from mmsid.refine.loop import Policy, Refinement, Scorer
 from mmsid.refine.outputs import write_moved, write_near_ties, write_sids, write_tokenizer
 from mmsid.refine.policy import BATCH, HeadPolicy, Propose, Reference
@@ -194,32 +194,11 @@ class Job:
         return {"mean": float(self.quality.mean()), "deviation": float(self.quality.std())}
 
     def _read_states(self, inputs: list[ItemInput]) -> tuple[ItemStates, Tensor]:
-        """SID states and EMB states (N, H) of N items; each process computes its share."""
-        device, size = self.accelerator.device, self.config.batch_size
-        order = sorted(range(len(inputs)), key=lambda row: (len(inputs[row].text), len(inputs[row].pictures)))
-        starts = range(0, len(order), size)[self.accelerator.process_index :: self.accelerator.num_processes]
-        width, behaviour = self.tokenizer.backbone.hidden_size, self.tokenizer.behaviour
-        states = torch.zeros(len(order), self.tokenizer.num_levels, width, device=device)
-        item_states = torch.zeros(len(order), width, device=device)
-        known = None if behaviour is None else torch.zeros(len(order), behaviour.settings.dim + 1, device=device)
-        with torch.no_grad():
-            for start in track(starts, what="refine: reading items", unit="batches"):
-                rows = order[start : start + size]
-                h, e = self.tokenizer.hidden(self._collate([inputs[row] for row in rows]))
-                index = torch.tensor(rows, device=device)
-                states[index], item_states[index] = h[..., :width].float(), e.float()
-                if known is not None:
-                    known[index] = h[:, 0, width:].float()
-        total = lambda part: None if part is None else self.accelerator.reduce(part, reduction="sum")  # noqa: E731
-        return ItemStates(total(states), total(known)), total(item_states)
+        return read_states(self.tokenizer, inputs, self.config.batch_size, self.accelerator)
 
     def _embed(self, item_states: Tensor) -> np.ndarray:
         with torch.no_grad():
             return self.tokenizer.embed(item_states).cpu().numpy()
-
-    def _collate(self, inputs: list[ItemInput]) -> dict[str, Tensor]:
-        batch = self.tokenizer.collate(inputs, 16)
-        return {key: value.to(self.accelerator.device) for key, value in batch.items()}
 
     def _check_start(self) -> None:
         """Check that the SIDs are those of this tokenizer; the gate compares with them."""
@@ -260,7 +239,7 @@ class Job:
         tokenizer = self.tokenizer
         tokenizer.emb_head.requires_grad_(False)  # the reward does not depend on it
         if self.config.trainable == "all":
-            states = lambda rows: tokenizer.hidden(self._collate([self.inputs[row] for row in rows.tolist()]))[0].float()  # noqa: E731
+            states = lambda rows: hidden_states(tokenizer, [self.inputs[row] for row in rows.tolist()])[0]  # noqa: E731
             trained = [weight for weight in tokenizer.parameters() if weight.requires_grad]
         else:
             states = lambda rows: self.reference.states[rows]  # noqa: E731
