@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=2 python benchmarks/refine_scale.py --items 100000 1000000
 
 States (3 levels x 384 and 64 behaviour coordinates) and histories are drawn; the backbone is not run. Every size runs in a process of its
-own. A round treats at most 32,768 items and reads the codes of all, so that its time grows linearly with the catalogue.
+own. A round treats at most 2,048 items and reads the codes of all, so that its time grows linearly with the catalogue.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ from mmsid.refine.policy import BATCH, PathTree, Reference
 Scorer = Callable[[NDArray, Codes, Codes], dict[str, Floats]]
 Describe = Callable[[int, Codes], dict[str, Any]]  # round, raw codes (N, L) -> further figures for the log
 
-MOST_MOVING = 32_768  # items per round: with 512 paths each, their trees take 300 MB
+MOST_MOVING = 2048  # items per round: the target of the KL ends rounds of more items before all are read
 RENAMED_COMPONENTS = {"rebuild": "reconstruction"}
 
 
@@ -58,8 +58,7 @@ class LoopConfig(Section):
         batch: items per minibatch, over all processes; a group is never split.
         clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
         kl: coefficient of the exact KL to the reference. Above 0, items move only as far as their reward pays for it.
-        moving: share of the items that are optimised per round, at most 32,768 items: only their trees are held. A catalogue of millions
-            needs more rounds.
+        moving: share of the items that are optimised per round, at most 2,048 items: only their trees are held.
         grad_norm: maximum norm of the gradient.
         step_kl: target of KL(old || new) of the first round, in nats. Epochs end at 1.5 times the target of their round. The learning rate
             rises by half after a round below half of it and is halved after one above twice of it; a round beyond 4 times is undone.
