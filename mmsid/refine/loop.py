@@ -79,7 +79,7 @@ class LoopConfig(Section):
     moving: float = 0.5
     grad_norm: float = 1.0
     step_kl: float = 1.0
-    patience: int = Field(10, ge=0)
+    patience: int = Field(20, ge=0)
     checkpoint_every: int = Field(5, ge=1)
     weights: dict[str, float] = Field(default={"sid_reward": 1.0, "neighbours": 1.0, "codes": 1.0, "balance": 1.5, "crowding": 0.7})
 
