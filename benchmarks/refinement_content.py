@@ -139,16 +139,21 @@ class Seed:
         return per_position(Ranks(found["above"].numpy(), found["tied"].numpy()), metric)
 
 
-def main() -> None:
-    """Run what is not finished, then write the tables of the data set."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def arguments(doc: str, rows: tuple[str, ...], name: str) -> argparse.Namespace:
+    """Command line of a benchmark of this kind; shared with refinement_drift.py."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--dataset", default="demo")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
-    parser.add_argument("--work", type=Path, default=Path("runs/refinement_content"))
+    parser.add_argument("--rows", nargs="+", choices=rows, default=list(rows))
+    parser.add_argument("--work", type=Path, default=Path("runs") / name)
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--report", action="store_true", help="only write the tables of what is finished")
-    parsed = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Run what is not finished, then write the tables of the data set."""
+    parsed = arguments(__doc__, ROWS, "refinement_content")
     work = parsed.work / parsed.dataset
     work.mkdir(parents=True, exist_ok=True)
     bench = NewItemBench(load_dataset(parsed.dataset), NewItemsSuite(protocols=["hidden"]), work)
@@ -169,7 +174,7 @@ def write_tables(folder: Path, name: str, seeds: list[Seed]) -> None:
             continue
         figures = [read_json(one.ranks(row).with_suffix(".json")) for one in done]
         methods[row] = {
-            group: {metric: _over_seeds([float(one.values(row, metric)[one.member[group]].mean()) for one in done]) for metric in METRICS}
+            group: {metric: over_seeds([float(one.values(row, metric)[one.member[group]].mean()) for one in done]) for metric in METRICS}
             for group in GROUPS
         } | {"moved": float(np.mean([one["moved"] for one in figures])), "seeds": [one.seed for one in done]}
         if row.endswith("refined"):
@@ -182,7 +187,8 @@ def write_tables(folder: Path, name: str, seeds: list[Seed]) -> None:
     path.with_suffix(".md").write_text(page(written), encoding="utf-8")
 
 
-def _over_seeds(values: list[float]) -> dict[str, float]:
+def over_seeds(values: list[float]) -> dict[str, float]:
+    """Mean and sample deviation; 0 for one seed."""
     return {"mean": float(np.mean(values)), "sd": float(np.std(values, ddof=1)) if len(values) > 1 else 0.0}
 
 

@@ -11,12 +11,12 @@ user's first interaction in it. Writes refinement_drift.json and .md; finished r
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from refinement_content import arguments, over_seeds
 
 from mmsid.artifacts import is_complete, read_json, write_json
 from mmsid.catalog import Catalog, CatalogConfig, read_catalog
@@ -104,14 +104,7 @@ class Seed:
 
 def main() -> None:
     """Run what is not finished, then write the tables of the data set."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dataset", default="demo")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
-    parser.add_argument("--work", type=Path, default=Path("runs/refinement_drift"))
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
-    parser.add_argument("--report", action="store_true", help="only write the tables of what is finished")
-    parsed = parser.parse_args()
+    parsed = arguments(__doc__, ROWS, "refinement_drift")
     dataset, suite, work = load_dataset(parsed.dataset), NewItemsSuite(protocols=["calendar"]), parsed.work / parsed.dataset
     for folder in (work, parsed.results):
         folder.mkdir(parents=True, exist_ok=True)
@@ -135,7 +128,7 @@ def write_tables(folder: Path, name: str, seeds: list[Seed]) -> None:
         if not of_seed:
             continue
         means = {metric: [float(np.mean(figures[metric])) for figures in of_seed.values()] for metric in METRICS}
-        methods[row] = {"all": {metric: {"mean": float(np.mean(values)), "sd": _deviation(values)} for metric, values in means.items()}}
+        methods[row] = {"all": {metric: over_seeds(values) for metric, values in means.items()}}
         methods[row] |= {"moved": float(np.mean([figures["moved"] for figures in of_seed.values()])), "seeds": list(of_seed)}
         if row.startswith("refined"):
             methods[row]["accepted"] = [figures["accepted"] for figures in of_seed.values()]
@@ -150,10 +143,6 @@ def write_tables(folder: Path, name: str, seeds: list[Seed]) -> None:
     written["datasets"][name] = {"methods": methods}
     write_json(path, written)
     path.with_suffix(".md").write_text(page(written), encoding="utf-8")
-
-
-def _deviation(values: list[float]) -> float:
-    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
 def page(written: dict[str, Any]) -> str:

@@ -73,7 +73,7 @@ class TextBackbone(QueryBackbone):
         self.path, self.text_tokenizer, self.max_length = path, text_tokenizer, max_length
         model.requires_grad_(False)
 
-    def text_room(self) -> tuple[PreTrainedTokenizerBase, int]:
+    def text_limit(self) -> tuple[PreTrainedTokenizerBase, int]:
         """Tokenizer of the texts, and the number of tokens that are read of one, special tokens not counted."""
         return self.text_tokenizer, self.max_length - self.text_tokenizer.num_special_tokens_to_add()
 

@@ -102,7 +102,7 @@ class VlmBackbone(QueryBackbone):
                 continue
         return opened
 
-    def text_room(self) -> tuple[PreTrainedTokenizerBase, int]:
+    def text_limit(self) -> tuple[PreTrainedTokenizerBase, int]:
         """Tokenizer of the texts, and the number of tokens that are read of one, special tokens not counted."""
         return self.processor.tokenizer, self.max_length
 

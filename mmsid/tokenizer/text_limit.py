@@ -26,13 +26,13 @@ class CutTexts(NamedTuple):
         )
 
 
-def cut_texts(texts: Sequence[str], fields: Sequence[FieldName], tokenizer: PreTrainedTokenizerBase, room: int) -> CutTexts | None:
-    """What is cut off labelled texts (`mmsid.tokenizer.inputs`) after `room` tokens, special tokens not counted; None if nothing."""
+def cut_texts(texts: Sequence[str], fields: Sequence[FieldName], tokenizer: PreTrainedTokenizerBase, limit: int) -> CutTexts | None:
+    """What is cut off labelled texts (`mmsid.tokenizer.inputs`) after `limit` tokens, special tokens not counted; None if nothing."""
     if not texts:
         return None
     offsets = tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
     lost: dict[str, int] = {}
-    cut = [(text, spans[room - 1][1]) for text, spans in zip(texts, offsets, strict=True) if len(spans) > room > 0]
+    cut = [(text, spans[limit - 1][1]) for text, spans in zip(texts, offsets, strict=True) if len(spans) > limit > 0]
     for text, end in cut:
         starts = _starts(text, fields)
         for place, (name, _) in enumerate(starts):

@@ -117,9 +117,9 @@ class Training:
 
     def _warn_of_cut_texts(self, fields: Sequence[FieldName]) -> None:
         backbone = self.tokenizer.backbone
-        if not hasattr(backbone, "text_room") or not self.accelerator.is_main_process:
+        if not hasattr(backbone, "text_limit") or not self.accelerator.is_main_process:
             return
-        cut = cut_texts([item.text for item in self.inputs], fields, *backbone.text_room())
+        cut = cut_texts([item.text for item in self.inputs], fields, *backbone.text_limit())
         if cut is not None:
             self.draft.extra["cut_texts"] = cut._asdict()
             warnings.warn(cut.describe(self.config.backbone.max_length, len(self.inputs)), stacklevel=2)
