@@ -29,7 +29,7 @@ from assignment import PeakRam
 from scipy import sparse
 
 from mmsid.artifacts import sha256, write_json
-from mmsid.catalog.items import Item
+from mmsid.catalog.item import Item
 from mmsid.recommend.coengagement_source import NEIGHBOURS, SCORES, CoEngagementSource
 from mmsid.recommend.embedding_source import EmbeddingSource, fit_centroids, unit_rows
 from mmsid.recommend.path_source import PathSource

@@ -94,7 +94,7 @@ def one_seed(parsed: argparse.Namespace, seed: int) -> dict[str, Any]:
 
     catalog = read_catalog(configs["refine"].catalog)
     split = split_histories(catalog, configs["refine"].catalog.split)
-    item_ids = [item.item_id for item in catalog.items]
+    item_ids = catalog.item_ids
     tables, verdicts = {}, {}
     for name, stages in (("good", configs), ("damaged", damaged)):
         passes = refine_again(stages["refine"], parsed.passes)

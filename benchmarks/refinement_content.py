@@ -101,7 +101,7 @@ class Seed:
         read = np.where(world.new[:, None], text @ weight.numpy().T + bias.numpy(), space).astype(np.float32)
         scores, of_all = CodebookScores(codebooks, space[known]), CodebookScores(codebooks, read)
         of_all.temperature = scores.temperature
-        hashes, sizes = [item.content_sha256 for item in bench.catalog.items], (size,) * levels
+        hashes, sizes = bench.catalog.content_hashes, (size,) * levels
         published = np.full((len(text), levels), -1)
         published[known] = relocate(raw.numpy(), scores.last_scores, np.array(hashes)[known], sizes, scores.prefix_candidates)
         raw = codebooks.encode(read).numpy()

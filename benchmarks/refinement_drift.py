@@ -111,7 +111,7 @@ def main() -> None:
     catalog = read_catalog(dataset.catalog)
     plan = NewItemPlan(dataset, suite, catalog.sha256, work, ())
     quarters = Quarters(catalog, dataset.catalog, work)
-    item_ids = [item.item_id for item in catalog.items]
+    item_ids = catalog.item_ids
     seeds = [Seed(dataset, plan, quarters, item_ids, seed, work) for seed in parsed.seeds]
     for one in [] if parsed.report else seeds:
         for row in parsed.rows:

@@ -26,6 +26,7 @@ _EXPORTS = {
     "baselines": "mmsid.api",
     "bundle": "mmsid.api",
     "caption": "mmsid.api",
+    "ingest": "mmsid.api",
     "interests": "mmsid.api",
     "judge": "mmsid.api",
     "load_bundle": "mmsid.tokenizer.bundle",
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from mmsid.api import baselines as baselines
     from mmsid.api import bundle as bundle
     from mmsid.api import caption as caption
+    from mmsid.api import ingest as ingest
     from mmsid.api import interests as interests
     from mmsid.api import judge as judge
     from mmsid.api import refine_tokenizer as refine_tokenizer

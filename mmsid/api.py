@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 
 from pydantic import BaseModel
 
+from mmsid.catalog.catalog import catalog_settings
 from mmsid.ray_pool import Engine
 from mmsid.stages import run_stage
 
@@ -22,8 +23,22 @@ CatalogSettings: TypeAlias = Mapping[str, Any] | BaseModel | PathLike
 def _run(stage: str, out: PathLike, catalog: CatalogSettings | None, settings: Mapping[str, Any], engine: Engine = "local") -> Path:
     given = {"out": out, **settings}
     if catalog is not None:
-        given["catalog"] = {"items": catalog} if isinstance(catalog, (str, Path)) else catalog
+        given["catalog"] = catalog_settings(catalog) if isinstance(catalog, (str, Path)) else catalog
     return run_stage(stage, given, engine)
+
+
+def ingest(out: PathLike, catalog: CatalogSettings, **settings: Any) -> Path:
+    """Read a catalogue once: items, pictures and user histories. `catalog=out` then opens it in every other stage.
+
+    Args:
+        out: folder to write. A folder whose sources have changed is written again.
+        catalog: keys of the `catalog:` section, or the path of its items table.
+        settings: keys of `IngestConfig`.
+
+    Raises:
+        ConfigError, CatalogError, ArtifactError: invalid settings, catalogue or folders; too many unusable rows or pictures.
+    """
+    return _run("ingest", out, catalog, settings)
 
 
 def train_captioner(out: PathLike, catalog: CatalogSettings | None = None, **settings: Any) -> Path:
@@ -45,7 +60,7 @@ def caption(out: PathLike, catalog: CatalogSettings, *, engine: Engine = "local"
 
     Args:
         out: folder to write: `shards/part-*.parquet` with one row per picture, `in = ok + quarantined`.
-        catalog: keys of the `catalog:` section, or the path of its items table.
+        catalog: keys of the `catalog:` section, the path of its items table, or a folder of `ingest`.
         engine: "local", or "ray" for a Ray cluster.
         settings: keys of `CaptionConfig`, for example `model="Qwen/Qwen2.5-VL-3B-Instruct"`.
 
@@ -61,7 +76,7 @@ def interests(out: PathLike, catalog: CatalogSettings, *, engine: Engine = "loca
 
     Args:
         out: folder to write: one row per item.
-        catalog: keys of the `catalog:` section, or the path of its items table.
+        catalog: keys of the `catalog:` section, the path of its items table, or a folder of `ingest`.
         engine: "local", or "ray" for a Ray cluster.
         settings: keys of `InterestsConfig`: `model`, or `generator="coengagement"`, and `captions`, a finished caption folder.
 

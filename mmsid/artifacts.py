@@ -15,19 +15,20 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from pydantic import BaseModel
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from mmsid._version import __version__
 from mmsid.disk import disk_errors, folder_lock, fsync, replacing
 from mmsid.errors import ArtifactError
 from mmsid.progress import is_main_process
+
+if TYPE_CHECKING:
+    import torch  # imported by the functions that need it, so that the command line starts fast
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -204,7 +205,7 @@ def _damaged(folder: Path, wrong: list[str]) -> ArtifactError:
 
 
 def input_hashes(inputs: Mapping[str, Path | None]) -> dict[str, str]:
-    """Hash of each input: a finished folder by its stage, configuration and inputs, a file by its bytes."""
+    """Hash of each input: a finished folder by its content, or by its stage, configuration and inputs; a file by its bytes."""
     hashes = {}
     for name, path in sorted(inputs.items()):
         if path is None:
@@ -212,7 +213,8 @@ def input_hashes(inputs: Mapping[str, Path | None]) -> dict[str, str]:
         if Path(path).is_dir():
             manifest = read_manifest(path)
             verify_folder(path)
-            hashes[name] = sha256({key: manifest[key] for key in ("stage", "config", "inputs", "package_version")})
+            content = manifest["extra"].get("content_sha256")  # of a folder that is known by its content, wherever it was made from
+            hashes[name] = content or sha256({key: manifest[key] for key in ("stage", "config", "inputs", "package_version")})
         elif Path(path).is_file():
             hashes[name] = file_sha256(path)
         else:
@@ -284,6 +286,8 @@ def read_table(path: Path) -> pa.Table:
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write safetensors atomically."""
+    from safetensors.torch import save_file
+
     with replacing(path) as temporary:
         save_file(
             {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, str(temporary), metadata=dict(metadata or {})
@@ -296,6 +300,8 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     Raises:
         ArtifactError: the file is missing, damaged, or not safetensors.
     """
+    from safetensors.torch import load_file
+
     if Path(path).suffix != ".safetensors":
         raise ArtifactError(f"{path}: only .safetensors is read (a pickle can run code); convert it first")
     try:
@@ -312,6 +318,8 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     Raises:
         ArtifactError: as `read_tensors`, or a tensor holds such a value; the message names the first tensor.
     """
+    import torch
+
     tensors = read_tensors(path)
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():

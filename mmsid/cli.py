@@ -7,7 +7,7 @@ mmsid assign --config CONFIG --append SIDS           Semantic IDs for new items;
                                                      --refresh moves published items whose behaviour has become sure
 mmsid recommend --config CONFIG [--users FILE] [--k K]   the best K items for every user, as parquet files
 mmsid report RUN [catalog.key=value ...]             RUN/report.html; RUN is a run folder, its YAML, or benchmark results (.json)
-mmsid catalog --config CONFIG                        read a catalogue and describe it
+mmsid catalog --config CONFIG                        read a catalogue and describe it, with examples of its problems
 mmsid demo-catalog OUT --items N --users M --seed S  draw the demo catalogue
 mmsid churn OLD NEW [--out REPORT.json]              compare two SID folders of one catalogue
 mmsid bundle OUT --tokenizer T --sids S              tokenizer and Semantic IDs as one model folder, ready to upload
@@ -22,11 +22,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mmsid._version import __version__
 from mmsid.artifacts import is_complete, read_manifest, write_json
-from mmsid.config import build, load_yaml
+from mmsid.config import load_yaml
 from mmsid.errors import ConfigError, MmsidError
 from mmsid.progress import done
-from mmsid.stages import ON_RAY, STAGES, run_stages, stage_configs
+from mmsid.stages import INGEST, ON_RAY, STAGES, run_stages, stage_configs
 
 
 def main_stage(stage: str, arguments: Sequence[str] | None = None) -> None:
@@ -56,7 +57,8 @@ def _one_stage(stage: str, arguments: list[str]) -> None:
     data = load_yaml(parsed.config, [*parsed.overrides, *given])
     data.setdefault(stage, data.get("refine", {}) if stage == "sid_reward" else {})
     configs = stage_configs(data, source=str(parsed.config))
-    run_stages({stage: configs[stage]}, redo=[stage] if parsed.redo else [], engine=getattr(parsed, "engine", "local"))
+    chosen = {name: configs[name] for name in dict.fromkeys((INGEST, stage)) if name in configs}
+    run_stages(chosen, redo=[stage] if parsed.redo else [], engine=getattr(parsed, "engine", "local"))
 
 
 def _run(arguments: list[str]) -> None:
@@ -93,12 +95,16 @@ def _catalog(arguments: list[str]) -> None:
     parser.add_argument("--config", required=True, type=Path)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parsed = parser.parse_args(arguments)
-    from mmsid.catalog import CatalogConfig, describe, read_catalog, split_histories, summary
+    from mmsid.catalog import describe, read_catalog, split_histories, summary
+    from mmsid.catalog.ingest.problems import examples
 
     data = load_yaml(parsed.config, parsed.overrides)
-    config = build(CatalogConfig, data.get("catalog") or {}, source=str(parsed.config), section="catalog")
+    configs = stage_configs({"name": parsed.config.stem, **data}, source=str(parsed.config))
+    run_stages({INGEST: configs[INGEST]})
+    config = configs[INGEST].catalog.model_copy(update={"ingested": configs[INGEST].out})
     catalog = read_catalog(config)
     print(summary(describe(catalog, split_histories(catalog, config.split))))
+    print(examples(configs[INGEST].out), end="")
 
 
 def _demo_catalog(arguments: list[str]) -> None:
@@ -225,6 +231,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _guarded(lambda: _report(rest))
     elif command in STAGES:
         main_stage(command, rest)
+    elif command in ("-V", "--version"):
+        print(f"mmsid {__version__}")
     elif command in ("-h", "--help", "help"):
         print(f"{__doc__}\nstages: {', '.join(STAGES)}")
     else:

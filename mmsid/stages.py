@@ -19,6 +19,7 @@ from mmsid.progress import done
 
 # stage -> its configuration class and its function, in the order in which a run executes them
 _STAGES = {
+    "ingest": ("mmsid.catalog.ingest.stage:IngestConfig", "mmsid.catalog.ingest.stage:run"),
     "train_captioner": ("mmsid.annotate.captioner.config:TrainCaptionerConfig", "mmsid.annotate.captioner.stage:run"),
     "caption": ("mmsid.annotate.caption:CaptionConfig", "mmsid.annotate.caption:run"),
     "interests": ("mmsid.annotate.interests:InterestsConfig", "mmsid.annotate.interests:run"),
@@ -36,6 +37,7 @@ _STAGES = {
     "report": ("mmsid.report.summary:ReportConfig", "mmsid.report.summary:run"),
 }
 STAGES = tuple(_STAGES)
+INGEST = STAGES[0]  # the only stage that reads the user's files; part of every run
 ON_RAY = ("caption", "interests", "assign", "recommend")  # stages that accept engine="ray"
 
 
@@ -65,14 +67,18 @@ def stage_configs(data: Mapping[str, Any], source: str) -> dict[str, StageConfig
         known = ", ".join([*RunHeader.model_fields, *STAGES])
         raise ConfigError(f"{source}: unknown section {unknown[0]}; known sections: {known}")
     header = build(RunHeader, {key: value for key, value in data.items() if key not in STAGES}, source=source, section="")
-    sections = {stage: data[stage] or {} for stage in STAGES if stage in data}
+    reads = bool(header.catalog)  # a captioner of drawn ads needs no catalogue
+    if reads:
+        build(_imported("mmsid.catalog.config:CatalogConfig"), header.catalog, source=source, section="catalog")
+    sections = {stage: data.get(stage) or {} for stage in STAGES if stage in data or (stage == INGEST and reads)}
     folders = {stage: header.runs / header.name / stage for stage in sections}
     configs: dict[str, StageConfig] = {}
     for stage, section in sections.items():
         if not isinstance(section, dict):
             raise ConfigError(f"{source}: section {stage} is {section!r}, expected keys below it (or nothing for the defaults)")
         cls = _config_class(stage)
-        filled = {"out": folders[stage], "seed": header.seed, "catalog": header.catalog, **_upstream(stage, folders, header, configs)}
+        catalog = {**header.catalog, "ingested": folders[INGEST]} if reads and stage != INGEST else header.catalog
+        filled = {"out": folders[stage], "seed": header.seed, "catalog": catalog, **_upstream(stage, folders, header, configs)}
         filled = {key: value for key, value in filled.items() if key in cls.model_fields and value is not None}
         configs[stage] = build(cls, {**filled, **section}, source=source, section=stage)
     return configs
@@ -97,7 +103,7 @@ def run_stages(configs: Mapping[str, StageConfig], redo: Sequence[str] = (), eng
         redone = redone or stage in redo
         if redone:
             shutil.rmtree(config.out, ignore_errors=True)
-        if is_complete(config.out):
+        if is_complete(config.out) and stage != INGEST:  # ingest reads changed sources again by itself
             _check_unchanged(stage, config)
             done(f"{stage}: finished earlier, kept ({config.out})")
             continue
@@ -150,6 +156,7 @@ def _upstream(stage: str, folders: Mapping[str, Path], header: RunHeader, config
         sids, recommender = trained.variants.get(trained.kept_variant), trained.kept_recommender
     return {
         "model": folders.get("train_captioner") if stage == "caption" else None,
+        "picture_cache": header.runs / ".cache" / "pictures",
         "cache": header.runs / ".cache" / "annotations.sqlite",
         "captions": folders.get("caption"),
         "interests": folders.get("interests"),
@@ -164,9 +171,16 @@ def _upstream(stage: str, folders: Mapping[str, Path], header: RunHeader, config
     }
 
 
+def _without_sources(catalog: Mapping[str, Any]) -> dict[str, Any]:
+    sources = ("items", "image_root", "sequences", "events", "vectors", "fields")
+    return {key: value for key, value in catalog.items() if key not in sources}
+
+
 def _check_unchanged(stage: str, config: StageConfig) -> None:
     manifest = read_manifest(config.out, stage)
     was, now = manifest["config"], plain(config)
+    if "catalog" in manifest["inputs"]:  # compared by content: the place of the sources does not matter
+        was, now = ({**one, "catalog": _without_sources(one["catalog"])} for one in (was, now))
     changed = [f"{key} was {was.get(key)!r}, is {now.get(key)!r}" for key in sorted(set(was) | set(now)) if was.get(key) != now.get(key)]
     paths = {name: Path(path) for name, path in manifest["input_paths"].items()}
     hashes = input_hashes(paths)

@@ -50,7 +50,7 @@ def write_catalog(folder: Path, items: int, words: int = 6, pictures: int | None
 def write_run(run: Path, config: CatalogConfig, accepted: bool = True, seeds: int = 2) -> Path:
     """Write captions, interests, assign, refine and train_recommender. Codes follow the categories, and some raw codes collide."""
     catalog = read_catalog(config)
-    ids = [item.item_id for item in catalog.items]
+    ids = catalog.item_ids
     stage = {name: SomeStage(out=run / name, catalog=config) for name in ("caption", "interests", "assign", "refine", "train_recommender")}
     for name in ("caption", "interests"):
         with writing(run / name, stage=name, config=stage[name]) as draft:
@@ -65,7 +65,7 @@ def write_run(run: Path, config: CatalogConfig, accepted: bool = True, seeds: in
             pq.write_table(pa.Table.from_pylist(rows), draft.path / "shards" / "part-00000.parquet")
     start, refined = _tables(catalog)
     with writing(run / "assign", stage="assign", config=stage["assign"]) as draft:
-        write_sid_folder(draft.path, start, intrinsic_metrics(start, content_hashes=[item.content_sha256 for item in catalog.items]))
+        write_sid_folder(draft.path, start, intrinsic_metrics(start, content_hashes=catalog.content_hashes))
         draft.counts["items"] = len(ids)
     with writing(run / "refine", stage="refine", config=stage["refine"]) as draft:
         _write_refine(draft.path, start, refined, accepted)
@@ -87,7 +87,7 @@ def _tables(catalog) -> tuple[SidTable, SidTable]:
     )
     raw = codes.copy()
     raw[::5, 2] = 0
-    ids = [item.item_id for item in catalog.items]
+    ids = catalog.item_ids
     moved = codes.copy()
     moved[::10, 1] = 7
     return SidTable.from_codes(ids, codes, SIZES, raw_codes=raw), SidTable.from_codes(ids, moved, SIZES, raw_codes=moved)

@@ -32,7 +32,7 @@ def test_phrases_of_four_items_worked_by_hand(catalog_config):
     row = catalog.row_of
     histories = [[row["kettle"], row["stove"]], [row["kettle"], row["stove"]], [row["kettle"], row["camplamp"]]]
     weights = co_engagement([np.array(rows) for rows in histories], 4)
-    mined = dict(zip([item.item_id for item in catalog.items], mine_phrases(catalog, weights, {})))
+    mined = dict(zip(catalog.item_ids, mine_phrases(catalog, weights, {})))
     # kettle's neighbours: stove with weight 2, camplamp with weight 1; phrases of two items: camping (both), lamp (camplamp)
     assert mined["kettle"] == [Phrase("camping", 1.0), Phrase("lamp", round(1 / 3, 4))]
     assert mined["stove"] == mined["camplamp"] == []  # their only neighbour, kettle, shares no word with any item

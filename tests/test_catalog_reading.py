@@ -71,7 +71,7 @@ def test_parquet_jsonl_and_csv_give_the_same_catalogue(folder):
     assert shoe.images == (folder / "one.png", folder / "two.png")
     assert shoe.categories == ("Shoes", "Running") and shoe.attributes == {"tags": ("red", "run")} and shoe.problems == ()
     assert catalog.items[catalog.row_of["c"]].problems == ("no_title", "no_categories", "no_picture")
-    assert [item.content_sha256 for item in catalog.items] == sorted(item.content_sha256 for item in catalog.items)
+    assert catalog.content_hashes == sorted(item.content_sha256 for item in catalog.items)
 
 
 def test_interactions_with_unknown_items_are_dropped_and_counted(folder):
@@ -88,6 +88,7 @@ def test_missing_pictures_are_recorded_as_problems_of_the_item(folder):
     Image.new("RGB", (8, 8)).save(folder / "cut.jpg")
     (folder / "cut.jpg").write_bytes((folder / "cut.jpg").read_bytes()[:-30])
     rows = [{"item_id": "a", "image": ["one.png", "none.png", "cut.jpg", "../up.png"]}, {"item_id": "b", "image": [None]}]
+    rows.append({"item_id": "c", "image": ["one.png", "two.png"]})
     catalog = read_catalog(config(folder, items=rows, sequences=None))
     assert catalog.items[catalog.row_of["a"]].problems == ("picture_missing", "picture_truncated", "picture_outside_root")
     assert catalog.items[catalog.row_of["a"]].images == (folder / "one.png",)
@@ -122,8 +123,10 @@ def test_group_by_makes_one_item_of_several_rows(folder):
 
 
 def test_bad_tables_are_refused_by_file_row_field_and_remedy(folder):
-    doubled = refusal(config(folder, items=[{"item_id": "a"}, {"item_id": "b"}, {"item_id": "a"}], sequences=None))
-    assert "items.parquet, rows 1, 3: item_id 'a' occurs 2 times" in doubled and "group_by" in doubled
+    rows = [{"item_id": name, "title": "x"} for name in "aaaab"]
+    doubled = refusal(config(folder, items=rows, sequences=None))
+    assert "3 of 5 rows cannot become items, 3 of them as duplicate_id" in doubled and "group_by" in doubled
+    assert "items.parquet, row 2" in doubled
     missing = refusal(config(folder, ".csv", items=[{"sku": "a", "name": "x"}], sequences=None))
     assert "items.csv: no column 'item_id' (catalog.fields.item_id)" in missing and "sku, name" in missing
     mapped = refusal(config(folder, items=[{"item_id": "a"}], sequences=None, fields={"title": "title"}))
@@ -131,10 +134,22 @@ def test_bad_tables_are_refused_by_file_row_field_and_remedy(folder):
     assert "catalog.fields.attributes" in refusal(
         config(folder, items=[{"item_id": "a"}], sequences=None, fields={"attributes": ["color"]})
     )
-    assert "row 2, field 'item_id': empty" in refusal(config(folder, ".csv", items=[{"item_id": "a"}, {"item_id": " "}], sequences=None))
+    rows = [{"item_id": name, "title": "x"} for name in ("a", " ", "")]
+    assert "2 of 3 rows cannot become items, 2 of them as no_id" in refusal(config(folder, ".csv", items=rows, sequences=None))
     listed = refusal(config(folder, items=[{"item_id": "a", "title": ["x"]}], sequences=None))
     assert "row 1, field 'title': holds a list" in listed
     assert "row 1, field 'image': holds a bytes" in refusal(config(folder, items=[{"item_id": "a", "image": b"x"}], sequences=None))
+
+
+def test_rows_without_an_id_of_their_own_are_quarantined_and_the_order_of_rows_does_not_matter(folder):
+    rows = [{"item_id": name, "title": title} for name, title in [("a", "x"), ("a", "y"), ("b", "z"), (None, "lost"), ("c", "c")]]
+    forward, backward = (read_catalog(config(folder, items=order, sequences=None)) for order in (rows, rows[::-1]))
+    assert forward.items == backward.items and sorted(forward.item_ids) == ["a", "b", "c"]
+    assert forward.problems == backward.problems == {"duplicate_id": 1, "no_id": 1}
+
+
+def test_a_catalogue_without_content_is_refused(folder):
+    assert "none of the 2 items" in refusal(config(folder, items=[{"item_id": "a", "title": " "}, {"item_id": "b"}], sequences=None))
 
 
 def test_empty_damaged_and_unsupported_files_are_refused(folder):

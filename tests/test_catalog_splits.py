@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from mmsid.catalog import Catalog, CatalogConfig, SplitConfig, UserHistory, adjacent_pairs, co_engagement, read_catalog, split_histories
-from mmsid.catalog.items import Item
+from mmsid.catalog.item import Item
 from mmsid.errors import CatalogError
 
 
@@ -19,7 +19,7 @@ def catalog_of(histories: list[list[int]], times: list[list[float]] | None = Non
         UserHistory(f"u{user}", np.array(rows, dtype=np.int64), None if times is None else np.array(times[user]))
         for user, rows in enumerate(histories)
     ]
-    return Catalog(items, {item.item_id: row for row, item in enumerate(items)}, users, "", None)
+    return Catalog(items, users)
 
 
 def test_leave_one_out_by_hand():

@@ -34,7 +34,7 @@ def test_inputs_of_a_stage_are_the_folders_of_earlier_stages():
         ({"catalog": {"items": "i"}}, "name is missing"),
         ({"name": "x", "catalog": {"items": "i"}, "caption": {"batchsize": 3}}, "caption.batchsize; did you mean 'batch_size'"),
         ({"name": "x", "catalog": {"items": "i"}, "caption": 3}, "expected keys below it"),
-        ({"name": "x", "catalog": {"itms": "i"}, "caption": {}}, "caption.catalog.itms"),
+        ({"name": "x", "catalog": {"itms": "i"}, "caption": {}}, "unknown key catalog.itms; did you mean 'items'"),
     ],
 )
 def test_errors_name_the_key(data, words):

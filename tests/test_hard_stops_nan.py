@@ -92,7 +92,7 @@ def test_a_recommender_that_computes_nan_is_not_ranked(tmp_path, shape):
     catalog = read_catalog(config)
     split = split_histories(catalog, config.split)
     codes = np.stack([np.arange(32) // 8, np.arange(32) % 8], axis=1)
-    paths = table_paths(SidTable.from_codes([item.item_id for item in catalog.items], codes, (4, 8)))
+    paths = table_paths(SidTable.from_codes(catalog.item_ids, codes, (4, 8)))
     fitted = fit(paths, split, shape=shape, schedule=Schedule(epochs=1))
     fitted.evaluate(split, "valid")
     with torch.no_grad():

@@ -18,6 +18,7 @@ import pytest
 from annotate_stub import StubGenerator, caption_config, rows_of
 from PIL import Image
 
+import mmsid
 from mmsid.annotate.caption import run as caption
 from mmsid.catalog import CatalogConfig, PictureLimits, isolated_decoding, load_picture, read_catalog
 from mmsid.catalog.picture_decoding import REASONS
@@ -247,9 +248,10 @@ def test_every_hostile_picture_keeps_its_row_with_a_reason(tmp_path):
         lines.append({"item_id": name, "title": name, "image": [f"images/{number}.png"]})
     lines.append({"item_id": "outside", "title": "x", "image": ["../../etc/passwd"]})
     (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    config = caption_config(
-        CatalogConfig(items=tmp_path / "items.jsonl", pictures=PictureLimits(isolate=True)), tmp_path / "caption", max_quarantined=1.0
-    )
+    catalog = CatalogConfig(items=tmp_path / "items.jsonl", pictures=PictureLimits(isolate=True))
+    folder = mmsid.ingest(tmp_path / "ingest", catalog, max_problems=1.0)
+    catalog = catalog.model_copy(update={"ingested": folder})
+    config = caption_config(catalog, tmp_path / "caption", max_quarantined=1.0)
     rows = {row["item_id"]: row for row in rows_of(caption(config, StubGenerator()))}
     assert set(rows) == {*REFUSED, *USABLE, "outside"}
     assert all(rows[name]["status"] == "ok" for name in USABLE)

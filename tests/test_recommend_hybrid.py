@@ -12,7 +12,7 @@ from scipy import sparse
 from test_recommend_train import write_catalogue
 
 from mmsid.catalog import CatalogConfig, read_catalog, split_histories
-from mmsid.catalog.items import Item
+from mmsid.catalog.item import Item
 from mmsid.catalog.splits import Split
 from mmsid.errors import MmsidError
 from mmsid.recommend import embedding_source, hybrid, term_source

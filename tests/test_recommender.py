@@ -16,7 +16,7 @@ import mmsid
 from mmsid import Recommender, SidTable
 from mmsid.artifacts import sha256, write_tensors
 from mmsid.catalog import CatalogConfig, read_catalog, split_histories
-from mmsid.catalog.items import Item
+from mmsid.catalog.item import Item
 from mmsid.errors import ArtifactError, CatalogError, MmsidError
 from mmsid.recommend.hybrid import fit_hybrid
 from mmsid.recommend.sid_transformer import SidTransformerShape
@@ -33,7 +33,7 @@ def train(folder, seed: int | None = None):
     numbers = write_catalogue(folder, order_seed=seed)
     catalog = read_catalog(CatalogConfig(items=folder / "items.parquet", sequences=folder / "sequences.parquet"))
     split = split_histories(catalog, CatalogConfig(items=folder).split)
-    ids = [item.item_id for item in catalog.items]
+    ids = catalog.item_ids
     places = np.array([numbers[item_id] for item_id in ids])
     codes = np.random.default_rng(0).permutation(64)[:ITEMS][places]
     table = SidTable.from_codes(ids, np.stack([codes // 8, codes % 8], 1), (8, 8), tokenizer_sha256=TOKENIZER)

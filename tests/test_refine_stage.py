@@ -98,7 +98,7 @@ def test_refine_writes_a_whole_folder_and_improves(start, tmp_path):
     known = behaviour_of_catalog(tokenizer.behaviour, catalog, split_histories(catalog, start["catalog"].split))
     inputs = known.added_to(load_inputs(catalog, None, None, tokenizer.settings.use)[0])
     assert ItemTokenizer.from_pretrained(start["tokenizer"]).behaviour is None and set(after.source) == {"behaviour"} != set(before.source)
-    assert (tokenizer.encode(inputs).raw_codes.numpy() == after.align([item.item_id for item in catalog.items]).raw_codes).all()
+    assert (tokenizer.encode(inputs).raw_codes.numpy() == after.align(catalog.item_ids).raw_codes).all()
     assert after.tokenizer_sha256 == tokenizer.sha256() != before.tokenizer_sha256
     assert SidReward.load(out / "reward").names
 

@@ -145,7 +145,7 @@ def test_encode_takes_behaviour_and_falls_back_to_content(run_folder):
     known = behaviour_of_catalog(tokenizer.behaviour, catalog, split)
     content = tokenizer.encode(catalog.items)
     both = tokenizer.encode(catalog.items, behaviour=known.vectors, interactions=known.interactions)
-    table = SidTable.load(run_folder / "runs/first/assign").align([item.item_id for item in catalog.items])
+    table = SidTable.load(run_folder / "runs/first/assign").align(catalog.item_ids)
     assert np.array_equal(both.raw_codes.numpy(), table.raw_codes)
     assert torch.equal(
         content.raw_codes, tokenizer.encode(catalog.items, behaviour=known.vectors, interactions=0 * known.interactions).raw_codes
@@ -172,7 +172,7 @@ def test_vectors_of_an_item_depend_on_its_own_interactions_only(run_folder):
 def test_assign_writes_the_readings_of_held_out_interactions(run_folder, tmp_path):
     """They equal those that encoding with shortened histories, and without behaviour, gives."""
     tokenizer, catalog, split = loaded(run_folder)
-    sids, ids = run_folder / "runs/first/assign", [item.item_id for item in catalog.items]
+    sids, ids = run_folder / "runs/first/assign", catalog.item_ids
     table, readings = SidTable.load(sids).align(ids), load_readings(sids, ids)
     shortened = behaviour_of_catalog(tokenizer.behaviour, catalog, split.with_train([slice(-1)] * len(split.train), split.valid))
     expected = {

@@ -95,7 +95,7 @@ def test_a_fresh_process_gives_the_published_raw_codes(world) -> None:
     )
     assert done.returncode == 0, done.stderr[-2000:]
     table = SidTable.load(moved / "sids")
-    assert table.item_ids == [item.item_id for item in catalog.items]
+    assert table.item_ids == catalog.item_ids
     assert json.loads(done.stdout.splitlines()[-1]) == table.raw_codes.tolist()
 
 

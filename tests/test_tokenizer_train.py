@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 from tiny_backbones import tiny_bert
 from tiny_catalog import write_annotations, write_catalog
 
@@ -96,7 +97,8 @@ def test_without_sequences_annotations_or_text(world, tmp_path) -> None:
     catalog = write_catalog(tmp_path, items=24, sequences=False)
     captions, _ = write_annotations(tmp_path, catalog)
     rows = pq.read_table(catalog.items).select(["item_id"])
-    pq.write_table(rows, tmp_path / "bare.parquet")
+    Image.new("RGB", (8, 8)).save(tmp_path / "ad.png")
+    pq.write_table(rows.append_column("image", pa.array(["ad.png"] * rows.num_rows)), tmp_path / "bare.parquet")
     bare = CatalogConfig(items=tmp_path / "bare.parquet")
     out = train.run(settings(world, tmp_path / "out", catalog=bare, captions=captions, interests=None, steps=2))
     assert read_json(out / "training.json")["reconstruct"] == "off"

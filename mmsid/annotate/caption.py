@@ -121,7 +121,7 @@ def _load_masked(load: Callable[[Path], Image.Image], max_side: int | None, path
 
 def input_paths(config: ModelJobConfig) -> dict[str, Path]:
     """The files and artefact folders that the rows are made from, for the manifest."""
-    paths = config.catalog.input_files()
+    paths = config.catalog.inputs()
     model = Path(config.model) if config.server is None and is_complete(Path(config.model)) else None
     return {name: path for name, path in (paths | {"model": model}).items() if path is not None}
 

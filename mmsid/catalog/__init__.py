@@ -5,7 +5,7 @@ from mmsid.catalog.coengagement import adjacent_pairs, co_engagement
 from mmsid.catalog.config import CatalogConfig, Fields, PictureLimits, SplitConfig
 from mmsid.catalog.describe import describe, summary
 from mmsid.catalog.histories import UserHistory
-from mmsid.catalog.items import Item
+from mmsid.catalog.item import Item
 from mmsid.catalog.pictures import load_picture
 from mmsid.catalog.splits import Split, split_histories
 

@@ -1,158 +1,130 @@
-"""Catalogue of items and user histories in canonical order.
-
-Items are sorted by content hash. Items with equal content are sorted by the histories that contain them, and by id as the last
-resort. Users are sorted by the content of their histories. Row order and ids in the files therefore do not change seeded results.
-"""
+"""Catalogue of items and user histories in canonical order, read from an ingested catalogue or from the user's sources."""
 
 from __future__ import annotations
 
 import hashlib
+import os
+import shutil
+import tempfile
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mmsid.artifacts import read_manifest
 from mmsid.catalog.config import CatalogConfig
-from mmsid.catalog.events import read_events
-from mmsid.catalog.histories import UserHistory, read_sequences
-from mmsid.catalog.items import Item, read_items
-from mmsid.catalog.vectors import ItemVectors, concatenated, read_vectors
+from mmsid.catalog.histories import Histories, UserHistory
+from mmsid.catalog.ingest.build import build as build_files
+from mmsid.catalog.ingest.built import Built
+from mmsid.catalog.ingest.writing import HISTORIES, ITEMS, PRESENT, VECTORS
+from mmsid.catalog.item import Item
+from mmsid.catalog.item_table import ItemTable
+from mmsid.catalog.vectors import ItemVectors
 from mmsid.config import build
+
+PICTURE_CACHE = "MMSID_PICTURE_CACHE"  # environment variable: folder for pictures that are not local files
 
 
 @dataclass
 class Catalog:
-    """A catalogue in canonical order.
+    """A catalogue in canonical order (`canonical_order`).
 
     Attributes:
-        items: sorted by content hash. The index in this list is the item's row everywhere else.
-        row_of: item id -> row.
+        items: N items. The index in this sequence is the item's row everywhere else. An ingested catalogue is memory-mapped.
         histories: users with at least one known item, sorted by content.
         sha256: hash of item ids, content and histories. It does not depend on row order or user ids.
-        problems: count of each code of `Item.problems`, and of the problems of histories: `unknown_item` (interactions dropped),
-            `user_without_items` (users dropped), `timestamps_out_of_order` (users whose interactions were sorted),
-            `repeated_item` (interactions with an item that the user has engaged with before), and the codes of
-            `mmsid.catalog.events`; `vector_of_unknown_item` counts the vectors of items that the catalogue does not have.
+        problems: count of each code of `Item.problems`, of rows that are no items (`no_id`, `duplicate_id`), and of the problems of
+            histories: `unknown_item` (interactions dropped), `user_without_items` (users dropped), `timestamps_out_of_order` (users
+            whose interactions were sorted), `repeated_item` (interactions with an item that the user has engaged with before), and
+            the codes of `mmsid.catalog.events`; `vector_of_unknown_item` counts the vectors of items that the catalogue does not have.
         vectors: vectors of the items in their order, the families beside each other; None if the configuration names none.
+        notes: facts on the sources for the user, one line each.
+        not_read: columns of the items table that no field refers to.
     """
 
-    items: list[Item]
-    row_of: dict[str, int]
-    histories: list[UserHistory]
-    sha256: str
-    problems: Counter[str]
+    items: Sequence[Item]
+    histories: Sequence[UserHistory] = ()
+    sha256: str = ""
+    problems: Counter[str] = field(default_factory=Counter)
     vectors: ItemVectors | None = None
+    notes: Sequence[str] = ()
+    not_read: Sequence[str] = ()
 
     @classmethod
     def read(cls, catalog: CatalogConfig | Mapping[str, Any] | str | Path) -> Catalog:
-        """Read a catalogue from the keys of a `catalog:` section, or from the path of its items table.
+        """Read a catalogue from the keys of a `catalog:` section, from its items table, or from a folder that `mmsid ingest` wrote.
 
         Raises:
             ConfigError: an unknown key or a value of the wrong type.
             CatalogError: as `read_catalog`.
         """
         if isinstance(catalog, (str, Path)):
-            catalog = {"items": catalog}
+            catalog = catalog_settings(catalog)
         if not isinstance(catalog, CatalogConfig):
             catalog = build(CatalogConfig, dict(catalog), source="Catalog.read", section="catalog")
         return read_catalog(catalog)
 
+    @cached_property
+    def item_ids(self) -> list[str]:
+        """Ids of all items."""
+        return self.items.item_ids if isinstance(self.items, ItemTable) else [item.item_id for item in self.items]
+
+    @cached_property
+    def content_hashes(self) -> list[str]:
+        """`content_sha256` of all items."""
+        return self.items.content_hashes if isinstance(self.items, ItemTable) else [item.content_sha256 for item in self.items]
+
+    @cached_property
+    def row_of(self) -> dict[str, int]:
+        """Item id -> row."""
+        return {item_id: row for row, item_id in enumerate(self.item_ids)}
+
     def content_hash(self, rows: np.ndarray) -> str:
         """SHA-256 (hex) of the content of the items `rows`, in the given order. It identifies a history without ids."""
-        joined = "".join(self.items[row].content_sha256 for row in rows)
-        return hashlib.sha256(joined.encode()).hexdigest()
+        hashes = self.content_hashes
+        return hashlib.sha256("".join([hashes[row] for row in rows]).encode()).hexdigest()
+
+
+def catalog_settings(source: str | Path) -> dict[str, Any]:
+    """Keys of a `catalog:` section that reads `source`, an items table or a folder that `mmsid ingest` wrote."""
+    if (Path(source) / ITEMS).is_file():
+        return {**read_manifest(Path(source), "ingest")["config"]["catalog"], "ingested": source}
+    return {"items": source}
 
 
 def read_catalog(config: CatalogConfig) -> Catalog:
-    """Read and check items, pictures (bytes and headers) and sequences, and sort them into canonical order.
+    """Open the ingested catalogue of `config`. Where there is none, the sources are read now.
 
     Raises:
-        CatalogError: the catalogue is unusable. The message names file, row, field and remedy. Missing or bad pictures,
-            missing texts and interactions with unknown items do not raise. They are counted in `Catalog.problems`.
+        CatalogError: the catalogue is unusable. The message names file, row, field and remedy. Missing or bad pictures, missing texts
+            and interactions with unknown items do not raise. They are counted in `Catalog.problems`.
     """
-    items = read_items(config)
-    problems: Counter[str] = Counter()
-    items, vectors = _read_vectors(config, items, problems)
-    read_histories = read_events if config.events is not None else read_sequences
-    histories = read_histories(config, items, problems) if config.users_file is not None else []
-    position = {item.item_id: row for row, item in enumerate(items)}
-    items, histories = _in_canonical_order(items, histories, config.max_items)
-    if vectors is not None:
-        vectors = vectors.take(np.array([position[item.item_id] for item in items], dtype=np.int64))
-    catalog = Catalog(items, {item.item_id: row for row, item in enumerate(items)}, [], "", problems, vectors)
-    catalog.histories = sorted(histories, key=lambda user: _user_key(catalog, user))[: config.max_users]
-    catalog.problems.update(code for item in items for code in item.problems)
-    catalog.problems.update(repeated_item=sum(len(user.rows) - len(np.unique(user.rows)) for user in catalog.histories))
-    catalog.problems += Counter()  # adding an empty counter removes zero counts
-    catalog.sha256 = _catalog_sha256(catalog)
-    return catalog
+    folder = config.artefact()
+    if folder is not None:
+        return _open(folder, config, Built.from_json(read_manifest(folder, "ingest")["extra"]))
+    folder = Path(tempfile.mkdtemp(prefix="mmsid-catalogue-"))
+    try:
+        return _open(folder, config, build_files(config, folder, picture_cache()))
+    finally:
+        shutil.rmtree(folder)  # the files stay mapped
 
 
-def _read_vectors(config: CatalogConfig, items: list[Item], problems: Counter[str]) -> tuple[list[Item], ItemVectors | None]:
-    """The items, whose content now includes their vectors, and the vectors of all families beside each other."""
-    if not config.vectors:
-        return items, None
-    item_ids = [item.item_id for item in items]
-    vectors = concatenated([read_vectors(path, item_ids) for path in config.vectors])
-    problems["vector_of_unknown_item"] += vectors.unknown
-    found = []
-    for item, values, present in zip(items, vectors.values.astype("<f4"), vectors.present, strict=True):
-        if present:
-            digest = hashlib.sha256(item.content_sha256.encode() + values.tobytes()).hexdigest()
-            found.append(replace(item, content_sha256=digest))
-        else:
-            found.append(replace(item, problems=(*item.problems, "no_vector")))
-    return found, vectors
+def picture_cache() -> Path:
+    """Folder for pictures that are not local files, of callers that name none."""
+    return Path(os.environ.get(PICTURE_CACHE) or Path.home() / ".cache" / "mmsid" / "pictures")
 
 
-def _in_canonical_order(items: list[Item], histories: list[UserHistory], max_items: int | None) -> tuple[list[Item], list[UserHistory]]:
-    """Sort the items, keep the first `max_items`, and map the histories to the new rows. Empty histories are dropped."""
-    engagement = _engagement_of_duplicates(items, histories)
-    order = sorted(range(len(items)), key=lambda row: (items[row].content_sha256, engagement.get(row, ""), items[row].item_id))
-    order = order[:max_items]
-    new_row = np.full(len(items), -1, dtype=np.int64)
-    new_row[order] = np.arange(len(order))
-    mapped = []
-    for user in histories:
-        rows = new_row[user.rows]
-        kept = rows >= 0
-        if kept.any():
-            times, weights = (None if values is None else values[kept] for values in (user.timestamps, user.weights))
-            mapped.append(replace(user, rows=rows[kept], timestamps=times, weights=weights))
-    return [items[row] for row in order], mapped
-
-
-def _engagement_of_duplicates(items: list[Item], histories: list[UserHistory]) -> dict[int, str]:
-    """Row -> hash of the histories (by content) and positions in which the item occurs, for items with equal content."""
-    copies = Counter(item.content_sha256 for item in items)
-    is_copy = np.array([copies[item.content_sha256] > 1 for item in items], dtype=bool)
-    if not is_copy.any():
-        return {}
-    occurrences: dict[int, list[str]] = {int(row): [] for row in np.flatnonzero(is_copy)}
-    for user in histories:
-        positions = np.flatnonzero(is_copy[user.rows])
-        if len(positions):
-            history = hashlib.sha256("".join(items[row].content_sha256 for row in user.rows).encode()).hexdigest()
-            for position in positions:
-                time = "" if user.timestamps is None else user.timestamps[position]
-                weight = "" if user.weights is None else f":{user.weights[position]}"
-                occurrences[int(user.rows[position])].append(f"{history}:{position}:{time}{weight}")
-    return {row: hashlib.sha256("\n".join(sorted(found)).encode()).hexdigest() for row, found in occurrences.items()}
-
-
-def _user_key(catalog: Catalog, user: UserHistory) -> tuple[str, list[int], list[float], list[float], str]:
-    times, weights = ([] if values is None else values.tolist() for values in (user.timestamps, user.weights))
-    return catalog.content_hash(user.rows), user.rows.tolist(), times, weights, user.user_id
-
-
-def _catalog_sha256(catalog: Catalog) -> str:
-    digest = hashlib.sha256()
-    for item in catalog.items:
-        digest.update(f"{item.item_id}\n{item.content_sha256}\n".encode())
-    for user in catalog.histories:
-        weights = "" if user.weights is None else f"{user.weights.tolist()}\n"
-        digest.update(f"{user.rows.tolist()}\n{None if user.timestamps is None else user.timestamps.tolist()}\n{weights}".encode())
-    return digest.hexdigest()
+def _open(folder: Path, config: CatalogConfig, built: Built) -> Catalog:
+    items = ItemTable.open(folder / ITEMS, config.root.absolute())
+    users = config.users_file is not None
+    histories = Histories.open(folder / HISTORIES) if users else ()
+    problems = built.problems + (built.history_problems if users else Counter())
+    vectors = None
+    if built.vector_widths:
+        values, present = np.load(folder / VECTORS, mmap_mode="r"), np.load(folder / PRESENT)
+        vectors = ItemVectors(values, present, unknown=built.problems["vector_of_unknown_item"], widths=built.vector_widths)
+    return Catalog(items, histories, built.catalog_sha256, problems, vectors, built.notes, built.not_read)

@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
+from mmsid.artifacts import is_complete, read_manifest
 from mmsid.config import Section
 
 PictureFormat = Literal["JPEG", "PNG", "WEBP", "GIF", "BMP"]
@@ -100,6 +101,12 @@ class SplitConfig(Section):
         return self
 
 
+def _absolute(place: Any, folder: Path) -> Any:
+    if isinstance(place, tuple):
+        return tuple(_absolute(one, folder) for one in place)
+    return folder / place if isinstance(place, Path) else place
+
+
 def _is_default(value: Any) -> bool:
     return not value  # the dump of a catalogue without the new keys stays that of earlier versions, and finished stages stay valid
 
@@ -118,6 +125,7 @@ class CatalogConfig(Section):
         clean_text: remove instructions to models, hidden characters and repeated keywords (`prompt_injection`) from titles and
             descriptions. Such texts are recorded among the item's problems in any case.
         max_items, max_users: keep at most this many. They are chosen by content hash, so row order and ids do not matter.
+        ingested: folder of the stage `ingest` for this catalogue. It is opened instead of the sources if it was made with these keys.
     """
 
     renamed_keys: ClassVar[dict[str, str]] = {"mend_text": "clean_text"}
@@ -134,6 +142,7 @@ class CatalogConfig(Section):
     split: SplitConfig = SplitConfig()
     max_items: int | None = Field(default=None, gt=0)
     max_users: int | None = Field(default=None, gt=0)
+    ingested: Path | None = Field(default=None, exclude=True)
 
     @property
     def root(self) -> Path:
@@ -145,8 +154,32 @@ class CatalogConfig(Section):
         """The table that the histories are read from: `sequences` or `events`."""
         return self.sequences if self.events is None else self.events
 
+    def absolute(self, folder: Path) -> CatalogConfig:
+        """This catalogue with its relative paths starting at `folder`."""
+        places = ("items", "image_root", "sequences", "events", "vectors")
+        return self.model_copy(update={name: _absolute(getattr(self, name), folder) for name in places})
+
+    def reading(self, folder: Path | None = None) -> dict[str, Any]:
+        """The keys that decide what is read from the sources, as JSON data. Relative paths start at `folder`, by default here."""
+        keys = self.absolute(Path.cwd() if folder is None else folder).model_dump(mode="json")
+        return {name: value for name, value in keys.items() if name != "split"}
+
+    def artefact(self) -> Path | None:
+        """The ingested catalogue, if it is finished and was made with these keys, with or without the users. Otherwise None."""
+        if self.ingested is None or not is_complete(self.ingested):
+            return None
+        manifest = read_manifest(self.ingested, "ingest")
+        made, folder = CatalogConfig(**manifest["config"]["catalog"]), Path(manifest["extra"]["working_folder"])
+        same = self.reading() in (made.reading(folder), made.without_users().reading(folder))
+        return self.ingested if same else None
+
+    def inputs(self) -> dict[str, Path | None]:
+        """Name -> what a stage reads of the catalogue, for its manifest: the ingested catalogue, or the sources."""
+        folder = self.artefact()
+        return self.input_files() if folder is None else {"catalog": folder}
+
     def input_files(self) -> dict[str, Path | None]:
-        """Name -> file of every table of the catalogue, for the manifests of stages."""
+        """Name -> file of every table of the catalogue."""
         vectors = {f"vectors {number}": path for number, path in enumerate(self.vectors, start=1)}
         return {"items": self.items, "sequences": self.sequences, "events": self.events} | vectors
 

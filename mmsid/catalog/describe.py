@@ -16,22 +16,15 @@ def describe(catalog: Catalog, split: Split | None = None) -> dict[str, Any]:
     `target_seen_before` counts test users whose target occurs in their own history. Seen items are masked in evaluation, so no
     model can rank such a target.
     """
-    items = catalog.items
-    depths = [len(item.categories) for item in items]
     facts: dict[str, Any] = {
-        "items": len(items),
-        "distinct_contents": len({item.content_sha256 for item in items}),
-        "items_with_picture": sum(bool(item.images) for item in items),
-        "pictures": sum(len(item.images) for item in items),
-        "items_with_text": sum(bool(item.title or item.description) for item in items),
-        "items_with_categories": sum(depth > 0 for depth in depths),
-        "categories_per_depth": [
-            len({item.categories[: depth + 1] for item in items if len(item.categories) > depth}) for depth in range(max(depths, default=0))
-        ],
-        "attributes": sorted({name for item in items for name in item.attributes}),
+        "items": len(catalog.items),
+        "distinct_contents": len(set(catalog.content_hashes)),
+        **_content_counts(catalog),
         "users": len(catalog.histories),
         "interactions": sum(len(user.rows) for user in catalog.histories),
         "problems": dict(sorted(catalog.problems.items())),
+        "not_read": list(catalog.not_read),
+        "notes": list(catalog.notes),
         "sha256": catalog.sha256,
     }
     if catalog.vectors is not None:
@@ -47,6 +40,29 @@ def describe(catalog: Catalog, split: Split | None = None) -> dict[str, Any]:
             "target_seen_before": sum(bool(np.isin(split.test[user], split.before_test[user])) for user in split.users("test")),
         }
     return facts
+
+
+def _content_counts(catalog: Catalog) -> dict[str, Any]:
+    items, pictures, text, attributes = 0, 0, 0, set()
+    depths: list[set[tuple[str, ...]]] = []
+    with_categories = 0
+    for item in catalog.items:
+        items += bool(item.images)
+        pictures += len(item.images)
+        text += bool(item.title or item.description)
+        with_categories += bool(item.categories)
+        attributes.update(item.attributes)
+        depths += [set() for _ in range(len(item.categories) - len(depths))]
+        for depth in range(len(item.categories)):
+            depths[depth].add(item.categories[: depth + 1])
+    return {
+        "items_with_picture": items,
+        "pictures": pictures,
+        "items_with_text": text,
+        "items_with_categories": with_categories,
+        "categories_per_depth": [len(names) for names in depths],
+        "attributes": sorted(attributes),
+    }
 
 
 def summary(facts: dict[str, Any]) -> str:
@@ -75,6 +91,9 @@ def summary(facts: dict[str, Any]) -> str:
         )
     problems = ", ".join(f"{code} {count:,}" for code, count in facts["problems"].items())
     lines.append(f"problems      {problems or 'none'}")
+    if facts["not_read"]:
+        lines.append(f"not read      {', '.join(facts['not_read'])} (map them under fields.attributes)")
+    lines += [f"note          {note}" for note in facts["notes"]]
     return "\n".join(lines)
 
 

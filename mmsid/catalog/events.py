@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from mmsid.catalog.columns import Columns, id_texts, no_known_id, numbers, read_columns, rows_of
 from mmsid.catalog.config import CatalogConfig
 from mmsid.catalog.histories import UserHistory
-from mmsid.catalog.items import Item
+from mmsid.catalog.item import Item
 from mmsid.errors import CatalogError
 
 _WITHOUT = ("event_without_user", "event_without_item", "event_without_time", "event_without_type", "event_without_weight")

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from mmsid.catalog.config import PictureLimits
-from mmsid.catalog.items import Item
+from mmsid.catalog.item import Item
 from mmsid.catalog.picture_decoding import decode, to_rgb
 from mmsid.catalog.pictures import load_picture
 from mmsid.errors import CatalogError, PictureError

@@ -172,6 +172,13 @@ def _read_csv(path: Path, selected: Sequence[str]) -> Table:
 _READERS = {".parquet": _read_parquet, ".jsonl": _read_jsonl, ".csv": _read_csv}
 
 
+def require_column(table: Table, column: str, config_key: str) -> None:
+    """Raise CatalogError when the table has no column `column`, which the configuration sets as `config_key`."""
+    if column not in table.columns:
+        found = ", ".join(table.columns)
+        raise CatalogError(f"{table.path}: no column {column!r} ({config_key}); found: {found}; correct the mapping or add the column")
+
+
 def refuse_doubled(path: Path, columns: Sequence[str]) -> None:
     """Raise CatalogError when a column occurs twice in the header."""
     doubled = sorted({name for name in columns if list(columns).count(name) > 1})

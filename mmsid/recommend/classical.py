@@ -17,7 +17,7 @@ import torch
 from scipy import sparse
 
 from mmsid.catalog.coengagement import co_engagement
-from mmsid.catalog.items import Item
+from mmsid.catalog.item import Item
 from mmsid.catalog.splits import Split
 from mmsid.recommend.evaluate import Score, evaluate
 from mmsid.recommend.sparse_rows import history_weights

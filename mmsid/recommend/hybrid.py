@@ -18,7 +18,7 @@ import torch
 
 from mmsid.accelerator import OneProcess
 from mmsid.artifacts import sha256
-from mmsid.catalog.items import Item
+from mmsid.catalog.item import Item
 from mmsid.catalog.splits import Split
 from mmsid.errors import MmsidError
 from mmsid.progress import track

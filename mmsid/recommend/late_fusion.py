@@ -8,7 +8,7 @@ from itertools import product
 import numpy as np
 import torch
 
-from mmsid.catalog.items import Item
+from mmsid.catalog.item import Item
 from mmsid.catalog.splits import Split
 from mmsid.recommend.classical import classical_scorers
 from mmsid.recommend.evaluate import Score, mask_seen

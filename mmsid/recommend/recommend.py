@@ -18,8 +18,7 @@ from pydantic import Field
 
 from mmsid.artifacts import CHECKSUMS, read_table, write_table, writing
 from mmsid.catalog import CatalogConfig, Item, read_catalog
-from mmsid.catalog.items import require_column
-from mmsid.catalog.tables import Cells, read_table_rows
+from mmsid.catalog.tables import Cells, read_table_rows, require_column
 from mmsid.config import StageConfig
 from mmsid.errors import ArtifactError, CatalogError, ConfigError
 from mmsid.progress import done, track
@@ -251,7 +250,7 @@ def _read_only(path: Path, known: set[str]) -> list[str]:
 def _inputs(config: RecommendConfig, users: Path) -> dict[str, Path | None]:
     sids = config.sids if config.sids.suffix == ".parquet" else config.sids / FILE_NAME
     found = {"recommender": config.recommender / CHECKSUMS, "sids": sids, "embeddings": embeddings_file(config.sids)}
-    return found | config.catalog.without_users().input_files() | {"users": users, "only": config.only}
+    return found | config.catalog.without_users().inputs() | {"users": users, "only": config.only}
 
 
 def _report(config: RecommendConfig, counts: dict[str, int]) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from mmsid.artifacts import sha256
-from mmsid.catalog.items import Item
+from mmsid.catalog.item import Item
 from mmsid.catalog.records import read_record
 from mmsid.errors import ArtifactError, CatalogError, MmsidError
 from mmsid.recommend.embedding_source import unit_rows

@@ -107,11 +107,11 @@ def run(config: TrainRecommenderRLConfig) -> Path:
         raise ConfigError(
             "train_recommender_rl: no user has an item to rank; give catalog.sequences or events with histories of 3 items or more"
         )
-    item_ids = [item.item_id for item in catalog.items]
+    item_ids = catalog.item_ids
     table = SidTable.load(config.sids).align(item_ids)
     quality = np.ones(len(item_ids)) if config.text_quality is None else read_text_quality(config.text_quality, item_ids)
     inputs = {"sids": config.sids if config.sids.suffix == ".parquet" else config.sids / "sids.parquet"}
-    inputs |= config.catalog.input_files() | {"text_quality": config.text_quality}
+    inputs |= config.catalog.inputs() | {"text_quality": config.text_quality}
     seeds = config.seeds or [config.seed]
     examples = train_examples(split)
     if not examples:

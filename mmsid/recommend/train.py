@@ -142,7 +142,7 @@ def run(config: TrainRecommenderConfig) -> Path:
         raise ConfigError(
             "train_recommender: no user has an item to rank; give catalog.sequences or events with histories of 3 items or more"
         )
-    item_ids = [item.item_id for item in catalog.items]
+    item_ids = catalog.item_ids
     tables = {name: SidTable.load(path).align(item_ids) for name, path in config.variants.items()}
     inputs = {f"arm {name}": path if path.suffix == ".parquet" else path / "sids.parquet" for name, path in config.variants.items()}
     inputs |= {f"embeddings {name}": embeddings_file(config.variants[name]) for name in config.hybrid_variants}

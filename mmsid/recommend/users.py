@@ -10,8 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from mmsid.catalog import Catalog, Fields
-from mmsid.catalog.items import require_column
-from mmsid.catalog.tables import Cells, Table, table_pieces
+from mmsid.catalog.tables import Cells, Table, require_column, table_pieces
 from mmsid.errors import CatalogError
 
 PROBLEMS = pa.schema({"row": pa.int64(), "user_id": pa.string(), "reason": pa.string()})
@@ -49,7 +48,7 @@ def users_of_file(path: Path, fields: Fields, rows: int, *, config_key: str) -> 
 
 def users_of_catalog(catalog: Catalog, rows: int) -> tuple[int, Iterator[Users]]:
     """Number of users of a catalogue, and its users in shards of `rows` users."""
-    item_ids, histories = [item.item_id for item in catalog.items], catalog.histories
+    item_ids, histories = catalog.item_ids, catalog.histories
     parts = (histories[start : start + rows] for start in range(0, len(histories), rows))
     return len(histories), (
         Users([user.user_id for user in part], [tuple(item_ids[row] for row in user.rows) for user in part]) for part in parts

@@ -13,7 +13,7 @@ import numpy as np
 from scipy import sparse
 from sklearn.feature_extraction.text import TfidfVectorizer
 
-from mmsid.catalog.items import Item
+from mmsid.catalog.item import Item
 
 MAX_TERMS = 1 << 18  # the most frequent terms of a vocabulary are kept
 

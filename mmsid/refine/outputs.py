@@ -60,7 +60,7 @@ def write_sids(folder: Path, table: SidTable, embedding: np.ndarray, catalog: Ca
         categories if any(categories) else None,
         adjacent_pairs(held_out) if held_out else None,
         embeddings=embedding,
-        content_hashes=[item.content_sha256 for item in catalog.items],
+        content_hashes=catalog.content_hashes,
         seed=seed,
     )
     write_sid_folder(folder, table, metrics)

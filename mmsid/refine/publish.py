@@ -65,10 +65,10 @@ def make_table(
     # a copy, because `HeadScores` moves its head to the CPU and this head may be in training
     head_scores = HeadScores(copy.deepcopy(tokenizer.head), scores_of)
     sizes = (tokenizer.codebook_size,) * tokenizer.num_levels
-    hashes = [item.content_sha256 for item in catalog.items]
+    hashes = catalog.content_hashes
     resolution = resolve(policy, codes, hashes, sizes, head_scores.last_scores, head_scores.prefix_candidates)
     return SidTable(
-        item_ids=[item.item_id for item in catalog.items],
+        item_ids=catalog.item_ids,
         codes=resolution.codes,
         raw_codes=codes,
         suffix=resolution.suffix,

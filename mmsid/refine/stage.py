@@ -74,7 +74,7 @@ def run(config: RefineConfig, quick_recommender: QuickRecommender | None = None)
     catalog = read_catalog(config.catalog)
     split = split_histories(catalog, config.catalog.split)
     inputs = {name: getattr(config, name) for name in ("tokenizer", "sids", "captions", "interests", "text_quality")}
-    inputs |= config.catalog.input_files() | behaviour_inputs(config.behaviour)
+    inputs |= config.catalog.inputs() | behaviour_inputs(config.behaviour)
     inputs["tokenizer"] = manifest_folder(config.tokenizer)
     inputs["sids"] = manifest_folder(config.sids)
     with writing(config.out, stage="refine", config=config, inputs=inputs, resume=True) as draft:
@@ -108,12 +108,12 @@ class Job:
         self.inputs, _ = load_inputs(catalog, config.captions, config.interests, self.tokenizer.settings.use or None)
         known = behaviour_of_catalog(self.tokenizer.behaviour, catalog, split, config.behaviour)
         self.inputs = self.inputs if known is None else known.added_to(self.inputs)
-        item_ids = [item.item_id for item in catalog.items]
+        item_ids = catalog.item_ids
         self.start = SidTable.load(config.sids).align(item_ids)
         self.quality = None if config.text_quality is None else read_text_quality(config.text_quality, item_ids)
         self.start_sha256 = self.tokenizer.sha256()
         self.fit_histories, self.held_out = split.fit_histories(), split.held_out_histories()
-        _, self.content = np.unique([item.content_sha256 for item in catalog.items], return_inverse=True)
+        _, self.content = np.unique(catalog.content_hashes, return_inverse=True)
         states, item_states = self._read_states(self.inputs)
         self.held_out_pairs = gate.HeldOutPairs.from_histories(self.held_out)
         self.described = unit_content(states.content.mean(1).cpu().numpy(), centre=True)
@@ -297,7 +297,7 @@ class Job:
 
     def _changed_codes(self, refined: SidTable) -> tuple[np.ndarray, np.ndarray] | None:
         """Whether raw codes of a sample of items change under noise, before and after refinement; None without texts."""
-        rows, noisy = noisy_sample(self.inputs, [item.content_sha256 for item in self.catalog.items])
+        rows, noisy = noisy_sample(self.inputs, self.catalog.content_hashes)
         if not rows:
             return None
         after = changed_codes(self.tokenizer.head, self._read_states(noisy)[0], refined.raw_codes[rows])

@@ -39,8 +39,8 @@ def explore(run: Path, catalog: Catalog, config: CatalogConfig, folders: Mapping
         ArtifactError: a method has no SID for an item of the catalogue, or a folder is damaged.
     """
     items = catalog.items[:MAX_ITEMS]
-    tables = {name: SidTable.load(folder).align([item.item_id for item in catalog.items]) for name, folder in folders.items()}
-    hashes = [item.content_sha256 for item in catalog.items]
+    tables = {name: SidTable.load(folder).align(catalog.item_ids) for name, folder in folders.items()}
+    hashes = catalog.content_hashes
     pictures = thumbnails(items, spread(list(tables.values())[-1].codes[: len(items)]).tolist(), config)
     return {
         "total": len(catalog.items),

@@ -57,15 +57,16 @@ def catalog_of_run(run: Path, overrides: Sequence[str] = ()) -> CatalogConfig:
         raise ArtifactError(f"{run}: no finished stage has a catalogue; write the page with `mmsid report --config CONFIG`")
     stage, manifest = with_catalog[0]
     working_folder = _working_folder(run / stage, Path(manifest["config"]["out"]))
-    catalog = manifest["config"]["catalog"]
-    catalog |= {name: str(working_folder / catalog[name]) for name in ("items", "image_root", "sequences", "events") if catalog.get(name)}
-    if "vectors" in catalog:
-        catalog["vectors"] = [str(working_folder / path) for path in catalog["vectors"]]
-    data = {"catalog": catalog}
-    for override in overrides:
-        apply_override(data, override, source=str(run / stage / MANIFEST))
-    config = build(CatalogConfig, data["catalog"], source=str(run / stage / MANIFEST), section="catalog")
-    if not config.items.is_file():
+    source = str(run / stage / MANIFEST)
+    data = {"catalog": manifest["config"]["catalog"]}
+    config = build(CatalogConfig, data["catalog"], source=source, section="catalog").absolute(working_folder)
+    if overrides:
+        data = {"catalog": config.model_dump(mode="json")}
+        for override in overrides:
+            apply_override(data, override, source=source)
+        config = build(CatalogConfig, data["catalog"], source=source, section="catalog")
+    config = config.model_copy(update={"ingested": run / "ingest"})
+    if config.artefact() is None and not all(path is None or path.exists() for path in config.input_files().values()):
         raise ArtifactError(
             f"{run} was made from the catalogue {config.items}, which does not exist; give its path: "
             f"`mmsid report {run} catalog.items=FILE` (and catalog.sequences, events, vectors, image_root where the catalogue has them)"

@@ -105,7 +105,8 @@ def _gate(config: ReportConfig) -> list[str]:
 def _moved(config: ReportConfig) -> list[str]:
     """The items that gained most of the reward, and of what part of it; items with pictures before items without."""
     moved = read_table(config.run / "refine" / "moved.parquet").to_pylist()
-    items = {item.item_id: item for item in read_catalog(config.catalog).items}
+    catalog = read_catalog(config.catalog)
+    items = {row["item_id"]: catalog.items[catalog.row_of[row["item_id"]]] for row in moved}
     first = sorted(moved, key=lambda row: (not items[row["item_id"]].images, -row["reward_gained"], row["item_id"]))[:MOVED]
     lines = [f"{len(moved):,} items move. Those with the largest gain in reward:", ""] if first else []
     for row in first:

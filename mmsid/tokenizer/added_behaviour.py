@@ -70,7 +70,7 @@ def add_behaviour(
     if found.factors is not None:
         behaviour.context.copy_(torch.from_numpy(found.factors.context))
         behaviour.log_share.copy_(torch.from_numpy(found.factors.log_share))
-        behaviour.item_ids = [item.item_id for item in catalog.items]
+        behaviour.item_ids = catalog.item_ids
     content = unit_content(states.mean(1).cpu().numpy(), centre=True)
     kappa, weight = choose_trust_and_weight(content, items, pairs, seed)
     behaviour.kappa.fill_(kappa)

@@ -97,7 +97,7 @@ def run(config: AssignConfig, engine: Engine = "local") -> Path:
     published = None if config.append is None else Published.read(config.append)
     inputs = {
         "tokenizer": manifest_folder(config.tokenizer),
-        **config.catalog.input_files(),
+        **config.catalog.inputs(),
         **behaviour_inputs(config.behaviour),
         "captions": config.captions,
         "interests": config.interests,
@@ -114,7 +114,7 @@ def run(config: AssignConfig, engine: Engine = "local") -> Path:
         rows, sure, moving = np.full(len(items), -1), np.zeros(len(items), bool), None
         if published is not None:
             published.check(tokenizer, config.collisions)
-            rows = published.rows_in([item.item_id for item in catalog.items])
+            rows = published.rows_in(catalog.item_ids)
             if config.refresh and tokenizer.behaviour is not None:
                 sure = sure_items(published, rows, tokenizer.behaviour, known)
             known = known.only(sure)

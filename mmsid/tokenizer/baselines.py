@@ -81,7 +81,7 @@ def run(config: BaselinesConfig) -> Path:
     split = split_histories(catalog, config.catalog.split) if catalog.histories else None
     sources = MethodSources(catalog, split, config.captions, config.interests, config.use, config.max_length, config.start)
     inputs = {
-        **config.catalog.input_files(),
+        **config.catalog.inputs(),
         "captions": config.captions,
         "interests": config.interests,
     }

@@ -158,7 +158,7 @@ def behaviour_of_catalog(
     if behaviour is None:
         return None
     histories = split.fit_histories() if split is not None else []
-    item_ids = [item.item_id for item in catalog.items]
+    item_ids = catalog.item_ids
     if behaviour.settings.source == "vectors":
         if not files:
             raise ConfigError(

@@ -101,7 +101,7 @@ def read_behaviour(
     if source == "none":
         return Behaviour(pairs, none)
     if source != "coengagement":
-        return Behaviour(pairs, read_files(source, [item.item_id for item in catalog.items], histories))
+        return Behaviour(pairs, read_files(source, catalog.item_ids, histories))
     if pairs is None:
         return Behaviour(None, none)
     factors = CoEngagementFactors.fit(pairs, settings.behaviour_dim, seed)

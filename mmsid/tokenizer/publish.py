@@ -107,14 +107,14 @@ def publish(
     Returns:
         The table and its metrics.
     """
-    hashes = [item.content_sha256 for item in catalog.items]
+    hashes = catalog.content_hashes
     if published is None:
         functions = (None, None) if scores is None or collisions != "relocate" else (scores.last_scores, scores.prefix_candidates)
         resolution = resolve(collisions, raw_codes, hashes, codebook_sizes, *functions)
     else:
         resolution = _append(published, catalog, raw_codes, codebook_sizes, collisions, scores, moving)
     table = SidTable(
-        [item.item_id for item in catalog.items],
+        catalog.item_ids,
         resolution.codes,
         raw_codes,
         resolution.suffix,
@@ -157,7 +157,7 @@ def _append(
     """Codes of a grown catalogue: published items keep theirs, except the `moving` ones (N,)."""
     if scores is None:
         raise MmsidError("publish: `published` needs `scores` of the tokenizer that published these SIDs; pass both")
-    item_ids = [item.item_id for item in catalog.items]
+    item_ids = catalog.item_ids
     published_codes, retired = published.codes_of(item_ids), published.removed(item_ids)
     taken = [] if retired is None else [retired.codes]
     if moving is not None:
@@ -166,7 +166,7 @@ def _append(
     codes = append_codes(
         policy,
         raw_codes,
-        [item.content_sha256 for item in catalog.items],
+        catalog.content_hashes,
         published_codes,
         sizes,
         scores.last_scores,

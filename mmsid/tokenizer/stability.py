@@ -64,7 +64,7 @@ def run(config: StabilityConfig, reannotate: Reannotate | None = None) -> Path:
     """
     inputs = {
         "tokenizer": manifest_folder(config.tokenizer),
-        **config.catalog.without_users().input_files(),
+        **config.catalog.without_users().inputs(),
         "captions": config.captions,
         "interests": config.interests,
     }

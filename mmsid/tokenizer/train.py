@@ -30,7 +30,7 @@ def run(config: TrainTokenizerConfig, on_step: OnStep | None = None) -> Path:
     catalog = read_catalog(config.catalog)
     split = split_histories(catalog, config.catalog.split) if catalog.histories else None
     folders = {
-        **config.catalog.input_files(),
+        **config.catalog.inputs(),
         **behaviour_inputs(config.behaviour),
         "captions": config.captions,
         "interests": config.interests,

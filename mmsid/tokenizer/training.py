@@ -94,7 +94,7 @@ class Training:
         )
         self.tokenizer = ItemTokenizer(settings, lambda path: load_picture(path, limits, root))
         if self.tokenizer.behaviour is not None and behaviour.factors is not None:
-            self.tokenizer.behaviour.item_ids = [item.item_id for item in catalog.items]
+            self.tokenizer.behaviour.item_ids = catalog.item_ids
         self.tokenizer.to(accelerator.device)
         self._warn_of_cut_texts(fields)
         self.categories = initialization.category_ids(catalog.items, config.num_levels)
@@ -325,7 +325,7 @@ class Training:
             last = self.history[-10:]
             figures["losses_last_steps"] = {n: float(np.mean([row[n] for row in last if n in row])) for n in last[-1]}
         if self.published is not None:
-            item_ids = [item.item_id for item in self.catalog.items]
+            item_ids = self.catalog.item_ids
             figures["renamed"] = rename_codes(self.tokenizer, self.inputs, item_ids, self.published, config.batch_size)
         if self.objective.reconstruction is not None:
             write_tensors(folder / "reconstruction.safetensors", self.objective.reconstruction.state_dict())

@@ -60,7 +60,7 @@ class NewItemBench:
             self.catalog, captions=dataset.captions, interests=dataset.interests, use=dataset.use, cache=work / "inputs"
         )
         self.plan = NewItemPlan(dataset, suite, self.catalog.sha256, work, tuple(self.peers))
-        self.item_ids = [item.item_id for item in self.catalog.items]
+        self.item_ids = self.catalog.item_ids
         self.world = lru_cache(maxsize=1)(self._world)
 
     def __call__(self, job: NewItemJob) -> None:
@@ -116,7 +116,7 @@ class NewItemBench:
 
     def _make_sids(self, job: NewItemJob, folder: Path) -> None:
         levels, size = self.dataset.num_levels, self.dataset.codebook_size
-        hashes = [item.content_sha256 for item in self.catalog.items]
+        hashes = self.catalog.content_hashes
         if job.name == "random":
             codes = random_codes(hashes, levels, size, job.draw.number)
         else:

@@ -1,0 +1,1 @@
+"""Ingest: the user's sources to one memory-mapped catalogue."""

@@ -1,0 +1,170 @@
+"""Files of an ingested catalogue, made from the user's sources.
+
+The rows pass through three steps, each with bounded memory: parts in the order of the sources, the order by content, the final files.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from mmsid.catalog.arrow_files import CHUNK_ROWS, reordered, write_arrow
+from mmsid.catalog.canonical_order import break_ties
+from mmsid.catalog.config import CatalogConfig
+from mmsid.catalog.fields import FieldMapping, item_fields, resolve_mapping
+from mmsid.catalog.histories import Histories, read_histories
+from mmsid.catalog.history_order import sorted_by_content
+from mmsid.catalog.ingest.built import Built
+from mmsid.catalog.ingest.index import RowIndex
+from mmsid.catalog.ingest.merging import merged_groups
+from mmsid.catalog.ingest.rows import PictureMemory, part_rows
+from mmsid.catalog.ingest.writing import CatalogWriter
+from mmsid.catalog.picture_sources import InspectedPicture, inspect_pictures
+from mmsid.catalog.sources import OpenedTable, open_table
+from mmsid.catalog.vectors import ItemVectors, concatenated, read_vectors
+from mmsid.errors import CatalogError
+from mmsid.progress import track
+
+PARTS, MERGED, SCRATCH = "parts", "merged", "scratch"  # folders of unfinished work
+_SILENT_ROWS = 10_000  # a table with fewer rows shows no progress bar
+_PICTURE_ROWS = 4_096  # rows of a part whose pictures are looked at: what an interruption can lose
+
+
+def build(
+    config: CatalogConfig, folder: Path, cache: Path, max_problems: float = 0.5, known: dict[str, InspectedPicture] | None = None
+) -> Built:
+    """Write the files of an ingested catalogue into `folder`. Finished parts that the folder holds already are kept.
+
+    Args:
+        cache: folder for pictures that are not local files.
+        max_problems: share of the rows, or of the pictures, that may be unusable.
+        known: earlier results by picture reference. A picture is not read again if its size and time are unchanged.
+
+    Raises:
+        CatalogError: a source is unusable, or too many of its rows or pictures are.
+    """
+    table = open_table(config.items, config_key="catalog.items")
+    mapping = resolve_mapping(table, config.fields, "catalog.items")
+    if mapping.pictures and not config.root.is_dir():
+        raise CatalogError(f"catalog.image_root: {config.root} is not a folder; set it to the folder with the pictures of {table.files[0]}")
+    built = Built(notes=[*table.notes, *mapping.notes], not_read=mapping.not_read)
+    parts = _write_parts(config, table, mapping, folder / PARTS, cache, known or {})
+    index = RowIndex.read(parts)
+    built.rows = len(index)
+    if config.fields.group_by is not None or mapping.groups:
+        parts = _merge_parts(parts, index, folder)
+        index = RowIndex.read(parts)
+        built.merged = built.rows - len(index)
+    unusable = index.unusable()
+    _refuse_unusable_rows(table, index, unusable, max_problems)
+    kept = np.setdiff1d(np.arange(len(index)), np.fromiter(unusable, dtype=np.int64, count=len(unusable)))
+    vectors = _vectors(config, index, kept, built)
+    order, histories = _ordered(config, index, kept, built)
+    writer = CatalogWriter(folder, table.files, mapping, built)
+    position = np.full(len(index), -1, dtype=np.int64)
+    position[order] = np.arange(len(order))
+    in_order = None if vectors is None else vectors.take(np.searchsorted(kept, order))
+    writer.write(reordered(parts, position, folder / SCRATCH), index.content_texts, order, in_order)
+    writer.quarantine(index, unusable)
+    writer.finish(histories, max_problems)
+    for name in (PARTS, MERGED, SCRATCH):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    return built
+
+
+def _write_parts(
+    config: CatalogConfig, table: OpenedTable, mapping: FieldMapping, folder: Path, cache: Path, known: dict[str, InspectedPicture]
+) -> list[Path]:
+    """Arrow files with the rows in the order of the sources. Parts that exist are not made again."""
+    folder.mkdir(parents=True, exist_ok=True)
+    root = config.root.absolute()
+    pictures = PictureMemory(lambda references: inspect_pictures(references, config.pictures, config.root, cache, known))
+    number_of = {path: number for number, path in enumerate(table.files)}
+    rows = _PICTURE_ROWS if mapping.pictures else CHUNK_ROWS
+    paths = []
+    batches = table.batches(mapping.columns, rows)
+    if (table.num_rows or _SILENT_ROWS) >= _SILENT_ROWS:
+        batches = track(batches, "ingest", total=table.num_rows, unit="rows", size=len)
+    for number, batch in enumerate(batches):
+        path = folder / f"{number:06d}.arrow"
+        if not path.exists():
+            fields = item_fields(batch, mapping, config.clean_text)
+            write_arrow(path, part_rows(fields, number_of[batch.file], np.asarray(batch.numbers), pictures, root))
+        paths.append(path)
+    return paths
+
+
+def _merge_parts(parts: list[Path], index: RowIndex, folder: Path) -> list[Path]:
+    """Parts in which every id occurs once. Rows without id are kept as they are."""
+    shutil.rmtree(folder / MERGED, ignore_errors=True)
+    (folder / MERGED).mkdir()
+    without_id = np.asarray(pc.is_null(index.item_ids))
+    position = np.where(without_id, -1, index.id_rank)  # rows without id come last in the order of ids
+    paths = []
+
+    def add(rows: pa.Table) -> None:
+        paths.append(folder / MERGED / f"{len(paths):06d}.arrow")
+        write_arrow(paths[-1], rows.combine_chunks())
+
+    for rows in merged_groups(reordered(parts, position, folder / SCRATCH)):
+        add(rows)
+    lost = np.where(without_id, np.cumsum(without_id) - 1, -1)
+    if without_id.any():
+        for rows in reordered(parts, lost, folder / SCRATCH):
+            add(rows)
+    return paths
+
+
+def _refuse_unusable_rows(table: OpenedTable, index: RowIndex, unusable: dict[int, str], max_problems: float) -> None:
+    if len(unusable) <= max_problems * len(index):
+        return
+    counts = Counter(unusable.values())
+    code, count = counts.most_common(1)[0]
+    rows = [f"{table.files[index.file[row]]}, row {index.row[row]}" for row, found in unusable.items() if found == code][:3]
+    causes = {
+        "no_id": "the id column is empty; correct fields.item_id",
+        "duplicate_id": "ids repeat; set fields.group_by if the rows are creatives or variants of one item, or correct fields.item_id",
+    }
+    raise CatalogError(
+        f"catalog.items: {len(unusable):,} of {len(index):,} rows cannot become items, {count:,} of them as {code} ({'; '.join(rows)}); "
+        f"likely cause: {causes[code]}"
+    )
+
+
+def _vectors(config: CatalogConfig, index: RowIndex, kept: np.ndarray, built: Built) -> ItemVectors | None:
+    """The vectors of the rows `kept`, the families beside each other. They become a part of the content of their items."""
+    if not config.vectors:
+        return None
+    item_ids = index.item_ids.take(pa.array(kept)).to_pylist()
+    vectors = concatenated([read_vectors(path, item_ids) for path in config.vectors])
+    built.problems["vector_of_unknown_item"] += vectors.unknown
+    index.add_vectors(kept, vectors)
+    return vectors
+
+
+def _ordered(config: CatalogConfig, index: RowIndex, kept: np.ndarray, built: Built) -> tuple[np.ndarray, Histories | None]:
+    """Rows in canonical order, and the histories of users, whose entries are positions in this order."""
+    is_kept = np.zeros(len(index), dtype=bool)
+    is_kept[kept] = True
+    order = index.content_order()
+    order = order[is_kept[order]]
+    if config.users_file is None:
+        return order[: config.max_items], None
+    number = np.full(len(index), -1, dtype=np.int64)  # of each row among those kept
+    number[kept] = np.arange(len(kept))
+    rank = np.empty(len(kept), dtype=np.int64)
+    rank[number[order]] = np.arange(len(order))
+    histories = read_histories(config, index.item_ids.take(pa.array(kept)), rank, built.history_problems, built.notes)
+    ranks = index.id_rank[kept]
+    order = kept[break_ties(number[order], index.content[kept], ranks, histories, lambda: index.content_texts(kept))]
+    order = order[: config.max_items]
+    place = np.full(len(kept), -1, dtype=np.int64)
+    place[number[order]] = np.arange(len(order))
+    histories = sorted_by_content(histories.mapped(place), index.content_texts(order))[: config.max_users]
+    built.history_problems["repeated_item"] += int(histories.repeated().sum())
+    return order, histories
