@@ -96,7 +96,7 @@ def _catalog(arguments: list[str]) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parsed = parser.parse_args(arguments)
     from mmsid.catalog import describe, read_catalog, split_histories, summary
-    from mmsid.catalog.ingest.problems import examples
+    from mmsid.catalog.ingest import problems
 
     data = load_yaml(parsed.config, parsed.overrides)
     configs = stage_configs({"name": parsed.config.stem, **data}, source=str(parsed.config))
@@ -104,7 +104,7 @@ def _catalog(arguments: list[str]) -> None:
     config = configs[INGEST].catalog.model_copy(update={"ingested": configs[INGEST].out})
     catalog = read_catalog(config)
     print(summary(describe(catalog, split_histories(catalog, config.split))))
-    print(examples(configs[INGEST].out), end="")
+    print(problems.text(problems.problems(configs[INGEST].out)), end="")
 
 
 def _demo_catalog(arguments: list[str]) -> None:

@@ -17,6 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from mmsid.artifacts import is_complete, read_json, write_text
 from mmsid.catalog import CatalogConfig, read_catalog
 from mmsid.errors import ArtifactError
+from mmsid.report.catalogue import catalogue_section
 from mmsid.report.charts import SINGLE_SEED_NOTE, difference_charts, gate_marks, metric_charts, metric_names, seed_count
 from mmsid.report.explore import embedded_json, explore
 from mmsid.report.run_folder import manifests, sid_folders
@@ -37,9 +38,11 @@ def write_run_page(run: Path, config: CatalogConfig, out: Path) -> Path:
     stages = manifests(run)
     folders = sid_folders(run)
     metrics = read_json(run / "train_recommender" / "metrics.json") if is_complete(run / "train_recommender") else None
+    catalog = read_catalog(config) if folders or is_complete(run / "ingest") else None
     page = {
         "title": run.resolve().name,
-        "explored": explore(run, read_catalog(config), config, folders) if folders else None,
+        "catalogue": None if catalog is None else catalogue_section(run, catalog, config),
+        "explored": explore(run, catalog, config, folders) if folders else None,
         "intrinsic": intrinsic_columns({name: read_json(folder / INTRINSIC) for name, folder in folders.items()}),
         "refinement": _refinement(run),
         "stages": [
@@ -63,7 +66,7 @@ def write_results_page(results: Path, out: Path) -> Path:
         raise ArtifactError(f"{results} holds no list `arms` of entries with arm, family and metrics; give a file that `mmsid bench` wrote")
     dataset = found.get("dataset")
     title = dataset["name"] if isinstance(dataset, dict) and "name" in dataset else dataset if isinstance(dataset, str) else results.stem
-    empty = {"title": title, "explored": None, "intrinsic": {}, "refinement": None, "stages": []}
+    empty = {"title": title, "catalogue": None, "explored": None, "intrinsic": {}, "refinement": None, "stages": []}
     write_text(out, _render(empty | _results(found)))
     return out
 
