@@ -14,11 +14,15 @@ class CatalogError(MmsidError):
 
 
 class PictureError(MmsidError):
-    """One picture cannot be used. `reason` is a fixed code, never the decoder's own text, which may leak memory addresses."""
+    """One picture cannot be used. `reason` is a fixed code, never the decoder's own text, which may leak memory addresses.
 
-    def __init__(self, reason: str, message: str = "") -> None:
+    `detail` is '' or a fact that helps a person, such as `HTTP 404`.
+    """
+
+    def __init__(self, reason: str, message: str = "", detail: str = "") -> None:
         super().__init__(message or reason)
         self.reason = reason
+        self.detail = detail
 
 
 class ArtifactError(MmsidError):

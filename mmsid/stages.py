@@ -77,7 +77,9 @@ def stage_configs(data: Mapping[str, Any], source: str) -> dict[str, StageConfig
         if not isinstance(section, dict):
             raise ConfigError(f"{source}: section {stage} is {section!r}, expected keys below it (or nothing for the defaults)")
         cls = _config_class(stage)
-        catalog = {**header.catalog, "ingested": folders[INGEST]} if reads and stage != INGEST else header.catalog
+        catalog = {"picture_cache": header.runs / ".cache" / "pictures", **header.catalog} if reads else {}
+        if reads and stage != INGEST:
+            catalog["ingested"] = folders[INGEST]
         filled = {"out": folders[stage], "seed": header.seed, "catalog": catalog, **_upstream(stage, folders, header, configs)}
         filled = {key: value for key, value in filled.items() if key in cls.model_fields and value is not None}
         configs[stage] = build(cls, {**filled, **section}, source=source, section=stage)
@@ -156,7 +158,6 @@ def _upstream(stage: str, folders: Mapping[str, Path], header: RunHeader, config
         sids, recommender = trained.variants.get(trained.kept_variant), trained.kept_recommender
     return {
         "model": folders.get("train_captioner") if stage == "caption" else None,
-        "picture_cache": header.runs / ".cache" / "pictures",
         "cache": header.runs / ".cache" / "annotations.sqlite",
         "captions": folders.get("caption"),
         "interests": folders.get("interests"),

@@ -105,11 +105,14 @@ def test_paths_stay_below_the_root(tmp_path):
         assert refused(path, root) == "outside_root", path
     for path in ["inner/a.png", "inner/../inner/a.png", "good.png", str(root / "inner" / "a.png")]:
         assert load_picture(path, LIMITS, root).size == (40, 30)
-    for path in ["..%2foutside%2fa.png", "http://host/a.png", "none.png", "file:///etc/passwd"]:
+    for path in ["..%2foutside%2fa.png", "none.png"]:
         assert refused(path, root) == "missing", path
+    assert refused("file:///etc/passwd", root) == "outside_root"
+    assert refused("http://host/a.png", root) == "not_downloaded"
     assert refused("inner", root) == "not_a_file"
     assert inspect_picture("a\0b.png", LIMITS, root).reason == "not_a_file"
-    assert inspect_picture("x" * 5000, LIMITS, root).reason in ("unreadable", "not_a_file")
+    assert inspect_picture("x" * 5000, LIMITS, root).reason == "base64"
+    assert inspect_picture("x." * 2500, LIMITS, root).reason in ("unreadable", "not_a_file")
 
 
 def test_a_pipe_does_not_hang(tmp_path):
@@ -121,28 +124,29 @@ def test_bytes_formats_and_names(tmp_path):
     photo().save(tmp_path / "big.png")
     assert refused(tmp_path / "big.png", limits=PictureLimits(max_bytes=100)) == "too_many_bytes"
     photo().save(tmp_path / "really_bmp.jpg", format="BMP")
+    assert refused(tmp_path / "really_bmp.jpg", limits=PictureLimits(formats=("JPEG", "PNG"))) == "format"
     (tmp_path / "text.jpg").write_text("hello")
     (tmp_path / "empty.jpg").write_bytes(b"")
-    for name in ["really_bmp.jpg", "text.jpg", "empty.jpg"]:
-        assert refused(tmp_path / name) == "format"
+    assert refused(tmp_path / "text.jpg") == "format"
+    assert refused(tmp_path / "empty.jpg") == "empty"
+    assert load_picture(tmp_path / "really_bmp.jpg", LIMITS).size == (40, 30)
     photo().save(tmp_path / "really_png.jpg", format="PNG")  # the content decides, not the name
     assert load_picture(tmp_path / "really_png.jpg", LIMITS).size == (40, 30)
     with pytest.raises(ValidationError):
         PictureLimits(formats=("JPEG", "EPS"))
 
 
-@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP"])
-def test_animation_is_refused_unless_first_frame_is_configured(tmp_path, kind):
-    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue", "lime")]
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF", "AVIF"])
+def test_the_first_frame_of_an_animation_is_read_unless_the_configuration_refuses_it(tmp_path, kind):
+    frames = [Image.new("RGB", (16, 16), color) for color in ("red", "blue", "lime")]
     path = tmp_path / f"moving.{kind.lower()}"
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=50, **({"lossless": True} if kind == "WEBP" else {}))
-    assert refused(path, limits=PictureLimits(formats=(kind,))) == "animated"
-    first = load_picture(path, PictureLimits(formats=(kind,), animated="first_frame"))
-    assert first.mode == "RGB" and first.getpixel((4, 4)) == (255, 0, 0)
-    if kind == "GIF":
-        assert refused(path) == "format"
-        frames[0].save(path)
-        assert load_picture(path, PictureLimits(formats=("GIF",))).size == (8, 8)
+    options = {"WEBP": {"lossless": True}, "AVIF": {"quality": 100, "subsampling": "4:4:4"}}.get(kind, {})
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=50, **options)
+    assert refused(path, limits=PictureLimits(animated="refuse")) == "animated"
+    first = load_picture(path, LIMITS)
+    assert first.mode == "RGB" and np.abs(np.array(first.getpixel((4, 4))) - (255, 0, 0)).max() <= 3
+    frames[0].save(path, **options)
+    assert load_picture(path, PictureLimits(animated="refuse")).size == (16, 16)
 
 
 def test_every_colour_model_becomes_rgb_on_white(tmp_path):

@@ -21,7 +21,7 @@ from PIL import Image
 import mmsid
 from mmsid.annotate.caption import run as caption
 from mmsid.catalog import CatalogConfig, PictureLimits, isolated_decoding, load_picture, read_catalog
-from mmsid.catalog.picture_decoding import REASONS
+from mmsid.catalog.picture_decoding import REASONS, register_heif
 from mmsid.catalog.pictures import inspect_picture
 from mmsid.errors import PictureError
 
@@ -60,32 +60,80 @@ def text_bomb() -> bytes:
     return data[:33] + chunk + data[33:]
 
 
-def frames(kind: str) -> bytes:
-    return encoded(RED, kind, save_all=True, append_images=[NOISE, RED])
+def late_text_bomb() -> bytes:
+    """A PNG with such a comment behind its pixels, where Pillow reads it while decoding."""
+    data = encoded(RED, "PNG")
+    body = b"Comment\0\0" + zlib.compress(bytes(2_000_000), 9)
+    return data[:-12] + struct.pack(">I", len(body)) + b"zTXt" + body + struct.pack(">I", zlib.crc32(b"zTXt" + body)) + data[-12:]
 
+
+def frames(kind: str) -> bytes:
+    return encoded(RED.copy(), kind, save_all=True, append_images=[NOISE.copy(), RED.copy()])  # save leaves settings in a picture
+
+
+def tiff_bomb(side: int) -> bytes:
+    data = encoded(Image.new("L", (40, 30)), "TIFF")
+    for tag, value in ((256, 40), (257, 30)):
+        entry = struct.pack("<HHII", tag, 4, 1, value)
+        assert entry in data
+        data = data.replace(entry, struct.pack("<HHII", tag, 4, 1, side))
+    return data
+
+
+def jpeg2000_bomb(side: int) -> bytes:
+    data = encoded(RED, "JPEG2000")
+    box = data.index(b"ihdr") + 4
+    return data[:box] + struct.pack(">II", side, side) + data[box + 8 :]
+
+
+def gif_bomb(side: int) -> bytes:
+    data = encoded(RED, "GIF")
+    return data[:6] + struct.pack("<HH", side, side) + data[10:]
+
+
+def bmp_bomb(side: int) -> bytes:
+    data = encoded(RED, "BMP")
+    return data[:18] + struct.pack("<ii", side, side) + data[26:]
+
+
+FORMATS = {
+    "JPEG": {},
+    "PNG": {},
+    "WEBP": {"lossless": True},
+    "GIF": {},
+    "BMP": {},
+    "TIFF": {},
+    "JPEG2000": {"irreversible": False},
+    "AVIF": {},
+    "HEIF": {},
+}
+FORMATS = {kind: options for kind, options in FORMATS.items() if kind != "HEIF" or register_heif()}
 
 REFUSED = {
-    "zero bytes": (b"", "format"),
+    "zero bytes": (b"", "empty"),
     "text under a picture's name": (b"hello, I am no picture", "format"),
-    "a page that is also a GIF": (b"GIF89a/*" + b"<script>" * 9, "format"),
-    "SVG": (b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>', "format"),
+    "a page that is also a GIF": (b"GIF89a/*" + b"<script>" * 9, ("too_many_pixels", "truncated", "corrupt")),
+    "SVG": (b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>', "svg"),
+    "SVG behind a declaration": (b'<?xml version="1.0"?>\n<!-- html -->\n<svg width="9"></svg>', "svg"),
+    "a page": (b"\xef\xbb\xbf\n<!DOCTYPE html>\n<html><body><svg></svg>404</body></html>", "html"),
+    "a page in UTF-16": ("<html><head></head></html>".encode("utf-16"), "html"),
+    "git-lfs pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "lfs_pointer"),
     "PostScript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(/etc/passwd) (r) file\n", "format"),
-    "TIFF": (encoded(RED, "TIFF"), "format"),
-    "JPEG 2000 signature": (b"\0\0\0\x0cjP  \r\n\x87\n" + bytes(40), "format"),
+    "JPEG 2000 signature": (b"\0\0\0\x0cjP  \r\n\x87\n" + bytes(40), "truncated"),
+    "JPEG 2000 of 60,000 x 60,000": (jpeg2000_bomb(60_000), "too_many_pixels"),
+    "TIFF of 60,000 x 60,000": (tiff_bomb(60_000), "too_many_pixels"),
+    "GIF canvas of 60,000 x 60,000": (gif_bomb(60_000), "too_many_pixels"),
+    "BMP of 60,000 x 60,000": (bmp_bomb(60_000), "too_many_pixels"),
     "one-bit PNG of 60,000 x 60,000": (bomb(60_000, 60_000), "too_many_pixels"),
     "PNG of 2^31 x 1": (bomb(2**31 - 1, 1), "too_many_pixels"),
     "PNG of no width": (bomb(0, 5), ("format", "corrupt")),
-    "PNG with a comment of 200 MB": (text_bomb(), ("corrupt", "format")),
-    "animated GIF": (frames("GIF"), "format"),
-    "animated PNG": (frames("PNG"), "animated"),
-    "animated WebP": (frames("WEBP"), "animated"),
     "JPEG header alone": (encoded(NOISE, "JPEG")[:20], ("truncated", "format")),
     **{
         f"{kind} cut at {at}/16": (
             encoded(NOISE, kind, **options)[: len(encoded(NOISE, kind, **options)) * at // 16],
             ("truncated", "corrupt", "format"),
         )
-        for kind, options in (("JPEG", {}), ("PNG", {}), ("WEBP", {"lossless": True}))
+        for kind, options in FORMATS.items()
         for at in range(1, 16)
     },
     "progressive JPEG cut in its last scan": (encoded(NOISE, "JPEG", progressive=True)[:-9], "truncated"),
@@ -105,6 +153,16 @@ USABLE = {  # bytes, file name, size and middle pixel of the decoded picture
     "EXIF: offset past the end": (encoded(RED, "JPEG", exif=b"Exif\0\0II*\0\xf0\xff\xff\x7f"), "a.jpg", (40, 30), None),
     "ICC: damaged": (encoded(RED, "JPEG", icc_profile=b"\xff" * 200), "a.jpg", (40, 30), None),
     "ICC: damaged in a PNG": (encoded(RED, "PNG", icc_profile=b"acsp" * 50), "a.png", (40, 30), (200, 0, 0)),
+    "PNG with a comment of 200 MB": (text_bomb(), "a.png", (40, 30), (200, 0, 0)),
+    "PNG with a comment of 2 MB behind its pixels": (late_text_bomb(), "a.png", (40, 30), (200, 0, 0)),
+    "PNG with a colour profile of 2 MB": (encoded(RED, "PNG", icc_profile=bytes(2_000_000)), "a.png", (40, 30), (200, 0, 0)),
+    "16-bit grey TIFF": (encoded(Image.fromarray(np.full((30, 40), 128 * 257, np.uint16)), "TIFF"), "a.tif", (40, 30), (128, 128, 128)),
+    "float TIFF": (encoded(Image.fromarray(np.full((30, 40), 0.5, np.float32)), "TIFF"), "a.tif", (40, 30), (127, 127, 127)),
+    "CMYK TIFF": (encoded(Image.new("CMYK", (40, 30), (0, 255, 255, 0)), "TIFF"), "a.tif", (40, 30), (255, 0, 0)),
+    "compressed TIFF": (encoded(RED, "TIFF", compression="tiff_lzw"), "a.tif", (40, 30), (200, 0, 0)),
+    "transparent GIF": (encoded(RED.quantize(2), "GIF", transparency=0), "a.gif", (40, 30), None),
+    **{f"{kind}, several frames": (frames(kind), "a", (40, 30), None) for kind in ("GIF", "PNG", "WEBP", "TIFF", "AVIF")},
+    **{kind: (encoded(RED, kind, **options), "a", (40, 30), (200, 0, 0)) for kind, options in FORMATS.items()},
     "bytes behind the end": (encoded(RED, "PNG") + b"<?php system('id'); ?>" * 9, "a.png", (40, 30), (200, 0, 0)),
 }
 
@@ -148,8 +206,15 @@ def test_a_usable_picture_is_decoded_upright_in_rgb(tmp_path, name, limits):
         ("folder_link/secret.png", "outside_root"),
         ("..%2fsecret.png", "missing"),
         ("..\\secret.png", "missing"),
-        ("file:///etc/passwd", "missing"),
-        ("http://169.254.169.254/a.png", "missing"),
+        ("file:///etc/passwd", "outside_root"),
+        ("file://localhost/etc/passwd", "outside_root"),
+        ("file:%2e%2e/secret.png", "outside_root"),
+        ("http://169.254.169.254/a.png", "not_downloaded"),
+        ("local:///etc/passwd", "not_downloaded"),
+        ("link.png?v=1", "missing"),
+        ("folder_link%2fsecret.png", "missing"),
+        ("folder_link\\secret.png", "missing"),
+        ("folder_link/../../secret.png", "outside_root"),
         ("/etc/passwd", "outside_root"),
         ("/dev/zero", "outside_root"),
         ("loop.png", ("unreadable", "not_a_file", "missing")),
@@ -157,7 +222,8 @@ def test_a_usable_picture_is_decoded_upright_in_rgb(tmp_path, name, limits):
         ("a\0.png", "not_a_file"),
         (".", "not_a_file"),
         ("pipe.png", "not_a_file"),
-        ("a" * 5_000, ("unreadable", "not_a_file")),
+        ("a" * 5_000, "base64"),
+        ("a." * 2_500, ("unreadable", "not_a_file")),
     ],
 )
 def test_no_path_leads_out_of_the_root_or_hangs(tmp_path, path, reason, limits):

@@ -104,12 +104,12 @@ def picture_loader(config: ModelJobConfig) -> partial[Image.Image]:
     With `mask_overlays` it also shrinks the picture to `max_side` and masks it, in this order: the detector has to see the picture
     at the size that the model reads.
     """
-    load = partial(_load, config.catalog.pictures, config.catalog.root.absolute())
+    load = partial(_load, config.catalog.pictures, config.catalog.picture_roots)
     return partial(_load_masked, load, config.max_side) if config.mask_overlays else load
 
 
-def _load(limits: PictureLimits, root: Path, path: Path) -> Image.Image:
-    return load_picture(path, limits, root=root)
+def _load(limits: PictureLimits, roots: tuple[Path, Path], path: Path) -> Image.Image:
+    return load_picture(path, limits, root=roots)
 
 
 def _load_masked(load: Callable[[Path], Image.Image], max_side: int | None, path: Path) -> Image.Image:

@@ -52,7 +52,7 @@ def reordered(files: Sequence[Path], position: np.ndarray, scratch: Path) -> Ite
     scratch.mkdir(parents=True, exist_ok=True)
     buckets = [scratch / f"{number}.arrow" for number in range(-(-kept // width))]
     _distribute(files, position, buckets, width)
-    for number, path in enumerate(buckets):
+    for path in buckets:
         with pa.OSFile(str(path), "rb") as source:
             table = pa.ipc.open_stream(source).read_all()
         path.unlink()

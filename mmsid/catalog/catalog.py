@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import tempfile
 from collections import Counter
@@ -25,8 +24,6 @@ from mmsid.catalog.item import Item
 from mmsid.catalog.item_table import ItemTable
 from mmsid.catalog.vectors import ItemVectors
 from mmsid.config import build
-
-PICTURE_CACHE = "MMSID_PICTURE_CACHE"  # environment variable: folder for pictures that are not local files
 
 
 @dataclass
@@ -92,7 +89,8 @@ class Catalog:
 def catalog_settings(source: str | Path) -> dict[str, Any]:
     """Keys of a `catalog:` section that reads `source`, an items table or a folder that `mmsid ingest` wrote."""
     if (Path(source) / ITEMS).is_file():
-        return {**read_manifest(Path(source), "ingest")["config"]["catalog"], "ingested": source}
+        manifest = read_manifest(Path(source), "ingest")
+        return {**manifest["config"]["catalog"], "ingested": source, "picture_cache": manifest["extra"]["picture_cache"]}
     return {"items": source}
 
 
@@ -108,14 +106,9 @@ def read_catalog(config: CatalogConfig) -> Catalog:
         return _open(folder, config, Built.from_json(read_manifest(folder, "ingest")["extra"]))
     folder = Path(tempfile.mkdtemp(prefix="mmsid-catalogue-"))
     try:
-        return _open(folder, config, build_files(config, folder, picture_cache()))
+        return _open(folder, config, build_files(config, folder))
     finally:
         shutil.rmtree(folder)  # the files stay mapped
-
-
-def picture_cache() -> Path:
-    """Folder for pictures that are not local files, of callers that name none."""
-    return Path(os.environ.get(PICTURE_CACHE) or Path.home() / ".cache" / "mmsid" / "pictures")
 
 
 def _open(folder: Path, config: CatalogConfig, built: Built) -> Catalog:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -10,7 +11,9 @@ from pydantic import Field, SerializerFunctionWrapHandler, field_validator, mode
 from mmsid.artifacts import is_complete, read_manifest
 from mmsid.config import Section
 
-PictureFormat = Literal["JPEG", "PNG", "WEBP", "GIF", "BMP"]
+PictureFormat = Literal["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "HEIF"]
+
+PICTURE_CACHE = "MMSID_PICTURE_CACHE"  # environment variable: default of `picture_cache`
 
 
 class Fields(Section):
@@ -56,26 +59,43 @@ class Fields(Section):
         return {name: value for name, value in dumped.items() if name in self.model_fields_set}
 
 
+def _default(value: Any) -> dict[str, Any]:
+    """Arguments of `Field` for a key that a dump leaves out at its default, so that manifests of earlier versions stay valid."""
+    return {"default": value, "exclude_if": lambda given: given == value}
+
+
 class PictureLimits(Section):
-    """Limits on picture files. They are checked on the file's size and header, before any pixel is decoded.
+    """Limits on pictures. Those of size and format are checked on the file's size and header, before any pixel is decoded.
 
     Attributes:
-        formats: allowed decoders. The file's suffix does not matter.
+        formats: allowed decoders. The file's suffix does not matter. HEIF needs the extra `heif`.
         max_bytes: maximum file size in bytes.
         max_pixels: maximum width * height. The upper bound is the size at which Pillow warns of a decompression bomb.
         animated: refuse a picture with several frames, or use its first frame.
         isolate: decode pixels in a sandboxed child process (`isolated_decoding`), for pictures from untrusted sources.
         max_seconds: processor seconds per picture in the child process.
         max_memory: bytes of additional memory per picture in the child process.
+        link_targets: folders outside of the image root to which symbolic links below it may point.
+        allow_private_hosts: download also from private, loopback and link-local addresses, and from file systems whose URL names a
+            host (`ftp://`, `sftp://`). Without it, a catalogue cannot make this machine read its own network.
+        connections: maximum number of simultaneous downloads. At most half of them, rounded up, ask the same host.
+        request_seconds: time limit of one request, from its connection to its last byte. All tries of one picture take at most four
+            times as long.
+        max_total_bytes: maximum number of bytes that one run downloads.
     """
 
-    formats: tuple[PictureFormat, ...] = ("JPEG", "PNG", "WEBP")
+    formats: tuple[PictureFormat, ...] = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "HEIF")
     max_bytes: int = Field(default=20_000_000, gt=0)
     max_pixels: int = Field(default=25_000_000, gt=0, le=89_478_485)
-    animated: Literal["refuse", "first_frame"] = "refuse"
+    animated: Literal["refuse", "first_frame"] = "first_frame"
     isolate: bool = False
     max_seconds: int = Field(default=10, gt=0)
     max_memory: int = Field(default=1_000_000_000, ge=50_000_000)
+    link_targets: tuple[Path, ...] = Field(**_default(()))
+    allow_private_hosts: bool = Field(**_default(False))
+    connections: int = Field(**_default(16), ge=1, le=256)
+    request_seconds: float = Field(**_default(20.0), gt=0, allow_inf_nan=False)
+    max_total_bytes: int = Field(**_default(100_000_000_000), gt=0)
 
 
 class SplitConfig(Section):
@@ -99,6 +119,10 @@ class SplitConfig(Section):
         if self.valid_from >= self.test_from:
             raise ValueError(f"valid_from {self.valid_from} must be smaller than test_from {self.test_from}; lower valid_from")
         return self
+
+
+def _picture_cache() -> Path:
+    return Path(os.environ.get(PICTURE_CACHE) or Path.home() / ".cache" / "mmsid" / "pictures")
 
 
 def _absolute(place: Any, folder: Path) -> Any:
@@ -125,6 +149,7 @@ class CatalogConfig(Section):
         clean_text: remove instructions to models, hidden characters and repeated keywords (`prompt_injection`) from titles and
             descriptions. Such texts are recorded among the item's problems in any case.
         max_items, max_users: keep at most this many. They are chosen by content hash, so row order and ids do not matter.
+        picture_cache: folder for pictures that are not local files: bytes in a table, and remote pictures.
         ingested: folder of the stage `ingest` for this catalogue. It is opened instead of the sources if it was made with these keys.
     """
 
@@ -143,11 +168,17 @@ class CatalogConfig(Section):
     max_items: int | None = Field(default=None, gt=0)
     max_users: int | None = Field(default=None, gt=0)
     ingested: Path | None = Field(default=None, exclude=True)
+    picture_cache: Path = Field(default_factory=_picture_cache, exclude=True)
 
     @property
     def root(self) -> Path:
         """Folder that picture paths must stay below."""
         return self.image_root if self.image_root is not None else self.items.parent
+
+    @property
+    def picture_roots(self) -> tuple[Path, Path]:
+        """Folders that the pictures of items stay below: `root` and `picture_cache`."""
+        return self.root.absolute(), self.picture_cache.absolute()
 
     @property
     def users_file(self) -> Path | None:

@@ -1,7 +1,7 @@
 """Decoding of pictures in a sandboxed child process with limits on memory and processor time.
 
 An exploited or crashing decoder affects one picture only. The parent reads the file and sends its bytes; the worker, which may not write
-files, replies with raw pixels or a fixed code, never with a pickle. The parent still parses headers, which Pillow does in Python.
+files, replies with raw pixels or a fixed code, never with a pickle. The parent parses those headers only that Pillow reads in Python.
 """
 
 from __future__ import annotations
@@ -22,10 +22,14 @@ from pathlib import Path
 from PIL import Image
 
 from mmsid.catalog.config import PictureLimits
-from mmsid.catalog.picture_decoding import REASONS, decode, refusal
+from mmsid.catalog.picture_decoding import REASONS, Header, decode, read_header, refusal, register_heif
+from mmsid.catalog.picture_formats import picture_format
 from mmsid.errors import ConfigError, PictureError
 
+_DECODE, _HEADER = b"d", b"h"
 _PIXELS, _REFUSED = b"+", b"-"
+PARSED_IN_C = ("WEBP", "AVIF", "HEIF")
+"""Formats whose header is parsed by a library in C, so that untrusted headers belong into the child process too."""
 _SIZE = struct.Struct("<II")
 _WALL_SECONDS_PER_CPU_SECOND = 30  # a busy machine must not fail a picture
 
@@ -95,9 +99,19 @@ def decode_isolated(data: bytes, limits: PictureLimits, path: str | Path) -> Ima
         PictureError: the reasons of `decode`, and `too_slow`, `too_much_memory` and `crashed`.
         ConfigError: a worker cannot be started.
     """
+    return Image.frombytes("RGB", *_reply(_DECODE, data, limits, path))
+
+
+def read_header_isolated(data: bytes, limits: PictureLimits, path: str | Path) -> Header:
+    """`picture_decoding.read_header` in a worker process, for the formats `PARSED_IN_C`. Raises like `decode_isolated`."""
+    size, _ = _reply(_HEADER, data, limits, path)
+    return Header(str(picture_format(data)), *size)
+
+
+def _reply(command: bytes, data: bytes, limits: PictureLimits, path: str | Path) -> tuple[tuple[int, int], bytes]:
     with _borrow_worker() as worker:
         try:
-            reply = _request(worker.pipe, data, limits)
+            reply = _request(worker.pipe, command, data, limits)
         except TimeoutError:
             raise refusal("too_slow", path) from None
         except (EOFError, OSError, ValueError):
@@ -108,9 +122,13 @@ def decode_isolated(data: bytes, limits: PictureLimits, path: str | Path) -> Ima
     return reply
 
 
-def _request(pipe: Connection, data: bytes, limits: PictureLimits) -> Image.Image | str:
-    """Decoded picture, or the reason of its refusal. Raises ValueError for a malformed reply, and TimeoutError without a reply."""
+def _request(pipe: Connection, command: bytes, data: bytes, limits: PictureLimits) -> tuple[tuple[int, int], bytes] | str:
+    """Size and pixels (none for a header), or the reason of the refusal.
+
+    Raises ValueError for a malformed reply, and TimeoutError without a reply.
+    """
     pipe.send_bytes(limits.model_dump_json().encode())
+    pipe.send_bytes(command)
     pipe.send_bytes(data)
     if not pipe.poll(limits.max_seconds * _WALL_SECONDS_PER_CPU_SECOND):
         raise TimeoutError
@@ -120,24 +138,32 @@ def _request(pipe: Connection, data: bytes, limits: PictureLimits) -> Image.Imag
     if reply[:1] != _PIXELS or len(reply) != 1 + _SIZE.size:
         raise ValueError
     size = _SIZE.unpack(reply[1:])
-    return Image.frombytes("RGB", size, pipe.recv_bytes(3 * limits.max_pixels))  # ValueError when the number of bytes does not match
+    body = pipe.recv_bytes(max(3 * limits.max_pixels, 64))
+    if command == _DECODE and len(body) != 3 * size[0] * size[1]:
+        raise ValueError
+    return size, body
 
 
 def _serve(pipe: Connection) -> None:
     """Main loop of a worker: decode pictures until the pipe is closed."""
     Image.init()
+    register_heif()
     for kind in (resource.RLIMIT_FSIZE, resource.RLIMIT_CORE):
         resource.setrlimit(kind, (0, 0))
     pipe.send_bytes(_PIXELS)
     while True:
         try:
-            limits, data = PictureLimits.model_validate_json(pipe.recv_bytes()), pipe.recv_bytes()  # the parent is trusted
+            limits = PictureLimits.model_validate_json(pipe.recv_bytes())  # the parent is trusted
+            command, data = pipe.recv_bytes(), pipe.recv_bytes()
         except EOFError:
             return
         _limit_resources(limits)
         try:
-            picture = decode(data, limits, "")
-            reply = [_PIXELS + _SIZE.pack(*picture.size), picture.tobytes()]
+            if command == _HEADER:
+                reply = [_PIXELS + _SIZE.pack(*read_header(data, limits, "")[1:]), b""]
+            else:
+                picture = decode(data, limits, "")
+                reply = [_PIXELS + _SIZE.pack(*picture.size), picture.tobytes()]
         except PictureError as error:
             reply = [_REFUSED + error.reason.encode()]
         for part in reply:

@@ -5,34 +5,42 @@ Errors have a short fixed code. The decoder's own text is never passed on, becau
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import importlib
 import io
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import AvifImagePlugin, Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from mmsid.catalog.config import PictureLimits
+from mmsid.catalog.picture_formats import is_truncated, other_content, picture_format, png_without_comments, tiff_is_truncated
+from mmsid.catalog.picture_sources.reasons import REASONS, refusal
 from mmsid.errors import PictureError
 
-REASONS = {
-    "missing": "the file does not exist; correct the path or the image_root",
-    "outside_root": "the path is outside the image_root; move the picture below it",
-    "not_a_file": "the path is not a regular local file; name a picture file",
-    "unreadable": "the file cannot be read; check its permissions",
-    "too_many_bytes": "the file is larger than pictures.max_bytes; shrink it or raise the limit",
-    "too_many_pixels": "the header declares more than pictures.max_pixels; shrink it or raise the limit",
-    "format": "no allowed decoder supports the file; convert it or extend pictures.formats",
-    "animated": "the file has several frames; save one, or set pictures.animated to first_frame",
-    "truncated": "the file is truncated; copy it again",
-    "corrupt": "the file cannot be decoded; copy it again",
-    "too_slow": "decoding took more than pictures.max_seconds of processor time; save it again or raise the limit",
-    "too_much_memory": "decoding needs more than pictures.max_memory; shrink it or raise the limit",
-    "crashed": "the decoder crashed, so the file may be malicious; do not open it elsewhere",
-}
+__all__ = ["REASONS", "Header", "decode", "open_picture", "read_header", "refusal", "register_heif", "to_rgb"]
+
 _MODES_WITH_ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
 # set once per process, because warnings.catch_warnings is slow and not thread-safe
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # pictures are decoded side by side already, and a thread's stack counts as memory
+
+
+class Header(NamedTuple):
+    """Format by Pillow's name, and the stored width and height in pixels, before any rotation."""
+
+    format: str
+    width: int
+    height: int
+
+
+def read_header(data: bytes, limits: PictureLimits, path: str | Path) -> Header:
+    """The header of a picture file that passes the checks of `open_picture`. No pixel is decoded."""
+    with open_picture(data, limits, path) as picture:
+        return Header("JPEG" if picture.format == "MPO" else str(picture.format), *picture.size)
 
 
 def decode(data: bytes, limits: PictureLimits, path: str | Path) -> Image.Image:
@@ -43,9 +51,13 @@ def decode(data: bytes, limits: PictureLimits, path: str | Path) -> Image.Image:
     """
     try:
         with open_picture(data, limits, path) as picture:
-            if is_truncated(data):  # decoders repair some truncated files, but the catalogue refuses all of them
-                raise refusal("truncated", path)
-            picture.load()
+            try:
+                picture.load()
+            except ValueError:  # Pillow reads the comments behind the pixels of a PNG now
+                if picture.format != "PNG":
+                    raise
+                picture = open_picture(png_without_comments(data), limits, path)
+                picture.load()
             return to_rgb(picture)
     except PictureError:
         raise
@@ -60,31 +72,56 @@ def to_rgb(picture: Image.Image) -> Image.Image:
     return _rgb(_upright(picture))
 
 
-def refusal(reason: str, path: str | Path) -> PictureError:
-    """PictureError with the message of `reason`, a key of `REASONS`."""
-    return PictureError(reason, f"picture {str(path)!r}: {REASONS[reason]}")
-
-
 def open_picture(data: bytes, limits: PictureLimits, path: str | Path) -> Image.Image:
-    """Parse the header and check the limits. Pixels are decoded later, by `.load()`.
+    """Parse the header, check the limits and look for the end of the file. Pixels are decoded later, by `.load()`.
+
+    Decoders repair some truncated files. All of them are refused here, so that the same file gives the same answer everywhere.
 
     Raises:
-        PictureError: the header is damaged, or the picture exceeds a limit.
+        PictureError: the header is damaged, the file is truncated, or the picture exceeds a limit.
     """
-    try:
-        picture = Image.open(io.BytesIO(data), formats=limits.formats)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise refusal("too_many_pixels", path) from None
-    except UnidentifiedImageError:
-        raise refusal("format", path) from None
-    except Exception:  # see decode
-        raise refusal("truncated" if is_truncated(data) else "corrupt", path) from None
+    kind = picture_format(data)
+    if kind is None:
+        raise refusal(other_content(data), path)
+    if kind not in limits.formats:
+        raise refusal("format", path)
+    if kind == "HEIF" and not register_heif():
+        raise refusal("heif", path)
+    picture = _open(data, kind, path)
     if picture.width * picture.height > limits.max_pixels:
         raise refusal("too_many_pixels", path)
     # MPO: a JPEG with previews as further frames, as phones store it. The first frame is the picture.
     if picture.format != "MPO" and limits.animated == "refuse" and _is_animated(picture, path):
         raise refusal("animated", path)
+    if is_truncated(data) or (kind == "TIFF" and tiff_is_truncated(picture.tag_v2, len(data))):
+        raise refusal("truncated", path)
     return picture
+
+
+def _open(data: bytes, kind: str, path: str | Path) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(data), formats=[kind])
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise refusal("too_many_pixels", path) from None
+    except MemoryError:
+        raise refusal("too_much_memory", path) from None
+    except Exception as error:  # see decode
+        if kind == "PNG" and len(smaller := png_without_comments(data)) < len(data):  # comments or a profile that Pillow refuses
+            return _open(smaller, kind, path)
+        if is_truncated(data):
+            raise refusal("truncated", path) from None
+        raise refusal("format" if isinstance(error, UnidentifiedImageError) else "corrupt", path) from None
+
+
+@functools.cache
+def register_heif() -> bool:
+    """Make Pillow read HEIC, if pillow-heif is installed. Returns whether it is."""
+    with contextlib.suppress(ImportError):
+        heif = importlib.import_module("pillow_heif")
+        heif.options.DECODE_THREADS = 1
+        heif.register_heif_opener(thumbnails=False)
+        return True
+    return False
 
 
 def _is_animated(picture: Image.Image, path: str | Path) -> bool:
@@ -92,40 +129,6 @@ def _is_animated(picture: Image.Image, path: str | Path) -> bool:
         return bool(getattr(picture, "is_animated", False))
     except Exception:  # Pillow reads the second frame of a GIF here, and raises if it is damaged
         raise refusal("corrupt", path) from None
-
-
-def is_truncated(data: bytes) -> bool:
-    """Whether the end mark of a JPEG, PNG or WebP file is missing. Nothing is decoded."""
-    if data.startswith(b"\xff\xd8"):
-        return data.rfind(b"\xff\xd9") < _jpeg_scan_start(data)
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return not _png_has_end(data)
-    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
-        return len(data) < int.from_bytes(data[4:8], "little") + 8
-    return False
-
-
-def _jpeg_scan_start(data: bytes) -> int:
-    """Offset of the first scan. An end mark before it belongs to an embedded thumbnail."""
-    offset = 2
-    while offset + 4 <= len(data) and data[offset] == 0xFF:
-        marker = data[offset + 1]
-        if marker == 0xDA:
-            return offset
-        if marker == 0xFF or 0xD0 <= marker <= 0xD7 or marker == 0x01:  # fill byte, or a marker without a length
-            offset += 1 if marker == 0xFF else 2
-        else:
-            offset += 2 + int.from_bytes(data[offset + 2 : offset + 4], "big")
-    return len(data)
-
-
-def _png_has_end(data: bytes) -> bool:
-    offset = 8
-    while offset + 12 <= len(data):
-        if data[offset + 4 : offset + 8] == b"IEND":
-            return True
-        offset += 12 + int.from_bytes(data[offset : offset + 4], "big")
-    return False
 
 
 def _upright(picture: Image.Image) -> Image.Image:
@@ -138,6 +141,11 @@ def _upright(picture: Image.Image) -> Image.Image:
 def _rgb(picture: Image.Image) -> Image.Image:
     if picture.mode.startswith("I"):  # 16-bit grey: Pillow's conversion clips values above 255
         return Image.fromarray((np.asarray(picture).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+    if picture.mode == "F":  # grey of 32-bit floats, in TIFF: from 0 to 1, or to 255
+        grey = np.nan_to_num(np.asarray(picture))
+        return Image.fromarray((grey * (255 if grey.max() <= 1 else 1)).clip(0, 255).astype(np.uint8)).convert("RGB")
+    if picture.mode == "LAB":
+        return ImageCms.profileToProfile(picture, ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), outputMode="RGB")
     if picture.mode in _MODES_WITH_ALPHA or "transparency" in picture.info:
         layered = picture.convert("RGBA")
         white = Image.new("RGBA", layered.size, (255, 255, 255, 255))

@@ -1,111 +1,122 @@
-"""Reading of untrusted picture files: paths confined to a root, allowed decoders only, limits checked on the header first.
+"""Reading of untrusted pictures: paths confined to a root, allowed decoders only, limits checked on the header first.
 
 Errors have a short fixed code. The decoder's own text is never passed on, because it has leaked heap addresses (CVE-2026-22778).
+`picture_sources.inspection.inspect_pictures` looks at many pictures, also at those of URLs.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import os
-import stat
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image
 
 from mmsid.catalog.config import PictureLimits
-from mmsid.catalog.isolated_decoding import decode_isolated
-from mmsid.catalog.picture_decoding import decode, is_truncated, open_picture, refusal
+from mmsid.catalog.isolated_decoding import PARSED_IN_C, decode_isolated, read_header_isolated
+from mmsid.catalog.picture_decoding import Header, decode, read_header
+from mmsid.catalog.picture_formats import picture_format
+from mmsid.catalog.picture_sources.local_files import LocalFile, Roots, find_file, read_file
+from mmsid.catalog.picture_sources.reasons import refusal
+from mmsid.catalog.picture_sources.references import inline_bytes, local_path, reference_kind
 from mmsid.errors import PictureError
 
 
 @dataclass(frozen=True, slots=True)
 class InspectedPicture:
-    """Result of `inspect_picture`.
+    """Result of looking at one picture.
 
     Attributes:
         path: absolute path of the file, or None when the picture cannot be used.
         sha256: hash of the file's bytes, or of the reason when the bytes cannot be read. It never depends on the path.
-        reason: None, or a key of `picture_decoding.REASONS`.
+        reason: None, or a key of `picture_sources.reasons.REASONS`.
+        format: Pillow's name of the format, such as `JPEG`, or None when the header cannot be read.
+        width, height: stored size in pixels, before any rotation; 0 when the header cannot be read.
+        num_bytes: size of the file in bytes; 0 when it cannot be read.
+        detail: '' or a fact that helps a person, such as `HTTP 404`.
+        mtime_ns: time of the file's modification in nanoseconds; 0 when there is no file.
     """
 
     path: Path | None
     sha256: str
     reason: str | None
+    format: str | None = None
+    width: int = 0
+    height: int = 0
+    num_bytes: int = 0
+    detail: str = ""
+    mtime_ns: int = 0
 
 
-def load_picture(path: str | Path, limits: PictureLimits, root: Path | None = None) -> Image.Image:
+def load_picture(reference: str | Path | bytes, limits: PictureLimits, root: Roots = None) -> Image.Image:
     """Decode one picture to 8-bit RGB. EXIF orientation is applied, and transparent pixels are composited on white.
 
-    With `root`, a relative `path` starts there, and the path with all links resolved must be below it.
+    Args:
+        reference: a path, a `file://` URL, the bytes of a picture file, base64 text or a data URL. Other URLs are refused.
+        root: folder below which a path must stay (rules: `picture_sources.local_files`). A relative path starts there. With several
+            folders, it starts at the first, and the file may be below any. None: no confinement.
 
     Raises:
-        PictureError: the picture cannot be used; `.reason` is a key of `picture_decoding.REASONS`.
+        PictureError: the picture cannot be used; `.reason` is a key of `picture_sources.reasons.REASONS`.
     """
-    data = _read(path, limits, root)
-    if not limits.isolate:
-        return decode(data, limits, path)
-    return decode_isolated(data, limits, path)
+    kind = reference_kind(reference)
+    if kind in ("web", "store"):
+        raise refusal("not_downloaded", reference)
+    if kind == "path":
+        data = read_file(find_file(local_path(reference), limits, root), limits, reference)[0]
+    else:
+        data = inline_bytes(reference, limits.max_bytes)
+    return decode_isolated(data, limits, reference) if limits.isolate else decode(data, limits, reference)
 
 
-def inspect_picture(path: str, limits: PictureLimits, root: Path) -> InspectedPicture:
-    """Hash the bytes of a picture file and check its header, limits and end mark, without decoding. A bad picture does not raise."""
+def inspect_picture(path: str, limits: PictureLimits, root: Roots, earlier: InspectedPicture | None = None) -> InspectedPicture:
+    """Hash the bytes of a local picture file and check its header, limits and end, without decoding. A bad picture does not raise.
+
+    Args:
+        earlier: result for the same path under the same limits. It is returned without reading the file, if the file's size and time of
+            modification are still the same.
+    """
     try:
-        data = _read(path, limits, root)
+        if reference_kind(path) != "path":
+            raise refusal("not_downloaded", path)
+        file = find_file(local_path(path), limits, root)
+        if earlier is not None and earlier.mtime_ns and _unchanged(file, earlier):
+            return replace(earlier, path=earlier.path and Path(file.path))
+        data, mtime_ns = read_file(file, limits, path)
     except PictureError as error:
-        return InspectedPicture(None, hashlib.sha256(error.reason.encode()).hexdigest(), error.reason)
+        return failed_picture(error)
+    found = inspect_bytes(data, limits, path)
+    detail = f"read as {file.repaired}" if file.repaired and not found.detail else found.detail
+    return replace(found, path=None if found.reason else Path(file.path), detail=detail, mtime_ns=mtime_ns)
+
+
+def inspect_bytes(data: bytes, limits: PictureLimits, reference: str | bytes | Path) -> InspectedPicture:
+    """Hash the bytes of a picture file and check them. `.path` is None in any case, and `reference` is used in messages only."""
     digest = hashlib.sha256(data).hexdigest()
     try:
-        with open_picture(data, limits, path):
-            pass
+        if len(data) > limits.max_bytes:
+            raise refusal("too_many_bytes", reference)
+        header = _header(data, limits, reference)
     except PictureError as error:
-        return InspectedPicture(None, digest, error.reason)
-    if is_truncated(data):
-        return InspectedPicture(None, digest, "truncated")
-    return InspectedPicture((Path(root) / path).absolute(), digest, None)
+        return InspectedPicture(None, digest, error.reason, picture_format(data), num_bytes=len(data), detail=error.detail)
+    return InspectedPicture(None, digest, None, *header, num_bytes=len(data))
 
 
-def _confined(path: str | Path, root: Path | None) -> str:
-    """The path with all symbolic links resolved. Raises PictureError when it is not below the resolved `root`."""
+def failed_picture(error: PictureError) -> InspectedPicture:
+    """Result for a picture of which no byte could be read."""
+    return InspectedPicture(None, hashlib.sha256(error.reason.encode()).hexdigest(), error.reason, detail=error.detail)
+
+
+def _header(data: bytes, limits: PictureLimits, reference: str | bytes | Path) -> Header:
+    if limits.isolate and picture_format(data) in PARSED_IN_C:
+        return read_header_isolated(data, limits, reference)
+    return read_header(data, limits, reference)
+
+
+def _unchanged(file: LocalFile, earlier: InspectedPicture) -> bool:
     try:
-        if root is None:
-            return os.path.realpath(path)
-        real_root = _real_root(str(root))
-        real = os.path.realpath(os.path.join(real_root, path))
-        if os.path.commonpath([real, real_root]) == real_root:
-            return real
-    except (ValueError, OSError):  # NUL bytes, or names that no file system accepts
-        raise refusal("not_a_file", path) from None
-    raise refusal("outside_root", path)
-
-
-@functools.lru_cache(maxsize=8)
-def _real_root(root: str) -> str:
-    return os.path.realpath(root)  # cached: the root comes from the configuration and is the same for all pictures
-
-
-def _read(path: str | Path, limits: PictureLimits, root: Path | None) -> bytes:
-    real = _confined(path, root)
-    try:
-        # O_NOFOLLOW: links are resolved already, so a link here was swapped in since. O_NONBLOCK: opening a pipe must not block.
-        handle = os.open(real, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
-    except FileNotFoundError:
-        raise refusal("missing", path) from None
-    except (OSError, ValueError):
-        raise refusal("unreadable", path) from None
-    try:
-        status = os.fstat(handle)
-        if not stat.S_ISREG(status.st_mode):
-            raise refusal("not_a_file", path)
-        if status.st_size > limits.max_bytes:
-            raise refusal("too_many_bytes", path)
-        with open(handle, "rb", closefd=False) as file:
-            data = file.read(limits.max_bytes + 1)
+        status = os.stat(file.real)
     except OSError:
-        raise refusal("unreadable", path) from None
-    finally:
-        os.close(handle)
-    if len(data) > limits.max_bytes:  # the file grew after fstat
-        raise refusal("too_many_bytes", path)
-    return data
+        return False
+    return status.st_size == earlier.num_bytes and status.st_mtime_ns == earlier.mtime_ns

@@ -1,4 +1,7 @@
-"""Items given in memory: dictionaries, rows of Hugging Face `datasets`, or `Item` objects, with PIL pictures, paths or bytes."""
+"""Items given in memory: dictionaries, rows of Hugging Face `datasets`, or `Item` objects.
+
+Their pictures are PIL images, paths, bytes, base64 texts or data URLs.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,9 @@ from PIL import Image
 
 from mmsid.catalog.config import PictureLimits
 from mmsid.catalog.item import Item
-from mmsid.catalog.picture_decoding import decode, to_rgb
+from mmsid.catalog.picture_decoding import to_rgb
+from mmsid.catalog.picture_sources.reasons import refusal
+from mmsid.catalog.picture_sources.references import reference_kind
 from mmsid.catalog.pictures import load_picture
 from mmsid.errors import CatalogError, PictureError
 
@@ -126,12 +131,16 @@ def _picture(value: Any, place: str) -> Image.Image:
         return to_rgb(value)
     if isinstance(value, Mapping):  # an undecoded image of Hugging Face datasets
         value = value.get("bytes") or value.get("path")
-    if isinstance(value, (bytes, bytearray)):
-        return decode(bytes(value), limits, place)
-    if isinstance(value, str) and "://" in value:
+    if not isinstance(value, (bytes, bytearray, str, Path)):
+        raise CatalogError(f"{place} is a {type(value).__name__}, expected a PIL image, a path, bytes, base64 text or a data URL")
+    value = bytes(value) if isinstance(value, bytearray) else value
+    if reference_kind(value) in ("web", "store"):
         raise PictureError(
-            "missing", f"{place} is the URL {value!r}; URLs are not downloaded: fetch the picture and give its bytes or path"
+            "not_downloaded", f"{place} is the URL {value!r}; URLs are not downloaded: fetch the picture and give its bytes or path"
         )
-    if isinstance(value, (str, Path)):
+    try:
         return load_picture(value, limits)
-    raise CatalogError(f"{place} is a {type(value).__name__}, expected a PIL image, a path or bytes")
+    except PictureError as error:
+        if isinstance(value, (str, Path)) and reference_kind(value) == "path":
+            raise
+        raise refusal(error.reason, place) from None

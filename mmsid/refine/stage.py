@@ -101,7 +101,7 @@ class Job:
         self, config: RefineConfig, accelerator: Accelerator, catalog: Catalog, split: Split, draft: Draft, quick: QuickRecommender | None
     ) -> None:
         self.config, self.accelerator, self.catalog, self.draft, self.quick = config, accelerator, catalog, draft, quick
-        self.split, limits, root = split, config.catalog.pictures, config.catalog.root
+        self.split, limits, root = split, config.catalog.pictures, config.catalog.picture_roots
         self.open_picture = lambda path: load_picture(path, limits, root)
         self.tokenizer = ItemTokenizer.from_pretrained(tokenizer_folder(config.tokenizer), open_picture=self.open_picture)
         self.tokenizer.to(accelerator.device).eval()

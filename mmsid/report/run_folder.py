@@ -65,7 +65,7 @@ def catalog_of_run(run: Path, overrides: Sequence[str] = ()) -> CatalogConfig:
         for override in overrides:
             apply_override(data, override, source=source)
         config = build(CatalogConfig, data["catalog"], source=source, section="catalog")
-    config = config.model_copy(update={"ingested": run / "ingest"})
+    config = config.model_copy(update={"ingested": run / "ingest", "picture_cache": run.parent / ".cache" / "pictures"})
     if config.artefact() is None and not all(path is None or path.exists() for path in config.input_files().values()):
         raise ArtifactError(
             f"{run} was made from the catalogue {config.items}, which does not exist; give its path: "

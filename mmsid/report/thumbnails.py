@@ -40,7 +40,7 @@ def thumbnails(items: list[Item], order: Sequence[int], config: CatalogConfig) -
 def _thumbnail(item: Item, config: CatalogConfig) -> str | None:
     for path in item.images:
         try:
-            picture = load_picture(path, config.pictures, config.root)
+            picture = load_picture(path, config.pictures, config.picture_roots)
         except PictureError:  # a picture that passed the header checks can still fail when it is decoded
             continue
         picture.thumbnail((SIZE, SIZE))

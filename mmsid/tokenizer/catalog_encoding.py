@@ -55,7 +55,7 @@ class CatalogEncoder:
 
     def load(self) -> ItemTokenizer:
         """Load the tokenizer onto the GPU, if there is one."""
-        limits, root = self.catalog.pictures, self.catalog.root
+        limits, root = self.catalog.pictures, self.catalog.picture_roots
         tokenizer = ItemTokenizer.from_pretrained(self.tokenizer, open_picture=lambda path: load_picture(path, limits, root))
         return tokenizer.to("cuda" if torch.cuda.is_available() else "cpu")
 

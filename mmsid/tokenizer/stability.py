@@ -164,7 +164,7 @@ class _Sample:
                 paths = []
                 for index, image in enumerate(item.images):
                     try:
-                        picture = change(load_picture(image, self.config.catalog.pictures, self.config.catalog.root))
+                        picture = change(load_picture(image, self.config.catalog.pictures, self.config.catalog.picture_roots))
                     except PictureError:
                         continue
                     paths.append(pictures / f"{number}-{index}{suffix}")
@@ -176,7 +176,7 @@ class _Sample:
         return CatalogConfig(items=folder / "items.jsonl", image_root=folder, fields=fields, pictures=self.config.catalog.pictures), items
 
     def _open(self, path: Path) -> Image.Image:
-        root = self.scratch if self.scratch in Path(path).parents else self.config.catalog.root
+        root = self.scratch if self.scratch in Path(path).parents else self.config.catalog.picture_roots
         return load_picture(path, self.config.catalog.pictures, root)
 
 

@@ -79,7 +79,7 @@ class Training:
         behaviour = initialization.read_behaviour(catalog, split, start, config.seed, config.resolved_behaviour())
         if config.resolved_head() == "residual":
             self.inputs = behaviour.items.added_to(self.inputs)
-        limits, root = config.catalog.pictures, config.catalog.root
+        limits, root = config.catalog.pictures, config.catalog.picture_roots
         width = backbone.hidden_size() + behaviour.items.vectors.shape[1]
         settings = TokenizerSettings(
             backbone=backbone,

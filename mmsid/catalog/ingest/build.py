@@ -24,7 +24,8 @@ from mmsid.catalog.ingest.index import RowIndex
 from mmsid.catalog.ingest.merging import merged_groups
 from mmsid.catalog.ingest.rows import PictureMemory, part_rows
 from mmsid.catalog.ingest.writing import CatalogWriter
-from mmsid.catalog.picture_sources import InspectedPicture, inspect_pictures
+from mmsid.catalog.picture_sources.inspection import inspect_pictures
+from mmsid.catalog.pictures import InspectedPicture
 from mmsid.catalog.sources import OpenedTable, open_table
 from mmsid.catalog.vectors import ItemVectors, concatenated, read_vectors
 from mmsid.errors import CatalogError
@@ -35,13 +36,10 @@ _SILENT_ROWS = 10_000  # a table with fewer rows shows no progress bar
 _PICTURE_ROWS = 4_096  # rows of a part whose pictures are looked at: what an interruption can lose
 
 
-def build(
-    config: CatalogConfig, folder: Path, cache: Path, max_problems: float = 0.5, known: dict[str, InspectedPicture] | None = None
-) -> Built:
+def build(config: CatalogConfig, folder: Path, max_problems: float = 0.5, known: dict[str, InspectedPicture] | None = None) -> Built:
     """Write the files of an ingested catalogue into `folder`. Finished parts that the folder holds already are kept.
 
     Args:
-        cache: folder for pictures that are not local files.
         max_problems: share of the rows, or of the pictures, that may be unusable.
         known: earlier results by picture reference. A picture is not read again if its size and time are unchanged.
 
@@ -53,7 +51,7 @@ def build(
     if mapping.pictures and not config.root.is_dir():
         raise CatalogError(f"catalog.image_root: {config.root} is not a folder; set it to the folder with the pictures of {table.files[0]}")
     built = Built(notes=[*table.notes, *mapping.notes], not_read=mapping.not_read)
-    parts = _write_parts(config, table, mapping, folder / PARTS, cache, known or {})
+    parts = _write_parts(config, table, mapping, folder / PARTS, known or {})
     index = RowIndex.read(parts)
     built.rows = len(index)
     if config.fields.group_by is not None or mapping.groups:
@@ -78,12 +76,12 @@ def build(
 
 
 def _write_parts(
-    config: CatalogConfig, table: OpenedTable, mapping: FieldMapping, folder: Path, cache: Path, known: dict[str, InspectedPicture]
+    config: CatalogConfig, table: OpenedTable, mapping: FieldMapping, folder: Path, known: dict[str, InspectedPicture]
 ) -> list[Path]:
     """Arrow files with the rows in the order of the sources. Parts that exist are not made again."""
     folder.mkdir(parents=True, exist_ok=True)
     root = config.root.absolute()
-    pictures = PictureMemory(lambda references: inspect_pictures(references, config.pictures, config.root, cache, known))
+    pictures = PictureMemory(lambda references: inspect_pictures(references, config.pictures, config.root, config.picture_cache, known))
     number_of = {path: number for number, path in enumerate(table.files)}
     rows = _PICTURE_ROWS if mapping.pictures else CHUNK_ROWS
     paths = []

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from mmsid.catalog.item import content_sha256
 from mmsid.catalog.item_table import CREATIVE, PROBLEM, SCHEMA, lengths, lists, nested, pairs, texts
-from mmsid.catalog.picture_sources import InspectedPicture
+from mmsid.catalog.pictures import InspectedPicture
 
 PART_SCHEMA = SCHEMA.append(pa.field("picture_sha256", pa.large_list(pa.large_string())))
 _LONGEST_DETAIL = 300

@@ -12,13 +12,12 @@ from pydantic import Field
 
 from mmsid._version import __version__
 from mmsid.artifacts import file_sha256, is_complete, read_manifest, read_table, writing
-from mmsid.catalog.catalog import picture_cache
 from mmsid.catalog.config import CatalogConfig
 from mmsid.catalog.ingest.build import build
 from mmsid.catalog.ingest.built import Built
 from mmsid.catalog.ingest.writing import ITEMS, PROBLEMS
 from mmsid.catalog.item_table import ItemTable
-from mmsid.catalog.picture_sources import InspectedPicture
+from mmsid.catalog.pictures import InspectedPicture
 from mmsid.config import StageConfig
 from mmsid.progress import done, is_main_process
 
@@ -33,12 +32,10 @@ class IngestConfig(StageConfig):
     Attributes:
         catalog: the sources.
         max_problems: share of the rows, or of the pictures, that may be unusable. Above it the stage stops with the likely cause.
-        picture_cache: folder for pictures that are not local files: bytes in a table, and remote pictures.
     """
 
     catalog: CatalogConfig
     max_problems: float = Field(default=0.5, ge=0.0, le=1.0)
-    picture_cache: Path | None = Field(default=None, exclude=True)
 
 
 def run(config: IngestConfig) -> Path:
@@ -79,11 +76,12 @@ def _write(config: IngestConfig, earlier: Path) -> Built:
     files = {name: path for name, path in catalog.input_files().items() if path is not None}
     with writing(config.out, stage=STAGE, config=config, inputs=files, resume=True) as draft:
         known = _pictures(earlier, catalog.root) if is_complete(earlier) else {}
-        built = build(catalog, draft.path, config.picture_cache or picture_cache(), config.max_problems, known)
+        built = build(catalog, draft.path, config.max_problems, known)
         draft.counts |= {"in": built.rows, "ok": built.rows - built.quarantined, "quarantined": built.quarantined}
         draft.counts |= {"items": built.items, "merged": built.merged}
         sources = {name: _state(path) for name, path in files.items()}
         draft.extra |= {**built.to_json(), "content_sha256": built.catalog_sha256, "sources": sources, "working_folder": str(Path.cwd())}
+        draft.extra["picture_cache"] = str(catalog.picture_cache.absolute())
     return built
 
 

@@ -19,7 +19,7 @@ from mmsid.catalog.ingest.built import Built
 from mmsid.catalog.ingest.index import RowIndex
 from mmsid.catalog.ingest.rows import PART_SCHEMA, with_problems
 from mmsid.catalog.item_table import SCHEMA, lengths, texts
-from mmsid.catalog.picture_sources import REASONS
+from mmsid.catalog.picture_sources.reasons import REASONS
 from mmsid.catalog.vectors import ItemVectors
 from mmsid.errors import CatalogError
 

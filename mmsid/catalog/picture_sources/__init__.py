@@ -1,0 +1,1 @@
+"""Sources of pictures: local files, bytes and texts in table cells, web servers and object stores."""
