@@ -9,16 +9,18 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from mmsid.catalog.config import CatalogConfig
-from mmsid.catalog.events import read_events
-from mmsid.catalog.histories import UserHistory, read_sequences
+from mmsid.catalog.histories import Histories
+from mmsid.catalog.history_order import engagement_of_duplicates, sorted_by_content, update_hash
 from mmsid.catalog.items import Item, read_items
+from mmsid.catalog.user_logs import read_histories
 from mmsid.catalog.vectors import ItemVectors, concatenated, read_vectors
 from mmsid.config import build
 
@@ -34,17 +36,24 @@ class Catalog:
         sha256: hash of item ids, content and histories. It does not depend on row order or user ids.
         problems: count of each code of `Item.problems`, and of the problems of histories: `unknown_item` (interactions dropped),
             `user_without_items` (users dropped), `timestamps_out_of_order` (users whose interactions were sorted),
+            `timestamp_of_other_unit` (times in another unit than most), `user_in_several_rows` (users whose rows were merged),
+            `repeated_row` (rows dropped that repeat another one of their user), `duplicate_event` (events that repeat user, item and time),
             `repeated_item` (interactions with an item that the user has engaged with before), and the codes of
-            `mmsid.catalog.events`; `vector_of_unknown_item` counts the vectors of items that the catalogue does not have.
+            `mmsid.catalog.events`. `vector_of_unknown_item` counts the vectors of items that the catalogue does not have.
         vectors: vectors of the items in their order, the families beside each other; None if the configuration names none.
+        notes: what was detected while reading, one line per fact.
     """
 
     items: list[Item]
     row_of: dict[str, int]
-    histories: list[UserHistory]
+    histories: Histories
     sha256: str
     problems: Counter[str]
     vectors: ItemVectors | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.histories = Histories.of(self.histories)
 
     @classmethod
     def read(cls, catalog: CatalogConfig | Mapping[str, Any] | str | Path) -> Catalog:
@@ -75,17 +84,20 @@ def read_catalog(config: CatalogConfig) -> Catalog:
     """
     items = read_items(config)
     problems: Counter[str] = Counter()
+    notes: list[str] = []
     items, vectors = _read_vectors(config, items, problems)
-    read_histories = read_events if config.events is not None else read_sequences
-    histories = read_histories(config, items, problems) if config.users_file is not None else []
+    histories = Histories.of([])
+    if config.users_file is not None:
+        item_ids = pa.array([item.item_id for item in items], pa.large_string())
+        histories = read_histories(config, item_ids, _content_rank(items), problems, notes)
     position = {item.item_id: row for row, item in enumerate(items)}
     items, histories = _in_canonical_order(items, histories, config.max_items)
     if vectors is not None:
         vectors = vectors.take(np.array([position[item.item_id] for item in items], dtype=np.int64))
-    catalog = Catalog(items, {item.item_id: row for row, item in enumerate(items)}, [], "", problems, vectors)
-    catalog.histories = sorted(histories, key=lambda user: _user_key(catalog, user))[: config.max_users]
+    catalog = Catalog(items, {item.item_id: row for row, item in enumerate(items)}, histories, "", problems, vectors, notes)
+    catalog.histories = sorted_by_content(histories, [item.content_sha256 for item in items])[: config.max_users]
     catalog.problems.update(code for item in items for code in item.problems)
-    catalog.problems.update(repeated_item=sum(len(user.rows) - len(np.unique(user.rows)) for user in catalog.histories))
+    catalog.problems.update(repeated_item=int(catalog.histories.repeated().sum()))
     catalog.problems += Counter()  # adding an empty counter removes zero counts
     catalog.sha256 = _catalog_sha256(catalog)
     return catalog
@@ -108,51 +120,27 @@ def _read_vectors(config: CatalogConfig, items: list[Item], problems: Counter[st
     return found, vectors
 
 
-def _in_canonical_order(items: list[Item], histories: list[UserHistory], max_items: int | None) -> tuple[list[Item], list[UserHistory]]:
+def _in_canonical_order(items: list[Item], histories: Histories, max_items: int | None) -> tuple[list[Item], Histories]:
     """Sort the items, keep the first `max_items`, and map the histories to the new rows. Empty histories are dropped."""
-    engagement = _engagement_of_duplicates(items, histories)
+    engagement = engagement_of_duplicates(histories, [item.content_sha256 for item in items])
     order = sorted(range(len(items)), key=lambda row: (items[row].content_sha256, engagement.get(row, ""), items[row].item_id))
     order = order[:max_items]
     new_row = np.full(len(items), -1, dtype=np.int64)
     new_row[order] = np.arange(len(order))
-    mapped = []
-    for user in histories:
-        rows = new_row[user.rows]
-        kept = rows >= 0
-        if kept.any():
-            times, weights = (None if values is None else values[kept] for values in (user.timestamps, user.weights))
-            mapped.append(replace(user, rows=rows[kept], timestamps=times, weights=weights))
-    return [items[row] for row in order], mapped
+    return [items[row] for row in order], histories.mapped(new_row)
 
 
-def _engagement_of_duplicates(items: list[Item], histories: list[UserHistory]) -> dict[int, str]:
-    """Row -> hash of the histories (by content) and positions in which the item occurs, for items with equal content."""
-    copies = Counter(item.content_sha256 for item in items)
-    is_copy = np.array([copies[item.content_sha256] > 1 for item in items], dtype=bool)
-    if not is_copy.any():
-        return {}
-    occurrences: dict[int, list[str]] = {int(row): [] for row in np.flatnonzero(is_copy)}
-    for user in histories:
-        positions = np.flatnonzero(is_copy[user.rows])
-        if len(positions):
-            history = hashlib.sha256("".join(items[row].content_sha256 for row in user.rows).encode()).hexdigest()
-            for position in positions:
-                time = "" if user.timestamps is None else user.timestamps[position]
-                weight = "" if user.weights is None else f":{user.weights[position]}"
-                occurrences[int(user.rows[position])].append(f"{history}:{position}:{time}{weight}")
-    return {row: hashlib.sha256("\n".join(sorted(found)).encode()).hexdigest() for row, found in occurrences.items()}
-
-
-def _user_key(catalog: Catalog, user: UserHistory) -> tuple[str, list[int], list[float], list[float], str]:
-    times, weights = ([] if values is None else values.tolist() for values in (user.timestamps, user.weights))
-    return catalog.content_hash(user.rows), user.rows.tolist(), times, weights, user.user_id
+def _content_rank(items: list[Item]) -> np.ndarray:
+    """Position (N,) of each item in the order of content, with the id as the last resort."""
+    order = sorted(range(len(items)), key=lambda row: (items[row].content_sha256, items[row].item_id))
+    rank = np.empty(len(items), dtype=np.int64)
+    rank[order] = np.arange(len(items))
+    return rank
 
 
 def _catalog_sha256(catalog: Catalog) -> str:
     digest = hashlib.sha256()
     for item in catalog.items:
         digest.update(f"{item.item_id}\n{item.content_sha256}\n".encode())
-    for user in catalog.histories:
-        weights = "" if user.weights is None else f"{user.weights.tolist()}\n"
-        digest.update(f"{user.rows.tolist()}\n{None if user.timestamps is None else user.timestamps.tolist()}\n{weights}".encode())
+    update_hash(digest, catalog.histories)
     return digest.hexdigest()
