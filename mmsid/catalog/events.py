@@ -91,11 +91,12 @@ def _type_weights(log: LogColumns, config: CatalogConfig, notes: list[str]) -> n
         if len(counts) > 1:
             common = ", ".join(f"{types.ids[int(index)].as_py()} {counts[index]:,}" for index in np.argsort(-counts, kind="stable")[:5])
             notes.append(
-                f"{columns.path}, field {log.type!r}: all {len(counts)} types count alike ({common}); set catalog.event_types to weight them"
+                f"{columns.path}, field {log.type!r}: all {len(counts)} types count alike ({common}); "
+                "set catalog.event_types to weight them"
             )
         return None
     known = pc.fill_null(pc.index_in(types.ids, pa.array([*listed], pa.large_string())), -1).to_numpy(zero_copy_only=False)
-    unlisted = np.flatnonzero((np.append(known, 0)[types.codes] < 0))
+    unlisted = np.flatnonzero(np.append(known, 0)[types.codes] < 0)
     if len(unlisted):
         found = types.ids[int(types.codes[unlisted[0]])].as_py()
         raise CatalogError(

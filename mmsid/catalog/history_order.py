@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,7 @@ def content_digests(histories: Slices, content_sha256: Sequence[str]) -> np.ndar
         positions, offsets = histories[first:last].positions()
         text = memoryview(digits[histories.values[positions]].reshape(-1))
         places = (offsets * _DIGITS).tolist()
-        found.append(b"".join([hashlib.sha256(text[a:b]).digest() for a, b in zip(places[:-1], places[1:], strict=True)]))
+        found.append(b"".join([hashlib.sha256(text[a:b]).digest() for a, b in pairwise(places)]))
         first = last
     return np.frombuffer(b"".join(found), np.uint8).reshape(-1, 32)
 
@@ -98,7 +99,7 @@ def update_hash(digest: hashlib._Hash, histories: Histories) -> None:
         offsets = part.offsets.tolist()
         rows, times, weights = (None if each is None else each.tolist() for each in (part.rows, part.timestamps, part.weights))
         lines = []
-        for start, end in zip(offsets[:-1], offsets[1:], strict=True):
+        for start, end in pairwise(offsets):
             weighed = "" if weights is None else f"{weights[start:end]}\n"
             lines.append(f"{rows[start:end]}\n{None if times is None else times[start:end]}\n{weighed}")
         digest.update("".join(lines).encode())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -126,8 +125,8 @@ class ItemIds:
         cause = cause or "the file belongs to another catalogue, or names the items by other ids; name the file that belongs to this one"
         amount = "none" if lost == total else f"only {total - lost:,}"
         raise CatalogError(
-            f"{where}: {amount} of {total:,} interactions is of an item of the catalogue, expected at least {1 - limit:.0%}; unknown ids are "
-            f"{_examples(unknown)}, ids of items are {_examples(self.ids)}; likely cause: {cause}"
+            f"{where}: {amount} of {total:,} interactions is of an item of the catalogue, expected at least {1 - limit:.0%}; "
+            f"unknown ids are {_examples(unknown)}, ids of items are {_examples(self.ids)}; likely cause: {cause}"
         )
 
     def _cause(self, unknown: pa.Array) -> str | None:
@@ -147,7 +146,7 @@ class ItemIds:
             if self._helps(unknown, change, change):
                 return cause
         for side, ids in (("the log", unknown), ("the items table", self.ids)):
-            prefix = os.path.commonprefix(ids.slice(0, _SAMPLE).to_pylist()) if len(ids) > 1 else ""
+            prefix = _common_beginning(ids)
             for length in range(len(prefix), 0, -1):
                 cut = _after(length)
                 if self._helps(unknown, *((cut, _same) if side == "the log" else (_same, cut))):
@@ -185,6 +184,15 @@ def _without_float(ids: pa.Array) -> pa.Array:
 
 def _without_zeros(ids: pa.Array) -> pa.Array:
     return pc.replace_substring_regex(_without_float(ids), _ZEROS, r"\1")
+
+
+def _common_beginning(ids: pa.Array) -> str:
+    """Text that the first ids begin with; '' for a single id."""
+    if len(ids) < 2:
+        return ""
+    some = ids.slice(0, _SAMPLE).to_pylist()
+    first, last = min(some), max(some)  # in the order of texts, all others lie between these two
+    return first[: next((place for place, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))]
 
 
 def _count(ids: pa.Array, pattern: str) -> int:

@@ -6,6 +6,7 @@ import ast
 import json
 import re
 from collections.abc import Callable
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +18,7 @@ from mmsid.errors import CatalogError
 SEPARATORS = ("|", ",", ";", "\t", " ")  # " " stands for any white space
 _SAMPLE = 20_000  # cells by which a separator is chosen
 # a quoted text or a run of other characters; in a list, commas and white space separate
-_PARTS = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|[^\s,\[\]()'\"]+")
+_PARTS = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|[^\s,\[\](){}'\"]+")
 _NOTHING = ("null", "None", "nan", "NaN")
 
 
@@ -69,7 +70,7 @@ def of_texts(column: pa.ChunkedArray, separator: str, place: Callable[[int], str
     else:
         plain = _split(pc.if_else(bracketed, "", texts), separator)
         values, offsets = plain.values.to_pylist(), plain.offsets.tolist()
-        cells = [values[start:end] for start, end in zip(offsets[:-1], offsets[1:], strict=True)]
+        cells = [values[start:end] for start, end in pairwise(offsets)]
         for row, cell in zip(places.tolist(), _listed(texts.filter(bracketed).to_pylist(), places, place, field), strict=True):
             cells[row] = cell
     values = pa.chunked_array([pa.array([value for cell in cells for value in cell], pa.large_string())])
@@ -88,9 +89,7 @@ def best_separator(
     step = max(1, len(column) // _SAMPLE)
     rows = np.arange(0, len(column), step)
     sample = column.take(pa.array(rows)) if step > 1 else column
-    return max(
-        (usual, *SEPARATORS), key=lambda each: quality(of_texts(sample, each, lambda row: place(int(rows[row])), field), rows)
-    )
+    return max((usual, *SEPARATORS), key=lambda each: quality(of_texts(sample, each, lambda row: place(int(rows[row])), field), rows))
 
 
 def _split(texts: pa.ChunkedArray, separator: str) -> Lists:

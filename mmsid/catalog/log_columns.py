@@ -10,6 +10,10 @@ from mmsid.catalog.columns import Columns, read_columns
 from mmsid.catalog.config import CatalogConfig
 from mmsid.errors import CatalogError
 
+_OTHER_ITEMS = (
+    *("item", "iid", "movieid", "productid", "asin", "adid", "articleid", "newsid", "videoid", "trackid", "songid", "bookid", "isbn"),
+    *("gameid", "sku", "goodsid", "contentid", "creativeid", "businessid", "listingid", "offerid"),
+)
 # common names of each field, in lower case without punctuation; a name of an earlier group is preferred
 _NAMES: dict[str, tuple[tuple[str, ...], ...]] = {
     "user_id": (
@@ -20,8 +24,7 @@ _NAMES: dict[str, tuple[tuple[str, ...], ...]] = {
     "event_item": (
         ("itemid",),
         ("parentasin",),
-        ("item", "iid", "movieid", "productid", "asin", "adid", "articleid", "newsid", "videoid", "trackid", "songid", "bookid", "isbn")
-        + ("gameid", "sku", "goodsid", "contentid", "creativeid", "businessid", "listingid", "offerid"),
+        _OTHER_ITEMS,
     ),
     "event_time": (
         ("timestamp",),

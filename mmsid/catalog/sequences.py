@@ -7,7 +7,6 @@ from functools import partial
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from mmsid.catalog.columns import Columns
 from mmsid.catalog.config import CatalogConfig
@@ -48,7 +47,9 @@ def read_sequences(
     where = f"{columns.path}, field {log.sequence!r}"
     lists = _item_lists(log, config, items, notes)
     found = encode(lists.values, where)
-    items.refuse_unknown(found, where, limit=max_unknown, elsewhere=partial(other_column, config, columns, items, used=[log.user, log.sequence]))
+    items.refuse_unknown(
+        found, where, limit=max_unknown, elsewhere=partial(other_column, config, columns, items, used=[log.user, log.sequence])
+    )
     item_of = items.rows_of(found, where, notes)
     times = None if log.time is None else _times(log, config, lists, found, problems, notes)
     row_of = np.repeat(np.arange(len(users.codes)), lists.lengths)
@@ -93,9 +94,7 @@ def _plain_column(columns: Columns, name: str) -> pa.ChunkedArray:
     return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
 
 
-def _times(
-    log: LogColumns, config: CatalogConfig, lists: Lists, found: Encoded, problems: Counter[str], notes: list[str]
-) -> np.ndarray:
+def _times(log: LogColumns, config: CatalogConfig, lists: Lists, found: Encoded, problems: Counter[str], notes: list[str]) -> np.ndarray:
     """Time (E,) of each interaction."""
     columns, column = log.columns, _plain_column(log.columns, log.time)
     if is_list(column.type):
@@ -118,7 +117,9 @@ def _times(
     bad = np.flatnonzero((found.codes >= 0) & ~(np.abs(values) < _LARGEST))
     if len(bad):
         value = times.values[int(bad[0])].as_py()
-        raise CatalogError(f"{field.place(int(bad[0]))}, field {log.time!r}: {str(value)[:80]!r} is not a time; give one time per interaction")
+        raise CatalogError(
+            f"{field.place(int(bad[0]))}, field {log.time!r}: {str(value)[:80]!r} is not a time; give one time per interaction"
+        )
     return values
 
 

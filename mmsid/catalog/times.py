@@ -114,8 +114,8 @@ def _parsed(column: pa.ChunkedArray, field: Field) -> pa.ChunkedArray:
         return found
     row = max(_rows_read(texts, kind) for kind in _READINGS)
     raise CatalogError(
-        f"{field.place(row)}, field {field.name!r}: {texts[row].as_py()[:80]!r} is neither a number nor a time like 2026-11-28T09:30:00, or "
-        "the rows before it are written in another way; correct the cell"
+        f"{field.place(row)}, field {field.name!r}: {texts[row].as_py()[:80]!r} is neither a number nor a time like "
+        "2026-11-28T09:30:00, or the rows before it are written in another way; correct the cell"
     )
 
 
@@ -144,8 +144,8 @@ def _written(texts: pa.ChunkedArray, field: Field) -> pa.ChunkedArray | None:
         both = [found for date in _EITHER if (found := _in_notation(texts, date + clock)) is not None]
         if len(both) > 1 and not both[0].equals(both[1]):
             raise CatalogError(
-                f"{field.place(0)}, field {field.name!r}: {texts[0].as_py()!r} may be month/day/year or day/month/year, and no row decides it; "
-                "write the dates as 2026-11-28"
+                f"{field.place(0)}, field {field.name!r}: {texts[0].as_py()!r} may be month/day/year or day/month/year, and no row "
+                "decides it; write the dates as 2026-11-28"
             )
         if both:
             return both[0]
