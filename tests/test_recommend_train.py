@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pyarrow as pa
@@ -101,6 +102,22 @@ def test_the_stage_writes_metrics_table_ranks_and_differences(catalogue, tmp_pat
     assert ranks.num_rows == 2 * USERS and set(ranks.column_names) == {"user_id", "part", "above", "tied"}
     table = (out / "ranking.md").read_text()
     assert "| best achievable | best_achievable |" in table and "95 % interval" in table
+
+
+def test_targets_that_repeat_seen_items_are_said_before_training_and_in_the_table(catalogue):
+    folder, numbers = catalogue
+    ids = list(numbers)
+    users = [{"user_id": f"u{user}", "items": [*ids[user : user + 4], ids[user]]} for user in range(30)]
+    pq.write_table(pa.Table.from_pylist(users), folder / "sequences.parquet")
+    message = "30 of 30 test targets cannot be ranked"
+    with pytest.warns(UserWarning, match=message):
+        out = train.run(config_for(folder, schedule={"epochs": 1}))
+    assert message in (out / "ranking.md").read_text() and figures(out)["random"][0]["HR@10"]["mean"] == 0
+    catalog = {"items": folder / "items.parquet", "sequences": folder / "sequences.parquet", "split": {"repeats": "first"}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        out = train.run(config_for(folder, schedule={"epochs": 1}, catalog=catalog, out=folder / "first"))
+    assert message not in (out / "ranking.md").read_text() and figures(out)["popularity"][0]["HR@10"]["mean"] > 0
 
 
 def test_a_finished_seed_is_not_run_again(catalogue, monkeypatch):

@@ -4,7 +4,7 @@ from mmsid.catalog.catalog import Catalog, read_catalog
 from mmsid.catalog.coengagement import adjacent_pairs, co_engagement
 from mmsid.catalog.config import CatalogConfig, Fields, PictureLimits, SplitConfig
 from mmsid.catalog.describe import describe, summary
-from mmsid.catalog.histories import UserHistory
+from mmsid.catalog.histories import Histories, UserHistory
 from mmsid.catalog.item import Item
 from mmsid.catalog.pictures import load_picture
 from mmsid.catalog.splits import Split, split_histories
@@ -13,6 +13,7 @@ __all__ = [
     "Catalog",
     "CatalogConfig",
     "Fields",
+    "Histories",
     "Item",
     "PictureLimits",
     "Split",

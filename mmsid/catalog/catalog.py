@@ -16,7 +16,7 @@ import numpy as np
 
 from mmsid.artifacts import read_manifest
 from mmsid.catalog.config import CatalogConfig
-from mmsid.catalog.histories import Histories, UserHistory
+from mmsid.catalog.histories import Histories
 from mmsid.catalog.ingest.build import build as build_files
 from mmsid.catalog.ingest.built import Built
 from mmsid.catalog.ingest.writing import HISTORIES, ITEMS, PRESENT, VECTORS
@@ -36,20 +36,25 @@ class Catalog:
         sha256: hash of item ids, content and histories. It does not depend on row order or user ids.
         problems: count of each code of `Item.problems`, of rows that are no items (`no_id`, `duplicate_id`), and of the problems of
             histories: `unknown_item` (interactions dropped), `user_without_items` (users dropped), `timestamps_out_of_order` (users
-            whose interactions were sorted), `repeated_item` (interactions with an item that the user has engaged with before), and
-            the codes of `mmsid.catalog.events`; `vector_of_unknown_item` counts the vectors of items that the catalogue does not have.
+            whose interactions were sorted), `timestamp_of_other_unit` (times in another unit than most), `user_in_several_rows` (users
+            whose rows were merged), `repeated_row` (rows dropped that repeat another one of their user), `duplicate_event` (events that
+            repeat user, item and time), `repeated_item` (interactions with an item that the user has engaged with before), and the
+            codes of `mmsid.catalog.events`. `vector_of_unknown_item` counts the vectors of items that the catalogue does not have.
         vectors: vectors of the items in their order, the families beside each other; None if the configuration names none.
         notes: facts on the sources for the user, one line each.
         not_read: columns of the items table that no field refers to.
     """
 
     items: Sequence[Item]
-    histories: Sequence[UserHistory] = ()
+    histories: Histories = field(default_factory=lambda: Histories.of([]))
     sha256: str = ""
     problems: Counter[str] = field(default_factory=Counter)
     vectors: ItemVectors | None = None
     notes: Sequence[str] = ()
     not_read: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        self.histories = Histories.of(self.histories)
 
     @classmethod
     def read(cls, catalog: CatalogConfig | Mapping[str, Any] | str | Path) -> Catalog:
@@ -114,7 +119,7 @@ def read_catalog(config: CatalogConfig) -> Catalog:
 def _open(folder: Path, config: CatalogConfig, built: Built) -> Catalog:
     items = ItemTable.open(folder / ITEMS, config.root.absolute())
     users = config.users_file is not None
-    histories = Histories.open(folder / HISTORIES) if users else ()
+    histories = Histories.open(folder / HISTORIES) if users else Histories.of([])
     problems = built.problems + (built.history_problems if users else Counter())
     vectors = None
     if built.vector_widths:

@@ -5,7 +5,6 @@ Ids become the same texts and times the same numbers as in `tables.Cells`, which
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,6 +91,8 @@ def _column(values: list) -> pa.Array:
 def id_texts(column: pa.ChunkedArray, place: str) -> pa.ChunkedArray:
     """Ids (R,) as texts without surrounding white space. Empty texts and NaN become null. Whole floats lose their `.0`.
 
+    Bytes are read as UTF-8, UUIDs are written with hyphens.
+
     Args:
         place: file and field, for messages.
 
@@ -100,6 +101,10 @@ def id_texts(column: pa.ChunkedArray, place: str) -> pa.ChunkedArray:
     """
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
+    if isinstance(column.type, pa.UuidType):
+        column = pa.chunked_array([pa.array([None if each is None else str(each) for each in column.to_pylist()], pa.large_string())])
+    if pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type):
+        column = _decoded(column, place)
     kind = column.type
     if pa.types.is_floating(kind):
         column = _float_texts(column)
@@ -112,70 +117,19 @@ def id_texts(column: pa.ChunkedArray, place: str) -> pa.ChunkedArray:
     return pc.if_else(pc.equal(column, ""), pa.scalar(None, pa.large_string()), column)
 
 
+def _decoded(column: pa.ChunkedArray, place: str) -> pa.ChunkedArray:
+    try:
+        return column.cast(pa.large_binary()).cast(pa.large_string())
+    except pa.ArrowException as error:
+        raise CatalogError(f"{place}: holds bytes that are not UTF-8 text; map another column or write the ids as text") from error
+
+
 def _float_texts(column: pa.ChunkedArray) -> pa.ChunkedArray:
     values = pc.cast(column, pa.float64())
     whole = pc.and_(pc.equal(pc.trunc(values), values), pc.less_equal(pc.abs(values), _WHOLE_NUMBERS))
     numbers = pc.cast(pc.if_else(whole, values, 0.0), pa.int64()).cast(pa.large_string())
     texts = pc.if_else(whole, numbers, pc.cast(values, pa.large_string()))
     return pc.if_else(pc.is_nan(values), pa.scalar(None, pa.large_string()), texts)
-
-
-_READINGS = (pa.int64(), pa.float64(), pa.timestamp("us"), pa.timestamp("us", "UTC"))  # of a text, in this order
-
-
-def numbers(columns: Columns, field: str) -> np.ndarray:
-    """Numbers (R,) of a column: int64 if all are whole numbers, otherwise float64 with NaN where one is missing.
-
-    Dates, times and texts like 2026-11-28T09:30:00 become seconds since 1970, in UTC if they name no zone.
-
-    Raises:
-        CatalogError: a value is none of these; the message names its row.
-    """
-    column = columns.table[field]
-    if pa.types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
-    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-        column = _parsed(column, columns, field)
-    kind = column.type
-    if pa.types.is_timestamp(kind) or pa.types.is_date(kind):
-        microseconds = column.cast(pa.timestamp("us", getattr(kind, "tz", None)), safe=False).cast(pa.int64())
-        return pc.divide(microseconds.cast(pa.float64(), safe=False), 1e6).to_numpy()
-    if pa.types.is_signed_integer(kind) and not column.null_count:
-        return column.cast(pa.int64()).to_numpy()
-    if is_number(kind) or pa.types.is_decimal(kind) or pa.types.is_null(kind):
-        return column.cast(pa.float64(), safe=False).to_numpy()
-    raise CatalogError(f"{columns.path}, field {field!r}: holds {kind}, expected numbers or times; map another column or convert it")
-
-
-def _parsed(column: pa.ChunkedArray, columns: Columns, field: str) -> pa.ChunkedArray:
-    texts = pc.utf8_trim_whitespace(column)
-    texts = pc.if_else(pc.equal(texts, ""), pa.scalar(None, texts.type), texts)
-    for kind in _READINGS:
-        if _reads(texts, kind):
-            return texts.cast(kind)
-    row = max(_rows_read(texts, kind) for kind in _READINGS)
-    raise CatalogError(
-        f"{columns.place(row)}, field {field!r}: {texts[row].as_py()[:80]!r} is neither a number nor a time like 2026-11-28T09:30:00, or "
-        "the rows before it are written in another way; correct the cell"
-    )
-
-
-def _reads(texts: pa.ChunkedArray, kind: pa.DataType) -> bool:
-    try:
-        texts.cast(kind)
-    except pa.ArrowException:
-        return False
-    return True
-
-
-def _rows_read(texts: pa.ChunkedArray, kind: pa.DataType) -> int:
-    """Length of the longest beginning of the column that can be read as `kind`, by bisection."""
-    return bisect.bisect_left(range(len(texts)), True, key=lambda row: not _reads(texts.slice(0, row + 1), kind))
-
-
-def is_number(kind: pa.DataType) -> bool:
-    """Whether the type holds integers or floating-point numbers."""
-    return pa.types.is_floating(kind) or pa.types.is_integer(kind)
 
 
 def rows_of(ids: pa.ChunkedArray, item_ids: Sequence[str]) -> np.ndarray:

@@ -98,6 +98,10 @@ class PictureLimits(Section):
     max_total_bytes: int = Field(**_default(100_000_000_000), gt=0)
 
 
+def _is_keep(value: str) -> bool:
+    return value == "keep"  # the dump of a split without the key stays that of earlier versions, and finished stages stay valid
+
+
 class SplitConfig(Section):
     """Split of the histories into train, valid and test.
 
@@ -106,6 +110,8 @@ class SplitConfig(Section):
         inner_held_out: share of the train users that no model is fitted on.
         seed: seed of the choice of these users.
         valid_from, test_from: quantiles of all timestamps at which valid and test begin. Used by the time split only.
+        repeats: `keep` all interactions, or count an item at the user's `first` interaction with it only. Seen items are masked in
+            evaluation, so a target that repeats an item cannot be ranked.
     """
 
     method: Literal["leave_one_out", "time"] = "leave_one_out"
@@ -113,6 +119,7 @@ class SplitConfig(Section):
     seed: int = 0
     valid_from: float = Field(default=0.8, gt=0.0, lt=1.0)
     test_from: float = Field(default=0.9, gt=0.0, lt=1.0)
+    repeats: Literal["keep", "first"] = Field(default="keep", exclude_if=_is_keep)
 
     @model_validator(mode="after")
     def _ordered(self) -> SplitConfig:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from mmsid.catalog.catalog import Catalog
-from mmsid.catalog.splits import Split
+from mmsid.catalog.splits import Split, seen_targets_warning
 
 
 def describe(catalog: Catalog, split: Split | None = None) -> dict[str, Any]:
@@ -21,7 +19,7 @@ def describe(catalog: Catalog, split: Split | None = None) -> dict[str, Any]:
         "distinct_contents": len(set(catalog.content_hashes)),
         **_content_counts(catalog),
         "users": len(catalog.histories),
-        "interactions": sum(len(user.rows) for user in catalog.histories),
+        "interactions": len(catalog.histories.rows),
         "problems": dict(sorted(catalog.problems.items())),
         "not_read": list(catalog.not_read),
         "notes": list(catalog.notes),
@@ -29,15 +27,15 @@ def describe(catalog: Catalog, split: Split | None = None) -> dict[str, Any]:
     }
     if catalog.vectors is not None:
         facts |= {"items_with_vector": int(catalog.vectors.present.sum()), "vector_widths": list(catalog.vectors.widths)}
-    if any(user.weights is not None for user in catalog.histories):
-        facts["weight"] = sum(float(user.weights.sum()) for user in catalog.histories)
+    if catalog.histories.weights is not None:
+        facts["weight"] = float(catalog.histories.weights.sum())
     if split is not None:
         facts["split"] = {
             "train_interactions": sum(map(len, split.train)),
             "valid_users": len(split.users("valid")),
             "test_users": len(split.users("test")),
             "held_out_users": int(split.held_out.sum()),
-            "target_seen_before": sum(bool(np.isin(split.test[user], split.before_test[user])) for user in split.users("test")),
+            "target_seen_before": int(split.target_seen_before("test").sum()),
         }
     return facts
 
@@ -89,6 +87,8 @@ def summary(facts: dict[str, Any]) -> str:
             f"{split['test_users']:,} test users, {split['held_out_users']:,} users held out of train; "
             f"{split['target_seen_before']:,} test targets seen before"
         )
+        if warning := seen_targets_warning(split["target_seen_before"], split["test_users"]):
+            lines.append(f"warning       {warning}")
     problems = ", ".join(f"{code} {count:,}" for code, count in facts["problems"].items())
     lines.append(f"problems      {problems or 'none'}")
     if facts["not_read"]:

@@ -1,130 +1,142 @@
 """Histories of users, read from a table of typed events: one row per event with user, item, time, and optionally type and weight.
 
-The rows may have any order. Arrow and numpy group them: 10^7 rows take well under a minute, and no Python object is made per event.
+The rows may have any order. Arrow and numpy group them, and no Python object is made per event.
 Rows that are left out are counted in `Catalog.problems` as `event_without_...`, `event_of_weight_zero` and `unknown_item`.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mmsid.catalog.columns import Columns, id_texts, no_known_id, numbers, read_columns, rows_of
+from mmsid.catalog.columns import Columns
 from mmsid.catalog.config import CatalogConfig
-from mmsid.catalog.histories import UserHistory
-from mmsid.catalog.item import Item
+from mmsid.catalog.histories import Histories
+from mmsid.catalog.item_ids import Encoded, ItemIds, encode
+from mmsid.catalog.log_columns import LogColumns
+from mmsid.catalog.log_hints import other_column
+from mmsid.catalog.times import Field, read_numbers, read_times
 from mmsid.errors import CatalogError
 
 _WITHOUT = ("event_without_user", "event_without_item", "event_without_time", "event_without_type", "event_without_weight")
 _OF_WEIGHT_ZERO = "event_of_weight_zero"
 
 
-def read_events(config: CatalogConfig, items: list[Item], problems: Counter[str]) -> list[UserHistory]:
-    """Read the histories of `config.events`, in time order, with item rows that index `items`.
+def read_events(
+    log: LogColumns,
+    config: CatalogConfig,
+    items: ItemIds,
+    content_rank: np.ndarray,
+    problems: Counter[str],
+    notes: list[str],
+    max_unknown: float,
+) -> Histories:
+    """Histories of a table with one row per event, in time order, with users in the order in which they first occur.
 
     Events of equal time are ordered by the content of their items, then by weight, so that the order of the rows has no influence.
+    Events that repeat user, item and time of another one stay, and are counted as `duplicate_event`.
 
     Raises:
-        CatalogError: the table is unreadable, a column is absent or holds other values than expected, a type is not listed in
-            `config.event_types`, a weight is negative, or no event is of an item of the catalogue.
+        CatalogError: a column holds other values than expected, a type is not listed in `config.event_types`, a weight is negative,
+            or more than the share `max_unknown` of the interactions is of unknown items.
     """
-    fields, item_ids = config.fields, [item.item_id for item in items]
-    selected = [fields.user_id, fields.event_item, fields.event_time, fields.event_type, fields.event_weight]
-    columns = read_columns(config.events, selected, config_key="catalog.events")
-    _check_columns(columns, config)
-    users, event_items = _ids(columns, fields.user_id), _ids(columns, fields.event_item)
-    times = numbers(columns, fields.event_time)
-    factors = (_type_weights(columns, config), _given_weights(columns, config))
-    absent = [pc.is_null(users).to_numpy(), pc.is_null(event_items).to_numpy(), ~np.isfinite(times), *map(np.isnan, factors)]
+    columns = log.columns
+    where = f"{columns.path}, field {log.item!r}"
+    users, event_items = _ids(columns, log.user), _ids(columns, log.item)
+    times = read_times(_field(columns, log.time), problems, notes)
+    factors = [_type_weights(log, config, notes), _given_weights(log)]
     complete = np.ones(len(times), dtype=bool)
+    absent = (users.codes < 0, event_items.codes < 0, ~np.isfinite(times), *(None if each is None else np.isnan(each) for each in factors))
     for code, rows in zip(_WITHOUT, absent, strict=True):
-        problems[code] += int((rows & complete).sum())
-        complete &= ~rows
-    weights = factors[0] * factors[1]
-    item_of = rows_of(event_items, item_ids)
-    if complete.any() and not (item_of >= 0).any():
-        raise no_known_id(columns.path, fields.event_item, event_items, item_ids)
-    counted = complete & (weights > 0)
+        if rows is not None:
+            problems[code] += int((rows & complete).sum())
+            complete &= ~rows
+    items.refuse_unknown(
+        event_items, where, complete, limit=max_unknown, elsewhere=partial(other_column, config, columns, items, used=[log.user, log.item])
+    )
+    item_of = items.rows_of(event_items, where, notes)
+    given = [each for each in factors if each is not None]
+    weights = np.prod(given, axis=0) if given else None
+    counted = complete if weights is None else complete & (weights > 0)
     kept = counted & (item_of >= 0)
     problems[_OF_WEIGHT_ZERO] += int((complete & ~counted).sum())
     problems["unknown_item"] += int((counted & ~kept).sum())
-    encoded = users.combine_chunks().dictionary_encode()
-    user_of = pc.fill_null(encoded.indices, -1).to_numpy()
-    problems["user_without_items"] += len(np.unique(user_of[complete])) - len(np.unique(user_of[kept]))
-    return _grouped(encoded.dictionary, user_of[kept], item_of[kept], times[kept], weights[kept], _content_rank(items))
+    problems["user_without_items"] += int(((users.counts(complete) > 0) & (users.counts(kept) == 0)).sum())
+    weights = None if weights is None else weights[kept]
+    if weights is not None and (weights == 1.0).all():
+        weights = None
+    return _grouped(users.ids, users.codes[kept], item_of[kept], times[kept], weights, content_rank, problems)
 
 
-def _check_columns(columns: Columns, config: CatalogConfig) -> None:
-    """Raise CatalogError when a column is absent that the configuration sets or that events need."""
-    fields = config.fields
-    needed = {"user_id", "event_item", "event_time"} | (fields.model_fields_set & {"event_type", "event_weight"})
-    for field in sorted(needed | ({"event_type"} if config.event_types else set())):
-        column = getattr(fields, field)
-        if column not in columns.names:
-            found = ", ".join(columns.names)
-            raise CatalogError(
-                f"{columns.path}: no column {column!r} (catalog.fields.{field}); found: {found}; correct the mapping or add the column"
-            )
+def _ids(columns: Columns, field: str) -> Encoded:
+    return encode(columns.table[field], f"{columns.path}, field {field!r}")
 
 
-def _ids(columns: Columns, field: str) -> pa.ChunkedArray:
-    return id_texts(columns.table[field], f"{columns.path}, field {field!r}")
+def _field(columns: Columns, name: str) -> Field:
+    return Field(columns.table[name], name, str(columns.path), columns.place)
 
 
-def _type_weights(columns: Columns, config: CatalogConfig) -> np.ndarray:
-    """Weight (R,) of the type of each event, NaN where the type is missing; 1 if the configuration lists no types."""
-    listed = config.event_types
+def _type_weights(log: LogColumns, config: CatalogConfig, notes: list[str]) -> np.ndarray | None:
+    """Weight (R,) of the type of each event, NaN where the type is missing; None if the configuration lists no types."""
+    listed, columns = config.event_types, log.columns
+    if log.type is None or log.type not in columns.table.column_names:
+        return None
+    types = _ids(columns, log.type)
     if not listed:
-        return np.ones(columns.table.num_rows)
-    types = _ids(columns, config.fields.event_type)
-    index = rows_of(types, list(listed))
-    unlisted = np.flatnonzero((index < 0) & pc.is_valid(types).to_numpy())
+        counts = types.counts()
+        if len(counts) > 1:
+            common = ", ".join(f"{types.ids[int(index)].as_py()} {counts[index]:,}" for index in np.argsort(-counts, kind="stable")[:5])
+            notes.append(
+                f"{columns.path}, field {log.type!r}: all {len(counts)} types count alike ({common}); "
+                "set catalog.event_types to weight them"
+            )
+        return None
+    known = pc.fill_null(pc.index_in(types.ids, pa.array([*listed], pa.large_string())), -1).to_numpy(zero_copy_only=False)
+    unlisted = np.flatnonzero(np.append(known, 0)[types.codes] < 0)
     if len(unlisted):
-        found = types[int(unlisted[0])].as_py()
+        found = types.ids[int(types.codes[unlisted[0]])].as_py()
         raise CatalogError(
-            f"{columns.place(int(unlisted[0]))}, field {config.fields.event_type!r}: type {found!r} is not listed in catalog.event_types "
+            f"{columns.place(int(unlisted[0]))}, field {log.type!r}: type {found!r} is not listed in catalog.event_types "
             f"({', '.join(listed)}); list it with its weight, or with 0 to leave its events out"
         )
-    return np.append(np.array(list(listed.values()), dtype=np.float64), np.nan)[index]
+    weights = np.array(list(listed.values()), dtype=np.float64)[known]
+    return np.append(weights, np.nan)[types.codes]
 
 
-def _given_weights(columns: Columns, config: CatalogConfig) -> np.ndarray:
-    """Weight (R,) in the weight column, NaN where it is missing; 1 without such a column."""
-    field = config.fields.event_weight
-    if field not in columns.names:
-        return np.ones(columns.table.num_rows)
-    weights = numbers(columns, field).astype(np.float64)
+def _given_weights(log: LogColumns) -> np.ndarray | None:
+    """Weight (R,) in the weight column, NaN where it is missing; None without such a column."""
+    if log.weight is None:
+        return None
+    weights = read_numbers(_field(log.columns, log.weight)).astype(np.float64)
     wrong = np.flatnonzero((weights < 0) | np.isinf(weights))
     if len(wrong):
         raise CatalogError(
-            f"{columns.place(int(wrong[0]))}, field {field!r}: the weight is {weights[wrong[0]]:g}, expected a finite number of 0 or more; "
-            "correct it"
+            f"{log.columns.place(int(wrong[0]))}, field {log.weight!r}: the weight is {weights[wrong[0]]:g}, expected a finite number of 0 "
+            "or more; correct it"
         )
     return weights
 
 
 def _grouped(
-    names: pa.Array, user_of: np.ndarray, item_of: np.ndarray, times: np.ndarray, weights: np.ndarray, content_rank: np.ndarray
-) -> list[UserHistory]:
-    """Histories of the users `names` from their events (E,), which index users and items."""
-    order = np.lexsort((weights, content_rank[item_of], times, user_of))
-    user_of, item_of, times, weights = user_of[order], item_of[order], times[order], weights[order]
+    ids: pa.Array,
+    user_of: np.ndarray,
+    item_of: np.ndarray,
+    times: np.ndarray,
+    weights: np.ndarray | None,
+    content_rank: np.ndarray,
+    problems: Counter[str],
+) -> Histories:
+    """Histories of the users `ids` from their events (E,), which index users and items."""
+    keys = (content_rank[item_of], times, user_of)
+    order = np.lexsort(keys if weights is None else (weights, *keys))
+    user_of, item_of, times = user_of[order], item_of[order], times[order]
+    same = (user_of[1:] == user_of[:-1]) & (item_of[1:] == item_of[:-1]) & (times[1:] == times[:-1])
+    problems["duplicate_event"] += int(same.sum())
     starts = np.flatnonzero(np.diff(user_of, prepend=-1))
-    uniform = bool((weights == 1.0).all())
-    return [
-        UserHistory(name, item_of[start:end], times[start:end], None if uniform else weights[start:end])
-        for name, start, end in zip(
-            names.take(pa.array(user_of[starts])).to_pylist(), starts.tolist(), [*starts[1:].tolist(), len(user_of)], strict=True
-        )
-    ]
-
-
-def _content_rank(items: list[Item]) -> np.ndarray:
-    """Position (N,) of each item in the order of content, with the id as the last resort."""
-    order = sorted(range(len(items)), key=lambda row: (items[row].content_sha256, items[row].item_id))
-    rank = np.empty(len(items), dtype=np.int64)
-    rank[order] = np.arange(len(items))
-    return rank
+    offsets = np.append(starts, len(user_of)).astype(np.int64)
+    users = ids.take(pa.array(user_of[starts]))
+    return Histories(users, offsets, item_of, times, None if weights is None else weights[order])

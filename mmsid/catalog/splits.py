@@ -16,6 +16,8 @@ import numpy as np
 
 from mmsid.catalog.catalog import Catalog
 from mmsid.catalog.config import SplitConfig
+from mmsid.catalog.histories import Histories, Slices
+from mmsid.catalog.history_order import content_digests
 from mmsid.errors import CatalogError
 
 
@@ -33,12 +35,12 @@ class Split:
         valid_weight, test_weight: (U,) float64, weights of the target events, 0 where there is no target; or None.
     """
 
-    train: list[np.ndarray]
+    train: Sequence[np.ndarray]
     valid: np.ndarray
     test: np.ndarray
-    before_test: list[np.ndarray]
+    before_test: Sequence[np.ndarray]
     held_out: np.ndarray
-    train_weights: list[np.ndarray] | None = None
+    train_weights: Sequence[np.ndarray] | None = None
     valid_weight: np.ndarray | None = None
     test_weight: np.ndarray | None = None
 
@@ -60,6 +62,14 @@ class Split:
     def history(self, user: int, which: Literal["valid", "test"]) -> np.ndarray:
         """Input history of the user in this part. Its items are the seen items, which must not be recommended."""
         return self.train[user] if which == "valid" else self.before_test[user]
+
+    def target_seen_before(self, which: Literal["valid", "test"]) -> np.ndarray:
+        """(n,) bool for the users of `users(which)`: whether the target occurs in the user's own history, and so cannot be ranked."""
+        users = self.users(which)
+        inputs = Slices.of(self.train if which == "valid" else self.before_test).take(users)
+        positions, offsets = inputs.positions()
+        targets = np.repeat((self.valid if which == "valid" else self.test)[users], inputs.lengths)
+        return np.diff(np.append(0, np.cumsum(inputs.values[positions] == targets))[offsets]) > 0
 
     def users(self, which: Literal["valid", "test"]) -> np.ndarray:
         """Indices (int64) of the users that have a target in this part."""
@@ -99,80 +109,92 @@ def split_histories(catalog: Catalog, config: SplitConfig) -> Split:
     in train only. Time: two cuts at quantiles of all timestamps. A user's first interaction in [valid cut, test cut) is the valid
     target, the first one at or after the test cut the test target. A target without any earlier interaction is dropped.
 
+    With `config.repeats` set to `first`, repeated interactions with an item are left out first.
+
     Raises:
         CatalogError: the method is `time` and the histories have no timestamps.
     """
-    if config.method == "time":
-        cuts = _time_cuts(catalog, config)
-        parts = [_cut_by_time(user.timestamps, *cuts) for user in catalog.histories]
-    else:
-        parts = [_leave_one_out(len(user.rows)) for user in catalog.histories]
-    train = [user.rows[: part.train] for user, part in zip(catalog.histories, parts, strict=True)]
-    valid, test = (np.array([getattr(part, name) for part in parts], dtype=np.int64) for name in ("valid", "test"))
+    histories = catalog.histories if config.repeats == "keep" else catalog.histories.keep(~catalog.histories.repeated())
+    starts, lengths = histories.offsets[:-1], histories.lengths
+    parts = _cut_by_time(histories, config) if config.method == "time" else _leave_one_out(lengths)
+    train = Slices(histories.rows, starts, starts + parts.train)
     split = Split(
         train=train,
-        valid=_at([user.rows for user in catalog.histories], valid, -1, np.int64),
-        test=_at([user.rows for user in catalog.histories], test, -1, np.int64),
-        before_test=[user.rows[: part.before_test] for user, part in zip(catalog.histories, parts, strict=True)],
+        valid=_at(histories.rows, starts, parts.valid, -1),
+        test=_at(histories.rows, starts, parts.test, -1),
+        before_test=Slices(histories.rows, starts, starts + parts.before_test),
         held_out=inner_held_out(catalog, train, config),
     )
-    if not any(user.weights is not None for user in catalog.histories):
+    if histories.weights is None:
         return split
-    weights = [user.weights for user in catalog.histories]
     return replace(
         split,
-        train_weights=[values[: part.train] for values, part in zip(weights, parts, strict=True)],
-        valid_weight=_at(weights, valid, 0.0, np.float64),
-        test_weight=_at(weights, test, 0.0, np.float64),
+        train_weights=Slices(histories.weights, starts, starts + parts.train),
+        valid_weight=_at(histories.weights, starts, parts.valid, 0.0),
+        test_weight=_at(histories.weights, starts, parts.test, 0.0),
     )
 
 
 class _Parts(NamedTuple):
-    """Parts of a history of T interactions: lengths of the prefixes `train` and `before_test`, positions of the targets or -1."""
+    """Parts of the histories of U users: lengths (U,) of the prefixes `train` and `before_test`, positions (U,) of the targets or -1."""
 
-    train: int
-    valid: int
-    test: int
-    before_test: int
+    train: np.ndarray
+    valid: np.ndarray
+    test: np.ndarray
+    before_test: np.ndarray
 
 
-def _at(values: list[np.ndarray], positions: np.ndarray, missing: float, kind: type) -> np.ndarray:
+def _at(values: np.ndarray, starts: np.ndarray, positions: np.ndarray, missing: float) -> np.ndarray:
     """Value (U,) of each user at a position of the history, `missing` where the position is -1."""
-    return np.array([each[place] if place >= 0 else missing for each, place in zip(values, positions.tolist(), strict=True)], dtype=kind)
+    found = np.full(len(starts), missing, dtype=values.dtype)
+    given = positions >= 0
+    found[given] = values[starts[given] + positions[given]]
+    return found
 
 
-def _leave_one_out(length: int) -> _Parts:
-    if length < 3:
-        return _Parts(length, -1, -1, length)
-    return _Parts(length - 2, length - 2, length - 1, length - 1)
+def _leave_one_out(lengths: np.ndarray) -> _Parts:
+    long = lengths >= 3
+    return _Parts(lengths - 2 * long, np.where(long, lengths - 2, -1), np.where(long, lengths - 1, -1), lengths - long)
 
 
-def _time_cuts(catalog: Catalog, config: SplitConfig) -> tuple[float, float]:
-    if not catalog.histories or any(user.timestamps is None for user in catalog.histories):
+def _cut_by_time(histories: Histories, config: SplitConfig) -> _Parts:
+    if not histories or histories.timestamps is None:
         raise CatalogError(
             "split.method is 'time' but the sequences have no timestamps; set catalog.fields.timestamps or use 'leave_one_out'"
         )
-    times = np.concatenate([user.timestamps for user in catalog.histories])
     # 'higher' returns a timestamp that occurs, so that rounding cannot separate equal timestamps
-    valid_cut, test_cut = np.quantile(times, [config.valid_from, config.test_from], method="higher")
-    return valid_cut, test_cut
-
-
-def _cut_by_time(times: np.ndarray, valid_cut: float, test_cut: float) -> _Parts:
-    first_valid, first_test = np.searchsorted(times, [valid_cut, test_cut], side="left").tolist()
-    valid = first_valid if 0 < first_valid < first_test else -1
-    test = first_test if 0 < first_test < len(times) else -1
+    cuts = np.quantile(histories.timestamps, [config.valid_from, config.test_from], method="higher")
+    users = histories.user_of_row()
+    first_valid, first_test = (np.bincount(users[histories.timestamps < cut], minlength=len(histories)) for cut in cuts)
+    valid = np.where((first_valid > 0) & (first_valid < first_test), first_valid, -1)
+    test = np.where((first_test > 0) & (first_test < histories.lengths), first_test, -1)
     return _Parts(first_valid, valid, test, first_test)
 
 
-def inner_held_out(catalog: Catalog, train: list[np.ndarray], config: SplitConfig) -> np.ndarray:
+def inner_held_out(catalog: Catalog, train: Sequence[np.ndarray], config: SplitConfig) -> np.ndarray:
     """Choose the inner held-out users: (U,) bool, those with the lowest hash of (seed, content of the train prefix).
 
     At least one when the share is above 0 and two users have train interactions.
     """
+    train = Slices.of(train)
     held_out = np.zeros(len(train), dtype=bool)
-    with_train = [user for user, rows in enumerate(train) if len(rows)]
+    with_train = np.flatnonzero(train.lengths)
     count = math.ceil(config.inner_held_out * len(with_train)) if len(with_train) > 1 else 0
-    rank_hash = {user: hashlib.sha256(f"{config.seed}:{catalog.content_hash(train[user])}".encode()).hexdigest() for user in with_train}
-    held_out[sorted(with_train, key=lambda user: (rank_hash[user], user))[:count]] = True
+    if not count:
+        return held_out
+    contents = content_digests(train.take(with_train), [item.content_sha256 for item in catalog.items]).tobytes().hex()
+    prefix = f"{config.seed}:".encode()
+    hashes = (hashlib.sha256(prefix + contents[at : at + 64].encode()).digest() for at in range(0, len(contents), 64))
+    drawn = np.frombuffer(b"".join(hashes), ">u8").reshape(-1, 4)  # in the order of the hexadecimal hashes
+    held_out[with_train[np.lexsort((with_train, *drawn.T[::-1]))[:count]]] = True
     return held_out
+
+
+def seen_targets_warning(seen: int, targets: int) -> str | None:
+    """A sentence if more than half of the targets occur in their users' own histories, else None."""
+    if 2 * seen <= targets:
+        return None
+    return (
+        f"{seen:,} of {targets:,} test targets cannot be ranked, because their users have engaged with the item before and seen items are "
+        "masked in evaluation; set catalog.split.repeats: first to count each item at the user's first interaction only"
+    )

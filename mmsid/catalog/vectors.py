@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from mmsid.catalog.columns import id_texts, is_number, no_known_id, rows_of
+from mmsid.catalog.columns import id_texts, no_known_id, rows_of
+from mmsid.catalog.times import is_number
 from mmsid.errors import CatalogError
 
 ID, VECTOR, INTERACTIONS = "item_id", "vector", "interactions"

@@ -41,7 +41,7 @@ def write_ranks(path: Path, evaluations: Mapping[Part, Evaluation], catalog: Cat
     the schema's metadata."""
     columns: dict[str, list[Any]] = {"user_id": [], "part": [], "above": [], "tied": []}
     for part, evaluation in evaluations.items():
-        columns["user_id"] += [catalog.histories[user].user_id for user in evaluation.users]
+        columns["user_id"] += catalog.histories.user_ids.take(pa.array(evaluation.users)).to_pylist()
         columns["part"] += [part] * len(evaluation.users)
         columns["above"] += evaluation.ranks.above.tolist()
         columns["tied"] += evaluation.ranks.tied.tolist()
@@ -101,7 +101,7 @@ def dataset_facts(catalog: Catalog, split: Split) -> dict[str, Any]:
         "items": len(catalog.items),
         "valid_users": len(split.users("valid")),
         "test_users": len(split.users("test")),
-        "target_seen_before": sum(bool(np.isin(split.test[user], split.before_test[user])) for user in split.users("test")),
+        "target_seen_before": int(split.target_seen_before("test").sum()),
     }
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -21,6 +22,7 @@ from pydantic import Field
 from mmsid.accelerator import OneProcess, make_accelerator
 from mmsid.artifacts import read_json, write_json, writing
 from mmsid.catalog import Catalog, CatalogConfig, Split, read_catalog, split_histories
+from mmsid.catalog.splits import seen_targets_warning
 from mmsid.config import Section, StageConfig
 from mmsid.errors import ConfigError
 from mmsid.progress import done
@@ -142,6 +144,9 @@ def run(config: TrainRecommenderConfig) -> Path:
         raise ConfigError(
             "train_recommender: no user has an item to rank; give catalog.sequences or events with histories of 3 items or more"
         )
+    warning = seen_targets_warning(int(split.target_seen_before("test").sum()), len(split.users("test")))
+    if warning is not None:
+        warnings.warn(f"train_recommender: {warning}", stacklevel=2)
     item_ids = catalog.item_ids
     tables = {name: SidTable.load(path).align(item_ids) for name, path in config.variants.items()}
     inputs = {f"arm {name}": path if path.suffix == ".parquet" else path / "sids.parquet" for name, path in config.variants.items()}
@@ -166,7 +171,8 @@ def run(config: TrainRecommenderConfig) -> Path:
             rows = _rows(config, tables, draft.path)
             differences = _differences(config, rows, draft.path)
             write_json(draft.path / "metrics.json", {"dataset": dataset_facts(catalog, split), "arms": rows, "differences": differences})
-            (draft.path / "ranking.md").write_text(ranking_table(rows, differences), encoding="utf-8")
+            ranking = ranking_table(rows, differences) + ("" if warning is None else f"\nWarning: {warning}.\n")
+            (draft.path / "ranking.md").write_text(ranking, encoding="utf-8")
             draft.counts |= {"arms": len(rows), "items": len(catalog.items), "test_users": len(split.users("test"))}
         accelerator.wait_for_everyone()
     done(

@@ -17,7 +17,7 @@ from mmsid.catalog.arrow_files import CHUNK_ROWS, reordered, write_arrow
 from mmsid.catalog.canonical_order import break_ties
 from mmsid.catalog.config import CatalogConfig
 from mmsid.catalog.fields import FieldMapping, item_fields, resolve_mapping
-from mmsid.catalog.histories import Histories, read_histories
+from mmsid.catalog.histories import Histories
 from mmsid.catalog.history_order import sorted_by_content
 from mmsid.catalog.ingest.built import Built
 from mmsid.catalog.ingest.index import RowIndex
@@ -27,6 +27,7 @@ from mmsid.catalog.ingest.writing import CatalogWriter
 from mmsid.catalog.picture_sources.inspection import inspect_pictures
 from mmsid.catalog.pictures import InspectedPicture
 from mmsid.catalog.sources import OpenedTable, open_table
+from mmsid.catalog.user_logs import read_histories
 from mmsid.catalog.vectors import ItemVectors, concatenated, read_vectors
 from mmsid.errors import CatalogError
 from mmsid.progress import track

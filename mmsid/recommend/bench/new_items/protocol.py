@@ -115,17 +115,18 @@ def calendar_world(catalog: Catalog, config: SplitConfig, fit_until: float) -> N
     Raises:
         CatalogError: no timestamps, no new item, or no valid or test user.
     """
-    if not catalog.histories or any(user.timestamps is None for user in catalog.histories):
+    histories = catalog.histories
+    if not histories or histories.timestamps is None:
         raise CatalogError("the sequences have no timestamps; set catalog.fields.timestamps, or leave `calendar` out of suite.protocols")
     # 'higher' returns a timestamp that occurs, so that rounding cannot separate equal timestamps
-    cut = np.quantile(np.concatenate([user.timestamps for user in catalog.histories]), fit_until, method="higher")
-    parts = [(user.rows, int(np.searchsorted(user.timestamps, cut, side="left"))) for user in catalog.histories]
+    cut = np.quantile(histories.timestamps, fit_until, method="higher")
+    parts = [(user.rows, int(np.searchsorted(user.timestamps, cut, side="left"))) for user in histories]
     before = [rows[:first] for rows, first in parts]
     train = [rows[:-1] if len(rows) > 1 else rows for rows in before]
     valid = np.array([rows[-1] if len(rows) > 1 else -1 for rows in before], dtype=np.int64)
     test = np.array([rows[first] if 0 < first < len(rows) else -1 for rows, first in parts], dtype=np.int64)
     num_items = len(catalog.items)
-    new = (item_counts(before, num_items) == 0) & (item_counts([user.rows for user in catalog.histories], num_items) > 0)
+    new = (item_counts(before, num_items) == 0) & (item_counts([histories.rows], num_items) > 0)
     if not new.any():
         raise CatalogError(f"no item is first seen in the time from quantile {fit_until} on; lower suite.fit_until")
     whole = Split(train, valid, test, before, inner_held_out(catalog, train, config))
