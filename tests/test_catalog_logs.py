@@ -355,6 +355,20 @@ def test_a_catalogue_cut_by_max_items_does_not_count_the_others_as_unknown(tmp_p
     assert len(catalog.items) == 1 and sum(len(user.rows) for user in catalog.histories) < 3 and not catalog.problems["unknown_item"]
 
 
+@pytest.mark.parametrize("null", ["\\N", "NULL", "<NA>", "nan", ""])
+def test_null_texts_of_users_types_and_times_are_missing(tmp_path, null):
+    log = [{"user_id": "u", "item_id": "i0", "timestamp": "5", "event_type": "click"}]
+    log += [log[0] | {name: null} for name in ("user_id", "timestamp", "event_type")]
+    catalog = read(tmp_path, log, kind=".csv", event_types={"click": 1})
+    assert histories(catalog) == {"u": ["i0"]}
+    assert catalog.problems == {"event_without_user": 1, "event_without_time": 1, "event_without_type": 1}
+    assert "empty, expected an id" in refusal(tmp_path, [{"user_id": null, "items": "i0"}], key="sequences", kind=".csv")
+
+
+def test_an_item_may_be_called_none(tmp_path):
+    assert histories(read(tmp_path, events(found=[("u", "None", 1)]), ids=["None", "a"])) == {"u": ["None"]}
+
+
 # repeat purchases
 
 

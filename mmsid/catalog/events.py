@@ -46,7 +46,7 @@ def read_events(
     """
     columns = log.columns
     where = f"{columns.path}, field {log.item!r}"
-    users, event_items = _ids(columns, log.user), _ids(columns, log.item)
+    users, event_items = _ids(columns, log.user), encode(columns.table[log.item], where)
     times = read_times(_field(columns, log.time), problems, notes)
     factors = [_type_weights(log, config, notes), _given_weights(log)]
     complete = np.ones(len(times), dtype=bool)
@@ -73,7 +73,7 @@ def read_events(
 
 
 def _ids(columns: Columns, field: str) -> Encoded:
-    return encode(columns.table[field], f"{columns.path}, field {field!r}")
+    return encode(columns.table[field], f"{columns.path}, field {field!r}", with_nulls=True)
 
 
 def _field(columns: Columns, name: str) -> Field:

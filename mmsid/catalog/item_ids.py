@@ -16,6 +16,7 @@ from mmsid.errors import CatalogError
 MOST_UNKNOWN = 0.5  # a log of which more than this share is of unknown items is refused
 _SAMPLE = 10_000  # unknown ids that the search for a cause looks at
 _SHOWN = 3
+_NULLS = ("\\N", "NULL", "<NA>", "nan", "NaN", "None")
 _FLOAT = r"^(-?\d+)\.0+$"
 _ZEROS = r"^0+(\d)"
 _ROUNDED = r"^\d([.,]\d+)?[eE]\+?\d+$"
@@ -40,19 +41,27 @@ class Encoded:
         return np.bincount(codes[codes >= 0], minlength=len(self.ids))
 
 
-def encode(column: pa.ChunkedArray, place: str) -> Encoded:
+def encode(column: pa.ChunkedArray, place: str, *, with_nulls: bool = False) -> Encoded:
     """Encode a column of ids as texts without surrounding white space; numbers lose a trailing `.0`.
+
+    Args:
+        place: file and field, for messages.
+        with_nulls: texts by which exports mean a missing value, like `NULL` and `\\N`, are missing.
 
     Raises:
         CatalogError: the column holds neither texts nor numbers.
     """
     if not isinstance(column.type, pa.BaseExtensionType) and not pa.types.is_nested(column.type) and not pa.types.is_null(column.type):
-        chunks = pc.dictionary_encode(column).unify_dictionaries().chunks
+        # all chunks of a column that is encoded here share one dictionary; unifying them again is slow
+        encoded = column.unify_dictionaries() if pa.types.is_dictionary(column.type) else pc.dictionary_encode(column)
+        chunks = encoded.chunks
         codes = [pc.fill_null(chunk.indices, -1).to_numpy(zero_copy_only=False).astype(np.int64) for chunk in chunks]
         first = np.concatenate([np.zeros(0, np.int64), *codes])
         texts = id_texts(pa.chunked_array([chunks[0].dictionary if chunks else pa.array([], column.type)]), place)
     else:
         texts, first = id_texts(column, place), np.arange(len(column))
+    if with_nulls:
+        texts = pc.if_else(pc.is_in(texts, pa.array(_NULLS, texts.type)), pa.scalar(None, texts.type), texts)
     # distinct values can become equal texts
     again = pc.dictionary_encode(texts.combine_chunks())
     again = again.combine_chunks() if isinstance(again, pa.ChunkedArray) else again

@@ -40,7 +40,7 @@ def read_sequences(
             `max_unknown` of the interactions is of unknown items.
     """
     columns = log.columns
-    users = encode(columns.table[log.user], f"{columns.path}, field {log.user!r}")
+    users = encode(columns.table[log.user], f"{columns.path}, field {log.user!r}", with_nulls=True)
     if (users.codes < 0).any():
         place = columns.place(int(np.flatnonzero(users.codes < 0)[0]))
         raise CatalogError(f"{place}, field {log.user!r}: empty, expected an id; fill it in or remove the row")
