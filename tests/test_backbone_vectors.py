@@ -128,6 +128,8 @@ def test_a_tokenizer_trains_assigns_and_encodes_vectors_alone(tmp_path):
 
 def test_a_vector_backbone_without_vectors_is_refused_before_training(tmp_path):
     config = write_catalog(tmp_path).model_copy(update={"vectors": ()})
+    rows = pq.read_table(config.items)
+    pq.write_table(rows.append_column("title", pa.array(["a text"] * rows.num_rows)), config.items)
     with pytest.raises(ConfigError, match=r"catalog\.vectors names no file"):
         train.run(TrainTokenizerConfig(out=tmp_path / "a", catalog=config, **SMALL))
     with pytest.raises(ConfigError, match="reads vectors"):

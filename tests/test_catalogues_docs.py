@@ -74,5 +74,6 @@ def test_the_configuration_runs_from_the_command_line(tmp_path, monkeypatch, nam
             hit, weight = test["above"].to_numpy() < 10, test["weight"].to_numpy()
             assert metrics["weighted HR@10"]["mean"] == pytest.approx((hit * weight).sum() / weight.sum())
     assert "| weighted HR@10 | weighted NDCG@10 |" in (run / "train_recommender" / "ranking.md").read_text()
-    inputs = set(read_manifest(run / "train_tokenizer")["inputs"])
+    inputs = set(read_manifest(run / "ingest")["inputs"])
     assert inputs == {"items", "events"} | ({"vectors 1", "vectors 2"} if name == "own_vectors" else set())
+    assert set(read_manifest(run / "train_tokenizer")["inputs"]) == {"catalog"}

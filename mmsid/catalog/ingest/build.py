@@ -63,7 +63,7 @@ def build(config: CatalogConfig, folder: Path, max_problems: float = 0.5, known:
     _refuse_unusable_rows(table, index, unusable, max_problems)
     kept = np.setdiff1d(np.arange(len(index)), np.fromiter(unusable, dtype=np.int64, count=len(unusable)))
     vectors = _vectors(config, index, kept, built)
-    order, histories = _ordered(config, index, kept, built)
+    order, histories = _ordered(config, index, kept, built, max_problems)
     writer = CatalogWriter(folder, table.files, mapping, built)
     position = np.full(len(index), -1, dtype=np.int64)
     position[order] = np.arange(len(order))
@@ -146,7 +146,9 @@ def _vectors(config: CatalogConfig, index: RowIndex, kept: np.ndarray, built: Bu
     return vectors
 
 
-def _ordered(config: CatalogConfig, index: RowIndex, kept: np.ndarray, built: Built) -> tuple[np.ndarray, Histories | None]:
+def _ordered(
+    config: CatalogConfig, index: RowIndex, kept: np.ndarray, built: Built, max_problems: float
+) -> tuple[np.ndarray, Histories | None]:
     """Rows in canonical order, and the histories of users, whose entries are positions in this order."""
     is_kept = np.zeros(len(index), dtype=bool)
     is_kept[kept] = True
@@ -158,7 +160,8 @@ def _ordered(config: CatalogConfig, index: RowIndex, kept: np.ndarray, built: Bu
     number[kept] = np.arange(len(kept))
     rank = np.empty(len(kept), dtype=np.int64)
     rank[number[order]] = np.arange(len(order))
-    histories = read_histories(config, index.item_ids.take(pa.array(kept)), rank, built.history_problems, built.notes)
+    item_ids = index.item_ids.take(pa.array(kept))
+    histories = read_histories(config, item_ids, rank, built.history_problems, built.notes, max_unknown=max_problems)
     ranks = index.id_rank[kept]
     order = kept[break_ties(number[order], index.content[kept], ranks, histories, lambda: index.content_texts(kept))]
     order = order[: config.max_items]

@@ -31,7 +31,8 @@ class IngestConfig(StageConfig):
 
     Attributes:
         catalog: the sources.
-        max_problems: share of the rows, or of the pictures, that may be unusable. Above it the stage stops with the likely cause.
+        max_problems: share of the rows, of the pictures, or of the interactions that may be unusable. Above it the stage stops with the
+            likely cause.
     """
 
     catalog: CatalogConfig
