@@ -18,6 +18,7 @@ from pydantic import Field
 
 from mmsid.artifacts import CHECKSUMS, read_table, write_table, writing
 from mmsid.catalog import CatalogConfig, Item, read_catalog
+from mmsid.catalog.sources.locate import Source, named_files
 from mmsid.catalog.tables import Cells, read_table_rows, require_column
 from mmsid.config import StageConfig
 from mmsid.errors import ArtifactError, CatalogError, ConfigError
@@ -247,10 +248,10 @@ def _read_only(path: Path, known: set[str]) -> list[str]:
     return found
 
 
-def _inputs(config: RecommendConfig, users: Path) -> dict[str, Path | None]:
+def _inputs(config: RecommendConfig, users: Source | tuple[Source, ...]) -> dict[str, Path | None]:
     sids = config.sids if config.sids.suffix == ".parquet" else config.sids / FILE_NAME
     found = {"recommender": config.recommender / CHECKSUMS, "sids": sids, "embeddings": embeddings_file(config.sids)}
-    return found | config.catalog.without_users().inputs() | {"users": users, "only": config.only}
+    return found | config.catalog.without_users().inputs() | named_files("users", users) | {"only": config.only}
 
 
 def _report(config: RecommendConfig, counts: dict[str, int]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from mmsid.annotate.readers import ItemInterests, read_captions, read_interests
 from mmsid.artifacts import MANIFEST, is_complete, read_manifest
 from mmsid.catalog import CatalogConfig
+from mmsid.catalog.sources.locate import missing_sources
 from mmsid.config import apply_override, build
 from mmsid.errors import ArtifactError
 from mmsid.sids.table import FILE_NAME
@@ -66,9 +67,10 @@ def catalog_of_run(run: Path, overrides: Sequence[str] = ()) -> CatalogConfig:
             apply_override(data, override, source=source)
         config = build(CatalogConfig, data["catalog"], source=source, section="catalog")
     config = config.model_copy(update={"ingested": run / "ingest", "picture_cache": run.parent / ".cache" / "pictures"})
-    if config.artefact() is None and not all(path is None or path.exists() for path in config.input_files().values()):
+    missing = [] if config.artefact() is not None else missing_sources(config.items)
+    if missing:
         raise ArtifactError(
-            f"{run} was made from the catalogue {config.items}, which does not exist; give its path: "
+            f"{run} was made from the catalogue {missing[0]}, which does not exist; give its path: "
             f"`mmsid report {run} catalog.items=FILE` (and catalog.sequences, events, vectors, image_root where the catalogue has them)"
         )
     return config
