@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mmsid.catalog.fields.repeated_words import letter_class, may_be_stuffed
+from mmsid.catalog.fields.text_bytes import offsets_and_bytes
 from mmsid.catalog.prompt_injection import (
     ALLOWED_FORMAT_CHARACTERS,
     HIDDEN,
@@ -132,14 +133,12 @@ def _matches(texts: pa.LargeStringArray, expression: str) -> pa.BooleanArray:
 
 
 def _read_ascii(texts: pa.LargeStringArray) -> _Read:
-    offsets = _offsets(texts)
-    data = np.frombuffer(texts.buffers()[2] or b"", dtype=np.uint8)[offsets[0] : offsets[-1]]
-    return _Read(texts, offsets - offsets[0], data, False, np.empty(0, dtype=np.int64))
+    offsets, data = offsets_and_bytes(texts)
+    return _Read(texts, offsets, data, False, np.empty(0, dtype=np.int64))
 
 
 def _read_unicode(texts: pa.LargeStringArray) -> _Read:
-    bounds = _offsets(texts)
-    joined = bytes(texts.buffers()[2][bounds[0] : bounds[-1]]).decode("utf-8")
+    joined = offsets_and_bytes(texts)[1].tobytes().decode("utf-8")
     codes = np.frombuffer(joined.encode("utf-32-le"), dtype=np.uint32)
     offsets = np.concatenate([[0], np.cumsum(pc.utf8_length(texts).to_numpy())]).astype(np.int64)
     present = np.zeros(_UNICODE, dtype=bool)
@@ -155,10 +154,6 @@ def _read_unicode(texts: pa.LargeStringArray) -> _Read:
     hidden = np.unique(np.searchsorted(offsets, hidden_at, side="right") - 1)
     rewritten = pa.LargeStringArray.from_buffers(len(texts), pa.py_buffer(bounds), pa.py_buffer(plain))
     return _Read(rewritten, class_bounds, classes, True, hidden)
-
-
-def _offsets(texts: pa.LargeStringArray) -> np.ndarray:
-    return np.frombuffer(texts.buffers()[1], dtype=np.int64)[texts.offset : texts.offset + len(texts) + 1]
 
 
 def _expand(which: np.ndarray, offsets: np.ndarray, replacements: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
