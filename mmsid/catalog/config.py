@@ -22,11 +22,13 @@ class Fields(Section):
 
     Attributes:
         item_id: column with the unique id of an item. Ignored when `group_by` is set.
-        title, description: text columns, or None when the table has none.
+        title, description: text columns, or None when the table has none. The texts of several columns are joined.
         image: one column or several. Each cell holds a path (relative to `image_root`) or a list of paths.
         categories: a list column, or several columns from root to leaf.
         category_roots: names at which a category path may start, for a column that also holds other values (a brand, for example).
             Values before the first of these names are dropped. The path is empty when none of them occurs.
+        category_separator: text between the names of a category path that is written as one text, as in "Shoes > Boots". None finds it in
+            the table, and "" keeps such texts whole.
         attributes: columns with one value or a list of labels each, or a single column that holds a mapping.
         group_by: column whose equal values mark the creatives of one item. The value is the item's id.
         user_id: column with the id of a user, in the sequences table or the events table.
@@ -37,11 +39,12 @@ class Fields(Section):
     """
 
     item_id: str = "item_id"
-    title: str | None = "title"
-    description: str | None = "description"
+    title: str | list[str] | None = "title"
+    description: str | list[str] | None = "description"
     image: str | list[str] | None = "image"
     categories: str | list[str] | None = "categories"
     category_roots: list[str] = Field(default_factory=list)
+    category_separator: str | None = None
     attributes: list[str] = Field(default_factory=list)
     group_by: str | None = None
     user_id: str = "user_id"

@@ -15,8 +15,8 @@ INSTRUCTION, HIDDEN, STUFFED = "instruction", "hidden_text", "stuffed"
 _MAX_REPEATS = 2  # occurrences of a word that are kept in a stuffed text
 _STUFFED_COUNT, _STUFFED_SHARE = 5, 0.2  # a text is stuffed when one word occurs this often and makes up this share of its words
 
-_ALLOWED_FORMAT_CHARACTERS = "\u200c\u200d\u00ad"  # some scripts need joiners and the soft hyphen
-_LOOKALIKES = str.maketrans("аеорсухіјѕԁɡαεικνορτυχ0134578@$", "aeopcyxijsdgaeiknoptuxoieastbas")
+ALLOWED_FORMAT_CHARACTERS = "\u200c\u200d\u00ad"  # some scripts need joiners and the soft hyphen
+LOOKALIKES = str.maketrans("аеорсухіјѕԁɡαεικνορτυχ0134578@$", "aeopcyxijsdgaeiknoptuxoieastbas")
 _DISGUISED = re.compile(r"[a-z][0134578@$]|[0134578@$][a-z]")
 _CLAUSE_END = re.compile(r"([.!?;:,|•·\n]+|\s[-–—]\s)")
 _HARD_END = re.compile(r"[.!?|•·\n]")
@@ -37,7 +37,7 @@ def visible(text: str) -> str:
     """`text` without characters that are not rendered."""
     if text.isascii():
         return text
-    return "".join(character for character in text if not _is_hidden(character))
+    return "".join(character for character in text if not is_hidden(character))
 
 
 def has_instruction(text: str) -> bool:
@@ -48,7 +48,7 @@ def has_instruction(text: str) -> bool:
 
 def text_problems(text: str) -> tuple[str, ...]:
     """Problems of a text, as codes out of INSTRUCTION, HIDDEN and STUFFED."""
-    found = {INSTRUCTION: has_instruction(text), HIDDEN: visible(text) != text, STUFFED: _is_stuffed(text)}
+    found = {INSTRUCTION: has_instruction(text), HIDDEN: visible(text) != text, STUFFED: is_stuffed(text)}
     return tuple(code for code, present in found.items() if present)
 
 
@@ -64,18 +64,19 @@ def clean(text: str) -> str:
     return text.strip(" ,;:|-–—") if found else text
 
 
-def _is_hidden(character: str) -> bool:
+def is_hidden(character: str) -> bool:
+    """Whether a character is not rendered (format and private-use characters, variation selectors of the supplement)."""
     category = unicodedata.category(character)
-    return (category in ("Cf", "Co") and character not in _ALLOWED_FORMAT_CHARACTERS) or "\U000e0100" <= character <= "\U000e01ef"
+    return (category in ("Cf", "Co") and character not in ALLOWED_FORMAT_CHARACTERS) or "\U000e0100" <= character <= "\U000e01ef"
 
 
 def _plain(text: str) -> str:
     """Lower-case Latin form for the detector: NFKC, without accents, look-alikes and digits inside words mapped to letters."""
     if text.isascii():
-        return " ".join(word.translate(_LOOKALIKES) if _DISGUISED.search(word) else word for word in text.lower().split())
+        return " ".join(word.translate(LOOKALIKES) if _DISGUISED.search(word) else word for word in text.lower().split())
     decomposed = unicodedata.normalize("NFKD", unicodedata.normalize("NFKC", visible(text)).casefold())
-    base = "".join(c for c in decomposed if not unicodedata.combining(c) and c not in _ALLOWED_FORMAT_CHARACTERS)
-    return " ".join(word.translate(_LOOKALIKES) if any(c.isalpha() for c in word) else word for word in base.split())
+    base = "".join(c for c in decomposed if not unicodedata.combining(c) and c not in ALLOWED_FORMAT_CHARACTERS)
+    return " ".join(word.translate(LOOKALIKES) if any(c.isalpha() for c in word) else word for word in base.split())
 
 
 def _joined(text: str) -> str:
@@ -99,7 +100,8 @@ def _words(text: str) -> list[str]:
     return [word for word in re.findall(r"\w+", text.casefold()) if len(word) > 2 and not word.isdigit()]
 
 
-def _is_stuffed(text: str) -> bool:
+def is_stuffed(text: str) -> bool:
+    """Whether one word of the text occurs at least five times and makes up a fifth of its words."""
     words = _words(text)
     most = max(Counter(words).values(), default=0)
     return most >= _STUFFED_COUNT and most >= _STUFFED_SHARE * len(words)
