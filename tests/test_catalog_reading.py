@@ -127,8 +127,8 @@ def test_bad_tables_are_refused_by_file_row_field_and_remedy(folder):
     doubled = refusal(config(folder, items=rows, sequences=None))
     assert "3 of 5 rows cannot become items, 3 of them as duplicate_id" in doubled and "group_by" in doubled
     assert "items.parquet, row 2" in doubled
-    missing = refusal(config(folder, ".csv", items=[{"sku": "a", "name": "x"}], sequences=None))
-    assert "items.csv: no column 'item_id' (catalog.fields.item_id)" in missing and "sku, name" in missing
+    missing = refusal(config(folder, ".csv", items=[{"foo": "a", "bar": "x"}], sequences=None))
+    assert "items.csv: no column 'item_id' (catalog.fields.item_id)" in missing and "foo, bar" in missing
     mapped = refusal(config(folder, items=[{"item_id": "a"}], sequences=None, fields={"title": "title"}))
     assert "no column 'title' (catalog.fields.title)" in mapped
     assert "catalog.fields.attributes" in refusal(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mmsid.catalog.catalog import Catalog
+from mmsid.catalog.fields import not_read_text
 from mmsid.catalog.splits import Split, seen_targets_warning
 
 
@@ -92,7 +93,7 @@ def summary(facts: dict[str, Any]) -> str:
     problems = ", ".join(f"{code} {count:,}" for code, count in facts["problems"].items())
     lines.append(f"problems      {problems or 'none'}")
     if facts["not_read"]:
-        lines.append(f"not read      {', '.join(facts['not_read'])} (map them under fields.attributes)")
+        lines.append(f"not read      {not_read_text(facts['not_read']).removeprefix('not read: ')}")
     lines += [f"note          {note}" for note in facts["notes"]]
     return "\n".join(lines)
 

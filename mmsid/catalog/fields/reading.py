@@ -16,7 +16,6 @@ from mmsid.catalog.fields.mapping import FieldMapping
 from mmsid.catalog.fields.picture_cells import PICTURE, picture_array
 from mmsid.catalog.fields.ragged import Ragged, bounds
 from mmsid.catalog.fields.text_cleaning import MAX_CHARACTERS, CleanedTexts, cleaned_texts
-from mmsid.errors import CatalogError
 
 if TYPE_CHECKING:
     from mmsid.catalog.sources import Batch
@@ -48,12 +47,13 @@ def item_fields(batch: Batch, mapping: FieldMapping, clean_text: bool) -> pa.Tab
         clean_text: also remove instructions to models, hidden characters and repeated keywords.
 
     Returns:
-        Table of N rows with the columns of `ITEM_FIELDS`: `title` and `description` are '' where missing, `attributes` have sorted
-        names, each picture has a `ref` or `data`, `problems` are codes like `title_html`, `description_cut` and `title_instruction`, and
-        `original` is the JSON of the texts before cleaning, or null if nothing was cleaned.
+        Table of N rows with the columns of `ITEM_FIELDS`: `item_id` is '' where the row has none, `title` and `description` are ''
+        where missing, `attributes` have sorted names, each picture has a `ref` or `data`, `problems` are codes like `title_html`,
+        `description_cut` and `title_instruction`, and `original` is the JSON of the texts before cleaning, or null if nothing was
+        cleaned.
 
     Raises:
-        CatalogError: an id is empty, or a cell has the wrong type. The message names file, row and field.
+        CatalogError: a cell has the wrong type. The message names file, row and field.
     """
     rows = len(batch.numbers)
 
@@ -84,7 +84,7 @@ def item_fields(batch: Batch, mapping: FieldMapping, clean_text: bool) -> pa.Tab
 
 
 def _ids(batch: Batch, mapping: FieldMapping, rows: int) -> pa.LargeStringArray:
-    """Id of the item of each row: its group if it has one, else its own id."""
+    """Id of the item of each row: its group if it has one, else its own id, '' if it has neither."""
     names = [name for name in (mapping.group_by, mapping.item_id) if name is not None]
     ids = pa.array([""] * rows, pa.large_string())
     for column in filter(None, (column_of(batch, name) for name in names)):
@@ -96,10 +96,6 @@ def _ids(batch: Batch, mapping: FieldMapping, rows: int) -> pa.LargeStringArray:
         else:
             texts = texts_of(column, "\n")
         ids = texts if pc.all(missing).as_py() else pc.if_else(missing, texts, ids)
-    empty = np.flatnonzero(pc.equal(ids, ""))
-    if len(empty):
-        fields = " and ".join(map(repr, names))
-        raise CatalogError(f"{batch.place(int(empty[0]))}, field {fields}: empty, expected an id; fill it in or remove the row")
     return ids
 
 

@@ -49,22 +49,23 @@ def build(config: CatalogConfig, folder: Path, max_problems: float = 0.5, known:
     """
     table = open_table(config.items, config_key="catalog.items")
     mapping = resolve_mapping(table, config.fields, "catalog.items")
-    if mapping.pictures and not config.root.is_dir():
-        raise CatalogError(f"catalog.image_root: {config.root} is not a folder; set it to the folder with the pictures of {table.files[0]}")
-    built = Built(notes=[*table.notes, *mapping.notes], not_read=mapping.not_read)
-    parts = _write_parts(config, table, mapping, folder / PARTS, known or {})
+    if mapping.image and not config.root.is_dir():
+        raise CatalogError(f"catalog.image_root: {config.root} is not a folder; set it to the folder with the pictures of {table.name}")
+    built = Built(not_read=mapping.not_read)
+    parts, files = _write_parts(config, table, mapping, folder / PARTS, known or {})
+    built.notes += [*table.notes, *mapping.notes]  # of the table: complete when it was read
     index = RowIndex.read(parts)
     built.rows = len(index)
-    if config.fields.group_by is not None or mapping.groups:
+    if mapping.group_by is not None:
         parts = _merge_parts(parts, index, folder)
         index = RowIndex.read(parts)
         built.merged = built.rows - len(index)
     unusable = index.unusable()
-    _refuse_unusable_rows(table, index, unusable, max_problems)
+    _refuse_unusable_rows(files, index, unusable, max_problems)
     kept = np.setdiff1d(np.arange(len(index)), np.fromiter(unusable, dtype=np.int64, count=len(unusable)))
     vectors = _vectors(config, index, kept, built)
     order, histories = _ordered(config, index, kept, built, max_problems)
-    writer = CatalogWriter(folder, table.files, mapping, built)
+    writer = CatalogWriter(folder, files, mapping, built)
     position = np.full(len(index), -1, dtype=np.int64)
     position[order] = np.arange(len(order))
     in_order = None if vectors is None else vectors.take(np.searchsorted(kept, order))
@@ -78,24 +79,24 @@ def build(config: CatalogConfig, folder: Path, max_problems: float = 0.5, known:
 
 def _write_parts(
     config: CatalogConfig, table: OpenedTable, mapping: FieldMapping, folder: Path, known: dict[str, InspectedPicture]
-) -> list[Path]:
-    """Arrow files with the rows in the order of the sources. Parts that exist are not made again."""
+) -> tuple[list[Path], list[Path]]:
+    """Arrow files with the rows in the order of the sources, and the files of the sources. Parts that exist are not made again."""
     folder.mkdir(parents=True, exist_ok=True)
     root = config.root.absolute()
     pictures = PictureMemory(lambda references: inspect_pictures(references, config.pictures, config.root, config.picture_cache, known))
-    number_of = {path: number for number, path in enumerate(table.files)}
-    rows = _PICTURE_ROWS if mapping.pictures else CHUNK_ROWS
+    number_of: dict[Path, int] = {}
+    rows = _PICTURE_ROWS if mapping.image else CHUNK_ROWS
     paths = []
     batches = table.batches(mapping.columns, rows)
     if (table.num_rows or _SILENT_ROWS) >= _SILENT_ROWS:
         batches = track(batches, "ingest", total=table.num_rows, unit="rows", size=len)
     for number, batch in enumerate(batches):
-        path = folder / f"{number:06d}.arrow"
+        path, file = folder / f"{number:06d}.arrow", number_of.setdefault(batch.file, len(number_of))
         if not path.exists():
             fields = item_fields(batch, mapping, config.clean_text)
-            write_arrow(path, part_rows(fields, number_of[batch.file], np.asarray(batch.numbers), pictures, root))
+            write_arrow(path, part_rows(fields, file, np.asarray(batch.numbers), pictures, root))
         paths.append(path)
-    return paths
+    return paths, list(number_of)
 
 
 def _merge_parts(parts: list[Path], index: RowIndex, folder: Path) -> list[Path]:
@@ -119,12 +120,12 @@ def _merge_parts(parts: list[Path], index: RowIndex, folder: Path) -> list[Path]
     return paths
 
 
-def _refuse_unusable_rows(table: OpenedTable, index: RowIndex, unusable: dict[int, str], max_problems: float) -> None:
+def _refuse_unusable_rows(files: list[Path], index: RowIndex, unusable: dict[int, str], max_problems: float) -> None:
     if len(unusable) <= max_problems * len(index):
         return
     counts = Counter(unusable.values())
     code, count = counts.most_common(1)[0]
-    rows = [f"{table.files[index.file[row]]}, row {index.row[row]}" for row, found in unusable.items() if found == code][:3]
+    rows = [f"{files[index.file[row]]}, row {index.row[row]}" for row, found in unusable.items() if found == code][:3]
     causes = {
         "no_id": "the id column is empty; correct fields.item_id",
         "duplicate_id": "ids repeat; set fields.group_by if the rows are creatives or variants of one item, or correct fields.item_id",

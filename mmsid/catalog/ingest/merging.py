@@ -7,6 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from mmsid.catalog.fields import unite_attributes
 from mmsid.catalog.ingest.rows import PART_SCHEMA
 from mmsid.catalog.item import content_sha256
 
@@ -37,11 +38,7 @@ def _one(rows: list[dict[str, Any]]) -> dict[str, Any]:
     if len(rows) == 1:
         return rows[0]
     rows = sorted(rows, key=lambda row: (row["content_sha256"], row["file"], row["row"]))
-    labels: dict[str, dict[str, None]] = {}
-    for row in rows:
-        for attribute in row["attributes"]:
-            labels.setdefault(attribute["name"], {}).update(dict.fromkeys(attribute["labels"]))
-    attributes = [(name, tuple(labels[name])) for name in sorted(labels)]
+    attributes = [*unite_attributes([{one["name"]: one["labels"] for one in row["attributes"]} for row in rows]).items()]
     texts = {name: next((row[name] for row in rows if row[name]), "") for name in ("title", "description")}
     categories = next((row["categories"] for row in rows if row["categories"]), [])
     pictures = [digest for row in rows for digest in row["picture_sha256"]]

@@ -13,6 +13,7 @@ from pydantic import Field
 from mmsid._version import __version__
 from mmsid.artifacts import file_sha256, is_complete, read_manifest, read_table, writing
 from mmsid.catalog.config import CatalogConfig
+from mmsid.catalog.fields import not_read_text
 from mmsid.catalog.ingest.build import build
 from mmsid.catalog.ingest.built import Built
 from mmsid.catalog.ingest.writing import ITEMS, PROBLEMS
@@ -90,7 +91,7 @@ def summary(built: Built) -> list[str]:
     """What a person should know of the sources, one line per fact."""
     lines = list(built.notes)
     if built.not_read:
-        lines.append(f"columns that are not read: {', '.join(built.not_read)} (map them under fields.attributes)")
+        lines.append(not_read_text(built.not_read))
     if built.formats:
         lines.append("pictures: " + ", ".join(f"{count:,} {name}" for name, count in built.formats.most_common()))
     problems = built.problems + built.history_problems

@@ -44,7 +44,7 @@ class CatalogWriter:
     def __init__(self, folder: Path, files: Sequence[Path], mapping: FieldMapping, built: Built) -> None:
         self._folder, self._files, self._built = folder, [str(path) for path in files], built
         self._required = [("no_title", mapping.title), ("no_description", mapping.description), ("no_categories", mapping.categories)]
-        self._required.append(("no_picture", mapping.pictures))
+        self._required.append(("no_picture", mapping.image))
         self._digest = hashlib.sha256()
         self._problems = pq.ParquetWriter(folder / PROBLEMS, _PROBLEM_SCHEMA, compression="zstd", write_page_checksum=True)
         self._pictures = self._refused = 0

@@ -100,8 +100,8 @@ def _batch(batch: pa.RecordBatch, kept: dict[str, str], path: Path, first: int) 
 
 
 def _storage(column: pa.Array) -> pa.Array:
-    """The values of an extension array, for example the nested lists of `datasets.Array2D`; other arrays unchanged."""
-    return column.storage if isinstance(column, pa.ExtensionArray) else column
+    """The values of an extension array, for example the nested lists of `datasets.Array2D`; UUIDs and other arrays unchanged."""
+    return column.storage if isinstance(column, pa.ExtensionArray) and not isinstance(column.type, pa.UuidType) else column
 
 
 def _without_columns(path: Path, num_rows: int, rows: int) -> Iterator[Batch]:
