@@ -1,7 +1,7 @@
 """Folder of picture files named by their content, `ab/abcdef...`, with an index from URLs to contents.
 
-Several processes may use one folder. A file is complete or absent at any moment: it is written beside, flushed and renamed. The index is
-an SQLite database that is written after the files, so a process that is killed loses downloads of its last seconds, and nothing else.
+Several processes may use one folder. A file is complete or absent at any moment: it is written beside, flushed, and then given its name.
+The index is an SQLite database that is written after the files, so a process that is killed loses downloads of its last seconds only.
 """
 
 from __future__ import annotations
@@ -20,6 +20,17 @@ from mmsid.errors import CatalogError
 
 _FLUSH_ROWS, _FLUSH_SECONDS = 256, 2.0
 _STALE_SECONDS = 86_400  # a temporary file of this age belongs to a process that was killed
+
+
+def _publish(temporary: str, path: Path, size: int) -> None:
+    """Give a finished file its name. A file that another process has finished in the meantime stays, and keeps its time."""
+    with contextlib.suppress(OSError):  # a file system without hard links
+        os.link(temporary, path)
+        return
+    with contextlib.suppress(FileNotFoundError):
+        if path.stat().st_size == size:
+            return
+    os.replace(temporary, path)
 
 
 class PictureCache:
@@ -56,10 +67,9 @@ class PictureCache:
                 file.flush()
                 os.fsync(file.fileno())
             os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        except BaseException:
+            _publish(temporary, path, len(data))
+        finally:
             Path(temporary).unlink(missing_ok=True)
-            raise
         return path
 
     def read_url(self, url: str) -> bytes | None:

@@ -121,8 +121,8 @@ class HttpClient:
         except httpcore2.LocalProtocolError:
             raise DownloadError("bad_url", url) from None
         except (httpcore2.NetworkError, httpcore2.ProtocolError, httpcore2.ProxyError, OSError) as error:
-            if isinstance(error.__cause__, ssl.SSLError):
-                raise DownloadError("tls", url, type(error.__cause__).__name__) from None
+            if isinstance(error, httpcore2.ConnectError) and isinstance(error.args[0], ssl.SSLError):
+                raise DownloadError("tls", url, error.args[0].reason or "") from None
             raise DownloadError("connection", url, type(error).__name__, again=True) from None
 
     def close(self) -> None:

@@ -86,8 +86,10 @@ def read_file(file: LocalFile, limits: PictureLimits, reference: str | Path) -> 
             raise refusal("not_a_file", reference)
         if status.st_size > limits.max_bytes:
             raise refusal("too_many_bytes", reference)
-        with open(handle, "rb", closefd=False) as opened:
-            data = opened.read(limits.max_bytes + 1)
+        parts = [os.read(handle, status.st_size + 1)]  # one byte more than expected, to notice a file that grows
+        while parts[-1] and sum(map(len, parts)) <= limits.max_bytes:
+            parts.append(os.read(handle, 1_000_000))
+        data = b"".join(parts)
     except OSError:
         raise refusal("unreadable", reference) from None
     finally:

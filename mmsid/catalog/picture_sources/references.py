@@ -98,7 +98,7 @@ def _starts_like_base64_picture(text: str) -> bool:
     if len(text) < _SHORTEST_BASE64:
         return False
     start = text[: _SHORTEST_BASE64 + 8].lstrip()[:_SHORTEST_BASE64] if text[0].isspace() else text[:_SHORTEST_BASE64]
-    if not _BASE64.fullmatch(start):
+    if not _BASE64.fullmatch(start) or not _BASE64.fullmatch("".join(text[-_SHORTEST_BASE64:].split())):  # a path ends with a suffix
         return False
     try:
         return picture_format(_decode(start)) is not None

@@ -26,6 +26,15 @@ from mmsid.catalog.pictures import InspectedPicture, failed_picture, inspect_pic
 from mmsid.errors import ConfigError
 
 _MOST_PROCESSES = 32
+_PROGRAM = """
+import sys, types
+package = sys.modules["mmsid.catalog"] = types.ModuleType("mmsid.catalog")
+package.__path__ = [sys.argv[1]]
+from mmsid.catalog.picture_sources.workers import serve
+serve(int(sys.argv[2]))
+"""
+"""Program of a process. It does not run `mmsid/catalog/__init__.py`, whose imports take longer than a thousand pictures."""
+_CATALOG_PACKAGE = str(Path(__file__).parents[1])
 
 
 def usable_cpus() -> int:
@@ -38,7 +47,7 @@ class _Process:
         self.pipe, child_end = Pipe()
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", "mmsid.catalog.picture_sources.workers", str(child_end.fileno())],
+            [sys.executable, "-W", "ignore", "-c", _PROGRAM, _CATALOG_PACKAGE, str(child_end.fileno())],
             pass_fds=[child_end.fileno()],
             env=environment,
             stdin=subprocess.DEVNULL,
@@ -120,20 +129,14 @@ def _picture(row: list) -> InspectedPicture:
     return InspectedPicture(None if path is None else Path(path), *others)
 
 
-def _serve(pipe: Connection) -> None:
-    """Main loop of a process: look at chunks until the pipe is closed."""
-    limits_json, roots = json.loads(pipe.recv_bytes())
-    limits = PictureLimits.model_validate(limits_json)
-    pipe.send_bytes(b"+")
-    while True:
-        try:
+def serve(handle: int) -> None:
+    """Main loop of a process: look at chunks until the pipe of this file handle is closed."""
+    pipe = Connection(handle)
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError, KeyboardInterrupt):
+        limits_json, roots = json.loads(pipe.recv_bytes())
+        limits = PictureLimits.model_validate(limits_json)
+        pipe.send_bytes(b"+")
+        while True:
             chunk = json.loads(pipe.recv_bytes())
-        except EOFError:
-            return
-        found = [inspect_picture(reference, limits, roots, earlier and _picture(earlier)) for reference, earlier in chunk]
-        pipe.send_bytes(json.dumps([_row(picture) for picture in found]).encode("ascii"))
-
-
-if __name__ == "__main__":
-    with contextlib.suppress(BrokenPipeError, ConnectionResetError, KeyboardInterrupt):
-        _serve(Connection(int(sys.argv[1])))
+            found = [inspect_picture(reference, limits, roots, earlier and _picture(earlier)) for reference, earlier in chunk]
+            pipe.send_bytes(json.dumps([_row(picture) for picture in found]).encode("ascii"))
