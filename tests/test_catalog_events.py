@@ -191,7 +191,7 @@ def test_faults_name_row_value_and_remedy(tmp_path):
     assert "holds bool" in refusal(config(tmp_path, rows([("u", "a", True, "click", 1.0)])))
     ragged = config(tmp_path, kind=".csv")
     ragged.events.write_text("user_id,item_id,timestamp,event_type,weight\nu,a,1\n", encoding="utf-8")
-    assert "cannot be read as csv" in refusal(ragged)
+    assert "events.csv, row 1: 3 cells, expected 5" in refusal(ragged)
     ragged.events.write_text("user_id,item_id,timestamp,event_type,weight\n", encoding="utf-8")
     assert "holds no rows" in refusal(ragged)
     ragged.events.write_text("user_id,item_id,item_id,timestamp\nu,a,a,1\n", encoding="utf-8")

@@ -155,8 +155,8 @@ def test_empty_damaged_and_unsupported_files_are_refused(folder):
         fields = {"attributes": ["tags"]} if name == "bad.csv" else {}
         message = refusal(CatalogConfig(items=folder / name, fields=fields))
         assert expected in message and name in message
-    (folder / "latin.csv").write_bytes("item_id\ncafé\n".encode("latin-1"))
-    assert "UTF-8" in refusal(CatalogConfig(items=folder / "latin.csv"))
+    (folder / "latin.csv").write_bytes("item_id\ncafé\n".encode() + "café\n".encode("latin-1"))
+    assert "row 2, field 'item_id': 'caf�' cannot be decoded as UTF-8" in refusal(CatalogConfig(items=folder / "latin.csv"))
     pq.write_table(pa.table({"item_id": pa.array([], pa.string())}), folder / "empty.parquet")
     assert "holds no rows" in refusal(CatalogConfig(items=folder / "empty.parquet"))
     assert "does not exist" in refusal(CatalogConfig(items=folder / "none.csv"))

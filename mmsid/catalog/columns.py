@@ -6,6 +6,7 @@ Ids become the same texts and times the same numbers as in `tables.Cells`, which
 from __future__ import annotations
 
 import bisect
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +14,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
-import pyarrow.parquet as pq
 
-from mmsid.catalog.tables import read_table_rows, refuse_doubled, table_kind
+from mmsid.catalog.sources.locate import Source
+from mmsid.catalog.sources.opened import open_table
 from mmsid.errors import CatalogError
 
 _WHOLE_NUMBERS = 2.0**53  # a float64 holds every whole number up to this one
@@ -24,11 +24,13 @@ _WHOLE_NUMBERS = 2.0**53  # a float64 holds every whole number up to this one
 
 @dataclass(frozen=True)
 class Columns:
-    """Columns of a table. Row i is called `f"{unit} {numbers[i]}"` in messages, counted from 1.
+    """Columns of a table. Row i is called `f"{unit} {numbers[i]}"` in messages, counted from 1 in its file.
 
     Attributes:
-        names: all columns of the file.
+        path: the file. For several files, the source as the configuration names it.
+        names: all columns of the files.
         table: those that were selected.
+        starts, files: first row of each file of several, and the file.
     """
 
     path: Path
@@ -36,57 +38,73 @@ class Columns:
     table: pa.Table
     numbers: Sequence[int]
     unit: str
+    starts: Sequence[int] = ()
+    files: Sequence[Path] = ()
 
     def place(self, row: int) -> str:
         """Location of a row for messages: `file, row n`."""
-        return f"{self.path}, {self.unit} {self.numbers[row]}"
+        path = self.files[bisect.bisect_right(self.starts, row) - 1] if self.files else self.path
+        return f"{path}, {self.unit} {self.numbers[row]}"
 
 
-def read_columns(path: Path, selected: Sequence[str], *, config_key: str) -> Columns:
-    """Read the `selected` columns (those that exist) of a .parquet, .jsonl or .csv file. Cells of csv files are texts.
+def read_columns(path: Source | Sequence[Source], selected: Sequence[str], *, config_key: str) -> Columns:
+    """Read the `selected` columns (those that exist) of a table in any format of `mmsid.catalog.sources`. Cells of csv files are texts.
+
+    A column whose values have several types, in one file or in several, becomes texts.
 
     Raises:
-        CatalogError: the file is missing, has another suffix, is damaged, or has no rows.
+        CatalogError: a file is missing, damaged or no table, or there are no rows.
     """
-    path = Path(path)
-    kind = table_kind(path, config_key)
-    if kind == ".jsonl":
-        rows = read_table_rows(path, selected, config_key=config_key)
-        names = [name for name in rows.columns if name in selected]
-        table = pa.table({name: _column([row.get(name) for row in rows.rows]) for name in names})
-        return Columns(path, rows.columns, table, rows.numbers, rows.unit)
-    try:
-        names, table = _parquet(path, selected) if kind == ".parquet" else _csv(path, selected)
-    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
-        raise CatalogError(f"{path} cannot be read as {kind[1:]} ({type(error).__name__}: {error}); write the file again") from error
-    if not table.num_rows:
-        raise CatalogError(f"{config_key}: {path} holds no rows; expected at least one, write the table again")
-    return Columns(path, names, table, range(1, table.num_rows + 1), "row")
+    opened = open_table(path, config_key=config_key)
+    names = [name for name in dict.fromkeys(selected) if name in opened.columns]
+    parts: dict[str, list[pa.Array | list]] = {name: [] for name in names}
+    numbers: list[Sequence[int]] = []
+    starts: list[int] = []
+    files: list[Path] = []
+    rows, unit = 0, "row"
+    for batch in opened.batches(names):
+        if not files or files[-1] != batch.file:
+            starts.append(rows)
+            files.append(batch.file)
+        for name in names:
+            found = batch.column(name)
+            parts[name].append(pa.nulls(len(batch)) if found is None else found)
+        numbers.append(batch.numbers)
+        rows, unit = rows + len(batch), batch.unit
+    several = len(files) > 1
+    return Columns(
+        Path(opened.name) if several else files[0],
+        opened.columns,
+        pa.table({name: _joined(found) for name, found in parts.items()}),
+        _joined_numbers(numbers),
+        unit,
+        starts if several else (),
+        files if several else (),
+    )
 
 
-def _parquet(path: Path, selected: Sequence[str]) -> tuple[list[str], pa.Table]:
-    with pq.ParquetFile(path) as file:
-        names = file.schema_arrow.names
-        refuse_doubled(path, names)
-        return names, file.read(columns=[name for name in selected if name in names])
+def _joined(parts: list[pa.Array | list]) -> pa.ChunkedArray:
+    """The parts of a column as one column, as texts if they have several types."""
+    if not any(isinstance(part, list) for part in parts):
+        try:
+            tables = [pa.table({"column": part}) for part in parts]
+            return pa.concat_tables(tables, promote_options="permissive")["column"]
+        except pa.ArrowException:
+            pass
+    return pa.chunked_array([_texts(part) for part in parts], pa.large_string())
 
 
-def _csv(path: Path, selected: Sequence[str]) -> tuple[list[str], pa.Table]:
-    parse = pyarrow.csv.ParseOptions(newlines_in_values=True)
-    with pyarrow.csv.open_csv(path, parse_options=parse) as reader:
-        names = reader.schema.names
-    refuse_doubled(path, names)
-    kept = [name for name in selected if name in names]
-    types = pyarrow.csv.ConvertOptions(include_columns=kept, column_types=dict.fromkeys(kept, pa.large_string()), strings_can_be_null=False)
-    return names, pyarrow.csv.read_csv(path, parse_options=parse, convert_options=types)
+def _texts(values: pa.Array | list) -> pa.Array:
+    values = values if isinstance(values, list) else values.to_pylist()
+    texts = [None if value is None else str(value).encode("utf-8", "replace").decode() for value in values]
+    return pa.array(texts, pa.large_string())
 
 
-def _column(values: list) -> pa.Array:
-    try:
-        return pa.array(values)
-    except (pa.ArrowException, OverflowError, UnicodeEncodeError):  # values of several types, or lone surrogates
-        texts = [None if value is None else str(value).encode("utf-8", "replace").decode() for value in values]
-        return pa.array(texts, pa.large_string())
+def _joined_numbers(parts: list[Sequence[int]]) -> Sequence[int]:
+    ranges = all(isinstance(part, range) for part in parts)
+    if ranges and all(one.stop == other.start for one, other in itertools.pairwise(parts)):
+        return range(parts[0].start, parts[-1].stop)
+    return np.concatenate([np.asarray(part) for part in parts])
 
 
 def id_texts(column: pa.ChunkedArray, place: str) -> pa.ChunkedArray:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
+from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
+from mmsid.catalog.sources.locate import Source, as_source, folder_of, named_files, shown
 from mmsid.config import Section
 
 PictureFormat = Literal["JPEG", "PNG", "WEBP", "GIF", "BMP"]
@@ -103,6 +104,9 @@ class SplitConfig(Section):
         return self
 
 
+Sources = Annotated[Source | tuple[Source, ...], BeforeValidator(as_source)]
+
+
 def _is_default(value: Any) -> bool:
     return not value  # the dump of a catalogue without the new keys stays that of earlier versions, and finished stages stay valid
 
@@ -111,8 +115,9 @@ class CatalogConfig(Section):
     """Catalogue: a table of items, pictures below `image_root`, vectors, and a table of user sequences or of events.
 
     Attributes:
-        items: table of items (.parquet, .jsonl or .csv).
-        image_root: folder that contains all pictures. Default: the folder of `items`.
+        items: table of items: one source or several, each a file in a format of `mmsid.catalog.sources`, a folder of parts, a pattern like
+            `parts/*.csv.gz`, a folder of `datasets.save_to_disk`, or `hf:OWNER/NAME[:SPLIT]`. The same holds for `sequences` and `events`.
+        image_root: folder that contains all pictures. Default: the folder of the first local source of `items`.
         sequences: table with one row per user and the items that the user engaged with, or None.
         events: table with one row per event (user, item, time, and optionally type and weight), or None. It replaces `sequences`.
         event_types: type -> weight of its events. Weight 0 leaves the events out of the histories, as for exposures. A type that is not
@@ -125,10 +130,10 @@ class CatalogConfig(Section):
 
     renamed_keys: ClassVar[dict[str, str]] = {"mend_text": "clean_text"}
 
-    items: Path
+    items: Sources
     image_root: Path | None = None
-    sequences: Path | None = None
-    events: Path | None = Field(default=None, exclude_if=_is_default)
+    sequences: Sources | None = None
+    events: Sources | None = Field(default=None, exclude_if=_is_default)
     event_types: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(default_factory=dict, exclude_if=_is_default)
     vectors: tuple[Path, ...] = Field(default=(), exclude_if=_is_default)
     fields: Fields = Fields()
@@ -141,17 +146,28 @@ class CatalogConfig(Section):
     @property
     def root(self) -> Path:
         """Folder that picture paths must stay below."""
-        return self.image_root if self.image_root is not None else self.items.parent
+        return self.image_root if self.image_root is not None else folder_of(self.items)
 
     @property
-    def users_file(self) -> Path | None:
-        """The table that the histories are read from: `sequences` or `events`."""
+    def users_file(self) -> Source | tuple[Source, ...] | None:
+        """The source that the histories are read from: `sequences` or `events`."""
         return self.sequences if self.events is None else self.events
 
     def input_files(self) -> dict[str, Path | None]:
-        """Name -> file of every table of the catalogue, for the manifests of stages."""
-        vectors = {f"vectors {number}": path for number, path in enumerate(self.vectors, start=1)}
-        return {"items": self.items, "sequences": self.sequences, "events": self.events} | vectors
+        """Name -> local file of every table of the catalogue, for the manifests of stages: `items`, `items 2`, ..., `vectors 1`, ...
+
+        A table that is not configured or not local is None. A file that does not exist is listed.
+
+        Raises:
+            CatalogError: a folder or a pattern of the configuration holds no table.
+        """
+        tables = {"items": self.items, "sequences": self.sequences, "events": self.events}
+        found = {name: file for table, source in tables.items() for name, file in named_files(table, source).items()}
+        return found | {f"vectors {number}": path for number, path in enumerate(self.vectors, start=1)}
+
+    def item_files(self) -> dict[str, Path | None]:
+        """The part of `input_files` that belongs to `items`."""
+        return named_files("items", self.items)
 
     def without_users(self) -> CatalogConfig:
         """The same catalogue without histories."""
@@ -165,7 +181,7 @@ class CatalogConfig(Section):
     @model_validator(mode="after")
     def _one_source_of_users(self) -> CatalogConfig:
         if self.sequences is not None and self.events is not None:
-            raise ValueError(f"sequences is {self.sequences} and events is {self.events}; name one of them")
+            raise ValueError(f"sequences is {shown(self.sequences)} and events is {shown(self.events)}; name one of them")
         if self.event_types and self.events is None:
             raise ValueError("event_types is set, but events is not; name the table of events, or remove event_types")
         if self.event_types and not any(self.event_types.values()):

@@ -14,40 +14,61 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from mmsid.artifacts import read_table, write_table, write_text
+from mmsid.artifacts import write_table, write_text
 from mmsid.catalog.catalog import Catalog
 from mmsid.catalog.config import CatalogConfig
-from mmsid.catalog.tables import Cells, read_table_rows
+from mmsid.catalog.sources import Batch, open_table
+from mmsid.catalog.tables import Cells, Table
 
 
 def write_items(config: CatalogConfig, item_ids: Collection[str], folder: Path) -> CatalogConfig:
-    """Write the rows of the items table that belong to `item_ids`, in the format of the source, and return a configuration that reads them.
+    """Write the rows of the items table that belong to `item_ids`, and return a configuration that reads them.
 
-    Pictures stay where they are. `max_items` is removed: the ids are the choice.
+    Rows of text formats such as csv are written as csv. All others are written as parquet, or as JSON Lines if a column holds values of
+    several types. Pictures stay where they are. `max_items` is removed: the ids are the choice.
 
     Raises:
         CatalogError: the items table cannot be read.
     """
-    column = config.fields.group_by or config.fields.item_id
-    ids = read_table_rows(config.items, [column], config_key="catalog.items")
-    cells, chosen = Cells(ids, config.fields.list_separator), set(item_ids)
-    kept = [cells.text(index, column) in chosen for index in range(len(ids.rows))]
-    path = folder / f"items{config.items.suffix.lower()}"
     folder.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".parquet":
-        write_table(path, read_table(config.items).filter(pa.array(kept)))
-    else:
-        whole = read_table_rows(config.items, ids.columns, config_key="catalog.items")
-        rows = [row for row, keep in zip(whole.rows, kept, strict=True) if keep]
-        if whole.is_csv:
-            text = io.StringIO()
-            writer = csv.DictWriter(text, whole.columns)
-            writer.writeheader()
-            writer.writerows(rows)
-            write_text(path, text.getvalue())
-        else:
-            write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    return config.model_copy(update={"items": path, "image_root": config.root, "max_items": None})
+    column = config.fields.group_by or config.fields.item_id
+    opened, chosen = open_table(config.items, config_key="catalog.items"), set(item_ids)
+    texts: list[dict] = []
+    typed: list[Batch] = []
+    for batch in opened.batches(opened.columns):
+        ids = [{column: value} for value in batch.values(column)]
+        cells = Cells(Table(batch.file, [column], ids, batch.numbers, batch.unit, batch.textual), config.fields.list_separator)
+        kept = [index for index in range(len(batch)) if cells.text(index, column) in chosen]
+        if kept and batch.textual:
+            texts += batch.take(kept).rows()
+        elif kept:
+            typed.append(batch.take(kept))
+    sources = [_write_texts(folder / "items.csv", texts, opened.columns)] if texts or not typed else []
+    sources += [_write_typed(folder, typed)] if typed else []
+    items = sources[0] if len(sources) == 1 else tuple(sources)
+    return config.model_copy(update={"items": items, "image_root": config.root, "max_items": None})
+
+
+def _write_texts(path: Path, rows: list[dict], columns: Sequence[str]) -> Path:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns)
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
+    return path
+
+
+def _write_typed(folder: Path, batches: list[Batch]) -> Path:
+    try:
+        if not any(batch.mixed for batch in batches):
+            table = pa.concat_tables([batch.table for batch in batches], promote_options="permissive")
+            write_table(folder / "items.parquet", table)
+            return folder / "items.parquet"
+    except pa.ArrowException:  # types that have nothing in common, or that parquet cannot hold
+        pass
+    lines = (json.dumps(row, ensure_ascii=False, default=str) + "\n" for batch in batches for row in batch.rows())
+    write_text(folder / "items.jsonl", "".join(lines))
+    return folder / "items.jsonl"
 
 
 def with_train_histories(

@@ -1,28 +1,33 @@
-"""Reader of parquet, jsonl and csv tables, whole or in pieces. All formats give the same rows; errors name the file and the row."""
+"""Tables as Python rows, whole or in pieces, for tables of moderate size. All formats of `mmsid.catalog.sources` give the same rows."""
 
 from __future__ import annotations
 
-import csv
+import bisect
 import datetime
 import decimal
-import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
+from mmsid.catalog.sources.batch import Batch
+from mmsid.catalog.sources.contents import recognise
+from mmsid.catalog.sources.literal_cells import literal_cell, starts_like_literal
+from mmsid.catalog.sources.locate import Source, locate
+from mmsid.catalog.sources.opened import OpenedTable, open_table
 from mmsid.errors import CatalogError
-
-_LONGEST_CSV_CELL = 16_000_000
 
 
 @dataclass
 class Table:
-    """Table rows as dictionaries. Row i is called `f"{unit} {numbers[i]}"` in messages, counted from 1."""
+    """Table rows as dictionaries. Row i is called `f"{unit} {numbers[i]}"` in messages, counted from 1 in its file.
+
+    Attributes:
+        path: the file. For several files, the source as the configuration names it.
+        is_csv: cells are texts, so that lists and mappings are written inside a cell.
+        parts: first row of each run of rows of one file, and a batch of this file. Used where the rows come from several files.
+    """
 
     path: Path
     columns: list[str]
@@ -30,153 +35,85 @@ class Table:
     numbers: Sequence[int]
     unit: str
     is_csv: bool
+    parts: list[tuple[int, Batch]] = field(default_factory=list)
 
     def place(self, index: int) -> str:
         """Location of a row for messages: `file, row n`."""
-        return f"{self.path}, {self.unit} {self.numbers[index]}"
+        part = self._part(index)
+        path, unit = (self.path, self.unit) if part is None else (part.file, part.unit)
+        return f"{path}, {unit} {self.numbers[index]}"
+
+    def textual(self, index: int) -> bool:
+        """Whether the cells of a row are texts, as in csv files."""
+        part = self._part(index)
+        return self.is_csv if part is None else part.textual
+
+    def _part(self, index: int) -> Batch | None:
+        return self.parts[bisect.bisect_right(self.parts, index, key=lambda part: part[0]) - 1][1] if self.parts else None
 
 
-def read_table_rows(path: Path, selected: Sequence[str], *, config_key: str) -> Table:
-    """Read the `selected` columns (those that exist) of a .parquet, .jsonl or .csv file.
+def read_table_rows(path: Source | Sequence[Source], selected: Sequence[str], *, config_key: str) -> Table:
+    """Read the `selected` columns (those that exist) of a table in any format of `mmsid.catalog.sources`.
 
     Raises:
-        CatalogError: the file is missing, has another suffix, is damaged, or has no rows.
+        CatalogError: a file is missing, damaged or no table, or there are no rows.
     """
-    path = Path(path)
-    table = _READERS[table_kind(path, config_key)](path, selected)
-    _refuse_empty(path, len(table.rows), config_key)
-    return table
+    opened = open_table(path, config_key=config_key)
+    return _table(opened, list(opened.batches(selected)))
 
 
-def table_pieces(path: Path, selected: Sequence[str], rows: int, *, config_key: str) -> tuple[int, Iterator[Table]]:
+def table_pieces(path: Source | Sequence[Source], selected: Sequence[str], rows: int, *, config_key: str) -> tuple[int, Iterator[Table]]:
     """Number of rows of a table, and its consecutive pieces of `rows` rows (the last one may be shorter).
 
-    A parquet file is read piece by piece. Other files are read at once.
+    The pieces are read one by one. Delimited text is read once more before, to count its rows.
 
     Raises:
         CatalogError: as `read_table_rows`. Damage inside a parquet file is noticed when its piece is read.
     """
-    path = Path(path)
-    if table_kind(path, config_key) != ".parquet":
-        table = read_table_rows(path, selected, config_key=config_key)
-        starts = range(0, len(table.rows), rows)
-        return len(table.rows), (
-            replace(table, rows=table.rows[start : start + rows], numbers=table.numbers[start : start + rows]) for start in starts
-        )
-    try:
-        total = pq.read_metadata(path).num_rows
-    except (OSError, pa.ArrowException) as error:
-        raise _unreadable_parquet(path, error) from error
-    _refuse_empty(path, total, config_key)
-    return total, _parquet_pieces(path, selected, rows)
+    opened = open_table(path, config_key=config_key)
+    total = opened.num_rows
+    if total is None:
+        total = sum(len(batch) for batch in opened.batches([]))
+    return total, _pieces(opened, selected, rows)
 
 
-def _refuse_empty(path: Path, rows: int, config_key: str) -> None:
-    if not rows:
-        raise CatalogError(f"{config_key}: {path} holds no rows; expected at least one, write the table again")
+def _pieces(opened: OpenedTable, selected: Sequence[str], rows: int) -> Iterator[Table]:
+    waiting: list[Batch] = []
+    held = 0
+    for batch in opened.batches(selected, rows):
+        start = 0
+        while held + len(batch) - start >= rows:
+            taken = rows - held
+            yield _table(opened, [*waiting, batch.slice(start, taken)])
+            waiting, held, start = [], 0, start + taken
+        if start < len(batch):
+            waiting.append(batch.slice(start, len(batch) - start))
+            held += len(batch) - start
+    if waiting:
+        yield _table(opened, waiting)
 
 
-def _unreadable_parquet(path: Path, error: Exception) -> CatalogError:
-    return CatalogError(f"{path} cannot be read as parquet ({type(error).__name__}); write the file again")
+def _table(opened: OpenedTable, batches: Sequence[Batch]) -> Table:
+    rows: list[dict[str, Any]] = []
+    numbers: list[int] = []
+    parts: list[tuple[int, Batch]] = []
+    for batch in batches:
+        if not parts or parts[-1][1].file != batch.file:
+            parts.append((len(rows), Batch(batch.table.slice(0, 0), {}, batch.textual, batch.file, (), batch.unit)))
+        rows += batch.rows()
+        numbers += batch.numbers
+    first = parts[0][1]
+    path = first.file if len(opened.files) == 1 else Path(opened.name)
+    return Table(path, list(opened.columns), rows, numbers, first.unit, first.textual, parts if len(parts) > 1 else [])
 
 
 def table_kind(path: Path, config_key: str) -> str:
-    """Suffix of a table: ".parquet", ".jsonl" or ".csv".
+    """Format of a file by its content: ".parquet", ".arrow", ".jsonl", ".json", ".csv" (also for .tsv and .txt) or ".xml".
 
     Raises:
-        CatalogError: the file is missing or has another suffix.
+        CatalogError: the file is missing or no table.
     """
-    if not path.is_file():
-        raise CatalogError(f"{config_key}: {path} does not exist or is not a file (working folder {Path.cwd()}); correct the path")
-    if path.suffix.lower() not in _READERS:
-        raise CatalogError(f"{config_key}: {path} ends in {path.suffix!r}; name a .parquet, .jsonl or .csv file")
-    return path.suffix.lower()
-
-
-def _read_parquet(path: Path, selected: Sequence[str]) -> Table:
-    try:
-        with pq.ParquetFile(path) as file:
-            columns = file.schema_arrow.names
-            refuse_doubled(path, columns)
-            rows = file.read(columns=[name for name in selected if name in columns]).to_pylist(maps_as_pydicts="strict")
-    except (OSError, pa.ArrowException, KeyError, ValueError) as error:
-        raise _unreadable_parquet(path, error) from error
-    return Table(path, columns, rows, range(1, len(rows) + 1), "row", is_csv=False)
-
-
-def _parquet_pieces(path: Path, selected: Sequence[str], rows: int) -> Iterator[Table]:
-    first, waiting = 1, []
-    try:
-        with pq.ParquetFile(path) as file:
-            columns = file.schema_arrow.names
-            refuse_doubled(path, columns)
-            for batch in file.iter_batches(rows, columns=[name for name in selected if name in columns]):
-                waiting += batch.to_pylist(maps_as_pydicts="strict")
-                while len(waiting) >= rows:  # batches need not have `rows` rows
-                    yield Table(path, columns, waiting[:rows], range(first, first + rows), "row", is_csv=False)
-                    first, waiting = first + rows, waiting[rows:]
-    except (OSError, pa.ArrowException, KeyError, ValueError) as error:
-        raise _unreadable_parquet(path, error) from error
-    if waiting:
-        yield Table(path, columns, waiting, range(first, first + len(waiting)), "row", is_csv=False)
-
-
-def _read_jsonl(path: Path, selected: Sequence[str]) -> Table:
-    rows, numbers, columns = [], [], {}
-    try:
-        with open(path, encoding="utf-8-sig") as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    raise CatalogError(f"{path}, line {number}: not valid JSON ({error}); write one JSON object per line") from error
-                if not isinstance(row, dict):
-                    raise CatalogError(
-                        f"{path}, line {number}: holds a {type(row).__name__}, expected an object; write one JSON object per line"
-                    )
-                columns.update(dict.fromkeys(row))
-                rows.append({name: row[name] for name in selected if name in row})
-                numbers.append(number)
-    except (OSError, UnicodeDecodeError) as error:
-        raise CatalogError(f"{path} cannot be read as UTF-8 text ({type(error).__name__}); save it as UTF-8") from error
-    return Table(path, list(columns), rows, numbers, "line", is_csv=False)
-
-
-def _read_csv(path: Path, selected: Sequence[str]) -> Table:
-    rows, numbers = [], []
-    csv.field_size_limit(_LONGEST_CSV_CELL)
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as text:
-            lines = csv.reader(text, strict=True)
-            columns = next(lines, [])
-            refuse_doubled(path, columns)
-            for number, cells in enumerate(lines, start=1):
-                if not cells:
-                    continue
-                if len(cells) != len(columns):
-                    raise CatalogError(
-                        f"{path}, row {number}: {len(cells)} cells, expected {len(columns)}; quote cells that contain commas"
-                    )
-                row = dict(zip(columns, cells, strict=True))
-                rows.append({name: row[name] for name in selected if name in row})
-                numbers.append(number)
-    except (OSError, UnicodeDecodeError) as error:
-        raise CatalogError(f"{path} cannot be read as UTF-8 text ({type(error).__name__}); save it as UTF-8") from error
-    except csv.Error as error:
-        raise CatalogError(f"{path}, row {len(rows) + 1}: not valid csv ({error}); correct the quoting") from error
-    return Table(path, columns, rows, numbers, "row", is_csv=True)
-
-
-_READERS = {".parquet": _read_parquet, ".jsonl": _read_jsonl, ".csv": _read_csv}
-
-
-def refuse_doubled(path: Path, columns: Sequence[str]) -> None:
-    """Raise CatalogError when a column occurs twice in the header."""
-    doubled = sorted({name for name in columns if list(columns).count(name) > 1})
-    if doubled:
-        raise CatalogError(f"{path}: column {', '.join(map(repr, doubled))} occurs twice in the header; rename one of them")
+    return f".{recognise(locate(path, config_key).files[0], config_key).format}"
 
 
 class Cells:
@@ -197,8 +134,8 @@ class Cells:
     def mapping(self, index: int, column: str) -> dict[str, tuple[str, ...]] | None:
         """The cell as name -> values with sorted names, or None when it does not hold a mapping."""
         value = self._table.rows[index].get(column)
-        if self._table.is_csv and isinstance(value, str) and value.lstrip().startswith("{"):
-            value = self._json(value, index, column)
+        if isinstance(value, str) and value.lstrip().startswith("{") and self._table.textual(index):
+            value = self._literal(value, index, column)
         if not isinstance(value, dict):
             return None
         found = {}
@@ -217,16 +154,16 @@ class Cells:
         value = self._table.rows[index].get(column)
         if isinstance(value, (list, tuple)):
             return list(value)
-        if self._table.is_csv and isinstance(value, str):
-            if value.lstrip().startswith("["):
-                return self._json(value, index, column)
+        if isinstance(value, str) and self._table.textual(index):
+            if starts_like_literal(value) and not value.lstrip().startswith("{"):
+                return self._literal(value, index, column)
             return [part for part in value.split(self._separator) if part.strip()]
         return [] if value is None else [value]
 
-    def _json(self, text: str, index: int, column: str) -> Any:
+    def _literal(self, text: str, index: int, column: str) -> Any:
         try:
-            return json.loads(text)
-        except (ValueError, RecursionError) as error:
+            return literal_cell(text)
+        except ValueError as error:
             place = self._table.place(index)
             raise CatalogError(f"{place}, field {column!r}: starts like JSON but is not valid JSON ({error}); correct the cell") from error
 

@@ -19,6 +19,7 @@ from pydantic import Field
 from mmsid.artifacts import CHECKSUMS, read_table, write_table, writing
 from mmsid.catalog import CatalogConfig, Item, read_catalog
 from mmsid.catalog.items import require_column
+from mmsid.catalog.sources.locate import Source, named_files
 from mmsid.catalog.tables import Cells, read_table_rows
 from mmsid.config import StageConfig
 from mmsid.errors import ArtifactError, CatalogError, ConfigError
@@ -248,10 +249,10 @@ def _read_only(path: Path, known: set[str]) -> list[str]:
     return found
 
 
-def _inputs(config: RecommendConfig, users: Path) -> dict[str, Path | None]:
+def _inputs(config: RecommendConfig, users: Source | tuple[Source, ...]) -> dict[str, Path | None]:
     sids = config.sids if config.sids.suffix == ".parquet" else config.sids / FILE_NAME
     found = {"recommender": config.recommender / CHECKSUMS, "sids": sids, "embeddings": embeddings_file(config.sids)}
-    return found | config.catalog.without_users().input_files() | {"users": users, "only": config.only}
+    return found | config.catalog.without_users().input_files() | named_files("users", users) | {"only": config.only}
 
 
 def _report(config: RecommendConfig, counts: dict[str, int]) -> None:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from mmsid.catalog import Catalog, Fields
 from mmsid.catalog.items import require_column
+from mmsid.catalog.sources.locate import Source
 from mmsid.catalog.tables import Cells, Table, table_pieces
 from mmsid.errors import CatalogError
 
@@ -33,7 +33,7 @@ class Users:
     problems: list[dict[str, Any]] = field(default_factory=list)
 
 
-def users_of_file(path: Path, fields: Fields, rows: int, *, config_key: str) -> tuple[int, Iterator[Users]]:
+def users_of_file(path: Source | Sequence[Source], fields: Fields, rows: int, *, config_key: str) -> tuple[int, Iterator[Users]]:
     """Number of rows of a table of users, and its users in shards of `rows` rows.
 
     The table has the columns `fields.user_id` and `fields.sequence`, as `catalog.sequences`. Histories are sorted by the times in
@@ -79,7 +79,7 @@ def _users(table: Table, fields: Fields) -> Users:
 def _history(table: Table, cells: Cells, index: int, fields: Fields) -> tuple[str, ...]:
     """Item ids of one row in time order. Raises CatalogError if the row has no usable history."""
     value = table.rows[index].get(fields.sequence)
-    if not table.is_csv and not isinstance(value, (list, tuple, type(None))):
+    if not table.textual(index) and not isinstance(value, (list, tuple, type(None))):
         raise CatalogError(f"field {fields.sequence!r}: holds a {type(value).__name__}, expected a list of item ids")
     item_ids = cells.texts(index, fields.sequence)
     if fields.timestamps not in table.columns:

@@ -44,7 +44,7 @@ def write_moved_sids(settings: dict[str, Any], move: Callable[[Job], Codes]) -> 
     config = build(RefineConfig, settings, source="suite", section="refine")
     accelerator, catalog = make_accelerator(), read_catalog(config.catalog)
     split = split_histories(catalog, config.catalog.split)
-    inputs = {"tokenizer": config.tokenizer, "sids": config.sids, "items": config.catalog.items}
+    inputs = {"tokenizer": config.tokenizer, "sids": config.sids} | config.catalog.item_files()
     with writing(config.out, stage="refine_ungated", config=config, inputs=inputs) as draft:
         job = Job(config, accelerator, catalog, split, draft, None)
         codes = move(job)

@@ -9,6 +9,7 @@ from typing import Any
 from mmsid.annotate.readers import ItemInterests, read_captions, read_interests
 from mmsid.artifacts import MANIFEST, is_complete, read_manifest
 from mmsid.catalog import CatalogConfig
+from mmsid.catalog.sources.locate import is_hub, missing_sources, sources_of
 from mmsid.config import apply_override, build
 from mmsid.errors import ArtifactError
 from mmsid.sids.table import FILE_NAME
@@ -58,16 +59,18 @@ def catalog_of_run(run: Path, overrides: Sequence[str] = ()) -> CatalogConfig:
     stage, manifest = with_catalog[0]
     working_folder = _working_folder(run / stage, Path(manifest["config"]["out"]))
     catalog = manifest["config"]["catalog"]
-    catalog |= {name: str(working_folder / catalog[name]) for name in ("items", "image_root", "sequences", "events") if catalog.get(name)}
+    for name in ("items", "image_root", "sequences", "events"):
+        if found := [str(one if is_hub(one) else working_folder / one) for one in sources_of(catalog.get(name))]:
+            catalog[name] = found[0] if len(found) == 1 else found
     if "vectors" in catalog:
         catalog["vectors"] = [str(working_folder / path) for path in catalog["vectors"]]
     data = {"catalog": catalog}
     for override in overrides:
         apply_override(data, override, source=str(run / stage / MANIFEST))
     config = build(CatalogConfig, data["catalog"], source=str(run / stage / MANIFEST), section="catalog")
-    if not config.items.is_file():
+    if missing := missing_sources(config.items):
         raise ArtifactError(
-            f"{run} was made from the catalogue {config.items}, which does not exist; give its path: "
+            f"{run} was made from the catalogue {missing[0]}, which does not exist; give its path: "
             f"`mmsid report {run} catalog.items=FILE` (and catalog.sequences, events, vectors, image_root where the catalogue has them)"
         )
     return config

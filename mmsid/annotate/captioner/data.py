@@ -141,17 +141,17 @@ def catalog_set(
         CatalogError: a column is absent, or no picture is left to train on.
     """
     items = read_catalog(catalog.without_users()).items  # in canonical order, cut to max_items
-    table_path = targets.table or catalog.items
+    source = targets.table or catalog.items
     id_column = catalog.fields.group_by or catalog.fields.item_id
     template = CaptionTemplate(caption_template)
     template_fields = [] if targets.caption_column else template.fields
     optional = [column for column in (targets.caption_column, targets.interests_column) if column]
     columns = list(dict.fromkeys([id_column, *fields, *template_fields, *optional]))
-    table = read_table_rows(table_path, columns, config_key="train_captioner.targets.table")
+    table = read_table_rows(source, columns, config_key="train_captioner.targets.table")
     for column in columns:
         if column not in table.columns:
             raise CatalogError(
-                f"{table_path} has no column {column!r}, which train_captioner.targets needs; its columns are "
+                f"{table.path} has no column {column!r}, which train_captioner.targets needs; its columns are "
                 f"{', '.join(map(str, table.columns))}; correct `targets` or `fields`"
             )
     cells = Cells(table, catalog.fields.list_separator)
@@ -160,7 +160,7 @@ def catalog_set(
     labelled = [entry for entry in listed if all(cells.texts(entry[1], field) for field in template_fields)]
     pictures, decoded = _decode([path for path, _, _ in labelled], catalog.pictures, side, folder)
     if not decoded:
-        raise CatalogError(f"{table_path}: no row has a readable picture and the fields {list(fields)}; check `item_id` and `fields`")
+        raise CatalogError(f"{table.path}: no row has a readable picture and the fields {list(fields)}; check `item_id` and `fields`")
     rows, keys = [labelled[place][1] for place, _ in decoded], [key for _, key in decoded]
     values = {field: [", ".join(cells.texts(row, field)) for row in rows] for field in dict.fromkeys([*fields, *template_fields])}
     if targets.caption_column:

@@ -45,7 +45,7 @@ def run(config: TrainCaptionerConfig) -> Path:
     """
     if config.source == "catalog" and config.catalog is None:
         raise ConfigError("train_captioner.catalog is missing although source is 'catalog'; name the catalogue or set source: drawn")
-    inputs = {"items": config.catalog.items, "targets": config.targets.table} if config.source == "catalog" else {}
+    inputs = config.catalog.item_files() | {"targets": config.targets.table} if config.source == "catalog" else {}
     accelerator = make_accelerator("auto", unused_parameters=True)  # the tower's final norm is not used
     with writing(config.out, stage="train_captioner", config=config, inputs=inputs, resume=True) as draft:
         accelerator.wait_for_everyone()  # until rank 0 has made the draft folder

@@ -74,7 +74,7 @@ def run(config: TextQualityConfig) -> Path:
     learns = config.interests is not None and not from_coengagement
     if learns and config.judgements is None and config.truth is None:
         raise ConfigError("text_quality: interests are given without labels; set text_quality.judgements (a `judge` folder) or .truth")
-    inputs = {"items": config.catalog.items} | {name: getattr(config, name) for name in ("interests", "captions", "judgements", "truth")}
+    inputs = config.catalog.item_files() | {name: getattr(config, name) for name in ("interests", "captions", "judgements", "truth")}
     with writing(config.out, stage="text_quality", config=config, inputs=inputs) as draft:
         accelerator.wait_for_everyone()
         catalog = read_catalog(config.catalog)
