@@ -137,6 +137,8 @@ def preset_of(columns: Sequence[str]) -> tuple[Preset, dict[str, str]] | None:
         names.setdefault(normal_name(column), column)
         names.setdefault(normal_name(column).replace("_", ""), column)
     for preset in PRESETS:
+        if "item_id" in names and "item_id" not in preset.fields.get("item_id", ()):
+            continue  # the table was made for mmsid
         if all(any(name in names for name in group) for group in preset.required):
             return preset, names
     return None
