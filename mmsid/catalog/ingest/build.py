@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,8 @@ from mmsid.catalog.ingest.index import RowIndex
 from mmsid.catalog.ingest.merging import merged_groups
 from mmsid.catalog.ingest.rows import PictureMemory, part_rows
 from mmsid.catalog.ingest.writing import CatalogWriter
+from mmsid.catalog.picture_sources.cache import PictureCache
+from mmsid.catalog.picture_sources.downloads import Downloader
 from mmsid.catalog.picture_sources.inspection import inspect_pictures
 from mmsid.catalog.pictures import InspectedPicture
 from mmsid.catalog.sources import OpenedTable, open_table
@@ -83,19 +86,23 @@ def _write_parts(
     """Arrow files with the rows in the order of the sources, and the files of the sources. Parts that exist are not made again."""
     folder.mkdir(parents=True, exist_ok=True)
     root = config.root.absolute()
-    pictures = PictureMemory(lambda references: inspect_pictures(references, config.pictures, config.root, config.picture_cache, known))
+    cache = config.picture_cache
     number_of: dict[Path, int] = {}
     rows = _PICTURE_ROWS if mapping.image else CHUNK_ROWS
     paths = []
     batches = table.batches(mapping.columns, rows)
     if (table.num_rows or _SILENT_ROWS) >= _SILENT_ROWS:
         batches = track(batches, "ingest", total=table.num_rows, unit="rows", size=len)
-    for number, batch in enumerate(batches):
-        path, file = folder / f"{number:06d}.arrow", number_of.setdefault(batch.file, len(number_of))
-        if not path.exists():
-            fields = item_fields(batch, mapping, config.clean_text)
-            write_arrow(path, part_rows(fields, file, np.asarray(batch.numbers), pictures, root))
-        paths.append(path)
+    with Downloader(config.pictures, PictureCache(cache)) as downloader:  # one for all parts: it counts their bytes together
+        pictures = PictureMemory(
+            partial(inspect_pictures, limits=config.pictures, root=config.root, cache=cache, known=known, downloader=downloader)
+        )
+        for number, batch in enumerate(batches):
+            path, file = folder / f"{number:06d}.arrow", number_of.setdefault(batch.file, len(number_of))
+            if not path.exists():
+                fields = item_fields(batch, mapping, config.clean_text)
+                write_arrow(path, part_rows(fields, file, np.asarray(batch.numbers), pictures, root))
+            paths.append(path)
     return paths, list(number_of)
 
 
