@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from mmsid.sids.grouping import prefix_keys, prefixes_of
+from mmsid.sids.grouping import lexicographic_order
 
 
 def prefix_labels(codes: np.ndarray) -> np.ndarray:
@@ -29,7 +29,7 @@ def prefix_counts(codes: np.ndarray) -> list[np.ndarray]:
     """
     codes = np.asarray(codes, dtype=np.int64)
     spans = [int(column.max(initial=-1)) + 2 for column in codes.T]  # a suffix may be -1
-    ordered = prefixes_of(np.sort(prefix_keys(codes + 1, spans)), spans)
+    ordered = codes[lexicographic_order(codes + 1, spans)]
     changed = np.zeros(len(ordered), dtype=bool)
     changed[:1] = True
     counts = []

@@ -35,6 +35,12 @@ def prefixes_of(keys: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
     return codes
 
 
+def lexicographic_order(codes: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
+    """Order (n,) that sorts the rows of (n, d) codes; equal rows keep their order. Codes must be in [0, size)."""
+    keys = prefix_keys(codes, sizes) if np.prod([float(size) for size in sizes]) <= _MAX_KEY else None
+    return np.lexsort(codes.T[::-1]) if keys is None else np.argsort(keys, kind="stable")
+
+
 @dataclass
 class Groups:
     """Items (positions 0..n-1) grouped by key.
