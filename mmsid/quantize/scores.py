@@ -35,9 +35,7 @@ class CodebookScores:
         temperature: t_l of each level, the mean squared residual after that level (in squared distance).
     """
 
-    def __init__(
-        self, codebooks: ResidualCodebooks, x: np.ndarray | torch.Tensor, temperature: Sequence[float] | None = None
-    ) -> None:
+    def __init__(self, codebooks: ResidualCodebooks, x: np.ndarray | torch.Tensor, temperature: Sequence[float] | None = None) -> None:
         self.codebooks = codebooks
         self.x = codebooks.check(x)
         self._vectors = codebooks.vectors.double()

@@ -64,7 +64,6 @@ class Relocation:
     def _groups(self) -> Groups:
         return Groups.of(prefix_keys(self.codes, self.sizes[:-1]))
 
-
     def _spill(self, groups: Groups, collides: np.ndarray) -> tuple[Iterator[Task], int]:
         """Move the worst-fitting items out of overfull groups. Returns what is left to assign, and its number of items."""
         overfull = np.flatnonzero(groups.sizes > self.last_size)
