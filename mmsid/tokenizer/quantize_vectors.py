@@ -28,7 +28,7 @@ from mmsid.sids.collisions import Policy
 from mmsid.sids.semantics import fidelity, nearest_neighbour_lcp
 from mmsid.sids.table import BEHAVIOUR, CONTENT
 from mmsid.tokenizer.quantize_report import REPORT, quantize_report
-from mmsid.tokenizer.vector_space import EMBEDDINGS, BehaviourLookup, VectorSpace, MatrixWriter, write_space
+from mmsid.tokenizer.vector_space import EMBEDDINGS, BehaviourLookup, MatrixWriter, VectorSpace, write_space
 
 PROBLEMS = "problems.parquet"
 _LATENTS, _BEHAVIOUR = "latents.scratch", "behaviour.scratch"
@@ -123,9 +123,6 @@ def run(config: QuantizeConfig, files: VectorFiles | None = None) -> Path:
         notes = [*files.notes, *(behaviour.notes if behaviour else [])]
         given = (config.codebook_size, config.num_levels)
         write_text(draft.path / REPORT, quantize_report(config.method, sizes, given, files, space, metrics, notes))
-            draft.path / REPORT,
-            quantize_report(config.method, sizes, files, space, metrics, notes, config.codebook_size, config.num_levels),
-        )
         draft.counts |= {"in": len(files), "ok": len(table), "quarantined": len(space.problems)}
         draft.counts["exact_duplicates"] = metrics["published"]["exact_duplicates"]
         if space.with_behaviour is not None:
@@ -147,7 +144,7 @@ def checked_sizes(config: QuantizeConfig, num_items: int) -> Sizes:
         better = propose(num_items)
         raise ConfigError(
             f"quantize: {num_items:,} items, but {sizes.num_levels} levels of {sizes.codebook_size:,} codes give {sizes.capacity:,} SIDs; "
-            f"raise codebook_size or num_levels ({better.num_levels} levels of {better.codebook_size:,} codes are proposed), or leave them out"
+            f"raise codebook_size or num_levels, or leave them out (proposal: {better.num_levels} levels of {better.codebook_size:,} codes)"
         )
     if config.codebook_size is None or config.num_levels is None:
         done(f"quantize: {reason(sizes, config.codebook_size, config.num_levels)}\n{sizes_table(sizes)}")

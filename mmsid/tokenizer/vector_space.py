@@ -35,7 +35,7 @@ class MatrixWriter:
         self.path, self.dim, self.rows = path, dim, 0
 
     def __enter__(self) -> MatrixWriter:
-        self._file = open(self.path, "wb")  # noqa: SIM115 (closed by __exit__)
+        self._file = open(self.path, "wb")
         self._file.write(b" " * _HEADER_BYTES)
         return self
 
