@@ -30,6 +30,7 @@ _EXPORTS = {
     "interests": "mmsid.api",
     "judge": "mmsid.api",
     "load_bundle": "mmsid.tokenizer.bundle",
+    "quantize_vectors": "mmsid.api",
     "refine_tokenizer": "mmsid.api",
     "stability": "mmsid.api",
     "train_captioner": "mmsid.api",
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from mmsid.api import ingest as ingest
     from mmsid.api import interests as interests
     from mmsid.api import judge as judge
+    from mmsid.api import quantize_vectors as quantize_vectors
     from mmsid.api import refine_tokenizer as refine_tokenizer
     from mmsid.api import stability as stability
     from mmsid.api import train_captioner as train_captioner

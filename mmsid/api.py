@@ -6,15 +6,20 @@ A finished and unchanged folder is kept; captioning, interests and tokenizer tra
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from pydantic import BaseModel
 
 from mmsid.catalog.catalog import catalog_settings
+from mmsid.config import build
+from mmsid.errors import ConfigError
 from mmsid.ray_pool import Engine
-from mmsid.stages import run_stage
+from mmsid.stages import run_stage, run_unless_finished
+
+if TYPE_CHECKING:
+    import numpy as np
 
 PathLike: TypeAlias = str | Path
 CatalogSettings: TypeAlias = Mapping[str, Any] | BaseModel | PathLike
@@ -126,6 +131,40 @@ def assign(out: PathLike, catalog: CatalogSettings, tokenizer: PathLike, *, engi
         MmsidError: the catalogue holds more distinct items than there are Semantic IDs.
     """
     return _run("assign", out, catalog, {"tokenizer": tokenizer, **settings}, engine)
+
+
+def quantize_vectors(
+    vectors: PathLike | Sequence[PathLike] | np.ndarray, out: PathLike, *, ids: Sequence[str] | PathLike | None = None, **settings: Any
+) -> Path:
+    """Make Semantic IDs of ready-made vectors, without a catalogue or a tokenizer (`mmsid quantize`).
+
+    Args:
+        vectors: parquet files, `.npy` matrices, folders of parquet files or of `datasets.save_to_disk`; or an array (N, D).
+        out: SID folder to write: `sids.parquet`, embeddings, trie, codebooks, intrinsic metrics, exports, `report.md`.
+        ids: N ids, or a file of them; default: the column `item_id` of the files, or row numbers for matrices.
+        settings: keys of `QuantizeConfig`: `method`, `codebook_size`, `num_levels`, `behaviour`, `seed`.
+
+    Raises:
+        CatalogError: vectors or ids cannot be read, or more than half of the vectors are unusable.
+        ConfigError: invalid settings, or fewer Semantic IDs than items.
+        ArtifactError: the folder was finished with other settings or other vectors.
+    """
+    from mmsid.catalog.vector_files import vectors_in_memory
+    from mmsid.tokenizer.quantize_vectors import QuantizeConfig, run
+
+    given, files = {"out": out, **settings}, None
+    if hasattr(vectors, "shape"):
+        if isinstance(ids, (str, Path)):
+            raise ConfigError(f"quantize_vectors: ids is the file {ids}, but vectors are an array; pass the ids as a sequence")
+        files = vectors_in_memory(vectors, ids)
+        given["array_sha256"] = files.sha256()
+    else:
+        if ids is not None and not isinstance(ids, (str, Path)):
+            raise ConfigError("quantize_vectors: ids are a sequence, but vectors are files; pass the path of a file of ids")
+        given |= {"vectors": vectors, "ids": ids}
+    config = build(QuantizeConfig, given, source="mmsid.quantize_vectors", section="quantize")
+    run_unless_finished("quantize", config, lambda config: run(config, files))
+    return config.out
 
 
 def stability(out: PathLike, catalog: CatalogSettings, tokenizer: PathLike, **settings: Any) -> Path:

@@ -10,6 +10,8 @@ mmsid report RUN [catalog.key=value ...]             RUN/report.html; RUN is a r
 mmsid catalog --config CONFIG                        read a catalogue and describe it, with examples of its problems
 mmsid demo-catalog OUT --items N --users M --seed S  draw the demo catalogue
 mmsid churn OLD NEW [--out REPORT.json]              compare two SID folders of one catalogue
+mmsid quantize VECTORS [--codebook-size K] [--num-levels L] [--method M] [--out DIR]   Semantic IDs from ready-made vectors (parquet,
+                                                     .npy, saved datasets); proposes K and L; --behaviour FILE fuses a second file
 mmsid bundle OUT --tokenizer T --sids S              tokenizer and Semantic IDs as one model folder, ready to upload
 mmsid bench --dataset D --suite S [suite.key=value]  compare SID methods and recommenders in one table; a second call resumes
 """
@@ -17,6 +19,7 @@ mmsid bench --dataset D --suite S [suite.key=value]  compare SID methods and rec
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -27,7 +30,7 @@ from mmsid.artifacts import is_complete, read_manifest, write_json
 from mmsid.config import load_yaml
 from mmsid.errors import ConfigError, MmsidError
 from mmsid.progress import done
-from mmsid.stages import INGEST, ON_RAY, STAGES, run_stages, stage_configs
+from mmsid.stages import INGEST, ON_RAY, STAGES, run_stages, run_unless_finished, stage_configs
 
 
 def main_stage(stage: str, arguments: Sequence[str] | None = None) -> None:
@@ -139,6 +142,36 @@ def _churn(arguments: list[str]) -> None:
         write_json(parsed.out, report)
 
 
+def _quantize(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="mmsid quantize", description="Make Semantic IDs of ready-made vectors.")
+    parser.add_argument("vectors", type=Path, nargs="+", help=".parquet or .npy files, folders of parquet files, saved datasets")
+    parser.add_argument("--ids", type=Path, metavar="FILE", help="ids of the rows: .parquet, .csv, .jsonl, .txt or .npy")
+    parser.add_argument("--id-column", metavar="NAME", help="default: item_id")
+    parser.add_argument("--vector-column", metavar="NAME", help="default: vector, or the only column with lists of numbers")
+    parser.add_argument("--behaviour", type=Path, metavar="FILE", help="item_id and vector, fused with the vectors")
+    parser.add_argument("--behaviour-weight", type=float, help="weight of the behaviour vectors beside the others; default 1")
+    parser.add_argument("--method", help="balanced_rq (default), rq_kmeans or rq_vae")
+    parser.add_argument("--codebook-size", type=int, metavar="K", help="codes per level; default: proposed from the number of items")
+    parser.add_argument("--num-levels", type=int, metavar="L", help="codes per item; default: proposed from the number of items")
+    parser.add_argument("--collisions", help="relocate (default), suffix or none")
+    parser.add_argument("--fit-rows", type=int, metavar="N", help="vectors to fit on; default: 256 per code, at least 100,000")
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/NAME/quantize, NAME from the first file of vectors")
+    parser.add_argument("--redo", action="store_true", help="remove a finished folder and write it again")
+    parsed = vars(parser.parse_args(arguments))
+    redo = parsed.pop("redo")
+    from mmsid.tokenizer.quantize_report import REPORT
+    from mmsid.tokenizer.quantize_vectors import QuantizeConfig, run
+
+    parsed["out"] = parsed["out"] or Path("runs") / parsed["vectors"][0].resolve().stem / "quantize"
+    given = {name: value for name, value in parsed.items() if value is not None}
+    config = build(QuantizeConfig, given, source="mmsid quantize", section="quantize")
+    if redo:
+        shutil.rmtree(config.out, ignore_errors=True)
+    run_unless_finished("quantize", config, run)
+    print((config.out / REPORT).read_text(encoding="utf-8"), end="")
+
+
 def _bundle(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="mmsid bundle", description="Copy a tokenizer and its Semantic IDs into one model folder.")
     parser.add_argument("out", type=Path)
@@ -216,6 +249,7 @@ _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "catalog": _catalog,
     "demo-catalog": _demo_catalog,
     "churn": _churn,
+    "quantize": _quantize,
     "bundle": _bundle,
     "bench": _bench,
 }

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mmsid.artifacts import input_hashes, is_complete, plain, read_manifest
 from mmsid.config import Section, StageConfig, build
@@ -38,6 +38,7 @@ _STAGES = {
 }
 STAGES = tuple(_STAGES)
 INGEST = STAGES[0]  # the only stage that reads the user's files; part of every run
+ConfigT = TypeVar("ConfigT", bound=StageConfig)
 ON_RAY = ("caption", "interests", "assign", "recommend")  # stages that accept engine="ray"
 
 
@@ -105,11 +106,24 @@ def run_stages(configs: Mapping[str, StageConfig], redo: Sequence[str] = (), eng
         redone = redone or stage in redo
         if redone:
             shutil.rmtree(config.out, ignore_errors=True)
-        if is_complete(config.out) and stage != INGEST:  # ingest reads changed sources again by itself
-            _check_unchanged(stage, config)
-            done(f"{stage}: finished earlier, kept ({config.out})")
-            continue
-        _run_function(stage, config)(config, **({"engine": engine} if stage in ON_RAY else {}))
+        run = partial(_run_function(stage, config), **({"engine": engine} if stage in ON_RAY else {}))
+        if stage == INGEST:  # reads changed sources again by itself
+            run(config)
+        else:
+            run_unless_finished(stage, config, run)
+
+
+def run_unless_finished(stage: str, config: ConfigT, run: Callable[[ConfigT], Any]) -> None:
+    """Call `run(config)`, unless `config.out` was finished by the same configuration and inputs.
+
+    Raises:
+        ArtifactError: the folder was finished with other settings or other inputs.
+    """
+    if is_complete(config.out):
+        _check_unchanged(stage, config)
+        done(f"{stage}: finished earlier, kept ({config.out})")
+    else:
+        run(config)
 
 
 def run_stage(stage: str, settings: Mapping[str, Any], engine: str = "local") -> Path:
@@ -188,4 +202,6 @@ def _check_unchanged(stage: str, config: StageConfig) -> None:
     changed += [f"its input {name} ({paths[name]}) has changed" for name in paths if hashes[name] != manifest["inputs"][name]]
     if changed:
         remedy = f"--redo {stage} writes it and all later stages again; another `name:` keeps both"
+        if stage not in STAGES:
+            remedy = "--redo writes it again; another --out keeps both"
         raise ArtifactError(f"{config.out} was finished with another configuration: {'; '.join(changed)}. {remedy}")

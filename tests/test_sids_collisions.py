@@ -29,7 +29,7 @@ def test_optimal_beats_greedy_by_hand(monkeypatch):
     log_pi = [[-1, -2], [-1, -10]]
     raw = np.zeros((2, 1), dtype=int)
     assert relocate(raw, table_scores(log_pi), ["a", "b"], 2).ravel().tolist() == [1, 0]
-    monkeypatch.setattr("mmsid.sids.collisions._HUNGARIAN_ITEMS", 1)
+    monkeypatch.setattr("mmsid.sids.relocation._HUNGARIAN_ITEMS", 1)
     assert relocate(raw, table_scores(log_pi), ["a", "b"], 2).ravel().tolist() == [0, 1]
 
 

@@ -13,6 +13,7 @@ from tiny_catalog import write_catalog
 from mmsid.artifacts import read_json
 from mmsid.catalog import read_catalog, split_histories
 from mmsid.errors import ArtifactError, ConfigError
+from mmsid.quantize import rq_vae
 from mmsid.sids import SidTable
 from mmsid.tokenizer import baselines, sid_methods
 from mmsid.tokenizer.sid_methods import MethodSources, MethodSpec, category_codes, import_published, make_sids
@@ -34,8 +35,7 @@ def sources(tmp_path_factory) -> MethodSources:
 
 
 def quick_rq_vae(monkeypatch) -> None:
-    fit = sid_methods.rq_vae
-    monkeypatch.setattr(sid_methods, "rq_vae", lambda *args: fit(*args, steps=20, latent_dim=8, hidden=16))
+    monkeypatch.setattr("mmsid.quantize.fit.rq_vae", lambda *args: rq_vae(*args, steps=20, latent_dim=8, hidden=16))
 
 
 @pytest.mark.parametrize("method", ["rq_kmeans", "balanced_rq", "rq_vae"])

@@ -46,7 +46,7 @@ class ItemVectors:
     def normalised(self) -> ItemVectors:
         """Each family normalised to unit rows and divided by the square root of the number of families; zeros stay zeros."""
         scale = np.float32(np.sqrt(len(self.widths)))
-        return replace(self, values=np.concatenate([_unit_rows(family) / scale for family in self._families()], 1))
+        return replace(self, values=np.concatenate([unit_rows(family) / scale for family in self._families()], 1))
 
     def of_items(self) -> list[tuple[np.ndarray, ...]]:
         """Vectors of each item, one (D_f,) array per family."""
@@ -111,7 +111,8 @@ def concatenated(families: Sequence[ItemVectors]) -> ItemVectors:
     )
 
 
-def _unit_rows(values: np.ndarray) -> np.ndarray:
+def unit_rows(values: np.ndarray) -> np.ndarray:
+    """Rows (N, D) divided by their norms; zero rows stay zero."""
     largest = np.abs(values).max(1, keepdims=True)
     scaled = values / np.where(largest > 0, largest, 1)  # the squares of huge and tiny values neither overflow nor vanish
     return scaled / np.maximum(np.linalg.norm(scaled, axis=1, keepdims=True), 1)  # 1 or more where the row is not zero

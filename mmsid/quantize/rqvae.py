@@ -23,11 +23,34 @@ _DEAD_BELOW = 0.5  # a code with an EMA count below this share of an even one re
 _LEARNING_RATE = 1e-3
 
 
+class LatentEncoder(nn.Module):
+    """Encoder of a fitted RQ-VAE: centres and scales vectors, and maps them to the latent space.
+
+    Args:
+        mean: (D,) of the rows of the fit. scale: () their root mean square about it.
+    """
+
+    def __init__(self, mean: Tensor, scale: Tensor, network: nn.Module) -> None:
+        super().__init__()
+        self.register_buffer("mean", mean)
+        self.register_buffer("scale", scale)
+        self.network = network
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, D) float32 -> latents (n, d)."""
+        return self.network((x - self.mean) / self.scale)
+
+
 class RqVaeFit(NamedTuple):
-    """Codebooks of the latent space and the latents (N, d) float32. `codebooks.encode(latent)` gives the codes."""
+    """Codebooks of the latent space and the latents (N, d) float32. `codebooks.encode(latent)` gives the codes.
+
+    `encoder` maps other vectors to latents.
+    """
 
     codebooks: ResidualCodebooks
     latent: Tensor
+    encoder: LatentEncoder
 
 
 def rq_vae(
@@ -53,8 +76,10 @@ def rq_vae(
     from vector_quantize_pytorch import ResidualVQ  # imported here because the import takes seconds
 
     rows, inverse = distinct_rows(as_matrix(x))
-    rows = rows - rows.mean(0)
-    rows = rows / rows.square().mean().sqrt().clamp_min(1e-12)
+    mean = rows.mean(0)
+    rows = rows - mean
+    scale = rows.square().mean().sqrt().clamp_min(1e-12)
+    rows = rows / scale
     batch_rows = min(batch_rows, len(rows))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -95,7 +120,8 @@ def rq_vae(
         model.load_state_dict(best_state)
     model.eval()
     with torch.no_grad():
-        return RqVaeFit(ResidualCodebooks(quantizer.codebooks.detach().clone()), encoder(rows)[inverse])
+        codebooks = ResidualCodebooks(quantizer.codebooks.detach().clone())
+        return RqVaeFit(codebooks, encoder(rows)[inverse], LatentEncoder(mean, scale, encoder).eval())
 
 
 def _mlp(in_dim: int, hidden: int, out_dim: int) -> nn.Sequential:

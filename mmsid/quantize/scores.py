@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -10,6 +10,7 @@ import torch
 from mmsid.quantize.codebooks import ResidualCodebooks, row_blocks
 
 _BEAMS = (16, 1024)
+_BEAM_BYTES = 64 * 2**20  # float64 scores of one block of items in a beam search
 
 
 def best_first(values: torch.Tensor, count: int) -> torch.Tensor:
@@ -23,22 +24,23 @@ def best_first(values: torch.Tensor, count: int) -> torch.Tensor:
 class CodebookScores:
     """Scores of codes: log pi(c_l | x, c_<l) = log softmax(-|r_l - e|^2 / t_l), where r_l is x minus the vectors of the codes before l.
 
-    `mmsid.sids.collisions.relocate` takes `last_scores` and `prefix_candidates`.
+    `mmsid.sids.collisions.relocate` takes `last_scores`, and `prefix_candidates` or, for many items, `prefix_beams`.
 
     Args:
         codebooks: L levels of K codes.
-        x: (N, D) item vectors; row i is item i of the table.
+        x: (N, D) item vectors; row i is item i of the table. A memory-mapped float32 array is not copied.
+        temperature: t_l of each level, if known (`temperature` of the scores of a sample of the items); default: that of `x`.
 
     Attributes:
         temperature: t_l of each level, the mean squared residual after that level (in squared distance).
     """
 
-    def __init__(self, codebooks: ResidualCodebooks, x: np.ndarray | torch.Tensor) -> None:
+    def __init__(self, codebooks: ResidualCodebooks, x: np.ndarray | torch.Tensor, temperature: Sequence[float] | None = None) -> None:
         self.codebooks = codebooks
         self.x = codebooks.check(x)
         self._vectors = codebooks.vectors.double()
         self._norms = self._vectors.square().sum(-1)
-        self.temperature = self._residual_energies()
+        self.temperature = self._residual_energies() if temperature is None else list(temperature)
 
     def last_scores(self, rows: np.ndarray, prefixes: np.ndarray) -> np.ndarray:
         """(n,) item rows and (n, L-1) prefixes -> (n, K) float64 log pi of the last code."""
@@ -72,6 +74,31 @@ class CodebookScores:
             residual = residual[parent] - self._vectors[level][code]
         return [(tuple(codes), float(value)) for codes, value in zip(prefixes.tolist(), log_prob.tolist(), strict=True)]
 
+    def prefix_beams(self, rows: np.ndarray, beam: int) -> np.ndarray:
+        """Best prefixes of several items by one beam search: (n,) item rows -> (n, b, L-1) int64, best first, b <= beam.
+
+        A prefix that is among the `beam` best of no earlier level is missed, as in `prefix_candidates`.
+        """
+        rows = torch.as_tensor(np.asarray(rows, dtype=np.int64))
+        width = self.codebooks.codebook_size * min(beam, self.codebooks.codebook_size ** max(self.codebooks.num_levels - 2, 0))
+        block = max(_BEAM_BYTES // (8 * (width + self.codebooks.dim * min(beam, width))), 1)
+        return torch.cat([self._beams(rows[part], beam) for part in row_blocks(len(rows), block)]).numpy()
+
+    def _beams(self, rows: torch.Tensor, beam: int) -> torch.Tensor:
+        residual = self.x[rows][:, None].double()
+        prefixes, log_prob = torch.zeros((len(rows), 1, 0), dtype=torch.int64), torch.zeros((len(rows), 1), dtype=torch.float64)
+        size = self.codebooks.codebook_size
+        for level in range(self.codebooks.num_levels - 1):
+            joint = (log_prob[..., None] + self._log_pi(residual, level)).flatten(1)
+            kept = torch.topk(joint, min(beam, joint.shape[1]), dim=1, sorted=False).indices.sort(dim=1).values
+            log_prob, order = joint.gather(1, kept).sort(dim=1, descending=True, stable=True)  # equal values: lowest index first
+            kept = kept.gather(1, order)
+            parent, code = kept // size, kept % size
+            prefixes = torch.cat([prefixes.gather(1, parent[..., None].expand(-1, -1, level)), code[..., None]], dim=2)
+            if level < self.codebooks.num_levels - 2:
+                residual = residual.gather(1, parent[..., None].expand(-1, -1, residual.shape[2])) - self._vectors[level][code]
+        return prefixes
+
     def margin(self, codes: np.ndarray | torch.Tensor) -> np.ndarray:
         """Margin of (N, L) codes: the minimum over levels of log pi(code) - log pi(best other code), (N,) float32.
 
@@ -80,20 +107,26 @@ class CodebookScores:
         codes = torch.as_tensor(codes).long()
         result = np.empty(len(codes), dtype=np.float32)
         for rows in row_blocks(len(codes)):
-            residual = self.x[rows].double()
-            least = torch.full((len(residual),), torch.inf, dtype=torch.float64)
-            for level in range(self.codebooks.num_levels if self.codebooks.codebook_size > 1 else 0):
-                chosen = codes[rows, level : level + 1]
-                log_pi = self._log_pi(residual, level)
-                own = log_pi.gather(1, chosen)[:, 0]
-                least = torch.minimum(least, own - log_pi.scatter(1, chosen, -torch.inf).max(dim=1).values)
-                residual = residual - self._vectors[level][chosen[:, 0]]
-            result[rows] = least.numpy()
+            result[rows] = self.margin_of(self.x[rows], codes[rows])
         return result
 
+    def margin_of(self, x: torch.Tensor, codes: torch.Tensor) -> np.ndarray:
+        """`margin` of other vectors (n, D) with the codes (n, L)."""
+        residual = x.double()
+        least = torch.full((len(residual),), torch.inf, dtype=torch.float64)
+        for level in range(self.codebooks.num_levels if self.codebooks.codebook_size > 1 else 0):
+            chosen = codes[:, level : level + 1]
+            scores = self._logits(residual, level)  # log pi but for a constant of the row
+            own = scores.gather(1, chosen)[:, 0]
+            least = torch.minimum(least, own - scores.scatter(1, chosen, -torch.inf).max(dim=1).values)
+            residual = residual - self._vectors[level][chosen[:, 0]]
+        return least.float().numpy()
+
+    def _logits(self, residual: torch.Tensor, level: int) -> torch.Tensor:
+        return (2 * residual @ self._vectors[level].T - self._norms[level]) / self.temperature[level]
+
     def _log_pi(self, residual: torch.Tensor, level: int) -> torch.Tensor:
-        scores = (2 * residual @ self._vectors[level].T - self._norms[level]) / self.temperature[level]
-        return torch.log_softmax(scores, dim=1)
+        return torch.log_softmax(self._logits(residual, level), dim=-1)
 
     def _residual_energies(self) -> list[float]:
         codes = self.codebooks.encode(self.x)

@@ -7,12 +7,15 @@ The result depends on which items are appended together, not on their row order 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from mmsid.errors import MmsidError
-from mmsid.sids.collisions import LastScores, Policy, PrefixCandidates, distinct_items, groups_of, nearest_prefixes
+from mmsid.sids.collisions import Policy
+from mmsid.sids.grouping import distinct_items, groups_of
+from mmsid.sids.relocation import LastScores, PrefixCandidates
 
 
 def append_codes(
@@ -83,7 +86,7 @@ def _best_free_sid(
 ) -> tuple[int, ...]:
     """Best free SID of an item whose raw SID is taken: in its own prefix, or in its next best prefix with a free code."""
     candidates = (tuple(int(code) for code in prefix) for prefix, _ in prefix_candidates(row))
-    for source in ([tuple(own.tolist())], candidates, nearest_prefixes(tuple(own.tolist()), space.sizes)):
+    for source in ([tuple(own.tolist())], candidates, _nearest_prefixes(tuple(own.tolist()), space.sizes)):
         for prefix in source:
             free = space.free(prefix)
             if free.any():
@@ -93,6 +96,13 @@ def _best_free_sid(
                 open_codes = np.flatnonzero(free)
                 return (*prefix, int(open_codes[scores[open_codes].argmax()]))
     raise MmsidError(f"no prefix has a free code for row {row}; use more levels or larger codebooks")
+
+
+def _nearest_prefixes(own: tuple[int, ...], sizes: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    """Yield every prefix (all levels but the last); prefixes that keep most leading codes of `own` come first."""
+    for kept in range(len(own) - 1, -1, -1):
+        for tail in itertools.product(*(range(size) for size in sizes[kept:-1])):
+            yield own[:kept] + tail
 
 
 class _TakenSids:

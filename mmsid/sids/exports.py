@@ -5,20 +5,25 @@ For serving engines it also writes the allowed next tokens of every prefix and t
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 import torch.nn.functional as F
 
 from mmsid.artifacts import read_json, read_table, write_json, write_tensors
+from mmsid.disk import replacing
 from mmsid.errors import ArtifactError
 from mmsid.sids.table import LETTERS, SidTable, token
 from mmsid.sids.trie import Trie
 
+_BLOCK_ITEMS = 65_536
 _TOKEN = re.compile(r"<([a-z])_([0-9]{1,9})>")
 
 
@@ -36,8 +41,18 @@ def token_ids(text_tokenizer: Any, table: SidTable) -> list[list[int]]:
 
 
 def write_index_json(path: Path, table: SidTable) -> None:
-    """Write index.json: `{"item": ["<a_12>", "<b_7>", "<c_201>"], ...}`."""
-    write_json(path, dict(zip(table.item_ids, table.sid_tokens(), strict=True)))
+    """Write index.json: `{"item": ["<a_12>", "<b_7>", "<c_201>"], ...}`, in blocks of items."""
+    tokens = [pa.array([f'"{text}"' for text in level]) for level in table.level_tokens()]
+    codes = table.full_codes()
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        for start in range(0, len(table), _BLOCK_ITEMS):
+            block = codes[start : start + _BLOCK_ITEMS]
+            ids = pa.array([json.dumps(item_id, ensure_ascii=False) for item_id in table.item_ids[start : start + _BLOCK_ITEMS]])
+            levels = [level.take(pa.array(column, mask=column < 0)) for level, column in zip(tokens, block.T, strict=True)]
+            lists = pc.binary_join_element_wise(*levels, ",\n  ", null_handling="skip")
+            entries = pc.binary_join_element_wise(" ", ids, ": [\n  ", lists, "\n ]", "")
+            file.write((b",\n" if start else b"{\n") + ",\n".join(entries.to_pylist()).encode())
+        file.write(b"\n}\n" if len(table) else b"{}\n")
 
 
 def write_tokens(path: Path, table: SidTable) -> None:

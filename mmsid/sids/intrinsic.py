@@ -6,6 +6,7 @@ agreement, so read the meaning of the codes (lift over chance) together with the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ def intrinsic_metrics(
     categories: list[tuple[str, ...]] | None = None,
     held_out_pairs: np.ndarray | None = None,
     embeddings: np.ndarray | None = None,
-    content_hashes: list[str] | None = None,
+    content_hashes: Sequence[str] | np.ndarray | None = None,
     seed: int = 0,
     decoded: np.ndarray | None = None,
 ) -> dict[str, Any]:
@@ -40,7 +41,7 @@ def intrinsic_metrics(
         categories: N category paths from root to leaf, of any length.
         held_out_pairs: (P, 2) rows that are adjacent in held-out histories (the inner 10 %), on which nothing was fitted.
         embeddings: (N, D).
-        content_hashes: N strings; separates exact duplicates from collisions.
+        content_hashes: N strings, or integers (N,); separates exact duplicates from collisions.
         seed: of the category shuffle and of the nearest-neighbour queries.
         decoded: (N, D') vectors decoded from the published codes, in any space; used for retrieval by codes.
     Returns:

@@ -14,6 +14,7 @@ import torch
 
 from mmsid.artifacts import read_tensors, write_tensors
 from mmsid.errors import ArtifactError
+from mmsid.sids.grouping import lexicographic_order
 from mmsid.sids.table import SidTable
 
 MAX_CODES = 2**24  # upper limit of codes per level in a file: a mask over all codes must fit in memory
@@ -59,7 +60,7 @@ class Trie:
         least[-1] = -1 if codes.shape[1] > 1 else 0
         if (codes < least).any() or (codes >= np.array(sizes)).any():
             raise ValueError(f"codes must be in [0, size) per level (sizes {sizes}; -1 only at the last level)")
-        order = np.lexsort((np.arange(len(codes)), *codes.T[::-1]))
+        order = lexicographic_order(codes + 1, [int(size) + 1 for size in sizes])
         ordered = codes[order]
         starts, ends = [np.zeros(1, dtype=np.int64)], [np.array([len(codes)], dtype=np.int64)]
         offsets, children = [], []

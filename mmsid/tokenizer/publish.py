@@ -109,7 +109,9 @@ def publish(
     """
     hashes = catalog.content_hashes
     if published is None:
-        functions = (None, None) if scores is None or collisions != "relocate" else (scores.last_scores, scores.prefix_candidates)
+        functions = (None,) * 3
+        if scores is not None and collisions == "relocate":
+            functions = (scores.last_scores, scores.prefix_candidates, getattr(scores, "prefix_beams", None))
         resolution = resolve(collisions, raw_codes, hashes, codebook_sizes, *functions)
     else:
         resolution = _append(published, catalog, raw_codes, codebook_sizes, collisions, scores, moving)

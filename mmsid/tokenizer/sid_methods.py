@@ -22,7 +22,8 @@ from mmsid.backbone.embed import embed_texts
 from mmsid.catalog import Catalog, Item, Split
 from mmsid.config import Section
 from mmsid.errors import ConfigError
-from mmsid.quantize import CodebookScores, ResidualCodebooks, balanced_residual_kmeans, fuse, rq_kmeans, rq_vae
+from mmsid.quantize import CodebookScores, fit_quantizer, fuse
+from mmsid.quantize.fit import CODEBOOKS
 from mmsid.sids import SidTable
 from mmsid.sids.collisions import Policy
 from mmsid.sids.exports import import_index_json, import_reference_sids
@@ -126,8 +127,9 @@ def make_sids(spec: MethodSpec, sources: MethodSources, folder: Path, seed: int)
         codes, sizes = category_codes(items, spec.num_levels)
         return publish(folder, sources.catalog, sources.split, codes, sizes, collisions=spec.collisions, scores=None, **common)[0]
     space = sources.space(spec, seed)
-    codebooks, raw_codes, latent = _quantize(spec, space, seed)
-    scores = CodebookScores(codebooks, latent)
+    quantizer = fit_quantizer(spec.method, space, spec.num_levels, spec.codebook_size, seed)
+    codebooks, raw_codes = quantizer.codebooks, quantizer.codes
+    scores = CodebookScores(codebooks, quantizer.quantised)
     table, _ = publish(
         folder,
         sources.catalog,
@@ -141,7 +143,7 @@ def make_sids(spec: MethodSpec, sources: MethodSources, folder: Path, seed: int)
         decode=lambda codes: codebooks.decode(codes).numpy(),
         **common,
     )
-    codebooks.save(Path(folder) / "codebooks.safetensors")
+    codebooks.save(Path(folder) / CODEBOOKS)
     return table
 
 
@@ -204,15 +206,3 @@ def category_codes(items: Sequence[Item], num_levels: int) -> tuple[np.ndarray, 
         number = {name: code for code, name in enumerate(sorted(set(names)))}
         columns.append((np.array([number[name] for name in names], dtype=np.int64), len(number)))
     return np.stack([codes for codes, _ in columns], 1), tuple(size for _, size in columns)
-
-
-def _quantize(spec: MethodSpec, space: np.ndarray, seed: int) -> tuple[ResidualCodebooks, torch.Tensor, np.ndarray | torch.Tensor]:
-    """Codebooks, raw codes (N, L), and the quantised vectors (N, D)."""
-    if spec.method == "rq_kmeans":
-        codebooks = rq_kmeans(space, spec.num_levels, spec.codebook_size, seed)
-        return codebooks, codebooks.encode(space), space
-    if spec.method == "balanced_rq":
-        codebooks, codes = balanced_residual_kmeans(space, spec.num_levels, spec.codebook_size, seed)
-        return codebooks, codes, space
-    fit = rq_vae(space, spec.num_levels, spec.codebook_size, seed)
-    return fit.codebooks, fit.codebooks.encode(fit.latent), fit.latent
