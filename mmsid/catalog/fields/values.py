@@ -5,25 +5,18 @@ These are cells of columns with several JSON types, and texts of csv cells that 
 
 from __future__ import annotations
 
-import ast
 import datetime
 import decimal
-import json
 import math
-import re
 import uuid
 from collections.abc import Callable
 from typing import Any
 
+from mmsid.catalog.sources import literal_cell
 from mmsid.errors import CatalogError
 
 Refuse = Callable[[str], CatalogError]  # name of a Python type -> the error of a cell that holds it
 
-_LONGEST_LITERAL = 1_000_000  # characters
-_STRING = r"'(?:[^'\\]|\\.)*+'|\"(?:[^\"\\]|\\.)*+\""
-_ELEMENT = rf"(?:{_STRING}|[-+]?\d[\w.+-]*+|None|nan|True|False)"
-_PRINTED_LIST = re.compile(rf"\[\s*+(?:{_ELEMENT}[\s,]*+)*+\]\s*", re.DOTALL)  # also numpy's form without commas
-_PRINTED_ELEMENT = re.compile(_ELEMENT, re.DOTALL)
 _NAME_KEYS = ("name", "title", "label", "value")  # keys of the text in a list of mappings
 
 
@@ -115,25 +108,12 @@ def name_and_value_keys(keys: Any) -> tuple[str, str] | None:
 
 
 def written_value(text: str, error: Callable[[str], CatalogError]) -> Any:
-    """The list or mapping that a csv cell holds as JSON or as printed by Python, pandas or numpy. Code in the cell is never run.
+    """The list or mapping that a csv cell holds as JSON or as printed by Python, pandas or numpy.
 
     Raises:
-        CatalogError: the text is none of these; `error` makes it from the message of the JSON parser.
+        CatalogError: the text is none of these; `error` makes it from the message of the parser.
     """
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as problem:
-        if len(text) <= _LONGEST_LITERAL:
-            try:
-                return _literal(text)
-            except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
-                pass
+        return literal_cell(text)
+    except ValueError as problem:
         raise error(str(problem)) from problem
-
-
-def _literal(text: str) -> Any:
-    if _PRINTED_LIST.fullmatch(text.strip()):
-        elements = _PRINTED_ELEMENT.findall(text)
-        return [None if element == "nan" else ast.literal_eval(element) for element in elements]
-    value = ast.literal_eval(text.strip())
-    return sorted(value, key=str) if isinstance(value, (set, frozenset)) else value
