@@ -129,6 +129,11 @@ class ChatServer:
             self._send(handler, 200, completion("x" * 30), cut=40)
         elif fault == "refuse":
             self._send(handler, 400, {"error": {"message": f"picture refused, {handler.headers['Authorization']}"}})
+        elif fault == "reasoning":  # a reasoning parser took everything that the model wrote
+            data = completion(None)
+            data["choices"][0]["message"]["reasoning_content"] = "Let me look at the picture. " * 10
+            data["choices"][0]["finish_reason"] = "length"
+            self._send(handler, 200, data)
         elif fault == "stranger":
             self._send(handler, 401, {"error": {"message": f"bad key {handler.headers['Authorization']}"}})
         elif fault == "unknown_model":

@@ -44,17 +44,57 @@ def test_one_code_fence_is_accepted(text):
 
 
 @pytest.mark.parametrize(
+    "text",
+    [
+        'Sure! {"caption": "a"}',
+        'Here is the caption of the ad:\n\n{"caption": "a"}',
+        'Here\'s the "JSON" you asked for:\n```json\n{"caption": "a"}\n```',
+        '<think>\n\n</think>\n\n{"caption": "a"}',
+        '<think>The picture shows {"caption": "b"}.</think>Here is the JSON: {"caption": "a"}',
+        'The user wants a caption.\nA shoe.\n</think>\n```\n{"caption": "a"}\n```',
+        '\ufeff{"caption": "a"}',
+        "<think>" + "a long thought " * 3_000 + '</think>{"caption": "a"}',
+    ],
+)
+def test_one_reasoning_block_one_line_of_prose_and_a_fence_before_the_object_are_forgiven(text):
+    assert parse_caption(text).caption == "a"
+
+
+@pytest.mark.parametrize(
+    "written, kept",
+    [
+        ("a red shoe\nby Velo", "a red shoe by Velo"),
+        ("a red shoe \r\n\r\n by Velo", "a red shoe by Velo"),
+        ("price\t49", "price 49"),
+        ("a\u2028b\x85c", "a b c"),
+        ("\u200fנעל אדומה\u200e, 49", "נעל אדומה, 49"),
+        ("a\u202eb\u202c c\u200bd", "ab cd"),
+        ("shoe\U000e0049\U000e0047", "shoe"),
+        ("a \U0001fae9 face", "a \U0001fae9 face"),  # an emoji of Unicode 16: unassigned in the tables of Python 3.11 to 3.13
+        ("\U0001f469\u200d\U0001f680 in space", "\U0001f469\u200d\U0001f680 in space"),
+    ],
+)
+@pytest.mark.parametrize("escaped", [True, False])
+def test_line_breaks_and_direction_marks_inside_a_caption_are_normalised(written, kept, escaped):
+    assert parse_caption(json.dumps({"caption": written}, ensure_ascii=escaped)).caption == kept
+    assert parse_caption('{"caption": "' + written + '"}').caption == kept  # not even escaped
+
+
+@pytest.mark.parametrize(
     "text, reason",
     [
         ("", "empty_output"),
         (" \n ", "empty_output"),
-        ('Sure! {"caption": "a"}', "invalid_json"),
+        ('Sure!\nHere it is:\n{"caption": "a"}', "invalid_json"),
+        ('Either {"caption": "a"} or {"caption": "b"}', "invalid_json"),
+        ("<think>a red shoe", "truncated"),
+        ("<think>a red shoe</think>", "empty_output"),
+        ('<think>a</think><think>b</think>{"caption": "a"}', "invalid_json"),
         ('{"caption": "a"} I hope this helps', "invalid_json"),
         ('{"caption": "a"}{"caption": "b"}', "invalid_json"),
         ('```json\n{"caption": "a"}\n```\nDone.', "invalid_json"),
         ('```json\n```json\n{"caption": "a"}\n```\n```', "invalid_json"),
         ("{'caption': 'a'}", "invalid_json"),
-        ('\ufeff{"caption": "a"}', "invalid_json"),
         ('{"caption": "a', "truncated"),
         ('{"caption":', "truncated"),
         ('["a"]', "not_an_object"),
@@ -68,9 +108,10 @@ def test_one_code_fence_is_accepted(text):
         ('{"caption": ""}', "empty_text"),
         ('{"caption": " \\u3000 "}', "empty_text"),
         ('{"caption": "a\\u0000b"}', "control_character"),
-        ('{"caption": "a\\nb"}', "control_character"),
+        ('{"caption": "a\x1b[31mb"}', "control_character"),
+        ('{"caption": "a\\ue000b"}', "control_character"),
         ('{"caption": "a\\ud800"}', "control_character"),
-        ('{"caption": "a\\u202eb"}', "control_character"),
+        ('{"caption": " \\u202e\\u200b "}', "empty_text"),
         ('{"caption": "' + "a" * 601 + '"}', "text_too_long"),
         ('{"caption": "' + "a" * 30_000 + '"}', "output_too_long"),
         ("[" * 10_000, "invalid_json"),

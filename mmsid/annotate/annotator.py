@@ -18,7 +18,8 @@ from typing import Any, Protocol, TypeVar
 from PIL import Image
 from pydantic import ValidationError
 
-from mmsid.annotate.generator import GenerationFailure, Generator, Request
+from mmsid.annotate.answer_text import excerpt
+from mmsid.annotate.generator import FINAL, GenerationFailure, Generator, Request
 from mmsid.annotate.job_config import JobConfig
 from mmsid.annotate.job_inputs import JobInput, Task
 from mmsid.annotate.prompts import PLACEHOLDER
@@ -218,13 +219,13 @@ class Annotator:
         flags = evidence_flags([_unescaped(pending.input.evidence)]) + picture_flags(pending.request.pictures)
         if isinstance(answer, GenerationFailure):
             attempts = [*pending.earlier_attempts, answer.reason]
-            return _Result(key, reason=answer.reason, flags=flags, attempts=attempts, rejected=_excerpt(answer.detail))
+            return _Result(key, reason=answer.reason, flags=flags, attempts=attempts, rejected=excerpt(answer.detail))
         try:
             record = self.task.parse(answer)
         except AnnotationError as error:
             flags += [REFUSAL] if error.reason == REFUSAL else []
             attempts = [*pending.earlier_attempts, error.reason]
-            return _Result(key, reason=error.reason, flags=flags, attempts=attempts, rejected=_excerpt(answer))
+            return _Result(key, reason=error.reason, flags=flags, attempts=attempts, rejected=excerpt(answer))
         flags += output_flags(record.texts(), self._instruction)
         return _Result(key, record.model_dump(), flags=flags, attempts=[*pending.earlier_attempts, "ok"])
 
@@ -315,7 +316,7 @@ class _AnnotationRun:
 
     def _store(self, results: Mapping[str, _Result], last: bool) -> None:
         for key, result in results.items():
-            if result.record is None and not last:
+            if result.record is None and not last and result.reason not in FINAL:
                 self.failed[key] = (self.inputs[self.positions[key][0]], result)
                 continue
             if result.record is None:
@@ -346,8 +347,3 @@ def _unescaped(evidence: str) -> str:
 
 def _seed(key: str, attempt: int) -> int:
     return int(sha256(f"{key}/{attempt}")[:15], 16)
-
-
-def _excerpt(text: str) -> str:
-    """The first 300 characters of a rejected answer, with unprintable characters replaced by spaces."""
-    return "".join(character if character.isprintable() else " " for character in text[:300])

@@ -32,6 +32,9 @@ class GenerationFailure:
 # Reasons caused by a server or a machine, not by the input. A resumed job tries these rows again.
 TRANSIENT = frozenset({"server_timeout", "server_busy", "server_error", "server_unreachable", "server_garbled", "out_of_memory"})
 
+# Reasons that another attempt with the same settings does not change. A job does not ask these requests again.
+FINAL = frozenset({"reasoning_only", "model_refused"})
+
 
 class Generator(Protocol):
     """Answers requests in order, with one text or failure each.

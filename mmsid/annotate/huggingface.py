@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 import functools
-import os
 import threading
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -27,9 +27,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from mmsid.annotate.generator import GenerationFailure, Request
 from mmsid.annotate.prefix_cache import PrefixCache
 from mmsid.artifacts import file_sha256, sha256
+from mmsid.backbone.devices import torch_device
 from mmsid.backbone.packaged_weights import DEMO, demo_weights
 from mmsid.backbone.text import no_loading_bar
-from mmsid.errors import ConfigError
+from mmsid.backbone.weight_files import check_weight_files
+from mmsid.errors import ConfigError, MmsidError
 
 _DOWNLOADED = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
 # files besides the weights that can change an answer
@@ -47,13 +49,13 @@ class HuggingFaceGenerator:
         name: `demo`, a local folder (also a finished `train_captioner` folder), or a hub id (offline: from the local cache).
         revision: git revision of a hub model.
         dtype: number format of the weights: `auto` (as stored), `float32`, `bfloat16`, `float16`.
-        device: `auto` is cuda if there is one; under `accelerate launch` the device of this rank.
+        device: as `mmsid.backbone.devices.torch_device`; looked up with the first request, on the machine that runs the model.
         max_new_tokens: longest answer.
         picture_tokens: largest number of tokens per picture; the model's own processor shrinks pictures accordingly. None: its default.
 
     Raises:
-        ConfigError: the model cannot be found, has no safetensors, or is not supported; `picture_tokens` is given, but the
-            processor's token count does not depend on the picture's size.
+        ConfigError: the model cannot be found, has no whole safetensors, or is not supported; `picture_tokens` is given, but the
+            processor's token count does not depend on the picture's size; this machine has no such device.
     """
 
     max_concurrent_calls = 2  # the inputs of one call are prepared while the model runs the other
@@ -71,6 +73,7 @@ class HuggingFaceGenerator:
         self.name, self.revision, self.dtype, self.max_new_tokens = str(name), revision, dtype, max_new_tokens
         self.device, self.picture_tokens = device, picture_tokens
         self.folder = _locate(self.name, revision)
+        check_weight_files(self.folder)
         self.model_id = f"{_short_name(self.name)}@{_files_sha256(self.folder, ('*.safetensors',))[:12]}"
         self._settings_sha256 = _files_sha256(self.folder, _SETTINGS)
         self._load_lock, self._model_lock = threading.Lock(), threading.Lock()
@@ -111,16 +114,17 @@ class HuggingFaceGenerator:
     def model(self) -> torch.nn.Module:
         """The loaded model on the device, in evaluation mode."""
         model_class = AutoModelForImageTextToText if self.reads_pictures else AutoModelForCausalLM
+        device = torch_device(self.device)
         dtype = self.dtype if self.dtype == "auto" else getattr(torch, self.dtype)
         try:
             with no_loading_bar():
                 model = model_class.from_pretrained(self.folder, dtype=dtype, use_safetensors=True)
-        except (OSError, ValueError, ImportError) as error:
+        except (OSError, ValueError, ImportError, SafetensorError) as error:
             raise self._load_error(error) from error
         for name, weight in model.named_parameters():
             if not torch.isfinite(weight).all():
                 raise ConfigError(f"model {self.name!r} in {self.folder}: {name} contains NaN or infinite values; copy the model again")
-        return model.to(_device(self.device)).eval()
+        return model.to(device).eval()
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -131,7 +135,8 @@ class HuggingFaceGenerator:
     def generate(self, requests: list[Request]) -> list[str | GenerationFailure]:
         """Answer requests in order. Requests with different numbers of pictures run in separate batches.
 
-        A batch that exceeds the device's memory is halved; a single request that exceeds it returns the failure `out_of_memory`.
+        A batch that exceeds the device's memory, or that the processor or the model refuses, is halved. A single request that exceeds
+        the memory returns the failure `out_of_memory`, one that is refused (a picture of extreme shape) `model_refused`.
 
         Raises:
             ConfigError: a text-only model got pictures, or the model cannot be loaded.
@@ -155,17 +160,28 @@ class HuggingFaceGenerator:
             return list(self._generate_once(requests))
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
+            failure = GenerationFailure("out_of_memory", "a single request exceeds the device's memory; lower max_side or max_new_tokens")
+        except _RefusedError as error:
+            failure = GenerationFailure("model_refused", str(error))
         if len(requests) == 1:
-            return [GenerationFailure("out_of_memory", "a single request exceeds the device's memory; lower max_side or max_new_tokens")]
+            return [failure]
         half = len(requests) // 2
         return self._generate_batch(requests[:half]) + self._generate_batch(requests[half:])
 
     def _generate_once(self, requests: list[Request]) -> list[str]:
         if requests[0].pictures and not self.reads_pictures:
             raise ConfigError(f"model {self.name!r} reads text only but was given pictures; set pictures: false or name a vision model")
-        inputs = self.inputs(requests)
+        try:
+            inputs = self.inputs(requests)
+        except (MmsidError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # processors raise untyped exceptions
+            raise _RefusedError(f"the processor of {self.name!r} raises {type(error).__name__}: {error}") from error
         with self._model_lock:
-            tokens = self.tokens(inputs, requests)
+            try:
+                tokens = self.tokens(inputs, requests)
+            except (ValueError, IndexError) as error:  # picture tokens that do not fit the picture's features, a prompt that is too long
+                raise _RefusedError(f"the model {self.name!r} raises {type(error).__name__}: {error}") from error
         return self.texts(tokens, inputs)
 
     def inputs(self, requests: list[Request]) -> dict[str, torch.Tensor]:
@@ -213,6 +229,10 @@ class HuggingFaceGenerator:
             return request.prompt
         pictures = [{"type": "image", "image": picture} for picture in request.pictures]
         return [*pictures, {"type": "text", "text": request.prompt}]
+
+
+class _RefusedError(Exception):
+    """The processor or the model cannot read a request."""
 
 
 class SeededGumbel(LogitsProcessor):
@@ -271,12 +291,6 @@ def limit_picture_tokens(image_processor: Any, tokens: int, name: str) -> None:
     for pixel_limit in ("min_pixels", "max_pixels"):  # older processors read these instead
         if getattr(image_processor, pixel_limit, None) is not None:
             setattr(image_processor, pixel_limit, min(pixels, getattr(image_processor, pixel_limit)))
-
-
-def _device(name: str) -> torch.device:
-    if name != "auto":
-        return torch.device(name)
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def _short_name(name: str) -> str:

@@ -8,6 +8,7 @@ rows as an undisturbed run. Counts are exact: in = ok + quarantined. Rows are th
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,12 +20,13 @@ import pyarrow.compute as pc
 from mmsid.annotate.annotator import Annotator, Cache, batched, job_identity
 from mmsid.annotate.cache import AnnotationCache
 from mmsid.annotate.distributed import JobProcesses
+from mmsid.annotate.gate import Gate
 from mmsid.annotate.generator import TRANSIENT, Generator
 from mmsid.annotate.job_config import JobConfig
 from mmsid.annotate.job_counts import JobCounts
-from mmsid.annotate.job_inputs import NO_INPUT, JobInput, Task
+from mmsid.annotate.job_inputs import JobInput, Task, not_asked
 from mmsid.annotate.records import Record
-from mmsid.artifacts import Draft, read_table, sha256, write_json, write_table
+from mmsid.artifacts import Draft, read_table, sha256, write_table
 from mmsid.errors import AnnotationError, ArtifactError
 from mmsid.progress import track
 from mmsid.ray_pool import Engine
@@ -32,16 +34,15 @@ from mmsid.ray_pool import Engine
 if TYPE_CHECKING:
     from mmsid.annotate.ray_backend import RayAnnotation
 
-GATE_FILE = "gate.json"
-
 
 def annotate(
     inputs: Iterable[JobInput], total: int, task: Task, generator: Generator, config: JobConfig, draft: Draft, engine: Engine = "local"
 ) -> None:
     """Annotate `inputs` into `draft.path/shards/part-NNNNN.parquet` and fill the draft's counts.
 
-    Error-rate gate: if more than `config.max_quarantined` of the attempted rows fail, nothing is published and AnnotationError is
-    raised. The draft keeps every row, and the next run of the same configuration tries only the failed ones again.
+    Error-rate gate: if more than `config.max_quarantined` of the rows that the model was asked for fail, nothing is published and
+    AnnotationError is raised. The draft keeps every row. The next run tries only the failed ones again, or accepts them if the limit was
+    raised. A job of which more than half of the first 200 asked rows fail stops at once.
 
     Args:
         inputs: in canonical order, with unique (item_id, creative). The iterable is consumed once and never held as a whole.
@@ -78,11 +79,12 @@ def annotate(
 
 @dataclass(frozen=True)
 class _Shard:
-    """One output file: its path, its inputs, and the hash of what it is made from."""
+    """One output file: its path, its inputs, the hash of what it is made from, and its rows without a model call, per reason."""
 
     path: Path
     inputs: list[JobInput]
     digest: str
+    not_asked: Counter[str]
 
 
 class _Job:
@@ -93,6 +95,7 @@ class _Job:
         self.shards = draft.path / "shards"
         self.identity = job_identity(task, generator, config)
         self.job_counts = JobCounts()
+        self.gate = Gate(task.stage, draft.path, config.max_quarantined)
 
     def run(self, annotator: Annotator, inputs: Iterable[JobInput]) -> Iterator[int | None]:
         """Yield None per finished input, and the number of rows of every shard that an earlier run finished."""
@@ -100,7 +103,12 @@ class _Job:
             if isinstance(shard, int):
                 yield shard
             else:
-                self._write(shard, (yield from annotator.rows(shard.inputs)))
+                rows: list[dict[str, Any]] = []
+                for piece in self.gate.pieces(shard.inputs):
+                    made = yield from annotator.rows(piece)
+                    self.gate.add(self._table(made), not_asked(piece))
+                    rows += made
+                self._write(shard, rows)
 
     def run_on_ray(self, backend: RayAnnotation, inputs: Iterable[JobInput]) -> Iterator[int]:
         """Like `run` with Ray actors. Yields numbers of rows; a shard is written when its last piece arrives."""
@@ -114,12 +122,13 @@ class _Job:
                     yield shard
 
         # shards that wait for their rows drop their inputs: memory use must not grow with the number of shards
-        for shard, rows, advanced in backend.rows((replace(shard, inputs=[]), shard.inputs) for shard in pending()):
+        for piece in backend.pieces((replace(shard, inputs=[]), shard.inputs) for shard in pending()):
             yield from finished
             finished.clear()
-            yield advanced
-            if rows is not None:
-                self._write(shard, rows)
+            yield len(piece.rows)
+            self.gate.add(self._table(piece.rows), piece.not_asked)
+            if piece.shard_rows is not None:
+                self._write(piece.shard, piece.shard_rows)
         yield from finished
 
     def finish(self) -> None:
@@ -128,37 +137,16 @@ class _Job:
         Raises:
             AnnotationError: reason `gate`.
         """
-        counts, limit = self.job_counts, self.config.max_quarantined
+        counts = self.job_counts
         if not self.processes.gather(counts):
             return
-        attempted = counts.counts["in"] - counts.no_input
-        failed = counts.counts["quarantined"] - counts.no_input
-        passed = failed <= limit * attempted
         self.draft.counts.update(counts.counts)
-        self.draft.extra.update(
-            reasons=counts.most_common("reasons"),
-            flags=counts.most_common("flags"),
-            work=dict(counts.work),
-            processes=self.processes.count,
-            gate={"passed": passed, "attempted": attempted, "failed": failed, "max_quarantined": limit},
-        )
-        gate = self.draft.path / GATE_FILE
-        if passed:
-            gate.unlink(missing_ok=True)
-            return
-        write_json(gate, {"counts": self.draft.counts, **self.draft.extra})
-        top = ", ".join(f"{reason} {count:,}" for reason, count in list(counts.most_common("reasons").items())[:5])
-        raise AnnotationError(
-            "gate",
-            f"{self.task.stage}: {failed:,} of {attempted:,} attempted rows were quarantined ({failed / attempted:.1%}, "
-            f"max_quarantined is {limit:.1%}); reasons: {top}. Nothing was published; every row is kept in {self.shards}. "
-            "Fix the cause and run again (only the quarantined rows are tried again), or raise max_quarantined.",
-        )
+        self.draft.extra.update(self.gate.judge(counts), processes=self.processes.count)
 
     def _pending_shards(self, inputs: Iterable[JobInput]) -> Iterator[_Shard | int]:
         """This process's shards in order: a shard that must be made, or the row count of one that is finished (and is counted here)."""
         self.processes.begin(self._clean_up)
-        gate_failed = (self.draft.path / GATE_FILE).exists()
+        refused = self.gate.refused_before()
         shards = 0
         for index, chunk in enumerate(batched(inputs, self.config.shard_rows)):
             shards += 1
@@ -168,10 +156,10 @@ class _Job:
                 raise AnnotationError(
                     "duplicate_input", f"{self.task.stage}: an (item_id, creative) pair occurs twice in shard {index}; this is a bug"
                 )
-            shard = _Shard(self.shards / f"part-{index:05d}.parquet", chunk, self._digest(chunk))
+            shard = _Shard(self.shards / f"part-{index:05d}.parquet", chunk, self._digest(chunk), not_asked(chunk))
             table = self._read_finished(shard)
-            if table is not None and not self._has_rows_to_retry(table, gate_failed):
-                self.job_counts.add(table)
+            if table is not None and not self._has_rows_to_retry(table, shard.not_asked, refused):
+                self.job_counts.add(table, shard.not_asked)
                 yield len(chunk)
             else:
                 yield shard
@@ -197,10 +185,10 @@ class _Job:
         self._add_to_cache(table)
         return table
 
-    def _has_rows_to_retry(self, table: pa.Table, gate_failed: bool) -> bool:
-        """True if a row failed for a transient reason, or for any reason in a run whose gate failed."""
-        reasons = set(table["reason"].unique().to_pylist()) - {None}
-        return bool(reasons & TRANSIENT) or (gate_failed and bool(reasons - NO_INPUT))
+    def _has_rows_to_retry(self, table: pa.Table, without_request: Counter[str], refused: bool) -> bool:
+        """True if a row failed for a transient reason, or, after a refusal of the gate, if the model was asked for any failed row."""
+        reasons = table["reason"].drop_null()
+        return bool(set(reasons.unique().to_pylist()) & TRANSIENT) or (refused and len(reasons) > without_request.total())
 
     def _add_to_cache(self, table: pa.Table) -> None:
         """Add a shard's valid rows, unless the first of them is in the cache: then all of them are."""
@@ -221,9 +209,12 @@ class _Job:
         return sha256({"identity": self.identity, "units": units})
 
     def _write(self, shard: _Shard, rows: list[dict[str, Any]]) -> None:
-        table = pa.Table.from_pylist(rows, schema=self.task.schema)
+        table = self._table(rows)
         write_table(shard.path, table, {"content_sha256": shard.digest})
-        self.job_counts.add(table)
+        self.job_counts.add(table, shard.not_asked)
+
+    def _table(self, rows: list[dict[str, Any]]) -> pa.Table:
+        return pa.Table.from_pylist(rows, schema=self.task.schema)
 
 
 def _from_column(record: type[Record], name: str, text: str) -> Any:

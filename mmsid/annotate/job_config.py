@@ -17,14 +17,15 @@ from mmsid.ray_pool import RayConfig
 class JobConfig(StageConfig):
     """Options of every annotation job.
 
-    `readers` and `ray` do not change the rows. They are not part of the manifest, and a draft can be resumed with other values.
+    `batch_size`, `max_quarantined`, `cache`, `readers` and `ray` do not change the rows. They are not part of the manifest, and a draft
+    can be resumed with other values.
 
     Attributes:
         batch_size: requests per call of the generator.
         temperature: of the first attempt; 0 is greedy decoding.
         retries: further attempts after an invalid answer.
         retry_temperature: of the further attempts; a greedy retry would return the same answer.
-        max_quarantined: largest share of failed rows that the error-rate gate accepts.
+        max_quarantined: largest share of failed rows that the error-rate gate accepts, of the rows that the model was asked for.
         shard_rows: rows per output file.
         cache: sqlite file with the answers of earlier jobs. None: duplicates are shared within the job only.
         max_side: pictures are shrunk to this longer side (pixels) before the model reads them. None: never.
@@ -32,13 +33,13 @@ class JobConfig(StageConfig):
         ray: resources of the engine `ray`.
     """
 
-    batch_size: int = Field(default=16, ge=1)
+    batch_size: int = Field(default=16, ge=1, exclude=True)
     temperature: float = Field(default=0.0, ge=0.0)
     retries: int = Field(default=1, ge=0, le=10)
     retry_temperature: float = Field(default=0.7, gt=0.0)
-    max_quarantined: float = Field(default=0.05, ge=0.0, le=1.0)
+    max_quarantined: float = Field(default=0.05, ge=0.0, le=1.0, exclude=True)
     shard_rows: int = Field(default=1_024, ge=1)
-    cache: Path | None = None
+    cache: Path | None = Field(default=None, exclude=True)
     max_side: int | None = Field(default=1_024, ge=16)
     readers: int = Field(default=4, ge=1, exclude=True)
     ray: RayConfig = Field(default=RayConfig(), exclude=True)
@@ -53,7 +54,7 @@ class ModelJobConfig(JobConfig):
         model: `demo`, a folder, or a hub id.
         revision: git revision of a hub model.
         dtype: number format of the weights of a model in this process.
-        device: of a model in this process; `auto` is cuda if there is one.
+        device: of a model in this process: `auto` (cuda, else mps, else cpu), `cpu`, `cuda`, `cuda:1`, `mps`. Not part of the manifest.
         max_new_tokens: longest answer.
         mask_overlays: paint over lines of small print before the model reads the picture (see `text_overlays`).
         picture_tokens: largest number of tokens per picture, for models whose token count depends on the size (Qwen-VL).
@@ -66,7 +67,7 @@ class ModelJobConfig(JobConfig):
     model: str | Path = DEMO
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
-    device: str = "auto"
+    device: str = Field(default="auto", exclude=True)
     max_new_tokens: int = Field(default=256, ge=1)
     mask_overlays: bool = False
     picture_tokens: int | None = Field(default=None, ge=1)

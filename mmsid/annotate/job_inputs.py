@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,9 +12,6 @@ from PIL import Image
 
 from mmsid.annotate.prompts import Prompt
 from mmsid.annotate.records import Record
-
-# Reasons of rows that had nothing to annotate. This is a property of the item, so the error-rate gate does not count them.
-NO_INPUT = frozenset({"no_picture", "no_evidence", "no_coengagement", "no_interests"})
 
 
 @dataclass(frozen=True)
@@ -25,6 +23,11 @@ class JobInput:
     pictures: tuple[Path, ...] = ()
     evidence: str = ""
     reason: str | None = None
+
+
+def not_asked(inputs: Iterable[JobInput]) -> Counter[str]:
+    """Number of inputs without a model call, per reason. The error-rate gate does not count them, because they fail for any model."""
+    return Counter(one.reason for one in inputs if one.reason is not None)
 
 
 @dataclass(frozen=True)

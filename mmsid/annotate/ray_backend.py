@@ -9,19 +9,30 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from mmsid.annotate.annotator import Annotator, Cache, batched, job_identity
 from mmsid.annotate.cache import AnnotationCache
 from mmsid.annotate.generator import Generator
 from mmsid.annotate.job_config import JobConfig
-from mmsid.annotate.job_inputs import JobInput, Task
+from mmsid.annotate.job_inputs import JobInput, Task, not_asked
 from mmsid.errors import ConfigError
 from mmsid.ray_pool import Worker, map_on_actors, ray_cluster
 
 ShardT = TypeVar("ShardT")
+
+
+@dataclass(frozen=True)
+class FinishedPiece(Generic[ShardT]):
+    """Rows of a piece of a shard; `not_asked` of them per reason are without a model call. `shard_rows`: all rows, with the last piece."""
+
+    shard: ShardT
+    rows: list[dict[str, Any]]
+    not_asked: Counter[str]
+    shard_rows: list[dict[str, Any]] | None
 
 
 class RayAnnotation:
@@ -52,24 +63,24 @@ class RayAnnotation:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._open.close()
 
-    def rows(self, shards: Iterable[tuple[ShardT, list[JobInput]]]) -> Iterator[tuple[ShardT, list[dict[str, Any]] | None, int]]:
-        """Yield (shard, rows, number of new rows) per finished piece, in order of completion. `rows` is None until the last piece."""
-        waiting: dict[int, tuple[ShardT, list[list[dict[str, Any]] | None]]] = {}
+    def pieces(self, shards: Iterable[tuple[ShardT, list[JobInput]]]) -> Iterator[FinishedPiece[ShardT]]:
+        """Yield the finished pieces of all shards, in order of completion."""
+        waiting: dict[int, tuple[ShardT, list[list[dict[str, Any]] | None], list[Counter[str]]]] = {}
         identity = job_identity(self._task, self._generator, self._config)
         make_worker = partial(_make_worker, self._task, self._generator, self._config, self.cache, identity)
 
-        def pieces() -> Iterator[tuple[int, int, list[JobInput]]]:
+        def tasks() -> Iterator[tuple[int, int, list[JobInput]]]:
             for number, (shard, inputs) in enumerate(shards):
                 parts = list(batched(inputs, self._config.ray.rows_per_task))
-                waiting[number] = (shard, [None] * len(parts))
+                waiting[number] = (shard, [None] * len(parts), [not_asked(part) for part in parts])
                 yield from ((number, at, part) for at, part in enumerate(parts))
 
-        for number, at, rows, work in map_on_actors(self._ray, make_worker, pieces(), self._config.ray):
+        for number, at, rows, work in map_on_actors(self._ray, make_worker, tasks(), self._config.ray):
             self.work.update(work)
-            shard, parts = waiting[number]
+            shard, parts, without_request = waiting[number]
             parts[at] = rows
             complete = None not in parts
-            yield shard, [row for part in parts for row in part] if complete else None, len(rows)
+            yield FinishedPiece(shard, rows, without_request[at], [row for part in parts for row in part] if complete else None)
             if complete:
                 del waiting[number]
 

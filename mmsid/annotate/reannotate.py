@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from mmsid.annotate import caption, interests
 from mmsid.artifacts import read_manifest
@@ -20,12 +21,19 @@ def reannotate(captions: Path | None, mined: Path | None, catalog: CatalogConfig
     """
     new_captions = None
     if captions is not None:
-        config = caption.CaptionConfig.model_validate(read_manifest(captions, "caption")["config"])
-        new_captions = caption.run(config.model_copy(update={"catalog": catalog, "out": folder / "caption", "cache": None}))
+        config = caption.CaptionConfig.model_validate(_settings(captions, "caption"))
+        new_captions = caption.run(config.model_copy(update={"catalog": catalog, "out": folder / "caption"}))
     if mined is None:
         return new_captions, None
-    earlier = interests.InterestsConfig.model_validate(read_manifest(mined, "interests")["config"])
+    earlier = interests.InterestsConfig.model_validate(_settings(mined, "interests"))
     if earlier.generator == "coengagement":
         return new_captions, mined
-    changes = {"catalog": catalog, "out": folder / "interests", "cache": None, "captions": new_captions}
+    changes = {"catalog": catalog, "out": folder / "interests", "captions": new_captions}
     return new_captions, interests.run(earlier.model_copy(update=changes))
+
+
+def _settings(folder: Path, stage: str) -> dict[str, Any]:
+    """Keys of the stage that wrote `folder`, without its cache and with the error rate that it accepted."""
+    manifest = read_manifest(folder, stage)
+    gate = {"max_quarantined": manifest["extra"]["gate"]["max_quarantined"]} if "gate" in manifest["extra"] else {}
+    return manifest["config"] | gate | {"cache": None}

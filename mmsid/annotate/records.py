@@ -1,19 +1,19 @@
 """Captions, interests and judgements as typed records, parsed strictly from a model's JSON answer without any repair.
 
 The rules follow DCIM (arXiv 2604.20861, section 2.2): duplicate keys, NaN and infinities, booleans as numbers, extra fields, and
-descriptors that are equal after NFKC, casefold and whitespace normalisation are rejected. The only exception is a single ```json
-fence around the object, which instruction-tuned models write even where the prompt forbids it.
+descriptors that are equal after NFKC, casefold and whitespace normalisation are rejected. Forgiven is what instruction-tuned models
+write around and inside a good object even where the prompt forbids it (`answer_text`): one leading `<think>` block, one line of prose
+before the object, one code fence, and line breaks and direction marks inside a text.
 """
 
 from __future__ import annotations
 
 import json
-import re
-import unicodedata
 from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from mmsid.annotate.answer_text import json_part, one_line, without_reasoning
 from mmsid.annotate.text_flags import REFUSAL, normalise, refuses
 from mmsid.errors import AnnotationError
 
@@ -21,20 +21,15 @@ SCHEMA_VERSION = 1
 MAX_OUTPUT_CHARS = 20_000
 
 
-def _printable(text: str) -> str:
-    """One line of visible text. Control, surrogate, private and format characters are rejected, except ZWJ, ZWNJ and soft hyphen."""
-    for character in text:
-        if unicodedata.category(character) in ("Cc", "Cs", "Co", "Cn", "Zl", "Zp") or (
-            unicodedata.category(character) == "Cf" and character not in "\u200c\u200d\u00ad"
-        ):
-            raise ValueError("control_character")
+def _one_line(text: str) -> str:
+    text = one_line(text)
     if not normalise(text):
         raise ValueError("empty_text")
-    return text.strip()
+    return text
 
 
 def _text(longest: int) -> Any:
-    return Annotated[str, Field(strict=True, min_length=1, max_length=longest), AfterValidator(_printable)]
+    return Annotated[str, Field(strict=True, min_length=1, max_length=longest), AfterValidator(_one_line)]
 
 
 CaptionText, DescriptorText, SummaryText = _text(600), _text(120), _text(400)
@@ -124,33 +119,29 @@ def _parse(cls: type[RecordT], text: str) -> RecordT:
 
 
 def strict_json(text: str) -> Any:
-    """Decode one JSON document without duplicate keys, NaN or infinity, with nothing around it except one code fence.
+    """Decode one JSON document without duplicate keys, NaN or infinity, with nothing around it except what `answer_text` removes.
 
     Raises:
         AnnotationError: reason `empty_output`, `output_too_long`, `truncated`, `invalid_json`, `duplicate_key`, `not_finite`.
     """
     if not text or not text.strip():
         raise AnnotationError("empty_output", "the model wrote nothing")
-    if len(text) > MAX_OUTPUT_CHARS:
-        raise AnnotationError("output_too_long", f"{len(text)} characters, at most {MAX_OUTPUT_CHARS}")
-    body = _unfence(text.strip())
-    if refuses(body):
+    answer = without_reasoning(text)
+    if not answer:
+        raise AnnotationError("empty_output", "the model wrote nothing after its reasoning")
+    if len(answer) > MAX_OUTPUT_CHARS:
+        raise AnnotationError("output_too_long", f"{len(answer)} characters, at most {MAX_OUTPUT_CHARS}")
+    body = json_part(answer)
+    if refuses(answer) or refuses(body):
         raise AnnotationError(REFUSAL, "the model declined instead of answering")
+    hooks = {"object_pairs_hook": _unique_keys, "parse_constant": _not_finite, "parse_float": _finite, "parse_int": _small_int}
     try:
-        return json.loads(body, object_pairs_hook=_unique_keys, parse_constant=_not_finite, parse_float=_finite, parse_int=_small_int)
+        return json.loads(body, strict=False, **hooks)  # not strict: line breaks may stand unescaped inside a text
     except json.JSONDecodeError as error:
         cut = error.msg.startswith("Unterminated string") or error.pos >= len(body)
         raise AnnotationError("truncated" if cut else "invalid_json", f"not JSON at character {error.pos}: {error.msg}") from error
     except RecursionError as error:
         raise AnnotationError("invalid_json", "nested too deeply") from error
-
-
-_FENCE = re.compile(r"\A```(?:json)?[ \t]*\r?\n(?P<body>.*)\r?\n```\Z", re.DOTALL)
-
-
-def _unfence(text: str) -> str:
-    fenced = _FENCE.match(text)
-    return fenced["body"].strip() if fenced and "```" not in fenced["body"] else text
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

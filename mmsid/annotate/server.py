@@ -260,19 +260,27 @@ def data_url(picture: Image.Image, picture_format: Literal["png", "jpeg"]) -> st
 
 
 def read_answer(body: str) -> str | GenerationFailure:
-    """Text of a chat completion, or the failure `server_garbled` for a truncated or malformed body or one without text.
+    """Text of a chat completion, or a failure.
 
-    The text of the field `refusal` is returned like an answer; the job detects refusals.
+    The failures: `server_garbled` for a truncated or malformed body or one without text, `reasoning_only` for a model that reasoned and
+    gave no answer, `content_filter`. The text of the field `refusal` is returned like an answer; the job detects refusals.
     """
     try:
         choice = json.loads(body)["choices"][0]
         message, ended = choice["message"], choice.get("finish_reason")
         content = message.get("refusal") or message["content"]
+        reasoning = message.get("reasoning_content") or message.get("reasoning")
     except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
         return GenerationFailure("server_garbled", f"not a chat completion: {body[:100]}")
     if ended == "content_filter":
         return GenerationFailure("content_filter", "the content filter of the server blocked the answer")
     if not isinstance(content, str) or not content.strip():
+        if isinstance(reasoning, str) and reasoning.strip():
+            cut = "its tokens ran out; raise max_new_tokens, or" if ended == "length" else "raise max_new_tokens, or"
+            return GenerationFailure(
+                "reasoning_only",
+                f"the model wrote {len(reasoning):,} characters of reasoning and no answer: {cut} switch the reasoning off on the server",
+            )
         return GenerationFailure("server_garbled", f"a chat completion without text: {str(content)[:100]}")
     return content
 

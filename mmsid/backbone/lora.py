@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import nn
 
 from mmsid.backbone.query_tokens import QueryBackbone
+from mmsid.backbone.weight_files import check_weight_files
 from mmsid.config import Section
 from mmsid.errors import ConfigError
 
@@ -78,7 +79,12 @@ def save_lora(backbone: QueryBackbone, folder: Path) -> bool:
 
 
 def load_lora(backbone: QueryBackbone, folder: Path, *, trainable: bool = False) -> None:
-    """Load the adapter in `folder` into the backbone."""
+    """Load the adapter in `folder` into the backbone.
+
+    Raises:
+        ConfigError: the weights of the adapter are torn or a git-lfs pointer.
+    """
+    check_weight_files(folder)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         backbone.model = PeftModel.from_pretrained(backbone.model, str(folder), is_trainable=trainable)

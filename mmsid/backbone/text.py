@@ -6,11 +6,13 @@ import contextlib
 from collections.abc import Iterator, Sequence
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from mmsid.backbone.packaged_weights import MINILM, resolve
 from mmsid.backbone.query_tokens import BackboneInput, Batch, QueryBackbone
+from mmsid.backbone.weight_files import check_weight_files
 from mmsid.errors import ConfigError
 
 _OFFSET_BY_PADDING = {"roberta", "xlm-roberta", "camembert", "mpnet"}  # position ids start at padding_idx + 1
@@ -55,11 +57,12 @@ class TextBackbone(QueryBackbone):
 
     def __init__(self, path: str = MINILM, *, num_levels: int = 3, max_length: int = 128, seed: int = 0) -> None:
         folder = resolve(path)
+        check_weight_files(folder)
         try:
             text_tokenizer = AutoTokenizer.from_pretrained(folder)
             with no_loading_bar():
                 model = AutoModel.from_pretrained(folder, attn_implementation="sdpa")
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise ConfigError(
                 f"backbone {path!r} cannot be loaded as a text model ({error}); use a folder, a hub id or `minilm`"
             ) from error

@@ -125,6 +125,7 @@ def read_states(tokenizer: ItemTokenizer, inputs: Sequence[ItemInput], batch_siz
         for i, row in enumerate(rows):
             if row in index_of:
                 states[index_of[row]] = output.states[i].cpu()
+    tokenizer.warn_of_unread_pictures()
     return ContentStates(pooled, kept, states)
 
 

@@ -6,6 +6,7 @@ by no more than rounding error (matrix products of other shapes round differentl
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -75,6 +76,7 @@ class ItemTokenizer(nn.Module, ModelHubMixin, library_name="mmsid", tags=["seman
     def __init__(self, settings: TokenizerSettings, open_picture: Callable[[Any], Any] = open_as_is, *, saved: Path | None = None) -> None:
         super().__init__()
         self.settings = settings
+        self._warned_of_unread = 0
         self.backbone = build_backbone(settings.backbone, settings.num_levels, settings.seed, open_picture)
         self.backbone_sha256 = fingerprint(self.backbone.model)
         if saved is not None:
@@ -240,6 +242,17 @@ class ItemTokenizer(nn.Module, ModelHubMixin, library_name="mmsid", tags=["seman
                     yield torch.tensor([window[index] for index in indices]), self._encode_tokens([tokens[index] for index in indices])
         finally:
             self.train(was_training)
+            self.warn_of_unread_pictures()
+
+    def warn_of_unread_pictures(self) -> None:
+        """Warn of the items that a vision-language backbone has read without their pictures since the last warning."""
+        unread: dict[tuple[str, ...], str] = getattr(self.backbone, "unread", {})
+        new = list(unread.items())[self._warned_of_unread :]
+        self._warned_of_unread = len(unread)
+        if new:
+            (_, *pictures), reason = new[0]
+            which = "" if pictures[0].startswith("<") else f" of {pictures[0]}"  # the repr of a picture in memory
+            warnings.warn(f"{len(new):,} items are read without their pictures; the reason{which}: {reason}", stacklevel=3)
 
     def _encode_tokens(self, tokens: Sequence[Batch]) -> Encoded:
         """Encode a batch. Items whose margin is within rounding error are encoded again, alone and unpadded."""

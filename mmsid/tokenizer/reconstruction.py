@@ -13,11 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from mmsid.backbone.text import no_loading_bar
+from mmsid.backbone.weight_files import check_weight_files
 from mmsid.errors import ConfigError
 from mmsid.progress import track
 from mmsid.tokenizer.losses import sequence_nll
@@ -44,10 +46,11 @@ class FrozenDecoder(nn.Module):
         Raises:
             ConfigError: the model cannot be loaded.
         """
+        check_weight_files(path)
         try:
             with no_loading_bar():
                 return cls(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), AutoTokenizer.from_pretrained(path))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise ConfigError(
                 f"train_tokenizer.decoder {path!r} cannot be loaded as a causal language model ({error}); "
                 "give another folder or hub id, or leave the key out"

@@ -9,12 +9,14 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from PIL import Image
+from safetensors import SafetensorError
 from torch import nn
 
 from mmsid.annotate.captioner.config import TrainCaptionerConfig
 from mmsid.annotate.captioner.data import PictureSet, caption_record
 from mmsid.annotate.captioner.training import run_phase
 from mmsid.annotate.prompts import load_prompt
+from mmsid.backbone.weight_files import check_weight_files
 from mmsid.errors import ConfigError
 
 
@@ -73,10 +75,11 @@ def fine_tune(
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
+    check_weight_files(config.base_model)
     try:
         processor = AutoProcessor.from_pretrained(config.base_model)
         base = AutoModelForImageTextToText.from_pretrained(config.base_model, use_safetensors=True)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(
             f"train_captioner.base_model {config.base_model!r} cannot be loaded ({str(error)[:200]}); give a folder or hub id of an "
             "image-text-to-text model with safetensors weights"

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from pydantic import Field
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -29,6 +30,7 @@ from trl import RewardConfig, RewardTrainer
 
 from mmsid.backbone.packaged_weights import minilm_path
 from mmsid.backbone.text import no_loading_bar
+from mmsid.backbone.weight_files import check_weight_files
 from mmsid.config import Section
 from mmsid.errors import ConfigError
 from mmsid.trl_training import plain_arguments, train_quietly
@@ -115,10 +117,11 @@ def build_text_model(config: TextModelConfig, seed: int) -> tuple[PreTrainedMode
         torch.manual_seed(seed)
         if config.path == INTERACTION:
             return _from_word_vectors(config.width)
+        check_weight_files(config.path)
         try:
             text_tokenizer = AutoTokenizer.from_pretrained(config.path)
             model = AutoModelForSequenceClassification.from_pretrained(config.path, num_labels=1, dtype=torch.float32)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise ConfigError(
                 f"text_quality.model.path {config.path!r} cannot be loaded as a text model ({error}); give a folder or hub id, or "
                 f"`{INTERACTION}`"
