@@ -7,6 +7,7 @@ import http.server
 import io
 import os
 import socket
+import ssl
 import threading
 import time
 from collections import Counter
@@ -100,6 +101,8 @@ class Server:
             handler.end_headers()
             while True:
                 handler.wfile.write(bytes(100_000))
+        elif what == "accented":
+            self.send(handler, 302, Location="/é/9".encode().decode("latin-1"))
         elif what == "redirect":
             self.send(handler, 302, Location=argument.replace("PORT", str(self.port)) if ":" in argument else f"/{argument}")
         elif what == "loop":
@@ -150,13 +153,12 @@ def server():
 
 
 def downloader(folder: Path, limits: PictureLimits = TRUSTED, **options) -> Downloader:
-    return Downloader(limits, PictureCache(folder / "cache"), **{"first_wait": 0.02, **options})
+    return Downloader(limits, folder / "cache", **{"first_wait": 0.02, **options})
 
 
 def download(folder: Path, *urls: str, limits: PictureLimits = TRUSTED, **options) -> list[InspectedPicture]:
     with downloader(folder, limits, **options) as running:
         found = list(inspect_pictures(urls, limits, folder, folder / "cache", downloader=running))
-        running.cache.close()
     assert all(one.reason is None or one.reason in REASONS for one in found)
     return found
 
@@ -170,6 +172,7 @@ def download(folder: Path, *urls: str, limits: PictureLimits = TRUSTED, **option
         ("then_good/500", None, 3),
         ("then_good/503", None, 3),
         ("count_down/5", None, 1),
+        ("accented", None, 1),
         ("status/404", "http_404", 1),
         ("status/410", "http_404", 1),
         ("status/403", "http_403", 1),
@@ -460,6 +463,21 @@ def test_numbers_that_spell_loopback_are_refused(tmp_path, server):
     found = download(tmp_path, *urls, limits=limits, connector=connector)
     assert {one.reason for one in found} <= {"private_address", "dns"} and found[0].reason == "private_address"
     assert not server.asked
+
+
+def test_the_name_of_a_tls_connection_is_that_of_the_url(tmp_path):
+    class Stream(httpcore2.NetworkStream):
+        names: list[str | None] = []  # noqa: RUF012
+
+        def start_tls(self, ssl_context, server_hostname=None, timeout=None):
+            assert ssl_context.check_hostname
+            self.names.append(server_hostname)
+            raise httpcore2.ConnectError(ssl.SSLError("stop"))
+
+    connected = []
+    options = {"resolver": lambda host, port: [PUBLIC], "connector": lambda *where: connected.append(where[:2]) or Stream()}
+    found = download(tmp_path, "https://shop.test/a.png", limits=TRUSTED.model_copy(update={"allow_private_hosts": False}), **options)
+    assert (found[0].reason, Stream.names, connected) == ("tls", ["shop.test"], [(PUBLIC, 443)])
 
 
 def test_proxies_of_the_environment_are_not_used(tmp_path, server, monkeypatch):

@@ -80,6 +80,12 @@ def tiff_bomb(side: int) -> bytes:
     return data
 
 
+def odd_tiff() -> bytes:
+    data = encoded(RED, "TIFF")
+    entry = data.index(struct.pack("<HHI", 273, 4, 1))
+    return data[:entry] + struct.pack("<HHI4s", 273, 2, 4, b"abc") + data[entry + 12 :]
+
+
 def jpeg2000_bomb(side: int) -> bytes:
     data = encoded(RED, "JPEG2000")
     box = data.index(b"ihdr") + 4
@@ -122,6 +128,7 @@ REFUSED = {
     "JPEG 2000 signature": (b"\0\0\0\x0cjP  \r\n\x87\n" + bytes(40), "truncated"),
     "JPEG 2000 of 60,000 x 60,000": (jpeg2000_bomb(60_000), "too_many_pixels"),
     "TIFF of 60,000 x 60,000": (tiff_bomb(60_000), "too_many_pixels"),
+    "TIFF with a text as offset of its pixels": (odd_tiff(), "corrupt"),
     "GIF canvas of 60,000 x 60,000": (gif_bomb(60_000), "too_many_pixels"),
     "BMP of 60,000 x 60,000": (bmp_bomb(60_000), "too_many_pixels"),
     "one-bit PNG of 60,000 x 60,000": (bomb(60_000, 60_000), "too_many_pixels"),

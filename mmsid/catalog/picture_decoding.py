@@ -93,7 +93,7 @@ def open_picture(data: bytes, limits: PictureLimits, path: str | Path) -> Image.
     # MPO: a JPEG with previews as further frames, as phones store it. The first frame is the picture.
     if picture.format != "MPO" and limits.animated == "refuse" and _is_animated(picture, path):
         raise refusal("animated", path)
-    if is_truncated(data) or (kind == "TIFF" and tiff_is_truncated(picture.tag_v2, len(data))):
+    if is_truncated(data) or (kind == "TIFF" and _tiff_is_truncated(picture, len(data), path)):
         raise refusal("truncated", path)
     return picture
 
@@ -128,6 +128,13 @@ def _is_animated(picture: Image.Image, path: str | Path) -> bool:
     try:
         return bool(getattr(picture, "is_animated", False))
     except Exception:  # Pillow reads the second frame of a GIF here, and raises if it is damaged
+        raise refusal("corrupt", path) from None
+
+
+def _tiff_is_truncated(picture: Image.Image, size: int, path: str | Path) -> bool:
+    try:
+        return tiff_is_truncated(picture.tag_v2, size)
+    except Exception:  # Pillow decodes tags when they are read, and a damaged one may hold any type
         raise refusal("corrupt", path) from None
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from mmsid.catalog.config import PictureLimits
@@ -46,7 +47,7 @@ class Downloader:
 
     Args:
         limits: limits of downloads and pictures. `max_total_bytes` counts over the life of this object.
-        cache: where pictures are kept.
+        cache: folder in which pictures are kept (`cache.PictureCache`).
         resolver, connector: look-up of names and opening of connections, exchanged in tests.
         first_wait: seconds before the second try.
     """
@@ -54,13 +55,13 @@ class Downloader:
     def __init__(
         self,
         limits: PictureLimits,
-        cache: PictureCache,
+        cache: Path,
         *,
         resolver: Resolver = resolve,
         connector: Connector = connect,
         first_wait: float = 0.5,
     ) -> None:
-        self.limits, self.cache, self.first_wait = limits, cache, first_wait
+        self.limits, self.cache, self.first_wait = limits, PictureCache(cache), first_wait
         self._client = HttpClient(limits, resolver, connector)
         self._hosts: dict[str, _Host] = defaultdict(_Host)
         self._lock = threading.Lock()
@@ -74,10 +75,11 @@ class Downloader:
         self.close()
 
     def close(self) -> None:
-        """Stop all downloads."""
+        """Stop all downloads, and write the index of the cache."""
         self._closed.set()
         self._client.close()
         self._queues.close()
+        self.cache.close()
 
     def submit(self, url: str) -> Future[InspectedPicture]:
         """Start to download a picture, as soon as a connection to its host is free."""

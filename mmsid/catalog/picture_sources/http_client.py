@@ -78,7 +78,7 @@ class HttpClient:
                 headers = {name.lower(): value.decode("latin-1") for name, value in response.headers}
                 location = headers.get(b"location")
                 if response.status in (301, 302, 303, 307, 308) and location:
-                    target = urljoin(target, location)
+                    target = urljoin(target, location.encode("latin-1").decode("utf-8", "replace"))
                     continue
                 if response.status != 200:
                     raise _status_error(response.status, headers, url)
@@ -120,9 +120,9 @@ class HttpClient:
             raise DownloadError("timeout", url, again=True) from None
         except httpcore2.LocalProtocolError:
             raise DownloadError("bad_url", url) from None
-        except (httpcore2.NetworkError, httpcore2.ProtocolError, httpcore2.ProxyError, OSError) as error:
-            if isinstance(error, httpcore2.ConnectError) and isinstance(error.args[0], ssl.SSLError):
-                raise DownloadError("tls", url, error.args[0].reason or "") from None
+        except Exception as error:  # of httpcore2, or of its parser for what a hostile server sends
+            if isinstance(error, httpcore2.ConnectError) and error.args and isinstance(error.args[0], ssl.SSLError):
+                raise DownloadError("tls", url, getattr(error.args[0], "reason", None) or "") from None
             raise DownloadError("connection", url, type(error).__name__, again=True) from None
 
     def close(self) -> None:

@@ -39,6 +39,8 @@ def inspect_pictures(
 
     Pixels are not decoded. A bad picture does not raise. Each distinct text reference is looked at once.
 
+    For several calls in one run, pass the same `downloader`: its limit of all bytes and its knowledge of dead hosts then hold for the run.
+
     Args:
         references: paths below `root`, `file:` URLs, bytes, base64 texts, data URLs, http(s) URLs, or URLs of fsspec such as `s3://`.
         limits: limits of pictures and downloads.
@@ -46,8 +48,7 @@ def inspect_pictures(
         cache: folder in which pictures from bytes, texts and URLs are kept as files `ab/abcdef...`, named by their SHA-256. A picture of a
             URL that it holds is not downloaded again.
         known: reference -> earlier result under the same limits. It is used again while the size and the time of the file are the same.
-        downloader: a running downloader, to share its connections and its limit of all bytes between calls. It stays open. Its own cache
-            is used for URLs.
+        downloader: a running downloader, whose own cache is used for URLs. It stays open.
 
     Yields:
         One result per reference, in their order.
@@ -164,7 +165,7 @@ class _Inspection:
 
     def _open_downloader(self) -> Downloader:
         if self._downloader is None:
-            self._downloader = self.stack.enter_context(Downloader(self.limits, self.cache))
+            self._downloader = self.stack.enter_context(Downloader(self.limits, self.cache.folder))
         return self._downloader
 
 

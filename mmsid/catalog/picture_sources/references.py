@@ -14,7 +14,7 @@ from mmsid.catalog.picture_sources.reasons import refusal
 
 Kind = Literal["path", "bytes", "web", "store"]
 
-_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)(?:::|://)")  # two letters or more: C:\ is a drive
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)(?:://|::.*://)")  # two letters or more: C:\ is a drive
 _HOST_FIRST = re.compile(r"//[\w-]+(\.[\w-]+)+(:\d+)?/")  # //cdn.example.com/a.jpg, as shops write it
 _DATA_URL = re.compile(r"data:([^,]{0,200}),", re.IGNORECASE)
 _BASE64 = re.compile(r"[A-Za-z0-9+/_-]+={0,2}")

@@ -14,9 +14,10 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from dataclasses import astuple
+from dataclasses import fields
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
+from operator import attrgetter
 from pathlib import Path
 
 from mmsid.catalog.config import PictureLimits
@@ -34,6 +35,7 @@ from mmsid.catalog.picture_sources.workers import serve
 serve(int(sys.argv[2]))
 """
 """Program of a process. It does not run `mmsid/catalog/__init__.py`, whose imports take longer than a thousand pictures."""
+_VALUES = attrgetter(*(field.name for field in fields(InspectedPicture)))
 _CATALOG_PACKAGE = str(Path(__file__).parents[1])
 
 
@@ -120,7 +122,7 @@ class PictureProcesses:
 
 
 def _row(picture: InspectedPicture) -> list:
-    path, *others = astuple(picture)
+    path, *others = _VALUES(picture)
     return [None if path is None else str(path), *others]
 
 
