@@ -3,6 +3,7 @@
 Each reader gets 100 inputs, and 10,000 in the slow suite. The inputs are the same in every run.
 """
 
+import gzip
 import io
 import json
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -70,6 +72,12 @@ def _parquet(table: pa.Table) -> bytes:
     return buffer.getvalue()
 
 
+def _feather(table: pa.Table) -> bytes:
+    buffer = io.BytesIO()
+    pyarrow.feather.write_feather(table, buffer)
+    return buffer.getvalue()
+
+
 def write(path: Path, data: bytes) -> None:
     """Write a new file each time, because some file systems flush to disk when a file is overwritten."""
     path.unlink(missing_ok=True)
@@ -88,6 +96,13 @@ ITEMS_FILES = {
     "jsonl": "\n".join(json.dumps(ROW | {"item_id": name}) for name in "ab").encode(),
     "csv": b'item_id,title,image,categories\na,"red, shoe",a.png,wear|shoe\nb,lamp,"[""b.png""]",home\n',
     "parquet": _parquet(pa.Table.from_pylist([ROW, ROW | {"item_id": "b"}])),
+    "feather": _feather(pa.Table.from_pylist([ROW, ROW | {"item_id": "b"}])),
+    "json": json.dumps({name: ROW | {"item_id": name} for name in "ab"}, indent=1).encode(),
+    "jsonl.gz": gzip.compress("\n".join(json.dumps(ROW | {"item_id": name}) for name in "ab").encode(), mtime=0),
+    "tsv": "item_id\ttitle\tmaterial\tlabels\na\tlamp\twool\t['x' 'y']\nb\tl\u00e4mp\t\tNULL\n".encode("utf-16"),
+    "txt": 'item_id;title;material;labels\na;"l\u00e4mp \\" x";;\nb;lamp;wool;new\n'.encode("cp1252"),
+    "xml": b"<rss xmlns:g='http://base.google.com/ns/1.0'><item><g:item_id>a</g:item_id><title>x</title><material>w</material>"
+    b"<labels>new</labels><labels>old</labels></item><item><item_id>b</item_id></item></rss>",
 }
 CELL = st.none() | NUMBERS | TEXT | st.lists(TEXT | st.none(), max_size=3) | st.dictionaries(TEXT, JSON, max_size=2)
 ROWS = st.lists(
@@ -109,7 +124,7 @@ CATALOGUES = st.one_of(
     *(st.tuples(st.just(kind), damaged([whole]), st.none()) for kind, whole in ITEMS_FILES.items()),
     st.tuples(st.just("jsonl"), ROWS.map(_jsonl), st.none() | USERS.map(_jsonl)),
     st.tuples(
-        st.sampled_from(["csv", "jsonl", "parquet"]),
+        st.sampled_from(sorted(ITEMS_FILES)),
         st.binary(max_size=60) | TEXT.map(lambda text: text.encode("utf-8", "replace")),
         st.none(),
     ),

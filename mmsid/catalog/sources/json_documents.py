@@ -14,12 +14,13 @@ from typing import Any
 
 from mmsid.catalog.sources.batch import Batch, stripped_header
 from mmsid.catalog.sources.contents import Contents
-from mmsid.catalog.sources.json_values import batch_of_rows, without_surrogates
+from mmsid.catalog.sources.json_values import SURROGATE, batch_of_rows, without_surrogates
 from mmsid.catalog.sources.text_encoding import MARK, detect_encoding, open_text, undecodable
 from mmsid.errors import CatalogError
 
 KEY, USER, ITEMS = "item_id", "user_id", "items"
 _CHUNK, _LONGEST_VALUE, _ROWS = 1 << 20, 1 << 28, 4096
+_SURROGATE = re.compile(SURROGATE.pattern.decode())
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -35,7 +36,8 @@ class JsonDocumentFile:
         self.num_rows, keys = 0, {}
         for row in self._rows():
             self.num_rows += 1
-            keys.update(dict.fromkeys(row))
+            if not keys.keys() >= row.keys():
+                keys.update(dict.fromkeys(row))
         self._keys = stripped_header(self.path, list(keys))
         self.columns = tuple(self._keys)
         self.empty = not self.num_rows
@@ -57,11 +59,12 @@ class JsonDocumentFile:
 
     def _rows(self) -> Iterator[dict[str, Any]]:
         with open_text(self._contents, self._encoding, "mmsid_mark") as text:
-            for number, (key, value) in enumerate(_Decoder(self, text).entries(), 1):
+            decoder = _Decoder(self, text)
+            for number, (key, value) in enumerate(decoder.entries(), 1):
                 row = self._row(number, key, value)
                 if self._encoding.damaged or self._encoding.name != "utf-8-sig":
                     self._refuse_undecodable(number, row)
-                yield without_surrogates(row)
+                yield without_surrogates(row) if decoder.surrogates else row
 
     def _row(self, number: int, key: str | None, value: Any) -> dict[str, Any]:
         if isinstance(value, dict):
@@ -88,7 +91,7 @@ class _Decoder:
 
     def __init__(self, file: JsonDocumentFile, text: Any) -> None:
         self._file, self._text, self._ended = file, text, False
-        self._buffer, self._at, self._number = "", 0, 0
+        self._buffer, self._at, self._number, self.surrogates = "", 0, 0, False
         self._decode = json.JSONDecoder().raw_decode
 
     def entries(self) -> Iterator[tuple[str | None, Any]]:
@@ -152,6 +155,7 @@ class _Decoder:
         more = "" if self._ended else self._text.read(max(_CHUNK, len(self._buffer) - self._at))
         self._ended = not more
         self._buffer, self._at = self._buffer[self._at :] + more, 0
+        self.surrogates = self.surrogates or _SURROGATE.search(self._buffer) is not None
         return bool(more)
 
     def _value(self) -> Any:

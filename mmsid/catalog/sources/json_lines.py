@@ -6,7 +6,6 @@ deep nesting.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,11 +16,10 @@ import pyarrow.json
 
 from mmsid.catalog.sources.batch import Batch, stripped_header
 from mmsid.catalog.sources.contents import Contents
-from mmsid.catalog.sources.json_values import MAX_KEYS, batch_of_rows, load_line
+from mmsid.catalog.sources.json_values import MAX_KEYS, batch_of_rows, load_line, load_lines
 from mmsid.catalog.sources.text_encoding import MARK, detect_encoding, open_text, open_utf8, undecodable
 
 _BLOCK, _DEEPEST, _EXACT = 1 << 22, 1000, 2.0**53
-_BLANK_LINE = re.compile(rb"(?:\A|\n)[ \t\r]*(?=\n)")
 
 
 class JsonLinesFile:
@@ -44,8 +42,9 @@ class JsonLinesFile:
             if table is None:
                 if not self._wide:
                     self._by_python.add(index)
-                for row in self._python_rows(block, numbers):
-                    keys.update(dict.fromkeys(row))
+                rows = self._python_rows(block, numbers)
+                if set().union(*rows) - keys.keys():
+                    keys.update(dict.fromkeys(key for row in rows for key in row))
                 continue
             keys.update(dict.fromkeys(table.column_names))
             for field in table.schema:
@@ -92,7 +91,7 @@ class JsonLinesFile:
                 block, rest = block[:cut], block[cut:]
                 if block:
                     lines = block.count(b"\n") + (not block.endswith(b"\n"))
-                    if _BLANK_LINE.search(block) or not block[block.rfind(b"\n", 0, -1) + 1 :].strip():
+                    if _may_have_blank_lines(block):
                         numbers = [number for number, line in enumerate(block.split(b"\n"), first) if line.strip()]
                     else:
                         numbers = range(first, first + lines)
@@ -104,9 +103,9 @@ class JsonLinesFile:
 
     def _parsed(self, block: bytes, numbers: Sequence[int], schema: pa.Schema | None) -> pa.Table | None:
         """The block as Arrow columns, only those of the schema if one is given; None if Arrow cannot hold it."""
-        if block.lstrip().startswith(b"{'") or _deepest_line(block) > _DEEPEST:
-            return None
         if schema is None:
+            if block.lstrip().startswith(b"{'") or _deepest_line(block) > _DEEPEST:
+                return None
             known = pa.schema([(key, kind) for key, kind in self._types.items() if kind is not None and _has_text(kind)])
             table = _parse(block, known, "infer")
             if table is not None and any(_has_time(field.type) for field in table.schema):  # Arrow takes texts for times
@@ -118,8 +117,11 @@ class JsonLinesFile:
         return table
 
     def _python_rows(self, block: bytes, numbers: Sequence[int]) -> list[dict[str, Any]]:
-        lines = (line for line in block.split(b"\n") if line.strip())
-        return [load_line(line, self.path, number) for line, number in zip(lines, numbers, strict=True)]
+        lines = [line for line in block.split(b"\n") if line.strip()]
+        rows = load_lines(lines)
+        if rows is None:
+            rows = [load_line(line, self.path, number) for line, number in zip(lines, numbers, strict=True)]
+        return rows
 
     def _marked_lines(self) -> Iterator[tuple[str, int, str | None, str]]:
         with open_text(self._contents, self._encoding, "mmsid_mark") as text:
@@ -137,6 +139,10 @@ def _parse(block: bytes, schema: pa.Schema, unexpected: str) -> pa.Table | None:
         return pyarrow.json.read_json(pa.BufferReader(block), read, parse)
     except (pa.ArrowException, UnicodeDecodeError):
         return None
+
+
+def _may_have_blank_lines(block: bytes) -> bool:
+    return block[:1] in b" \t\r\n" or block.endswith(b"\n\n") or any(start in block for start in (b"\n\n", b"\n\r", b"\n ", b"\n\t"))
 
 
 def _deepest_line(block: bytes) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,20 @@ import pyarrow as pa
 from mmsid.catalog.sources.batch import Batch
 from mmsid.errors import CatalogError
 
+SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # an escape that may be a lone surrogate
 MAX_KEYS = 256  # of the objects of a column. Arrow stores a cell for each key and row, so more keys stay Python dictionaries
+
+
+def load_lines(lines: Sequence[bytes]) -> list[dict[str, Any]] | None:
+    """The rows of many lines, decoded together, or None if one of them is not one plain object. `load_line` then says which."""
+    joined = b",\n".join(lines)
+    try:
+        rows = json.loads(f"[{joined.decode()}]")
+    except (ValueError, RecursionError):
+        return None
+    if len(rows) != len(lines) or not all(type(row) is dict for row in rows):
+        return None
+    return without_surrogates(rows) if SURROGATE.search(joined) else rows
 
 
 def load_line(line: bytes, path: Path, number: int) -> dict[str, Any]:
@@ -30,7 +44,7 @@ def load_line(line: bytes, path: Path, number: int) -> dict[str, Any]:
             raise CatalogError(f"{path}, line {number}: not valid JSON ({error}); write one JSON object per line") from error
     if not isinstance(row, dict):
         raise CatalogError(f"{path}, line {number}: holds a {type(row).__name__}, expected an object; write one JSON object per line")
-    return without_surrogates(row) if b"\\u" in line else row
+    return without_surrogates(row) if SURROGATE.search(line) else row
 
 
 def _literal(line: bytes) -> dict[str, Any] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -26,7 +27,7 @@ _READERS = {
     DELIMITED: DelimitedFile,
     FEED: FeedFile,
 }
-_DAMAGES = (OSError, pa.ArrowException, ValueError, KeyError, EOFError, RecursionError)  # of readers, on damaged files
+_DAMAGES = (OSError, pa.ArrowException, ValueError, KeyError, EOFError, RecursionError, csv.Error)  # of readers, on damaged files
 
 
 class OpenedTable:

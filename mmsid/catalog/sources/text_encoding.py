@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import csv
 import io
 import re
 from collections.abc import Iterator
@@ -177,6 +178,6 @@ def undecodable(contents: Contents, encoding: TextEncoding, places: Iterator[tup
                 at = shown.find("\N{REPLACEMENT CHARACTER}")
                 excerpt = shown[max(0, at - 30) : at + 30]
                 return CatalogError(f"{contents.path}, {unit} {number}{field}: {excerpt!r} cannot be decoded as {name}; {remedy}")
-    except (ValueError, OSError, CatalogError, RecursionError):  # the file is damaged in another way too
+    except (ValueError, OSError, csv.Error, CatalogError, RecursionError):  # the file is damaged in another way too
         pass
     return CatalogError(f"{contents.path} cannot be decoded as {name}; {remedy}")
