@@ -185,11 +185,13 @@ class _HostQueues:
         self._per_host = (threads + 1) // 2
         self._active: dict[str, int] = defaultdict(int)
         self._waiting: dict[str, deque[tuple[Future, Callable, tuple]]] = defaultdict(deque)
+        self._unfinished: set[Future] = set()
         self._lock = threading.Lock()
 
     def submit(self, host: str, function: Callable, *arguments: object) -> Future:
         future: Future = Future()
         with self._lock:
+            self._unfinished.add(future)
             if self._active[host] >= self._per_host:
                 self._waiting[host].append((future, function, arguments))
                 return future
@@ -206,6 +208,7 @@ class _HostQueues:
             else:
                 future.set_result(result)
         with self._lock:
+            self._unfinished.discard(future)
             if not self._waiting[host]:
                 self._active[host] -= 1
                 return
@@ -220,3 +223,5 @@ class _HostQueues:
                     future.cancel()
                 queue.clear()
         self._executor.shutdown(wait=True, cancel_futures=True)
+        for future in self._unfinished:  # the pool cancelled their tasks before they ran
+            future.cancel()
