@@ -25,7 +25,6 @@ from mmsid.catalog.ingest.index import RowIndex
 from mmsid.catalog.ingest.merging import merged_groups
 from mmsid.catalog.ingest.rows import PictureMemory, part_rows
 from mmsid.catalog.ingest.writing import CatalogWriter
-from mmsid.catalog.picture_sources.cache import PictureCache
 from mmsid.catalog.picture_sources.downloads import Downloader
 from mmsid.catalog.picture_sources.inspection import inspect_pictures
 from mmsid.catalog.pictures import InspectedPicture
@@ -93,7 +92,7 @@ def _write_parts(
     batches = table.batches(mapping.columns, rows)
     if (table.num_rows or _SILENT_ROWS) >= _SILENT_ROWS:
         batches = track(batches, "ingest", total=table.num_rows, unit="rows", size=len)
-    with Downloader(config.pictures, PictureCache(cache)) as downloader:  # one for all parts: it counts their bytes together
+    with Downloader(config.pictures, cache) as downloader:  # one for all parts: it counts their bytes together
         pictures = PictureMemory(
             partial(inspect_pictures, limits=config.pictures, root=config.root, cache=cache, known=known, downloader=downloader)
         )
