@@ -3,8 +3,6 @@
 import datetime
 import gzip
 import json
-import re
-from decimal import Decimal
 from pathlib import Path
 from xml.sax.saxutils import escape
 
@@ -267,20 +265,6 @@ def _(shop, folder):
 
 # Feeds and exports of shops
 
-FEED = [
-    "id",
-    "title",
-    "description",
-    "link",
-    "image_link",
-    "additional_image_link",
-    "price",
-    "brand",
-    "color",
-    "product_type",
-    "item_group_id",
-]
-
 
 def feed(shop, url) -> list[dict]:
     return [
@@ -334,21 +318,29 @@ def _(shop, folder, server):
     return feed_keys(write(folder / "feed.csv", delimited(rows)))
 
 
-@form("export: Shopify products", notes="recognised as Shopify product export", not_read=["Vendor", "Option1 Name", "Option1 Value", "Variant SKU"],
-      found=[("description_html", ITEMS)], attributes=(), images=1)  # fmt: skip
+@form(
+    "export: Shopify products",
+    notes="recognised as Shopify product export",
+    not_read=["Vendor", "Option1 Name", "Option1 Value", "Variant SKU"],
+    found=[("description_html", ITEMS)],
+    attributes=(),
+    images=1,
+)
 def _(shop, folder, server):
-    columns = ["Handle", "Title", "Body (HTML)", "Vendor", "Product Category", "Option1 Name", "Option1 Value", "Variant SKU", "Image Src"]
-    rows = []
-    for row in shop.rows:
-        texts = (
-            f"<p>{row['description']}</p>",
-            row["brand"],
-            " > ".join(row["categories"]),
-            "Color",
-            row["color"],
-            f"sku-{row['item_id']}",
-        )
-        rows.append(dict(zip(columns, (row["item_id"], row["title"], *texts, row["image"] and f"{server.url}/{row['image'][0]}"))))
+    rows = [
+        {
+            "Handle": row["item_id"],
+            "Title": row["title"],
+            "Body (HTML)": f"<p>{row['description']}</p>",
+            "Vendor": row["brand"],
+            "Product Category": " > ".join(row["categories"]),
+            "Option1 Name": "Color",
+            "Option1 Value": row["color"],
+            "Variant SKU": f"sku-{row['item_id']}",
+            "Image Src": f"{server.url}/{row['image'][0]}" if row["image"] else "",
+        }
+        for row in shop.rows
+    ]
     return feed_keys(write(folder / "products_export.csv", delimited(rows)), attributes=[])
 
 
@@ -412,18 +404,12 @@ def _(shop, folder):
 @form("types: dictionary, large_string, null and nested columns")
 def _(shop, folder):
     table = pq.read_table(shop.folder / "items.parquet")
-    for name in ("brand", "color"):
-        table = table.set_column(table.column_names.index(name), name, table[name].dictionary_encode())
-    kinds = {
-        name: pa.large_list(pa.large_string()) if name in ("image", "categories") else pa.large_string()
-        for name in ("item_id", "image", "categories", "title")
-    }
-    for name, kind in kinds.items():
-        table = table.set_column(table.column_names.index(name), name, table[name].cast(kind))
-    table = table.append_column("empty", pa.nulls(ITEMS)).set_column(
-        table.column_names.index("categories"), "categories", pa.array([[path] for path in table["categories"].to_pylist()])
-    )
-    return {"items": write(folder / "items.parquet", table), "fields": {"attributes": ["brand", "color", "empty"]}}
+    new = {name: table[name].dictionary_encode() for name in ("brand", "color")}
+    new |= {name: table[name].cast(pa.large_string()) for name in ("item_id", "title")}
+    new["image"] = table["image"].cast(pa.large_list(pa.large_string()))
+    new["categories"] = pa.array([[path] for path in table["categories"].to_pylist()])
+    columns = {name: new.get(name, table[name]) for name in table.column_names} | {"empty": pa.nulls(ITEMS)}
+    return {"items": write(folder / "items.parquet", pa.table(columns)), "fields": {"attributes": ["brand", "color", "empty"]}}
 
 
 @form("types: a mapping of attributes")
