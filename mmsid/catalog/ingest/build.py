@@ -25,6 +25,7 @@ from mmsid.catalog.ingest.index import RowIndex
 from mmsid.catalog.ingest.merging import merged_groups
 from mmsid.catalog.ingest.rows import PictureMemory, part_rows
 from mmsid.catalog.ingest.writing import CatalogWriter
+from mmsid.catalog.item_ids import ROUNDED
 from mmsid.catalog.picture_sources.downloads import Downloader
 from mmsid.catalog.picture_sources.inspection import inspect_pictures
 from mmsid.catalog.pictures import InspectedPicture
@@ -36,6 +37,7 @@ from mmsid.progress import track
 
 PARTS, MERGED, SCRATCH = "parts", "merged", "scratch"  # folders of unfinished work
 _SILENT_ROWS = 10_000  # a table with fewer rows shows no progress bar
+_LARGEST_SHARE = 0.5  # of the items that have one content, above which the mapping is suspicious
 _PICTURE_ROWS = 4_096  # rows of a part whose pictures are looked at: what an interruption can lose
 
 
@@ -67,6 +69,7 @@ def build(config: CatalogConfig, folder: Path, max_problems: float = 0.5, known:
     kept = np.setdiff1d(np.arange(len(index)), np.fromiter(unusable, dtype=np.int64, count=len(unusable)))
     vectors = _vectors(config, index, kept, built)
     order, histories = _ordered(config, index, kept, built, max_problems)
+    _note_equal_contents(index, order, built)
     writer = CatalogWriter(folder, files, mapping, built)
     position = np.full(len(index), -1, dtype=np.int64)
     position[order] = np.arange(len(order))
@@ -136,10 +139,27 @@ def _refuse_unusable_rows(files: list[Path], index: RowIndex, unusable: dict[int
         "no_id": "the id column is empty; correct fields.item_id",
         "duplicate_id": "ids repeat; set fields.group_by if the rows are creatives or variants of one item, or correct fields.item_id",
     }
+    twice = index.item_ids.take(pa.array([row for row, found in unusable.items() if found == "duplicate_id"], pa.int64()))
+    if 2 * (pc.sum(pc.match_substring_regex(twice, ROUNDED)).as_py() or 0) > len(twice):
+        causes["duplicate_id"] = f"ids like {twice[0].as_py()!r} were rounded by a spreadsheet; export them again as text"
     raise CatalogError(
         f"catalog.items: {len(unusable):,} of {len(index):,} rows cannot become items, {count:,} of them as {code} ({'; '.join(rows)}); "
         f"likely cause: {causes[code]}"
     )
+
+
+def _note_equal_contents(index: RowIndex, order: np.ndarray, built: Built) -> None:
+    """Note when most items have one content: the columns that tell them apart are not mapped, or the pictures are a placeholder."""
+    content = index.content[order]  # sorted, so that equal contents are neighbours
+    starts = np.flatnonzero(np.append(True, (content[1:] != content[:-1]).any(axis=1)))
+    counts = np.diff(np.append(starts, len(order)))
+    if len(order) > 1 and counts.max() > _LARGEST_SHARE * len(order):
+        first = int(starts[counts.argmax()])
+        examples = ", ".join(map(repr, index.item_ids.take(pa.array(order[first : first + 3])).to_pylist()))
+        built.notes.append(
+            f"catalog.items: {counts.max():,} of {len(order):,} items have one and the same content, among them {examples}, and will "
+            "share their Semantic IDs; map the columns that tell them apart under catalog.fields"
+        )
 
 
 def _vectors(config: CatalogConfig, index: RowIndex, kept: np.ndarray, built: Built) -> ItemVectors | None:
