@@ -18,7 +18,7 @@ from PIL import Image, PngImagePlugin
 import mmsid
 from mmsid.artifacts import read_table
 from mmsid.cli import main
-from mmsid.errors import CatalogError
+from mmsid.errors import CatalogError, ConfigError
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
 
@@ -77,6 +77,23 @@ def test_1_a_log_of_another_catalogue_exits_with_1(drawn_shop, tmp_path, capsys)
     assert stop.value.code == 1 and "likely cause: the file belongs to another catalogue" in said and "'ad0', 'ad1', 'ad2'" in said
     events = write(tmp_path / "log.csv", delimited(changed(drawn_shop.events(), item_id=lambda row: row["item_id"].upper())))
     assert "upper and lower case" in refusal(drawn_shop, tmp_path, events=events)
+
+
+@pytest.mark.parametrize("length", [0, 2])
+def test_1_a_run_that_needs_users_is_refused_before_its_first_stage(drawn_shop, tmp_path, monkeypatch, length):
+    from mmsid import stages
+
+    monkeypatch.setattr(stages, "run_unless_finished", lambda stage, *_: pytest.fail(f"{stage} has begun"))
+    users = [{name: value if name == "user_id" else value[:length] for name, value in user.items()} for user in drawn_shop.users]
+    keys = drawn_shop.keys(tmp_path, sequences=write(tmp_path / "users.parquet", users))
+    if not length:
+        del keys["sequences"], keys["fields"]["timestamps"]
+    data = {"name": "r", "runs": tmp_path / "runs", "catalog": keys, "baselines": {"methods": ["random"]}, "train_recommender": {}}
+    with pytest.raises(ConfigError, match=rf"train_recommender: the catalogue has {USERS if length else 0} users, .* {length} items; give"):
+        stages.run_stages(stages.stage_configs(data, source="r.yaml"))
+    del data["train_recommender"]
+    with pytest.raises(pytest.fail.Exception, match="baselines has begun"):
+        stages.run_stages(stages.stage_configs(data, source="r.yaml"))
 
 
 # 2: a catalogue without content
