@@ -119,7 +119,9 @@ def table(records: list[dict[str, Any]]) -> str:
     """A Markdown table with one row per size: wall seconds (CPU seconds; peak anonymous memory of the process in MB) of each step."""
     lines = ["| items | K x L | moved | spilled | " + " | ".join(STEPS) + " |", "|" + "---|" * (len(STEPS) + 4)]
     for record in records:
-        cells = [f"{record[f'{step}_wall_seconds']:.1f} ({record[f'{step}_cpu_seconds']:.1f}; {record[f'{step}_total_mb']:,})" for step in STEPS]
+        cells = [
+            f"{record[f'{step}_wall_seconds']:.1f} ({record[f'{step}_cpu_seconds']:.1f}; {record[f'{step}_total_mb']:,})" for step in STEPS
+        ]
         sizes = f"{record['codebook_size']} x {record['num_levels']}"
         lines.append(f"| {record['items']:,} | {sizes} | {record['moved']:,} | {record['spilled']:,} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
