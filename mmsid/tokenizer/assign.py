@@ -1,8 +1,9 @@
 """Stage `assign`: give every item of a catalogue its Semantic ID with a trained tokenizer.
 
 Items with train interactions are read with their behaviour, if the tokenizer has a behaviour input; others by their content. Items are
-encoded in this process or on a Ray cluster; collisions are then resolved. With `append`, the items of an earlier SID folder keep their
-codes, and only new items are encoded, by their content. With `refresh`, some published items move to their behaviour reading.
+encoded in one process (rank 0 of a launcher) or on a Ray cluster; collisions are then resolved. With `append`, the items of an earlier
+SID folder keep their codes, and only new items are encoded, by their content. With `refresh`, some published items move to their
+behaviour reading.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field, field_validator, model_validator
 
-from mmsid.artifacts import Draft, manifest_folder, write_json, write_table, writing
+from mmsid.artifacts import Draft, manifest_folder, on_main_process, write_json, write_table, writing
 from mmsid.catalog import Catalog, CatalogConfig, Split, read_catalog, split_histories
 from mmsid.config import StageConfig
 from mmsid.progress import done
@@ -89,6 +90,7 @@ class AssignConfig(StageConfig):
         return self
 
 
+@on_main_process
 def run(config: AssignConfig, engine: Engine = "local") -> Path:
     """Write a SID folder (`sids.parquet`, `intrinsic.json`, `embeddings.safetensors`, exports) to `config.out`.
 
