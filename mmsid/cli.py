@@ -2,7 +2,7 @@
 
 mmsid run CONFIG [key=value ...] [--redo STAGE]      every stage of the configuration in order; a second call resumes
 mmsid STAGE --config CONFIG [key=value ...] [--redo] one stage; also `accelerate launch scripts/STAGE.py --config CONFIG`
-                                                     caption, interests, assign and recommend take `--engine ray` (Ray)
+                                                     ingest, caption, interests, assign, recommend: `--engine ray`
 mmsid assign --config CONFIG --append SIDS           Semantic IDs for new items; the published codes in SIDS stay unchanged
                                                      --refresh moves published items whose behaviour has become sure
 mmsid recommend --config CONFIG [--users FILE] [--k K]   the best K items for every user, as parquet files

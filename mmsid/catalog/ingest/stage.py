@@ -21,6 +21,7 @@ from mmsid.catalog.item_table import ItemTable
 from mmsid.catalog.pictures import InspectedPicture
 from mmsid.config import StageConfig
 from mmsid.progress import done, is_main_process
+from mmsid.ray_pool import Engine, RayConfig
 
 STAGE = "ingest"
 _SECONDS_BETWEEN_LOOKS = 1.0
@@ -34,13 +35,15 @@ class IngestConfig(StageConfig):
         catalog: the sources.
         max_problems: share of the rows, of the pictures, or of the interactions that may be unusable. Above it the stage stops with the
             likely cause.
+        ray: options of `--engine ray`, which looks at the pictures; not part of the manifest.
     """
 
     catalog: CatalogConfig
     max_problems: float = Field(default=0.5, ge=0.0, le=1.0)
+    ray: RayConfig = Field(default=RayConfig(), exclude=True)
 
 
-def run(config: IngestConfig) -> Path:
+def run(config: IngestConfig, engine: Engine = "local") -> Path:
     """Read the sources, unless the folder is finished and they have not changed. Returns the folder.
 
     It contains `items.arrow` (`item_table.SCHEMA`, in canonical order), `problems.parquet`, and `histories/` and `vectors.npy` where the
@@ -61,7 +64,7 @@ def run(config: IngestConfig) -> Path:
         shutil.rmtree(earlier, ignore_errors=True)
         os.replace(config.out, earlier)
     try:
-        built = _write(config, earlier)
+        built = _write(config, earlier, config.ray if engine == "ray" else None)
     except BaseException:
         if is_complete(earlier) and not config.out.exists():
             os.replace(earlier, config.out)
@@ -73,12 +76,12 @@ def run(config: IngestConfig) -> Path:
     return config.out
 
 
-def _write(config: IngestConfig, earlier: Path) -> Built:
+def _write(config: IngestConfig, earlier: Path, ray: RayConfig | None) -> Built:
     catalog = config.catalog
     files = {name: path for name, path in catalog.input_files().items() if path is not None}
     with writing(config.out, stage=STAGE, config=config, inputs=files, resume=True) as draft:
         known = _pictures(earlier, catalog.root) if is_complete(earlier) else {}
-        built = build(catalog, draft.path, config.max_problems, known)
+        built = build(catalog, draft.path, config.max_problems, known, ray)
         draft.counts |= {"in": built.rows, "ok": built.rows - built.quarantined, "quarantined": built.quarantined}
         draft.counts |= {"items": built.items, "merged": built.merged}
         sources = {name: _state(path) for name, path in files.items()}
