@@ -30,7 +30,7 @@ from mmsid.tokenizer.quantize_vectors import QuantizeConfig, assign_codes, fit, 
 from mmsid.tokenizer.vector_space import EMBEDDINGS, write_space
 
 STEPS = ("read", "fit", "assign", "relocate", "table", "metrics", "trie", "write", "load")
-BLOCK = 50_000
+BLOCK = 500_000
 
 
 def main() -> None:

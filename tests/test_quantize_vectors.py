@@ -1,6 +1,9 @@
 """`mmsid quantize` and `mmsid.quantize_vectors`: Semantic IDs from ready-made vectors, every input, every fault, sizes by hand."""
 
 import json
+import re
+import shlex
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -35,6 +38,17 @@ def write_parquet(path, x, ids=IDS, kind=None, name="vector", id_name="item_id")
     pq.write_table(
         pa.table({id_name: ids, name: pa.array([None if row is None else list(row) for row in x], pa.list_(kind or pa.float32()))}), path
     )
+
+
+def write_vectors(folder):
+    """The files that docs/quantize.md names."""
+    (folder / "vectors").mkdir()
+    write_parquet(folder / "vectors" / "items.parquet", clustered())
+    write_parquet(folder / "vectors" / "two_tower.parquet", clustered(N, 4, 5)[: N // 2], IDS[: N // 2])
+    np.save(folder / "vectors" / "items.npy", clustered())
+    (folder / "vectors" / "ids.txt").write_text("\n".join(IDS))
+    saved = datasets.Dataset.from_dict({"asin": IDS, "embedding": clustered().tolist()})
+    saved.save_to_disk(folder / "vectors" / "saved_dataset")
 
 
 @pytest.fixture
@@ -324,3 +338,17 @@ def test_a_kill_publishes_nothing_and_the_next_run_starts_again(tmp_path, monkey
     folder = mmsid.quantize_vectors(clustered(), tmp_path / "out", **SMALL)
     verify_folder(folder)
     assert not list(folder.glob("*.scratch")) and not (tmp_path / ".out.draft").exists()
+
+
+def test_the_commands_of_the_documentation_run(tmp_path, monkeypatch):
+    page = (Path(__file__).parents[1] / "docs" / "quantize.md").read_text(encoding="utf-8")
+    lines = [line for block in re.findall(r"```bash\n(.*?)```", page, re.S) for line in block.splitlines()]
+    commands = [shlex.split(line.split("  #")[0]) for line in lines if line.startswith("mmsid quantize")]
+    assert len(commands) >= 4
+    monkeypatch.chdir(tmp_path)
+    write_vectors(tmp_path)
+    for command in commands:
+        main([*command[1:], "--out", f"out{commands.index(command)}"] if "--out" not in command else command[1:])
+    (snippet,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    exec(snippet, {})
+    assert len(list(tmp_path.rglob("sids.parquet"))) == len(commands) + 1
