@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -58,6 +58,8 @@ class AssignConfig(StageConfig):
         ray: options of `--engine ray`; not part of the manifest.
     """
 
+    execution_keys: ClassVar[tuple[str, ...]] = ("batch_size",)
+
     tokenizer: Path
     catalog: CatalogConfig
     captions: Path | None = None
@@ -70,6 +72,17 @@ class AssignConfig(StageConfig):
     free_text_nats: float | None = Field(None, ge=0)
     batch_size: int = Field(32, ge=1)
     ray: RayConfig = Field(default=RayConfig(), exclude=True)
+
+    def inputs(self) -> dict[str, Path | None]:
+        """The tokenizer, the catalogue, the annotations, the user's behaviour vectors, and the published Semantic IDs."""
+        return {
+            "tokenizer": manifest_folder(self.tokenizer),
+            **self.catalog.inputs(),
+            **behaviour_inputs(self.behaviour),
+            "captions": self.captions,
+            "interests": self.interests,
+            "append": None if self.append is None else manifest_folder(self.append),
+        }
 
     @field_validator("behaviour", mode="before")
     @classmethod
@@ -95,15 +108,7 @@ def run(config: AssignConfig, engine: Engine = "local") -> Path:
     catalog = read_catalog(config.catalog)
     split = split_histories(catalog, config.catalog.split) if catalog.histories else None
     published = None if config.append is None else Published.read(config.append)
-    inputs = {
-        "tokenizer": manifest_folder(config.tokenizer),
-        **config.catalog.inputs(),
-        **behaviour_inputs(config.behaviour),
-        "captions": config.captions,
-        "interests": config.interests,
-        "append": None if config.append is None else manifest_folder(config.append),
-    }
-    with writing(config.out, stage="assign", config=config, inputs=inputs) as draft:
+    with writing(config.out, stage="assign", config=config, inputs=config.inputs()) as draft:
         encoder = CatalogEncoder(config.tokenizer.absolute(), config.catalog, config.batch_size, config.free_text_nats)
         tokenizer = encoder.load()
         items, fields = load_inputs(catalog, config.captions, config.interests, tokenizer.settings.use or None)

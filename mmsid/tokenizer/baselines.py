@@ -55,6 +55,10 @@ class BaselinesConfig(StageConfig):
     start: StartSettings = StartSettings()
     collisions: Policy = "relocate"
 
+    def inputs(self) -> dict[str, Path | None]:
+        """The catalogue and the annotations."""
+        return {**self.catalog.inputs(), "captions": self.captions, "interests": self.interests}
+
     def spec(self, name: Baseline) -> MethodSpec:
         """Settings of one method."""
         method, space = _METHODS[name]
@@ -80,12 +84,7 @@ def run(config: BaselinesConfig) -> Path:
     catalog = read_catalog(config.catalog)
     split = split_histories(catalog, config.catalog.split) if catalog.histories else None
     sources = MethodSources(catalog, split, config.captions, config.interests, config.use, config.max_length, config.start)
-    inputs = {
-        **config.catalog.inputs(),
-        "captions": config.captions,
-        "interests": config.interests,
-    }
-    with writing(config.out, stage="baselines", config=config, inputs=inputs) as draft:
+    with writing(config.out, stage="baselines", config=config, inputs=config.inputs()) as draft:
         metrics: dict[str, Any] = {}
         for name in config.methods:
             make_sids(config.spec(name), sources, draft.path / name, config.seed)

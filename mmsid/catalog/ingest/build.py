@@ -73,7 +73,11 @@ def build(config: CatalogConfig, folder: Path, max_problems: float = 0.5, known:
     in_order = None if vectors is None else vectors.take(np.searchsorted(kept, order))
     writer.write(reordered(parts, position, folder / SCRATCH), index.content_texts, order, in_order)
     writer.quarantine(index, unusable)
-    writer.finish(histories, max_problems)
+    try:
+        writer.finish(histories, max_problems)
+    except CatalogError:
+        shutil.rmtree(folder / PARTS)  # the next run looks at the pictures again: they may be there then
+        raise
     for name in (PARTS, MERGED, SCRATCH):
         shutil.rmtree(folder / name, ignore_errors=True)
     return built
