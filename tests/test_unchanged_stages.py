@@ -132,7 +132,7 @@ def test_an_input_that_is_added_or_left_out_is_named(work):
         run()
     shutil.rmtree("runs/one/refine")
     shutil.rmtree("runs/one/baselines")
-    with pytest.raises(ArtifactError, match="variants.random was 'runs/one/baselines/random', is None"):
+    with pytest.raises(ArtifactError, match=r"variants\.random was 'runs/one/baselines/random', is None"):
         run("train_recommender.variants={ours: runs/one/assign}")
     assert path.is_file()
 

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field, field_validator, model_validator
 
-from mmsid.artifacts import Draft, manifest_folder, write_json, write_table, writing
+from mmsid.artifacts import Draft, manifest_folder, write_json, write_table, write_text, writing
 from mmsid.catalog import Catalog, CatalogConfig, Split, read_catalog, split_histories
 from mmsid.config import StageConfig
 from mmsid.progress import done
@@ -23,6 +23,7 @@ from mmsid.ray_pool import Engine, RayConfig
 from mmsid.sids import intrinsic_table
 from mmsid.sids.churn import churn_report, churn_table
 from mmsid.sids.collisions import Policy
+from mmsid.sids.crowding import warn_of_crowding
 from mmsid.sids.folder import INTRINSIC
 from mmsid.sids.readings import Readings, load_readings
 from mmsid.sids.retrieval import retrieval_table
@@ -159,9 +160,8 @@ def run(config: AssignConfig, engine: Engine = "local") -> Path:
             metrics |= reconstruction_figures(tokenizer.head, encodings.last_scores(), table) or {}
             write_json(draft.path / INTRINSIC, metrics)
         encodings.close()
-        (draft.path / "intrinsic.md").write_text(
-            intrinsic_table({"ours": metrics}) + "\n" + retrieval_table({"ours": metrics}), encoding="utf-8"
-        )
+        tables = intrinsic_table({"ours": metrics}) + "\n" + retrieval_table({"ours": metrics})
+        write_text(draft.path / "intrinsic.md", tables + warn_of_crowding("assign", {"ours": metrics}))
         if limited:
             ids = [catalog.items[row].item_id for row in np.flatnonzero(encodings.overruled)]
             write_table(draft.path / "overruled.parquet", pa.table({"item_id": pa.array(ids, pa.string())}))
