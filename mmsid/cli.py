@@ -20,14 +20,13 @@ mmsid bench --dataset D --suite S [suite.key=value]  compare SID methods and rec
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mmsid._version import __version__
-from mmsid.artifacts import is_complete, read_manifest, write_json
+from mmsid.artifacts import is_complete, read_manifest, rewriting, write_json
 from mmsid.config import build, load_yaml
 from mmsid.errors import ConfigError, MmsidError
 from mmsid.progress import done
@@ -45,7 +44,7 @@ def main_stage(stage: str, arguments: Sequence[str] | None = None) -> None:
 def _one_stage(stage: str, arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog=f"mmsid {stage}", description=f"Run the stage {stage} of a configuration.")
     parser.add_argument("--config", required=True, type=Path, help="YAML of the run")
-    parser.add_argument("--redo", action="store_true", help="remove a finished folder and write it again")
+    parser.add_argument("--redo", action="store_true", help="write a finished folder again; the old one stays until then")
     if stage in ON_RAY:
         parser.add_argument("--engine", choices=("local", "ray"), default="local", help="ray: run on a Ray cluster (extra `ray`)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides, e.g. train_tokenizer.steps=50")
@@ -178,7 +177,7 @@ def _quantize(arguments: list[str]) -> None:
     parser.add_argument("--fit-rows", type=int, metavar="N", help="vectors to fit on; default: 256 per code, at least 100,000")
     parser.add_argument("--seed", type=int)
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/NAME/quantize, NAME from the first file of vectors")
-    parser.add_argument("--redo", action="store_true", help="remove a finished folder and write it again")
+    parser.add_argument("--redo", action="store_true", help="write a finished folder again; the old one stays until then")
     parsed = vars(parser.parse_args(arguments))
     redo = parsed.pop("redo")
     from mmsid.tokenizer.quantize_report import REPORT
@@ -188,8 +187,10 @@ def _quantize(arguments: list[str]) -> None:
     given = {name: value for name, value in parsed.items() if value is not None}
     config = build(QuantizeConfig, given, source="mmsid quantize", section="quantize")
     if redo:
-        shutil.rmtree(config.out, ignore_errors=True)
-    run_unless_finished("quantize", config, run)
+        with rewriting(config.out):
+            run(config)
+    else:
+        run_unless_finished("quantize", config, run)
     print((config.out / REPORT).read_text(encoding="utf-8"), end="")
 
 

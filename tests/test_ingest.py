@@ -130,7 +130,9 @@ def test_too_many_missing_pictures_stop_the_stage_with_examples_and_the_remedy(t
         path.unlink()
     with pytest.raises(CatalogError, match=r"24 of 24 pictures cannot be used, 24 of them as picture_missing \('.*png', .*image_root"):
         mmsid.ingest(tmp_path / "ingest", source)
-    assert len(Catalog.read(mmsid.ingest(tmp_path / "ingest", source, max_problems=1.0)).items) == 12
+    assert len(Catalog.read(mmsid.ingest(tmp_path / "other", source, max_problems=1.0)).items) == 12
+    write(tmp_path / "shop")  # the pictures are there now
+    assert Catalog.read(mmsid.ingest(tmp_path / "ingest", source)).problems["picture_missing"] == 8
 
 
 @pytest.mark.slow

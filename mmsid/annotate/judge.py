@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from mmsid.annotate.caption import build_generator, input_paths, picture_loader, print_summary
+from mmsid.annotate.caption import build_generator, picture_loader, print_summary
 from mmsid.annotate.generator import Generator
 from mmsid.annotate.job import annotate
 from mmsid.annotate.job_config import ModelJobConfig
@@ -37,6 +37,10 @@ class JudgeConfig(ModelJobConfig):
     captions: Path | None = None
     max_new_tokens: int = 16
 
+    def inputs(self) -> dict[str, Path | None]:
+        """As `ModelJobConfig.inputs`, the interests, and the captions."""
+        return super().inputs() | {"interests": self.interests, "captions": self.captions}
+
 
 def run(config: JudgeConfig, generator: Generator | None = None) -> Path:
     """Judge every descriptor into `config.out`, one row per descriptor; `generator` replaces the configured model.
@@ -60,10 +64,8 @@ def run(config: JudgeConfig, generator: Generator | None = None) -> Path:
     prompt = load_prompt(config.prompt or "judge")
     if not prompt.wants_evidence:
         raise ConfigError(f"judge.prompt {prompt.name!r} has no placeholder {{{{evidence}}}}, so the model would see no evidence; add it")
-    paths = input_paths(config) | {"interests": config.interests}
-    paths |= {"captions": config.captions} if config.captions is not None else {}
     task = Task("judge", prompt, Judgement, parse_judgement, picture_loader(config))
-    with writing(config.out, stage="judge", config=config, inputs=paths, resume=True) as draft:
+    with writing(config.out, stage="judge", config=config, inputs=config.inputs(), resume=True) as draft:
         catalog = read_catalog(config.catalog)
         captions, interests = captions_of(catalog, config.captions), interests_of(catalog, config.interests)
         inputs = [one for item in catalog.items for one in _job_inputs(item, interests, captions)]

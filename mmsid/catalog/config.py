@@ -88,6 +88,8 @@ class PictureLimits(Section):
         max_total_bytes: maximum number of bytes that one run downloads.
     """
 
+    execution_keys: ClassVar[tuple[str, ...]] = ("isolate", "max_seconds", "max_memory", "connections")
+
     formats: tuple[PictureFormat, ...] = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "HEIF")
     max_bytes: int = Field(default=20_000_000, gt=0)
     max_pixels: int = Field(default=25_000_000, gt=0, le=89_478_485)

@@ -40,6 +40,11 @@ class ReportConfig(StageConfig):
     catalog: CatalogConfig
     run: Path
 
+    def inputs(self) -> dict[str, Path | None]:
+        """The catalogue, and the finished stages that the summary is made from."""
+        stages = {stage: self.run / stage for stage in ("assign", "refine", "train_recommender")}
+        return {**self.catalog.inputs(), **{stage: folder if is_complete(folder) else None for stage, folder in stages.items()}}
+
 
 def run(config: ReportConfig) -> Path:
     """Write report.html and summary.md into `config.out`, and print the summary.
@@ -51,8 +56,7 @@ def run(config: ReportConfig) -> Path:
         ArtifactError: the run has no finished stage, or a stage is damaged.
     """
     folders = sid_folders(config.run)
-    inputs = {stage: config.run / stage for stage in ("assign", "refine", "train_recommender") if is_complete(config.run / stage)}
-    with writing(config.out, stage="report", config=config, inputs=inputs) as draft:
+    with writing(config.out, stage="report", config=config, inputs=config.inputs()) as draft:
         summary = "\n".join(
             [
                 *_sid_tables(folders),

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
 from pydantic import Field, field_validator, model_validator
 
-from mmsid.artifacts import Draft, manifest_folder, on_main_process, write_json, write_table, writing
+from mmsid.artifacts import Draft, manifest_folder, on_main_process, write_json, write_table, write_text, writing
 from mmsid.catalog import Catalog, CatalogConfig, Split, read_catalog, split_histories
 from mmsid.config import StageConfig
 from mmsid.progress import done
@@ -24,6 +24,7 @@ from mmsid.ray_pool import Engine, RayConfig
 from mmsid.sids import intrinsic_table
 from mmsid.sids.churn import churn_report, churn_table
 from mmsid.sids.collisions import Policy
+from mmsid.sids.crowding import warn_of_crowding
 from mmsid.sids.folder import INTRINSIC
 from mmsid.sids.readings import Readings, load_readings
 from mmsid.sids.retrieval import retrieval_table
@@ -62,6 +63,8 @@ class AssignConfig(StageConfig):
         ray: options of `--engine ray`; not part of the manifest.
     """
 
+    execution_keys: ClassVar[tuple[str, ...]] = ("batch_size",)
+
     tokenizer: Path
     catalog: CatalogConfig
     captions: Path | None = None
@@ -75,6 +78,17 @@ class AssignConfig(StageConfig):
     allow_missing_annotations: bool = Field(False, exclude_if=lambda allowed: not allowed)
     batch_size: int = Field(32, ge=1)
     ray: RayConfig = Field(default=RayConfig(), exclude=True)
+
+    def inputs(self) -> dict[str, Path | None]:
+        """The tokenizer, the catalogue, the annotations, the user's behaviour vectors, and the published Semantic IDs."""
+        return {
+            "tokenizer": manifest_folder(self.tokenizer),
+            **self.catalog.inputs(),
+            **behaviour_inputs(self.behaviour),
+            "captions": self.captions,
+            "interests": self.interests,
+            "append": None if self.append is None else manifest_folder(self.append),
+        }
 
     @field_validator("behaviour", mode="before")
     @classmethod
@@ -102,15 +116,7 @@ def run(config: AssignConfig, engine: Engine = "local") -> Path:
     catalog = read_catalog(config.catalog)
     split = split_histories(catalog, config.catalog.split) if catalog.histories else None
     published = None if config.append is None else Published.read(config.append)
-    inputs = {
-        "tokenizer": manifest_folder(config.tokenizer),
-        **config.catalog.inputs(),
-        **behaviour_inputs(config.behaviour),
-        "captions": config.captions,
-        "interests": config.interests,
-        "append": None if config.append is None else manifest_folder(config.append),
-    }
-    with writing(config.out, stage="assign", config=config, inputs=inputs) as draft:
+    with writing(config.out, stage="assign", config=config, inputs=config.inputs()) as draft:
         encoder = CatalogEncoder(config.tokenizer.absolute(), config.catalog, config.batch_size, config.free_text_nats)
         tokenizer = encoder.load()
         annotations = read_annotations(catalog.items, config.captions, config.interests)
@@ -170,9 +176,8 @@ def run(config: AssignConfig, engine: Engine = "local") -> Path:
             metrics |= reconstruction_figures(tokenizer.head, encodings.last_scores(), table) or {}
             write_json(draft.path / INTRINSIC, metrics)
         encodings.close()
-        (draft.path / "intrinsic.md").write_text(
-            intrinsic_table({"ours": metrics}) + "\n" + retrieval_table({"ours": metrics}), encoding="utf-8"
-        )
+        tables = intrinsic_table({"ours": metrics}) + "\n" + retrieval_table({"ours": metrics})
+        write_text(draft.path / "intrinsic.md", tables + warn_of_crowding("assign", {"ours": metrics}))
         if limited:
             ids = [catalog.items[row].item_id for row in np.flatnonzero(encodings.overruled)]
             write_table(draft.path / "overruled.parquet", pa.table({"item_id": pa.array(ids, pa.string())}))

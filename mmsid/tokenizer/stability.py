@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image
@@ -42,6 +42,8 @@ class StabilityConfig(StageConfig):
         crop: pictures are cropped to this share of width and height around the centre, and scaled back.
     """
 
+    execution_keys: ClassVar[tuple[str, ...]] = ("batch_size",)
+
     tokenizer: Path
     catalog: CatalogConfig
     captions: Path | None = None
@@ -51,6 +53,11 @@ class StabilityConfig(StageConfig):
     jpeg_quality: int = Field(60, ge=1, le=95)
     crop: float = Field(0.9, gt=0, lt=1)
     batch_size: int = Field(32, ge=1)
+
+    def inputs(self) -> dict[str, Path | None]:
+        """The tokenizer, the catalogue without users, and the annotations."""
+        folders = {"tokenizer": manifest_folder(self.tokenizer), "captions": self.captions, "interests": self.interests}
+        return {**self.catalog.without_users().inputs(), **folders}
 
 
 def run(config: StabilityConfig, reannotate: Reannotate | None = None) -> Path:
@@ -62,13 +69,7 @@ def run(config: StabilityConfig, reannotate: Reannotate | None = None) -> Path:
         ArtifactError, CatalogError: a folder or the catalogue is unusable.
         ConfigError: the tokenizer reads neither captions nor pictures, or `reannotate` is missing.
     """
-    inputs = {
-        "tokenizer": manifest_folder(config.tokenizer),
-        **config.catalog.without_users().inputs(),
-        "captions": config.captions,
-        "interests": config.interests,
-    }
-    with writing(config.out, stage="stability", config=config, inputs=inputs) as draft:
+    with writing(config.out, stage="stability", config=config, inputs=config.inputs()) as draft:
         sample = _Sample(config, draft.path / "scratch")
         found = sample.measure(reannotate)
         sample.clear()

@@ -54,6 +54,11 @@ class TextQualityConfig(StageConfig):
     least_accuracy: float = Field(default=0.8, ge=0, le=1)
     most_calibration_error: float = Field(default=0.1, ge=0, le=1)
 
+    def inputs(self) -> dict[str, Path | None]:
+        """The catalogue without users, and the folders and files of labels."""
+        given = {name: getattr(self, name) for name in ("interests", "captions", "judgements", "truth")}
+        return self.catalog.without_users().inputs() | given
+
 
 def run(config: TextQualityConfig) -> Path:
     """Train, evaluate and score. Returns `config.out`.
@@ -74,10 +79,7 @@ def run(config: TextQualityConfig) -> Path:
     learns = config.interests is not None and not from_coengagement
     if learns and config.judgements is None and config.truth is None:
         raise ConfigError("text_quality: interests are given without labels; set text_quality.judgements (a `judge` folder) or .truth")
-    inputs = config.catalog.without_users().inputs() | {
-        name: getattr(config, name) for name in ("interests", "captions", "judgements", "truth")
-    }
-    with writing(config.out, stage="text_quality", config=config, inputs=inputs) as draft:
+    with writing(config.out, stage="text_quality", config=config, inputs=config.inputs()) as draft:
         accelerator.wait_for_everyone()
         catalog = read_catalog(config.catalog)
         if learns:

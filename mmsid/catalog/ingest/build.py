@@ -6,6 +6,7 @@ The rows pass through three steps, each with bounded memory: parts in the order 
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -38,6 +39,7 @@ from mmsid.ray_pool import RayConfig
 
 PARTS, MERGED, SCRATCH = "parts", "merged", "scratch"  # folders of unfinished work
 _SILENT_ROWS = 10_000  # a table with fewer rows shows no progress bar
+_LARGEST_SHARE = 0.5  # of the items that have one content, above which the catalogue is suspicious
 _PICTURE_ROWS = 4_096  # rows of a part whose pictures are looked at: what an interruption can lose
 
 
@@ -99,7 +101,12 @@ def _build(
     in_order = None if vectors is None else vectors.take(np.searchsorted(kept, order))
     writer.write(reordered(parts, position, folder / SCRATCH), index.content_texts, order, in_order)
     writer.quarantine(index, unusable)
-    writer.finish(histories, max_problems)
+    try:
+        writer.finish(histories, max_problems)
+    except CatalogError:
+        shutil.rmtree(folder / PARTS)  # the next run looks at the pictures again: they may be there then
+        raise
+    _warn_of_repeated_content(index.content[order], built)
     for name in (PARTS, MERGED, SCRATCH):
         shutil.rmtree(folder / name, ignore_errors=True)
     return built
@@ -166,6 +173,20 @@ def _refuse_unusable_rows(files: list[Path], index: RowIndex, unusable: dict[int
         f"catalog.items: {len(unusable):,} of {len(index):,} rows cannot become items, {count:,} of them as {code} ({'; '.join(rows)}); "
         f"likely cause: {causes[code]}"
     )
+
+
+def _warn_of_repeated_content(content: np.ndarray, built: Built) -> None:
+    """Warn if more than half of the items share one content. `content`: (N, 4), equal rows beside each other."""
+    starts = np.flatnonzero(np.concatenate([[True], (content[1:] != content[:-1]).any(axis=1)])) if len(content) else np.empty(0, np.int64)
+    largest = int(np.diff(np.append(starts, len(content))).max(initial=0))
+    if largest < 2 or largest <= _LARGEST_SHARE * len(content):
+        return
+    note = (
+        f"{largest:,} of {len(content):,} items have the same text, pictures, categories and attributes, and will share one Semantic ID; "
+        "correct catalog.fields if they should differ"
+    )
+    built.notes.append(note)
+    warnings.warn(f"catalog.items: {note}", stacklevel=2)
 
 
 def _vectors(config: CatalogConfig, index: RowIndex, kept: np.ndarray, built: Built) -> ItemVectors | None:

@@ -34,7 +34,6 @@ _PROBLEM_SCHEMA = pa.schema(
         ("quarantined", pa.bool_()),
     ]
 )
-_LARGEST_SHARE = 0.5  # of the items that have one content, above which the catalogue is suspicious
 _EXAMPLES = 3
 
 
