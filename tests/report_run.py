@@ -42,7 +42,9 @@ def write_catalog(folder: Path, items: int, words: int = 6, pictures: int | None
             noise = rng.integers(0, 255, (picture_size, picture_size, 3), dtype=np.uint8)
             Image.fromarray(noise).save(folder / image, quality=80)
         text = " ".join(f"word{word}" for word in rng.integers(0, 5000, words))
-        rows.append({"item_id": item_id, "title": title, "description": text, "image": image, "categories": [root, thing]})
+        rows.append(
+            {"item_id": item_id, "title": title, "description": text if title else None, "image": image, "categories": [root, thing]}
+        )
     pq.write_table(pa.Table.from_pylist(rows), folder / "items.parquet")
     return CatalogConfig(items=folder / "items.parquet")
 
