@@ -2,20 +2,23 @@
 
 A stage writes into a draft folder (`.<name>.draft`), fsyncs every file, writes `SHA256SUMS` and `manifest.json` last, and renames
 the folder. A folder without a manifest is unfinished and is never read. A file that differs from its checksum is refused.
+A finished folder is written again inside `rewriting` only, and stays until the new one is published.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,8 +26,10 @@ from pydantic import BaseModel
 from safetensors import SafetensorError
 
 from mmsid._version import __version__
+from mmsid.config import StageConfig
 from mmsid.disk import disk_errors, folder_lock, fsync, replacing
 from mmsid.errors import ArtifactError
+from mmsid.identity import deciding
 from mmsid.progress import is_main_process
 
 if TYPE_CHECKING:
@@ -33,7 +38,13 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 CHECKSUMS = "SHA256SUMS"
+_POLL_SECONDS = 0.2
 MARKER = "draft.json"  # hash of the configuration and inputs of a draft
+
+ConfigT = TypeVar("ConfigT", bound=StageConfig)
+Parameters = ParamSpec("Parameters")
+_STARTED = time.time()  # of this process
+_rewritten: ContextVar[frozenset[Path]] = ContextVar("_rewritten", default=frozenset())
 
 
 @dataclass
@@ -64,11 +75,11 @@ def writing(
 
     Args:
         inputs: name -> folder or file that the stage reads; their hashes enter the manifest.
-        resume: keep an unfinished draft of the same configuration and inputs. Any other draft is deleted.
+        resume: keep an unfinished draft of the same configuration and inputs (`mmsid.identity`). Any other draft is deleted.
 
     Raises:
-        ArtifactError: `out` is finished already, holds foreign files, is being written by another job, or the disk is full or
-            read-only. Finished work is kept.
+        ArtifactError: `out` is finished already (and not in `rewriting`), holds foreign files, is being written by another job, or the
+            disk is full or read-only. Finished work is kept.
     """
     out = Path(out)
     draft_path = out.parent / f".{out.name}.draft"
@@ -79,19 +90,23 @@ def writing(
     with disk_errors(out, kept), contextlib.ExitStack() as lock:
         out.parent.mkdir(parents=True, exist_ok=True)
         lock.enter_context(folder_lock(out))
-        if (out / MANIFEST).exists():
+        restore(out)
+        finished = is_complete(out)
+        if finished and not is_rewritten(out):
             raise ArtifactError(f"{out} is finished already; remove it or run `mmsid {stage} --redo` to write it again")
-        if out.exists() and any(out.iterdir()):
+        if not finished and out.exists() and any(out.iterdir()):
             raise ArtifactError(f"{out} holds files but no {MANIFEST}, so mmsid did not write it; name another folder")
         inputs = {name: Path(path) for name, path in (inputs or {}).items() if path is not None}
-        identity = {"stage": stage, "config": plain(config), "inputs": input_hashes(inputs), "schema_version": SCHEMA_VERSION}
+        settings = {"stage": stage, "config": plain(config), "inputs": input_hashes(inputs), "schema_version": SCHEMA_VERSION}
+        identity = settings | {"config": deciding(config, settings["config"], inputs)}
         _open_draft(draft_path, sha256(identity), resume)
         draft, started = Draft(draft_path), time.monotonic()  # wall-clock time may jump
         yield draft
-        manifest = identity | {
+        manifest = settings | {
+            "identity_sha256": sha256(identity | {"package_version": __version__}),
             "input_paths": {name: str(path) for name, path in inputs.items()},
             "package_version": __version__,
-            "seed": identity["config"].get("seed"),
+            "seed": settings["config"].get("seed"),
             "counts": draft.counts,
             "extra": draft.extra,
             "wall_seconds": round(time.monotonic() - started, 3),
@@ -101,12 +116,58 @@ def writing(
         _write_checksums(draft_path, draft.scratch)
         write_json(draft_path / MANIFEST, manifest)
         fsync(draft_path)
-        if out.exists():
+        if finished:
+            shutil.rmtree(_earlier(out), ignore_errors=True)
+            os.replace(out, _earlier(out))
+        elif out.exists():
             out.rmdir()
         os.replace(draft_path, out)
         fsync(out.parent)
+        shutil.rmtree(_earlier(out), ignore_errors=True)
         for name in (MARKER, *sorted(draft.scratch)):  # after the rename: a draft without its marker would be deleted
             (out / name).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def rewriting(out: Path) -> Iterator[None]:
+    """Inside this context, `writing(out)` replaces a folder that is finished already. The old one stays until the new one is complete."""
+    token = _rewritten.set(_rewritten.get() | {Path(out).absolute()})
+    try:
+        yield
+    finally:
+        _rewritten.reset(token)
+
+
+def is_rewritten(out: Path) -> bool:
+    """Whether a finished folder is to be written again: `rewriting(out)` is active."""
+    return Path(out).absolute() in _rewritten.get()
+
+
+def restore(out: Path) -> None:
+    """Put the earlier folder back if a process was killed between the two renames that replace it."""
+    if is_complete(_earlier(out)) and not Path(out).exists():
+        os.replace(_earlier(out), out)
+
+
+def _earlier(out: Path) -> Path:
+    return Path(out).parent / f".{Path(out).name}.earlier"
+
+
+def on_main_process(run: Callable[Concatenate[ConfigT, Parameters], Path]) -> Callable[Concatenate[ConfigT, Parameters], Path]:
+    """Decorator of a stage that works in one process: under a launcher, rank 0 runs it and the other ranks wait for its folder.
+
+    Waiting has no time limit, because the launcher ends all ranks when one of them fails.
+    """
+
+    @functools.wraps(run)
+    def run_once(config: ConfigT, *arguments: Parameters.args, **options: Parameters.kwargs) -> Path:
+        if is_main_process():
+            return run(config, *arguments, **options)
+        while not is_complete(config.out) or (is_rewritten(config.out) and (config.out / MANIFEST).stat().st_mtime < _STARTED):
+            time.sleep(_POLL_SECONDS)
+        return config.out
+
+    return run_once
 
 
 def read_manifest(folder: Path, stage: str | None = None) -> dict[str, Any]:
@@ -205,7 +266,7 @@ def _damaged(folder: Path, wrong: list[str]) -> ArtifactError:
 
 
 def input_hashes(inputs: Mapping[str, Path | None]) -> dict[str, str]:
-    """Hash of each input: a finished folder by its content, or by its stage, configuration and inputs; a file by its bytes."""
+    """Hash of each input: a finished folder by its content, or by what decided its content (`mmsid.identity`); a file by its bytes."""
     hashes = {}
     for name, path in sorted(inputs.items()):
         if path is None:
@@ -213,7 +274,8 @@ def input_hashes(inputs: Mapping[str, Path | None]) -> dict[str, str]:
         if Path(path).is_dir():
             manifest = read_manifest(path)
             verify_folder(path)
-            content = manifest["extra"].get("content_sha256")  # of a folder that is known by its content, wherever it was made from
+            content = manifest.get("extra", {}).get("content_sha256")  # of a folder that is known by its content, wherever it was made from
+            content = content or manifest.get("identity_sha256")  # folders of earlier versions lack it
             hashes[name] = content or sha256({key: manifest[key] for key in ("stage", "config", "inputs", "package_version")})
         elif Path(path).is_file():
             hashes[name] = file_sha256(path)

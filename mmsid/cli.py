@@ -2,7 +2,7 @@
 
 mmsid run CONFIG [key=value ...] [--redo STAGE]      every stage of the configuration in order; a second call resumes
 mmsid STAGE --config CONFIG [key=value ...] [--redo] one stage; also `accelerate launch scripts/STAGE.py --config CONFIG`
-                                                     caption, interests, assign and recommend take `--engine ray` (Ray)
+                                                     ingest, caption, interests, assign, recommend: `--engine ray`
 mmsid assign --config CONFIG --append SIDS           Semantic IDs for new items; the published codes in SIDS stay unchanged
                                                      --refresh moves published items whose behaviour has become sure
 mmsid recommend --config CONFIG [--users FILE] [--k K]   the best K items for every user, as parquet files
@@ -20,17 +20,16 @@ mmsid bench --dataset D --suite S [suite.key=value]  compare SID methods and rec
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mmsid._version import __version__
-from mmsid.artifacts import is_complete, read_manifest, write_json
+from mmsid.artifacts import is_complete, read_manifest, rewriting, write_json
 from mmsid.config import build, load_yaml
 from mmsid.errors import ConfigError, MmsidError
-from mmsid.progress import done
+from mmsid.progress import done, show
 from mmsid.stages import INGEST, ON_RAY, STAGES, run_stages, run_unless_finished, stage_configs
 
 
@@ -45,7 +44,7 @@ def main_stage(stage: str, arguments: Sequence[str] | None = None) -> None:
 def _one_stage(stage: str, arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog=f"mmsid {stage}", description=f"Run the stage {stage} of a configuration.")
     parser.add_argument("--config", required=True, type=Path, help="YAML of the run")
-    parser.add_argument("--redo", action="store_true", help="remove a finished folder and write it again")
+    parser.add_argument("--redo", action="store_true", help="write a finished folder again; the old one stays until then")
     if stage in ON_RAY:
         parser.add_argument("--engine", choices=("local", "ray"), default="local", help="ray: run on a Ray cluster (extra `ray`)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides, e.g. train_tokenizer.steps=50")
@@ -107,8 +106,8 @@ def _catalog(arguments: list[str]) -> None:
     run_stages({INGEST: configs[INGEST]})
     config = configs[INGEST].catalog.model_copy(update={"ingested": configs[INGEST].out})
     catalog = read_catalog(config)
-    print(summary(describe(catalog, split_histories(catalog, config.split))))
-    print(problems.text(problems.problems(configs[INGEST].out)), end="")
+    show(summary(describe(catalog, split_histories(catalog, config.split))))
+    show(problems.text(problems.problems(configs[INGEST].out)).rstrip())
 
 
 def _init(arguments: list[str]) -> None:
@@ -125,7 +124,7 @@ def _init(arguments: list[str]) -> None:
         raise ConfigError(f"{out} exists; remove it, or name another file with --out")
     proposal = propose(parsed.sources, parsed.events)
     text = config_text(proposal, name)
-    print(proposal_table(proposal))
+    show(proposal_table(proposal))
     out.write_text(text, encoding="utf-8")
     stage_configs(load_yaml(out), source=str(out))
     done(f"init: wrote {out}; look at it, then `mmsid catalog --config {out}` and `mmsid run {out}`")
@@ -158,7 +157,7 @@ def _churn(arguments: list[str]) -> None:
     from mmsid.sids.churn import churn_report, churn_table
 
     report = churn_report(SidTable.load(parsed.old), SidTable.load(parsed.new))
-    print(churn_table(report), end="")
+    show(churn_table(report).rstrip())
     if parsed.out is not None:
         write_json(parsed.out, report)
 
@@ -178,7 +177,7 @@ def _quantize(arguments: list[str]) -> None:
     parser.add_argument("--fit-rows", type=int, metavar="N", help="vectors to fit on; default: 256 per code, at least 100,000")
     parser.add_argument("--seed", type=int)
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/NAME/quantize, NAME from the first file of vectors")
-    parser.add_argument("--redo", action="store_true", help="remove a finished folder and write it again")
+    parser.add_argument("--redo", action="store_true", help="write a finished folder again; the old one stays until then")
     parsed = vars(parser.parse_args(arguments))
     redo = parsed.pop("redo")
     from mmsid.tokenizer.quantize_report import REPORT
@@ -188,9 +187,11 @@ def _quantize(arguments: list[str]) -> None:
     given = {name: value for name, value in parsed.items() if value is not None}
     config = build(QuantizeConfig, given, source="mmsid quantize", section="quantize")
     if redo:
-        shutil.rmtree(config.out, ignore_errors=True)
-    run_unless_finished("quantize", config, run)
-    print((config.out / REPORT).read_text(encoding="utf-8"), end="")
+        with rewriting(config.out):
+            run(config)
+    else:
+        run_unless_finished("quantize", config, run)
+    show((config.out / REPORT).read_text(encoding="utf-8").rstrip())
 
 
 def _bundle(arguments: list[str]) -> None:

@@ -29,10 +29,13 @@ class Section(BaseModel):
     Attributes:
         renamed_keys: old key -> new key. An old key is refused with an error that names the new one.
         renamed_values: key -> {old value: new value}, refused in the same way.
+        execution_keys: keys that say how the work is done, and do not change its result. A finished folder or a draft stays valid with
+            other values. They are recorded in manifests, unlike keys that are declared with `Field(exclude=True)`.
     """
 
     renamed_keys: ClassVar[Mapping[str, str]] = {}
     renamed_values: ClassVar[Mapping[str, Mapping[str, str]]] = {}
+    execution_keys: ClassVar[tuple[str, ...]] = ()
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
@@ -42,6 +45,14 @@ class StageConfig(Section):
 
     out: Path
     seed: int = 0
+
+    def inputs(self) -> dict[str, Path | None]:
+        """Name -> file or folder that the stage reads, None if it is not given. The manifest records their hashes."""
+        return {}
+
+    def unread_keys(self) -> tuple[str, ...]:
+        """Keys that are given but do not change the result, because of the values of other keys. They are not compared."""
+        return ()
 
 
 SectionT = TypeVar("SectionT", bound=BaseModel)

@@ -6,16 +6,15 @@ A stage is `run(config) -> folder`. A run is one YAML with a section per stage. 
 from __future__ import annotations
 
 import importlib
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mmsid.artifacts import input_hashes, is_complete, plain, read_manifest
+from mmsid.artifacts import is_complete, restore, rewriting
 from mmsid.config import Section, StageConfig, build
 from mmsid.errors import ArtifactError, ConfigError
-from mmsid.progress import done
+from mmsid.progress import done, is_main_process
 
 # stage -> its configuration class and its function, in the order in which a run executes them
 _STAGES = {
@@ -41,7 +40,7 @@ INGEST = STAGES[0]  # the only stage that reads the user's files; part of every 
 _NEED_USERS = ("train_recommender", "train_recommender_rl")
 _SHORTEST = 3  # interactions of a user with an item to train on, one to validate and one to test
 ConfigT = TypeVar("ConfigT", bound=StageConfig)
-ON_RAY = ("caption", "interests", "assign", "recommend")  # stages that accept engine="ray"
+ON_RAY = ("ingest", "caption", "interests", "assign", "recommend")  # stages that accept engine="ray"
 
 
 class RunHeader(Section):
@@ -93,7 +92,7 @@ def run_stages(configs: Mapping[str, StageConfig], redo: Sequence[str] = (), eng
     """Run every stage in order. Finished and unchanged folders are kept.
 
     Args:
-        redo: stages whose folders are removed first, together with those of all later stages.
+        redo: stages that are run again, together with all later stages. A finished folder stays until the new one is complete.
         engine: "local" or "ray"; used by the stages in `ON_RAY`.
 
     Raises:
@@ -107,14 +106,16 @@ def run_stages(configs: Mapping[str, StageConfig], redo: Sequence[str] = (), eng
     redone = False
     for stage, config in configs.items():
         redone = redone or stage in redo
-        if redone:
-            shutil.rmtree(config.out, ignore_errors=True)
         run = partial(_run_function(stage, config), **({"engine": engine} if stage in ON_RAY else {}))
-        if stage == INGEST:  # reads changed sources again by itself
+        if redone:
+            with rewriting(config.out):
+                run(config)
+        elif stage == INGEST:  # reads changed sources again by itself
             run(config)
-            _refuse_without_users(configs)
         else:
             run_unless_finished(stage, config, run)
+        if stage == INGEST:
+            _refuse_without_users(configs)
 
 
 def _refuse_without_users(configs: Mapping[str, StageConfig]) -> None:
@@ -135,6 +136,8 @@ def run_unless_finished(stage: str, config: ConfigT, run: Callable[[ConfigT], An
     Raises:
         ArtifactError: the folder was finished with other settings or other inputs.
     """
+    if is_main_process():
+        restore(config.out)
     if is_complete(config.out):
         _check_unchanged(stage, config)
         done(f"{stage}: finished earlier, kept ({config.out})")
@@ -202,20 +205,8 @@ def _upstream(stage: str, folders: Mapping[str, Path], header: RunHeader, config
     }
 
 
-def _without_sources(catalog: Mapping[str, Any]) -> dict[str, Any]:
-    sources = ("items", "image_root", "sequences", "events", "vectors", "fields")
-    return {key: value for key, value in catalog.items() if key not in sources}
-
-
 def _check_unchanged(stage: str, config: StageConfig) -> None:
-    manifest = read_manifest(config.out, stage)
-    was, now = manifest["config"], plain(config)
-    if "catalog" in manifest["inputs"]:  # compared by content: the place of the sources does not matter
-        was, now = ({**one, "catalog": _without_sources(one["catalog"])} for one in (was, now))
-    changed = [f"{key} was {was.get(key)!r}, is {now.get(key)!r}" for key in sorted(set(was) | set(now)) if was.get(key) != now.get(key)]
-    paths = {name: Path(path) for name, path in manifest["input_paths"].items()}
-    hashes = input_hashes(paths)
-    changed += [f"its input {name} ({paths[name]}) has changed" for name in paths if hashes[name] != manifest["inputs"][name]]
+    changed = _imported("mmsid.unchanged:changes")(stage, config)
     if changed:
         remedy = f"--redo {stage} writes it and all later stages again; another `name:` keeps both"
         if stage not in STAGES:

@@ -7,10 +7,12 @@ import mmsid
 
 PACKAGE = Path(mmsid.__file__).parent
 LEVEL = {"cli": 6, "api": 6, "stages": 5, "report": 4, "recommend": 4, "refine": 4, "tokenizer": 3, "annotate": 3}
-LEVEL |= {"sids": 2, "quantize": 2, "backbone": 2, "catalog": 2}
+LEVEL |= {"unchanged": 3, "sids": 2, "quantize": 2, "backbone": 2, "catalog": 2}
 LEVEL |= {
     "artifacts": 1,
+    "annotation_coverage": 1,
     "config": 1,
+    "identity": 1,
     "disk": 1,
     "progress": 1,
     "accelerator": 1,

@@ -43,7 +43,7 @@ def run(config: CaptionConfig, generator: Generator | None = None, engine: Engin
     """
     prompt = load_prompt(config.prompt or default_prompt("caption", config))
     task = Task("caption", prompt, Caption, parse_caption, picture_loader(config))
-    with writing(config.out, stage="caption", config=config, inputs=input_paths(config), resume=True) as draft:
+    with writing(config.out, stage="caption", config=config, inputs=config.inputs(), resume=True) as draft:
         catalog = read_catalog(config.catalog)
         total = sum(len(_job_inputs(item, with_text=False)) for item in catalog.items)
         inputs = (one for item in catalog.items for one in _job_inputs(item, prompt.wants_evidence))
@@ -117,13 +117,6 @@ def _load_masked(load: Callable[[Path], Image.Image], max_side: int | None, path
     if max_side is not None:
         picture.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
     return mask_overlays(picture)
-
-
-def input_paths(config: ModelJobConfig) -> dict[str, Path]:
-    """The files and artefact folders that the rows are made from, for the manifest."""
-    paths = config.catalog.inputs()
-    model = Path(config.model) if config.server is None and is_complete(Path(config.model)) else None
-    return {name: path for name, path in (paths | {"model": model}).items() if path is not None}
 
 
 def print_summary(stage: str, draft: Draft, out: Path) -> None:

@@ -11,14 +11,14 @@ from typing import Literal
 
 from pydantic import Field
 
-from mmsid.annotate.caption import build_generator, default_prompt, input_paths, picture_loader, print_summary, refused_pictures
+from mmsid.annotate.caption import build_generator, default_prompt, picture_loader, print_summary, refused_pictures
 from mmsid.annotate.coengagement import CoengagementGenerator, mine_phrases, phrases_json
 from mmsid.annotate.generator import Generator
 from mmsid.annotate.job import annotate
 from mmsid.annotate.job_config import ModelJobConfig
 from mmsid.annotate.job_inputs import JobInput, Task
 from mmsid.annotate.prompts import PLACEHOLDER, Prompt, evidence_json, load_prompt
-from mmsid.annotate.readers import read_captions
+from mmsid.annotate.readers import captions_of
 from mmsid.annotate.records import Interests, parse_interests
 from mmsid.artifacts import sha256, writing
 from mmsid.catalog import Catalog, Item, co_engagement, read_catalog, split_histories
@@ -42,6 +42,20 @@ class InterestsConfig(ModelJobConfig):
     descriptors: int = Field(default=5, ge=1, le=8)
     window: int = Field(default=3, ge=1)
 
+    def loaded_prompt(self) -> Prompt:
+        """The prompt of the model; for `coengagement` the placeholder of the text alone."""
+        if self.generator == "coengagement":
+            return Prompt(text=PLACEHOLDER, sha256=sha256(PLACEHOLDER), name="coengagement")
+        return load_prompt(self.prompt or default_prompt("interests", self))
+
+    def inputs(self) -> dict[str, Path | None]:
+        """As `ModelJobConfig.inputs`, and the captions if the prompt reads them."""
+        return super().inputs() | {"captions": None if self.unread_keys() else self.captions}
+
+    def unread_keys(self) -> tuple[str, ...]:
+        """`captions`, for a prompt that reads the picture alone."""
+        return () if self.loaded_prompt().wants_evidence else ("captions",)
+
 
 def run(config: InterestsConfig, generator: Generator | None = None, engine: Engine = "local") -> Path:
     """Mine the interests of every item into `config.out`, one row per item.
@@ -55,19 +69,14 @@ def run(config: InterestsConfig, generator: Generator | None = None, engine: Eng
         ArtifactError: `captions` is not a finished caption folder.
         ConfigError, CatalogError: model, prompt or catalogue cannot be used.
     """
-    from_behaviour = config.generator == "coengagement"
-    if from_behaviour:
-        prompt = Prompt(text=PLACEHOLDER, sha256=sha256(PLACEHOLDER), name="coengagement")
-    else:
-        prompt = load_prompt(config.prompt or default_prompt("interests", config))
+    from_behaviour, prompt = config.generator == "coengagement", config.loaded_prompt()
     reads_captions = config.captions is not None and prompt.wants_evidence
-    paths = input_paths(config) | ({"captions": config.captions} if reads_captions else {})
     loader = picture_loader(config)
     source = {"source": "coengagement" if from_behaviour else "llm"}
     task = Task("interests", prompt, Interests, parse_interests, loader, any_picture=True, constants=source)
-    with writing(config.out, stage="interests", config=config, inputs=paths, resume=True) as draft:
+    with writing(config.out, stage="interests", config=config, inputs=config.inputs(), resume=True) as draft:
         catalog = read_catalog(config.catalog)
-        captions = read_captions(config.captions) if reads_captions else {}
+        captions = captions_of(catalog, config.captions if reads_captions else None)
         total = len(catalog.items)
         if from_behaviour:
             inputs = _coengagement_inputs(config, catalog, captions)

@@ -173,17 +173,20 @@ class _Job:
             partial_file.unlink()
 
     def _read_finished(self, shard: _Shard) -> pa.Table | None:
-        """The table of a shard that an earlier run made from the same inputs, else None. Its valid rows are added to the cache."""
+        """The table of a shard that an earlier run made from the same inputs, else None.
+
+        Its valid rows are added to the cache in any case: they stay useful where only the places of the pictures have changed.
+        """
         if not shard.path.is_file():
             return None
         try:
             table = read_table(shard.path)
         except ArtifactError:
             return None
-        if (table.schema.metadata or {}).get(b"content_sha256") != shard.digest.encode():
+        if not {*self.task.schema.names} <= {*table.column_names}:
             return None
         self._add_to_cache(table)
-        return table
+        return table if (table.schema.metadata or {}).get(b"content_sha256") == shard.digest.encode() else None
 
     def _has_rows_to_retry(self, table: pa.Table, without_request: Counter[str], refused: bool) -> bool:
         """True if a row failed for a transient reason, or, after a refusal of the gate, if the model was asked for any failed row."""

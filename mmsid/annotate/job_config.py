@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from mmsid.annotate.server import ServerConfig
+from mmsid.artifacts import is_complete
 from mmsid.backbone.packaged_weights import DEMO
 from mmsid.catalog import CatalogConfig
 from mmsid.config import StageConfig
@@ -73,6 +74,11 @@ class ModelJobConfig(JobConfig):
     picture_tokens: int | None = Field(default=None, ge=1)
     prompt: str | None = None
     server: ServerConfig | None = None
+
+    def inputs(self) -> dict[str, Path | None]:
+        """The catalogue, and the model if it is a folder that mmsid wrote."""
+        trained = self.server is None and is_complete(Path(self.model))
+        return self.catalog.inputs() | {"model": Path(self.model) if trained else None}
 
     @model_validator(mode="after")
     def _check_server(self) -> ModelJobConfig:

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from mmsid.annotate.caption import build_generator, input_paths, picture_loader, print_summary
+from mmsid.annotate.caption import build_generator, picture_loader, print_summary
 from mmsid.annotate.generator import Generator
 from mmsid.annotate.job import annotate
 from mmsid.annotate.job_config import ModelJobConfig
 from mmsid.annotate.job_inputs import JobInput, Task
 from mmsid.annotate.prompts import evidence_json, load_prompt
-from mmsid.annotate.readers import ItemInterests, read_captions, read_interests
+from mmsid.annotate.readers import ItemInterests, captions_of, interests_of
 from mmsid.annotate.records import Judgement, parse_judgement
 from mmsid.artifacts import is_complete, read_manifest, writing
 from mmsid.backbone.packaged_weights import DEMO
@@ -36,6 +36,10 @@ class JudgeConfig(ModelJobConfig):
     interests: Path
     captions: Path | None = None
     max_new_tokens: int = 16
+
+    def inputs(self) -> dict[str, Path | None]:
+        """As `ModelJobConfig.inputs`, the interests, and the captions."""
+        return super().inputs() | {"interests": self.interests, "captions": self.captions}
 
 
 def run(config: JudgeConfig, generator: Generator | None = None) -> Path:
@@ -60,13 +64,10 @@ def run(config: JudgeConfig, generator: Generator | None = None) -> Path:
     prompt = load_prompt(config.prompt or "judge")
     if not prompt.wants_evidence:
         raise ConfigError(f"judge.prompt {prompt.name!r} has no placeholder {{{{evidence}}}}, so the model would see no evidence; add it")
-    paths = input_paths(config) | {"interests": config.interests}
-    paths |= {"captions": config.captions} if config.captions is not None else {}
     task = Task("judge", prompt, Judgement, parse_judgement, picture_loader(config))
-    with writing(config.out, stage="judge", config=config, inputs=paths, resume=True) as draft:
+    with writing(config.out, stage="judge", config=config, inputs=config.inputs(), resume=True) as draft:
         catalog = read_catalog(config.catalog)
-        captions = read_captions(config.captions) if config.captions is not None else {}
-        interests = read_interests(config.interests)
+        captions, interests = captions_of(catalog, config.captions), interests_of(catalog, config.interests)
         inputs = [one for item in catalog.items for one in _job_inputs(item, interests, captions)]
         annotate(inputs, len(inputs), task, generator or build_generator(config, Judgement), config, draft)
         draft.extra.update(catalog_sha256=catalog.sha256, prompt=prompt.name, prompt_sha256=prompt.sha256)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -59,7 +60,7 @@ class VectorBackbone(nn.Module):
                 f"an item has vectors of dimension {_sizes(found)}, but the tokenizer reads {_sizes(self.widths)}; name the files that it "
                 "was trained on, in the same order"
             )
-        families = [F.normalize(torch.as_tensor(vector, dtype=torch.float32), dim=0) for vector in item.vectors]
+        families = [F.normalize(torch.from_numpy(np.array(vector, dtype=np.float32)), dim=0) for vector in item.vectors]
         return torch.cat(families) / len(families) ** 0.5
 
     def stack(self, encoded: Sequence[Batch], pad_to: int | None = None) -> Batch:

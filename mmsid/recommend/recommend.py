@@ -69,6 +69,17 @@ class RecommendConfig(StageConfig):
     shard_rows: int = Field(5000, ge=1)
     ray: RayConfig = Field(default=RayConfig(), exclude=True)
 
+    @property
+    def users_source(self) -> Source | tuple[Source, ...] | None:
+        """The table of users, by default that of the catalogue."""
+        return self.users or self.catalog.users_file
+
+    def inputs(self) -> dict[str, Path | None]:
+        """The recommender, the Semantic IDs with their embeddings, the catalogue, and the tables of users and of items."""
+        sids = self.sids if self.sids.suffix == ".parquet" else self.sids / FILE_NAME
+        found = {"recommender": self.recommender / CHECKSUMS, "sids": sids, "embeddings": embeddings_file(self.sids)}
+        return found | self.catalog.without_users().inputs() | named_files("users", self.users_source) | {"only": self.only}
+
 
 def run(config: RecommendConfig, engine: Engine = "local") -> Path:
     """Write `recommendations/part-NNNNN.parquet` and `problems.parquet` to `config.out`.
@@ -81,7 +92,7 @@ def run(config: RecommendConfig, engine: Engine = "local") -> Path:
         CatalogError: the catalogue, the users or `only` cannot be read, or no id of `only` is known.
         ConfigError: there are no users, or Ray cannot be used.
     """
-    source = config.users or config.catalog.users_file
+    source = config.users_source
     if source is None:
         raise ConfigError("recommend: the catalogue has no users; name a table of users: --users FILE (recommend.users)")
     from_events = source == config.catalog.events
@@ -97,7 +108,7 @@ def run(config: RecommendConfig, engine: Engine = "local") -> Path:
     else:
         key = "recommend.users" if config.users else "catalog.sequences"
         total, shards = users_of_file(source, config.catalog.fields, config.shard_rows, config_key=key)
-    with writing(config.out, stage="recommend", config=config, inputs=_inputs(config, source), resume=True) as draft:
+    with writing(config.out, stage="recommend", config=config, inputs=config.inputs(), resume=True) as draft:
         files = _Shards(draft.path / SHARDS, shards, total)
         if engine == "ray":
             ray_config = config.ray.model_copy(update={"gpus_per_actor": config.ray.gpus_per_actor or 0.0})  # it runs on the CPU
@@ -246,12 +257,6 @@ def _read_only(path: Path, known: set[str]) -> list[str]:
             f"{min(known)!r}); name a file of this catalogue, or write the ids in the same way"
         )
     return found
-
-
-def _inputs(config: RecommendConfig, users: Source | tuple[Source, ...]) -> dict[str, Path | None]:
-    sids = config.sids if config.sids.suffix == ".parquet" else config.sids / FILE_NAME
-    found = {"recommender": config.recommender / CHECKSUMS, "sids": sids, "embeddings": embeddings_file(config.sids)}
-    return found | config.catalog.without_users().inputs() | named_files("users", users) | {"only": config.only}
 
 
 def _report(config: RecommendConfig, counts: dict[str, int]) -> None:

@@ -91,6 +91,11 @@ class TrainRecommenderRLConfig(StageConfig):
     reinforcement: ReinforcementConfig = ReinforcementConfig()
     beam: int = Field(default=50, gt=0)
 
+    def inputs(self) -> dict[str, Path | None]:
+        """The SID table, the catalogue, and the text quality."""
+        sids = self.sids if self.sids.suffix == ".parquet" else self.sids / "sids.parquet"
+        return {"sids": sids, **self.catalog.inputs(), "text_quality": self.text_quality}
+
 
 def run(config: TrainRecommenderRLConfig) -> Path:
     """Train, reinforce and rank. -> the folder written. Finished seeds of an interrupted run are not run again.
@@ -110,13 +115,11 @@ def run(config: TrainRecommenderRLConfig) -> Path:
     item_ids = catalog.item_ids
     table = SidTable.load(config.sids).align(item_ids)
     quality = np.ones(len(item_ids)) if config.text_quality is None else read_text_quality(config.text_quality, item_ids)
-    inputs = {"sids": config.sids if config.sids.suffix == ".parquet" else config.sids / "sids.parquet"}
-    inputs |= config.catalog.inputs() | {"text_quality": config.text_quality}
     seeds = config.seeds or [config.seed]
     examples = train_examples(split)
     if not examples:
         raise MmsidError("train_recommender_rl: no user has two train items, so there are no training examples; give longer sequences")
-    with writing(config.out, stage="train_recommender_rl", config=config, inputs=inputs, resume=True) as draft:
+    with writing(config.out, stage="train_recommender_rl", config=config, inputs=config.inputs(), resume=True) as draft:
         accelerator.wait_for_everyone()
         for seed in seeds:
             marker = draft.path / "ranks" / f"{seed}.json"

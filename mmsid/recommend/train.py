@@ -105,6 +105,13 @@ class TrainRecommenderConfig(StageConfig):
     baseline: str | None = None
     recommender: bool | str = True
 
+    def inputs(self) -> dict[str, Path | None]:
+        """The catalogue, and of every variant the SID table and the files that its hybrid recommender reads."""
+        files = {f"arm {name}": path if path.suffix == ".parquet" else path / "sids.parquet" for name, path in self.variants.items()}
+        files |= {f"embeddings {name}": embeddings_file(self.variants[name]) for name in self.hybrid_variants}
+        files |= {f"readings {name}": readings_file(self.variants[name]) for name in self.hybrid_variants}
+        return {**self.catalog.inputs(), **files, "best_achievable": self.best_achievable}
+
     @property
     def kept_variant(self) -> str | None:
         """Variant whose hybrid recommender is kept, or None."""
@@ -149,11 +156,7 @@ def run(config: TrainRecommenderConfig) -> Path:
         warnings.warn(f"train_recommender: {warning}", stacklevel=2)
     item_ids = catalog.item_ids
     tables = {name: SidTable.load(path).align(item_ids) for name, path in config.variants.items()}
-    inputs = {f"arm {name}": path if path.suffix == ".parquet" else path / "sids.parquet" for name, path in config.variants.items()}
-    inputs |= {f"embeddings {name}": embeddings_file(config.variants[name]) for name in config.hybrid_variants}
-    inputs |= {f"readings {name}": readings_file(config.variants[name]) for name in config.hybrid_variants}
-    inputs["best_achievable"] = config.best_achievable
-    with writing(config.out, stage="train_recommender", config=config, inputs=inputs, resume=True) as draft:
+    with writing(config.out, stage="train_recommender", config=config, inputs=config.inputs(), resume=True) as draft:
         world, decoder = _World(config, catalog, split, draft.path), None
         for name, table in tables.items():
             for seed in config.recommender_seeds:

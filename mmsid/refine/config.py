@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from mmsid.artifacts import manifest_folder
 from mmsid.catalog import CatalogConfig
 from mmsid.config import StageConfig
 from mmsid.refine.evidence import EvidenceConfig
@@ -15,6 +16,7 @@ from mmsid.refine.loop import LoopConfig
 from mmsid.refine.reward import RewardConfig
 from mmsid.refine.tracking import TrackerName
 from mmsid.sids.collisions import Policy as Collisions
+from mmsid.tokenizer.behaviour import behaviour_inputs
 
 
 class RefineConfig(StageConfig):
@@ -37,6 +39,8 @@ class RefineConfig(StageConfig):
         log_with: tracker that accelerate feeds beside `log.jsonl`; its files are in `trackers/` of the folder.
     """
 
+    execution_keys: ClassVar[tuple[str, ...]] = ("batch_size", "log_with")
+
     catalog: CatalogConfig
     tokenizer: Path
     sids: Path
@@ -54,3 +58,9 @@ class RefineConfig(StageConfig):
     reward: RewardConfig = RewardConfig()
     loop: LoopConfig = LoopConfig()
     gate: GateConfig = GateConfig()
+
+    def inputs(self) -> dict[str, Path | None]:
+        """The catalogue, the start, the annotations, the text quality, and the user's behaviour vectors."""
+        start = {"tokenizer": manifest_folder(self.tokenizer), "sids": manifest_folder(self.sids)}
+        others = {name: getattr(self, name) for name in ("captions", "interests", "text_quality")}
+        return {**start, **others, **self.catalog.inputs(), **behaviour_inputs(self.behaviour)}

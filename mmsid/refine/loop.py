@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -67,6 +67,8 @@ class LoopConfig(Section):
         checkpoint_every: rounds between checkpoints.
         weights: weight of every reward component (see `mmsid.refine.evidence`).
     """
+
+    execution_keys: ClassVar[tuple[str, ...]] = ("checkpoint_every",)
 
     rounds: int = 60
     group: int = 24

@@ -30,9 +30,7 @@ def run(config: SidRewardConfig) -> Path:
     accelerator = make_accelerator()
     catalog = read_catalog(config.catalog)
     split = split_histories(catalog, config.catalog.split)
-    inputs = {name: getattr(config, name) for name in ("tokenizer", "sids", "captions", "interests")}
-    inputs |= config.catalog.inputs()
-    with writing(config.out, stage="sid_reward", config=config, inputs=inputs) as draft:
+    with writing(config.out, stage="sid_reward", config=config, inputs=config.inputs()) as draft:
         accelerator.wait_for_everyone()
         job = Job(config, accelerator, catalog, split, draft, None)
         reward, report = job.learn_reward()

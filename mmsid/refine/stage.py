@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mmsid.accelerator import make_accelerator
 from mmsid.annotate.readers import read_text_quality
-from mmsid.artifacts import Draft, manifest_folder, write_json, writing
+from mmsid.artifacts import Draft, write_json, writing
 from mmsid.catalog import Catalog, Split, co_engagement, load_picture, read_catalog, split_histories
 from mmsid.errors import ArtifactError
 from mmsid.progress import done
@@ -42,7 +42,7 @@ from mmsid.refine.tracking import RunLog, check_tracker
 from mmsid.sids.readings import Readings, load_readings
 from mmsid.sids.table import SidTable
 from mmsid.tokenizer.added_behaviour import add_behaviour
-from mmsid.tokenizer.behaviour import ItemBehaviour, behaviour_inputs, behaviour_of_catalog
+from mmsid.tokenizer.behaviour import ItemBehaviour, behaviour_of_catalog
 from mmsid.tokenizer.behaviour_weight import choose_trust_and_weight
 from mmsid.tokenizer.further_readings import further_readings, shortened_behaviour
 from mmsid.tokenizer.initialization import unit_content
@@ -73,11 +73,7 @@ def run(config: RefineConfig, quick_recommender: QuickRecommender | None = None)
     accelerator = make_accelerator()
     catalog = read_catalog(config.catalog)
     split = split_histories(catalog, config.catalog.split)
-    inputs = {name: getattr(config, name) for name in ("tokenizer", "sids", "captions", "interests", "text_quality")}
-    inputs |= config.catalog.inputs() | behaviour_inputs(config.behaviour)
-    inputs["tokenizer"] = manifest_folder(config.tokenizer)
-    inputs["sids"] = manifest_folder(config.sids)
-    with writing(config.out, stage="refine", config=config, inputs=inputs, resume=True) as draft:
+    with writing(config.out, stage="refine", config=config, inputs=config.inputs(), resume=True) as draft:
         accelerator.wait_for_everyone()
         verdict = Job(config, accelerator, catalog, split, draft, quick_recommender).run()
         accelerator.wait_for_everyone()

@@ -16,7 +16,7 @@ from rich.markdown import Markdown
 from mmsid.artifacts import is_complete, read_json, read_table, writing
 from mmsid.catalog import CatalogConfig, read_catalog
 from mmsid.config import StageConfig
-from mmsid.progress import done, is_main_process
+from mmsid.progress import done, is_main_process, show
 from mmsid.report.charts import SINGLE_SEED_NOTE, seed_count
 from mmsid.report.explore import reward_parts
 from mmsid.report.page import write_run_page
@@ -40,6 +40,11 @@ class ReportConfig(StageConfig):
     catalog: CatalogConfig
     run: Path
 
+    def inputs(self) -> dict[str, Path | None]:
+        """The catalogue, and the finished stages that the summary is made from."""
+        stages = {stage: self.run / stage for stage in ("assign", "refine", "train_recommender")}
+        return {**self.catalog.inputs(), **{stage: folder if is_complete(folder) else None for stage, folder in stages.items()}}
+
 
 def run(config: ReportConfig) -> Path:
     """Write report.html and summary.md into `config.out`, and print the summary.
@@ -51,8 +56,7 @@ def run(config: ReportConfig) -> Path:
         ArtifactError: the run has no finished stage, or a stage is damaged.
     """
     folders = sid_folders(config.run)
-    inputs = {stage: config.run / stage for stage in ("assign", "refine", "train_recommender") if is_complete(config.run / stage)}
-    with writing(config.out, stage="report", config=config, inputs=inputs) as draft:
+    with writing(config.out, stage="report", config=config, inputs=config.inputs()) as draft:
         summary = "\n".join(
             [
                 *_sid_tables(folders),
@@ -69,7 +73,7 @@ def run(config: ReportConfig) -> Path:
     if is_main_process():
         console = Console()
         # rich would truncate tables in a narrow terminal, so those get the raw Markdown
-        console.print(Markdown(summary)) if console.is_terminal and console.width >= 150 else print(summary)
+        console.print(Markdown(summary)) if console.is_terminal and console.width >= 150 else show(summary)
     done(f"report: wrote {config.out / 'summary.md'}, and {config.out / 'report.html'} to open in a browser")
     return config.out
 

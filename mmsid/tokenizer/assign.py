@@ -1,21 +1,22 @@
 """Stage `assign`: give every item of a catalogue its Semantic ID with a trained tokenizer.
 
 Items with train interactions are read with their behaviour, if the tokenizer has a behaviour input; others by their content. Items are
-encoded in this process or on a Ray cluster; collisions are then resolved. With `append`, the items of an earlier SID folder keep their
-codes, and only new items are encoded, by their content. With `refresh`, some published items move to their behaviour reading.
+encoded in one process (rank 0 of a launcher) or on a Ray cluster; collisions are then resolved. With `append`, the items of an earlier
+SID folder keep their codes, and only new items are encoded, by their content. With `refresh`, some published items move to their
+behaviour reading.
 """
 
 from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
 from pydantic import Field, field_validator, model_validator
 
-from mmsid.artifacts import Draft, manifest_folder, write_json, write_table, writing
+from mmsid.artifacts import Draft, manifest_folder, on_main_process, write_json, write_table, write_text, writing
 from mmsid.catalog import Catalog, CatalogConfig, Split, read_catalog, split_histories
 from mmsid.config import StageConfig
 from mmsid.progress import done
@@ -23,6 +24,7 @@ from mmsid.ray_pool import Engine, RayConfig
 from mmsid.sids import intrinsic_table
 from mmsid.sids.churn import churn_report, churn_table
 from mmsid.sids.collisions import Policy
+from mmsid.sids.crowding import warn_of_crowding
 from mmsid.sids.folder import INTRINSIC
 from mmsid.sids.readings import Readings, load_readings
 from mmsid.sids.retrieval import retrieval_table
@@ -30,12 +32,13 @@ from mmsid.sids.table import BEHAVIOUR, CONTENT, SidTable
 from mmsid.tokenizer.behaviour import ItemBehaviour, behaviour_inputs, behaviour_of_catalog
 from mmsid.tokenizer.catalog_encoding import CatalogEncoder, CatalogEncodings
 from mmsid.tokenizer.further_readings import further_readings, shortened_behaviour
-from mmsid.tokenizer.inputs import load_inputs
+from mmsid.tokenizer.inputs import annotated_inputs, read_annotations
 from mmsid.tokenizer.model import ItemTokenizer
 from mmsid.tokenizer.publish import HeadScores, head_decoder, publish, reconstruction_figures
 from mmsid.tokenizer.published_sids import Published
 from mmsid.tokenizer.refresh import misfit, moving_items, sure_items
 from mmsid.tokenizer.text_trust import FREE_TEXT, trusted_fields
+from mmsid.tokenizer.trained_annotations import check_annotations, trained_annotations
 
 _RECONSTRUCTION_ROWS = 50_000  # items up to which the reconstruction error is measured
 
@@ -55,8 +58,12 @@ class AssignConfig(StageConfig):
         free_text_nats: limit for catalogues with untrusted texts. An item whose first code is less likely by more than this without
             title and description is encoded without them and listed in `overruled.parquet` (`mmsid.tokenizer.text_trust`). Items are
             then encoded twice. At 4, 1 % of the clean drawn ads lose their title.
+        allow_missing_annotations: encode items that were never captioned (or mined) although the tokenizer was trained with captions (or
+            interests). Their codes differ from those that captions would give.
         ray: options of `--engine ray`; not part of the manifest.
     """
+
+    execution_keys: ClassVar[tuple[str, ...]] = ("batch_size",)
 
     tokenizer: Path
     catalog: CatalogConfig
@@ -68,8 +75,20 @@ class AssignConfig(StageConfig):
     refresh: bool = False
     max_moved: float = Field(0.05, ge=0, le=1)
     free_text_nats: float | None = Field(None, ge=0)
+    allow_missing_annotations: bool = Field(False, exclude_if=lambda allowed: not allowed)
     batch_size: int = Field(32, ge=1)
     ray: RayConfig = Field(default=RayConfig(), exclude=True)
+
+    def inputs(self) -> dict[str, Path | None]:
+        """The tokenizer, the catalogue, the annotations, the user's behaviour vectors, and the published Semantic IDs."""
+        return {
+            "tokenizer": manifest_folder(self.tokenizer),
+            **self.catalog.inputs(),
+            **behaviour_inputs(self.behaviour),
+            "captions": self.captions,
+            "interests": self.interests,
+            "append": None if self.append is None else manifest_folder(self.append),
+        }
 
     @field_validator("behaviour", mode="before")
     @classmethod
@@ -85,30 +104,25 @@ class AssignConfig(StageConfig):
         return self
 
 
+@on_main_process
 def run(config: AssignConfig, engine: Engine = "local") -> Path:
     """Write a SID folder (`sids.parquet`, `intrinsic.json`, `embeddings.safetensors`, exports) to `config.out`.
 
     Raises:
-        ArtifactError, CatalogError, ConfigError: a folder or the catalogue is unusable.
+        ArtifactError, CatalogError, ConfigError: a folder or the catalogue is unusable, or items lack annotations that the tokenizer was
+            trained with.
         MmsidError: there are more distinct items than SIDs.
     """
     catalog = read_catalog(config.catalog)
     split = split_histories(catalog, config.catalog.split) if catalog.histories else None
     published = None if config.append is None else Published.read(config.append)
-    inputs = {
-        "tokenizer": manifest_folder(config.tokenizer),
-        **config.catalog.inputs(),
-        **behaviour_inputs(config.behaviour),
-        "captions": config.captions,
-        "interests": config.interests,
-        "append": None if config.append is None else manifest_folder(config.append),
-    }
-    with writing(config.out, stage="assign", config=config, inputs=inputs) as draft:
+    with writing(config.out, stage="assign", config=config, inputs=config.inputs()) as draft:
         encoder = CatalogEncoder(config.tokenizer.absolute(), config.catalog, config.batch_size, config.free_text_nats)
         tokenizer = encoder.load()
-        items, fields = load_inputs(catalog, config.captions, config.interests, tokenizer.settings.use or None)
+        annotations = read_annotations(catalog.items, config.captions, config.interests)
+        items, fields = annotated_inputs(catalog, annotations, tokenizer.settings.use or None)
         limited = config.free_text_nats is not None and any(name in FREE_TEXT for name in fields)
-        trusted = load_inputs(catalog, config.captions, config.interests, trusted_fields(fields))[0] if limited else None
+        trusted = annotated_inputs(catalog, annotations, trusted_fields(fields))[0] if limited else None
         known = _known_behaviour(config, tokenizer, catalog, split)
         encodings = CatalogEncodings(tokenizer, len(items), draft.path / "scores.f32")
         rows, sure, moving = np.full(len(items), -1), np.zeros(len(items), bool), None
@@ -119,6 +133,14 @@ def run(config: AssignConfig, engine: Engine = "local") -> Path:
                 sure = sure_items(published, rows, tokenizer.behaviour, known)
             known = known.only(sure)
             encodings.copy_published(published, np.where(sure, -1, rows))
+        if not config.allow_missing_annotations:
+            check_annotations(
+                trained_annotations(config.tokenizer, fields),
+                {"captions": config.captions, "interests": config.interests},
+                annotations.coverage,
+                [catalog.items[row].item_id for row in encodings.fresh],
+                appending=published is not None,
+            )
         items = known.added_to(items)
         trusted = None if trusted is None else known.added_to(trusted)
         if engine == "ray":
@@ -154,9 +176,8 @@ def run(config: AssignConfig, engine: Engine = "local") -> Path:
             metrics |= reconstruction_figures(tokenizer.head, encodings.last_scores(), table) or {}
             write_json(draft.path / INTRINSIC, metrics)
         encodings.close()
-        (draft.path / "intrinsic.md").write_text(
-            intrinsic_table({"ours": metrics}) + "\n" + retrieval_table({"ours": metrics}), encoding="utf-8"
-        )
+        tables = intrinsic_table({"ours": metrics}) + "\n" + retrieval_table({"ours": metrics})
+        write_text(draft.path / "intrinsic.md", tables + warn_of_crowding("assign", {"ours": metrics}))
         if limited:
             ids = [catalog.items[row].item_id for row in np.flatnonzero(encodings.overruled)]
             write_table(draft.path / "overruled.parquet", pa.table({"item_id": pa.array(ids, pa.string())}))

@@ -12,12 +12,13 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from mmsid.artifacts import read_json, writing
+from mmsid.artifacts import on_main_process, read_json, write_text, writing
 from mmsid.catalog import CatalogConfig, read_catalog, split_histories
 from mmsid.config import StageConfig
 from mmsid.progress import done
 from mmsid.sids import intrinsic_table
 from mmsid.sids.collisions import Policy
+from mmsid.sids.crowding import warn_of_crowding
 from mmsid.sids.folder import INTRINSIC
 from mmsid.sids.retrieval import retrieval_table
 from mmsid.tokenizer.initialization import StartSettings
@@ -55,6 +56,10 @@ class BaselinesConfig(StageConfig):
     start: StartSettings = StartSettings()
     collisions: Policy = "relocate"
 
+    def inputs(self) -> dict[str, Path | None]:
+        """The catalogue and the annotations."""
+        return {**self.catalog.inputs(), "captions": self.captions, "interests": self.interests}
+
     def spec(self, name: Baseline) -> MethodSpec:
         """Settings of one method."""
         method, space = _METHODS[name]
@@ -70,6 +75,7 @@ class BaselinesConfig(StageConfig):
         )
 
 
+@on_main_process
 def run(config: BaselinesConfig) -> Path:
     """Write one SID folder per method below `config.out`, and the tables of all methods to `intrinsic.md`.
 
@@ -80,17 +86,13 @@ def run(config: BaselinesConfig) -> Path:
     catalog = read_catalog(config.catalog)
     split = split_histories(catalog, config.catalog.split) if catalog.histories else None
     sources = MethodSources(catalog, split, config.captions, config.interests, config.use, config.max_length, config.start)
-    inputs = {
-        **config.catalog.inputs(),
-        "captions": config.captions,
-        "interests": config.interests,
-    }
-    with writing(config.out, stage="baselines", config=config, inputs=inputs) as draft:
+    with writing(config.out, stage="baselines", config=config, inputs=config.inputs()) as draft:
         metrics: dict[str, Any] = {}
         for name in config.methods:
             make_sids(config.spec(name), sources, draft.path / name, config.seed)
             metrics[name] = read_json(draft.path / name / INTRINSIC)
-        (draft.path / "intrinsic.md").write_text(intrinsic_table(metrics) + "\n" + retrieval_table(metrics), encoding="utf-8")
+        tables = intrinsic_table(metrics) + "\n" + retrieval_table(metrics)
+        write_text(draft.path / "intrinsic.md", tables + warn_of_crowding("baselines", metrics))
         draft.counts.update({"items": len(catalog.items), "methods": len(config.methods)})
     done(f"baselines: wrote {', '.join(config.methods)} for {len(catalog.items):,} items to {config.out}")
     return config.out

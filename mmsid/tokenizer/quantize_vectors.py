@@ -16,6 +16,7 @@ from pydantic import Field, field_validator
 
 from mmsid.artifacts import write_table, write_text, writing
 from mmsid.catalog.vector_files import VectorFiles, open_vectors
+from mmsid.catalog.vector_parts import open_parts
 from mmsid.config import StageConfig
 from mmsid.errors import ConfigError
 from mmsid.progress import done, track
@@ -66,6 +67,17 @@ class QuantizeConfig(StageConfig):
     fit_rows: int | None = Field(None, ge=1)
     array_sha256: str = ""
 
+    def inputs(self) -> dict[str, Path | None]:
+        """The files of the vectors, of the behaviour vectors, and of the ids."""
+        parts = {"vectors": open_parts(self.vectors, self.vector_column, config_key="vectors")}
+        if self.behaviour is not None:
+            parts["behaviour"] = open_parts([self.behaviour], None, config_key="behaviour")
+        found: dict[str, Path | None] = {"ids": self.ids}
+        for name, opened in parts.items():
+            files = [file for part in opened if part.num_rows for file in part.files]
+            found |= {f"{name} {number}": file for number, file in enumerate(files, start=1)}
+        return found
+
     @field_validator("vectors", mode="before")
     @classmethod
     def _one_path(cls, value: Any) -> Any:
@@ -105,9 +117,7 @@ def run(config: QuantizeConfig, files: VectorFiles | None = None) -> Path:
     sizes = checked_sizes(config, len(files))
     for note in files.notes:
         done(f"quantize: {note}")
-    inputs = {f"vectors {number}": path for number, path in enumerate(files.files(), start=1)}
-    inputs |= {f"behaviour {number}": path for number, path in enumerate(behaviour_files.files() if behaviour_files else (), start=1)}
-    with writing(config.out, stage="quantize", config=config, inputs=inputs | {"ids": config.ids}) as draft:
+    with writing(config.out, stage="quantize", config=config, inputs=config.inputs()) as draft:
         draft.scratch |= {_LATENTS, _BEHAVIOUR}
         behaviour = None if behaviour_files is None else BehaviourLookup(behaviour_files, files.ids, draft.path / _BEHAVIOUR)
         space = write_space(files, draft.path / EMBEDDINGS, behaviour, config.behaviour_weight)
@@ -183,7 +193,7 @@ def assign_codes(quantizer: Quantizer, space: VectorSpace, rows: np.ndarray, lat
             if quantizer.encoder is not None:
                 writer.append(x.numpy())
             found = quantizer.encode(x)
-            codes[block], margin[block] = found.numpy(), of_fit.margin_of(x, found)
+            codes[block], margin[block] = found.numpy(), of_fit.margin_of(x, found, torch.float32)
         quantised = space.values if quantizer.encoder is None else writer.finish()
     return RawCodes(codes, margin, quantised, CodebookScores(quantizer.codebooks, quantised, of_fit.temperature))
 

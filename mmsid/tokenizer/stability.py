@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image
@@ -24,7 +24,7 @@ from mmsid.config import StageConfig
 from mmsid.errors import ConfigError, PictureError
 from mmsid.progress import done
 from mmsid.sids.distribution import flip_rate
-from mmsid.tokenizer.inputs import MinedInterests, build_inputs, read_caption_texts, read_mined_interests
+from mmsid.tokenizer.inputs import MinedInterests, build_inputs, read_annotations, read_caption_texts, read_mined_interests
 from mmsid.tokenizer.model import Encoded, ItemTokenizer
 
 # (catalogue of changed pictures, output folder) -> caption and interests folders, made with the models of the given folders
@@ -42,6 +42,8 @@ class StabilityConfig(StageConfig):
         crop: pictures are cropped to this share of width and height around the centre, and scaled back.
     """
 
+    execution_keys: ClassVar[tuple[str, ...]] = ("batch_size",)
+
     tokenizer: Path
     catalog: CatalogConfig
     captions: Path | None = None
@@ -51,6 +53,11 @@ class StabilityConfig(StageConfig):
     jpeg_quality: int = Field(60, ge=1, le=95)
     crop: float = Field(0.9, gt=0, lt=1)
     batch_size: int = Field(32, ge=1)
+
+    def inputs(self) -> dict[str, Path | None]:
+        """The tokenizer, the catalogue without users, and the annotations."""
+        folders = {"tokenizer": manifest_folder(self.tokenizer), "captions": self.captions, "interests": self.interests}
+        return {**self.catalog.without_users().inputs(), **folders}
 
 
 def run(config: StabilityConfig, reannotate: Reannotate | None = None) -> Path:
@@ -62,13 +69,7 @@ def run(config: StabilityConfig, reannotate: Reannotate | None = None) -> Path:
         ArtifactError, CatalogError: a folder or the catalogue is unusable.
         ConfigError: the tokenizer reads neither captions nor pictures, or `reannotate` is missing.
     """
-    inputs = {
-        "tokenizer": manifest_folder(config.tokenizer),
-        **config.catalog.without_users().inputs(),
-        "captions": config.captions,
-        "interests": config.interests,
-    }
-    with writing(config.out, stage="stability", config=config, inputs=inputs) as draft:
+    with writing(config.out, stage="stability", config=config, inputs=config.inputs()) as draft:
         sample = _Sample(config, draft.path / "scratch")
         found = sample.measure(reannotate)
         sample.clear()
@@ -102,8 +103,8 @@ class _Sample:
         self.items = [catalog.items[row] for row in rows]
         self.tokenizer = ItemTokenizer.from_pretrained(config.tokenizer, open_picture=self._open)
         self.use = self.tokenizer.settings.use
-        self.captions = read_caption_texts(config.captions)
-        self.interests = read_mined_interests(config.interests)
+        annotations = read_annotations(catalog.items, config.captions, config.interests)
+        self.captions, self.interests = dict(annotations.captions), dict(annotations.interests)
 
     def measure(self, reannotate: Reannotate | None) -> dict[str, Any]:
         """Name of the change -> flip rates."""

@@ -9,10 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from mmsid.accelerator import make_accelerator
-from mmsid.artifacts import manifest_folder, writing
+from mmsid.artifacts import writing
 from mmsid.catalog import read_catalog, split_histories
 from mmsid.progress import done
-from mmsid.tokenizer.behaviour import behaviour_inputs
 from mmsid.tokenizer.train_config import TrainTokenizerConfig
 from mmsid.tokenizer.training import OnStep, Training
 
@@ -29,14 +28,7 @@ def run(config: TrainTokenizerConfig, on_step: OnStep | None = None) -> Path:
     accelerator = make_accelerator(config.precision, unused_parameters=True)
     catalog = read_catalog(config.catalog)
     split = split_histories(catalog, config.catalog.split) if catalog.histories else None
-    folders = {
-        **config.catalog.inputs(),
-        **behaviour_inputs(config.behaviour),
-        "captions": config.captions,
-        "interests": config.interests,
-        "align_codes_to": None if config.align_codes_to is None else manifest_folder(config.align_codes_to),
-    }
-    with writing(config.out, stage="train_tokenizer", config=config, inputs=folders, resume=True) as draft:
+    with writing(config.out, stage="train_tokenizer", config=config, inputs=config.inputs(), resume=True) as draft:
         accelerator.wait_for_everyone()  # rank 0 has opened the draft
         training = Training(config, accelerator, catalog, split, draft)
         training.loop(on_step)

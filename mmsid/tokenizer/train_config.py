@@ -8,10 +8,12 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from mmsid.accelerator import Precision
+from mmsid.artifacts import manifest_folder
 from mmsid.catalog import CatalogConfig
 from mmsid.config import StageConfig
 from mmsid.tokenizer import initialization
 from mmsid.tokenizer.backbones import BackboneSettings
+from mmsid.tokenizer.behaviour import behaviour_inputs
 from mmsid.tokenizer.inputs import FieldName
 from mmsid.tokenizer.objective import UNISID_WEIGHTS, LossWeights
 
@@ -41,6 +43,7 @@ class TrainTokenizerConfig(StageConfig):
         checkpoint_every: steps between checkpoints.
     """
 
+    execution_keys: ClassVar[tuple[str, ...]] = ("checkpoint_every",)
     renamed_keys: ClassVar[dict[str, str]] = {"memory": "behaviour", "behaviour_regression": "behaviour", "against": "align_codes_to"}
 
     catalog: CatalogConfig
@@ -93,6 +96,16 @@ class TrainTokenizerConfig(StageConfig):
     @classmethod
     def _parse_off(cls, value: Any) -> Any:
         return "off" if value is False else value  # YAML parses a bare `off` as false
+
+    def inputs(self) -> dict[str, Path | None]:
+        """The catalogue, the annotations, the user's behaviour vectors, and the earlier tokenizer."""
+        return {
+            **self.catalog.inputs(),
+            **behaviour_inputs(self.behaviour),
+            "captions": self.captions,
+            "interests": self.interests,
+            "align_codes_to": None if self.align_codes_to is None else manifest_folder(self.align_codes_to),
+        }
 
     def resolved_head(self) -> str:
         """`head`, by default "residual" for our loss and "parallel" for that of UniSID."""

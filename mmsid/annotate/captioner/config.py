@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import ClassVar, Literal
 
 from pydantic import Field
@@ -92,6 +93,7 @@ class TrainCaptionerConfig(StageConfig):
         base_model: path or hub id of an image-text-to-text model. Only `captioning` runs, on LoRA adapters.
     """
 
+    execution_keys: ClassVar[tuple[str, ...]] = ("checkpoint_seconds",)
     renamed_keys: ClassVar[dict[str, str]] = {"see": "vision_warmup", "tell": "captioning"}
 
     source: Literal["drawn", "catalog"] = "catalog"
@@ -115,3 +117,9 @@ class TrainCaptionerConfig(StageConfig):
     evaluate_pictures: int = 1000
     base_model: str | None = None
     lora: LoraSection = LoraSection()
+
+    def inputs(self) -> dict[str, Path | None]:
+        """The tables of items and of targets; none for drawn cards."""
+        if self.source == "drawn" or self.catalog is None:
+            return {}
+        return self.catalog.item_files() | {"targets": self.targets.table}

@@ -45,9 +45,8 @@ def run(config: TrainCaptionerConfig) -> Path:
     """
     if config.source == "catalog" and config.catalog is None:
         raise ConfigError("train_captioner.catalog is missing although source is 'catalog'; name the catalogue or set source: drawn")
-    inputs = config.catalog.item_files() | {"targets": config.targets.table} if config.source == "catalog" else {}
     accelerator = make_accelerator("auto", unused_parameters=True)  # the tower's final norm is not used
-    with writing(config.out, stage="train_captioner", config=config, inputs=inputs, resume=True) as draft:
+    with writing(config.out, stage="train_captioner", config=config, inputs=config.inputs(), resume=True) as draft:
         accelerator.wait_for_everyone()  # until rank 0 has made the draft folder
         with accelerator.main_process_first():  # rank 0 draws or decodes; the other ranks read its files
             train, checks = load_pictures(config, draft.path)

@@ -18,7 +18,7 @@ from mmsid.annotate.quality.calibration import accuracy_per_kind, fit_platt, ite
 from mmsid.annotate.quality.demo_examples import demo_examples, read_demo_facts
 from mmsid.annotate.quality.examples import PARTS, Example, Pair, Part, judged_examples, part_of, preference_pairs
 from mmsid.annotate.quality.model import TextModelConfig, build_text_model, encode, score_ids, train_text_model
-from mmsid.annotate.readers import read_captions, read_interests, read_judgements
+from mmsid.annotate.readers import captions_of, interests_of, read_judgements
 from mmsid.artifacts import Draft, read_manifest, write_json, write_table, writing
 from mmsid.backbone.text import no_loading_bar
 from mmsid.catalog import Catalog, CatalogConfig, Item, read_catalog
@@ -54,6 +54,11 @@ class TextQualityConfig(StageConfig):
     least_accuracy: float = Field(default=0.8, ge=0, le=1)
     most_calibration_error: float = Field(default=0.1, ge=0, le=1)
 
+    def inputs(self) -> dict[str, Path | None]:
+        """The catalogue without users, and the folders and files of labels."""
+        given = {name: getattr(self, name) for name in ("interests", "captions", "judgements", "truth")}
+        return self.catalog.without_users().inputs() | given
+
 
 def run(config: TextQualityConfig) -> Path:
     """Train, evaluate and score. Returns `config.out`.
@@ -74,10 +79,7 @@ def run(config: TextQualityConfig) -> Path:
     learns = config.interests is not None and not from_coengagement
     if learns and config.judgements is None and config.truth is None:
         raise ConfigError("text_quality: interests are given without labels; set text_quality.judgements (a `judge` folder) or .truth")
-    inputs = config.catalog.without_users().inputs() | {
-        name: getattr(config, name) for name in ("interests", "captions", "judgements", "truth")
-    }
-    with writing(config.out, stage="text_quality", config=config, inputs=inputs) as draft:
+    with writing(config.out, stage="text_quality", config=config, inputs=config.inputs()) as draft:
         accelerator.wait_for_everyone()
         catalog = read_catalog(config.catalog)
         if learns:
@@ -96,9 +98,9 @@ class _Job:
 
     def __init__(self, config: TextQualityConfig, catalog: Catalog, draft: Draft, is_main: bool) -> None:
         self.config, self.catalog, self.draft, self.is_main = config, catalog, draft, is_main
-        captions = read_captions(config.captions) if config.captions is not None else {}
+        captions = captions_of(catalog, config.captions)
         self.evidence = [evidence_text(item, captions.get(item.item_id, "")) for item in catalog.items]
-        self.interests = read_interests(config.interests)
+        self.interests = interests_of(catalog, config.interests)
 
     def run(self) -> None:
         """Train on all ranks; evaluate, score and write on rank 0."""

@@ -6,6 +6,7 @@ The rows pass through three steps, each with bounded memory: parts in the order 
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from mmsid.catalog.history_order import sorted_by_content
 from mmsid.catalog.ingest.built import Built
 from mmsid.catalog.ingest.index import RowIndex
 from mmsid.catalog.ingest.merging import merged_groups
+from mmsid.catalog.ingest.on_ray import inspected_on_ray
 from mmsid.catalog.ingest.rows import PictureMemory, part_rows
 from mmsid.catalog.ingest.writing import CatalogWriter
 from mmsid.catalog.item_ids import ROUNDED
@@ -34,19 +36,27 @@ from mmsid.catalog.user_logs import read_histories
 from mmsid.catalog.vectors import ItemVectors, concatenated, read_vectors
 from mmsid.errors import CatalogError
 from mmsid.progress import track
+from mmsid.ray_pool import RayConfig
 
 PARTS, MERGED, SCRATCH = "parts", "merged", "scratch"  # folders of unfinished work
 _SILENT_ROWS = 10_000  # a table with fewer rows shows no progress bar
-_LARGEST_SHARE = 0.5  # of the items that have one content, above which the mapping is suspicious
+_LARGEST_SHARE = 0.5  # of the items that have one content, above which the catalogue is suspicious
 _PICTURE_ROWS = 4_096  # rows of a part whose pictures are looked at: what an interruption can lose
 
 
-def build(config: CatalogConfig, folder: Path, max_problems: float = 0.5, known: dict[str, InspectedPicture] | None = None) -> Built:
+def build(
+    config: CatalogConfig,
+    folder: Path,
+    max_problems: float = 0.5,
+    known: dict[str, InspectedPicture] | None = None,
+    ray: RayConfig | None = None,
+) -> Built:
     """Write the files of an ingested catalogue into `folder`. Finished parts that the folder holds already are kept.
 
     Args:
         max_problems: share of the rows, or of the pictures, that may be unusable.
         known: earlier results by picture reference. A picture is not read again if its size and time are unchanged.
+        ray: look at the pictures on this Ray cluster; None: on this machine.
 
     Raises:
         CatalogError: a source is unusable, or too many of its rows or pictures are.
@@ -55,8 +65,25 @@ def build(config: CatalogConfig, folder: Path, max_problems: float = 0.5, known:
     mapping = resolve_mapping(table, config.fields, "catalog.items")
     if mapping.image and not config.root.is_dir():
         raise CatalogError(f"catalog.image_root: {config.root} is not a folder; set it to the folder with the pictures of {table.name}")
+    if ray is not None and mapping.image and not (folder / PARTS).exists():
+        known = inspected_on_ray(config, table, mapping, ray)
+    try:
+        return _build(config, folder, table, mapping, max_problems, known or {})
+    except CatalogError:
+        shutil.rmtree(folder / PARTS, ignore_errors=True)  # the user will change what they were made from
+        raise
+
+
+def _build(
+    config: CatalogConfig,
+    folder: Path,
+    table: OpenedTable,
+    mapping: FieldMapping,
+    max_problems: float,
+    known: dict[str, InspectedPicture],
+) -> Built:
     built = Built(not_read=mapping.not_read)
-    parts, files = _write_parts(config, table, mapping, folder / PARTS, known or {})
+    parts, files = _write_parts(config, table, mapping, folder / PARTS, known)
     built.notes += [*table.notes, *mapping.notes]  # of the table: complete when it was read
     index = RowIndex.read(parts)
     built.rows = len(index)
@@ -69,14 +96,18 @@ def build(config: CatalogConfig, folder: Path, max_problems: float = 0.5, known:
     kept = np.setdiff1d(np.arange(len(index)), np.fromiter(unusable, dtype=np.int64, count=len(unusable)))
     vectors = _vectors(config, index, kept, built)
     order, histories = _ordered(config, index, kept, built, max_problems)
-    _note_equal_contents(index, order, built)
     writer = CatalogWriter(folder, files, mapping, built)
     position = np.full(len(index), -1, dtype=np.int64)
     position[order] = np.arange(len(order))
     in_order = None if vectors is None else vectors.take(np.searchsorted(kept, order))
     writer.write(reordered(parts, position, folder / SCRATCH), index.content_texts, order, in_order)
     writer.quarantine(index, unusable)
-    writer.finish(histories, max_problems)
+    try:
+        writer.finish(histories, max_problems)
+    except CatalogError:
+        shutil.rmtree(folder / PARTS)  # the next run looks at the pictures again: they may be there then
+        raise
+    _warn_of_repeated_content(index.content[order], built)
     for name in (PARTS, MERGED, SCRATCH):
         shutil.rmtree(folder / name, ignore_errors=True)
     return built
@@ -148,18 +179,18 @@ def _refuse_unusable_rows(files: list[Path], index: RowIndex, unusable: dict[int
     )
 
 
-def _note_equal_contents(index: RowIndex, order: np.ndarray, built: Built) -> None:
-    """Note when most items have one content: the columns that tell them apart are not mapped, or the pictures are a placeholder."""
-    content = index.content[order]  # sorted, so that equal contents are neighbours
-    starts = np.flatnonzero(np.append(True, (content[1:] != content[:-1]).any(axis=1)))
-    counts = np.diff(np.append(starts, len(order)))
-    if len(order) > 1 and counts.max() > _LARGEST_SHARE * len(order):
-        first = int(starts[counts.argmax()])
-        examples = ", ".join(map(repr, index.item_ids.take(pa.array(order[first : first + 3])).to_pylist()))
-        built.notes.append(
-            f"catalog.items: {counts.max():,} of {len(order):,} items have one and the same content, among them {examples}, and will "
-            "share their Semantic IDs; map the columns that tell them apart under catalog.fields"
-        )
+def _warn_of_repeated_content(content: np.ndarray, built: Built) -> None:
+    """Warn if more than half of the items share one content. `content`: (N, 4), equal rows beside each other."""
+    starts = np.flatnonzero(np.concatenate([[True], (content[1:] != content[:-1]).any(axis=1)])) if len(content) else np.empty(0, np.int64)
+    largest = int(np.diff(np.append(starts, len(content))).max(initial=0))
+    if largest < 2 or largest <= _LARGEST_SHARE * len(content):
+        return
+    note = (
+        f"{largest:,} of {len(content):,} items have the same text, pictures, categories and attributes, and will share one Semantic ID; "
+        "correct catalog.fields if they should differ"
+    )
+    built.notes.append(note)
+    warnings.warn(f"catalog.items: {note}", stacklevel=2)
 
 
 def _vectors(config: CatalogConfig, index: RowIndex, kept: np.ndarray, built: Built) -> ItemVectors | None:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field
 
 from mmsid._version import __version__
-from mmsid.artifacts import file_sha256, is_complete, read_manifest, read_table, writing
+from mmsid.artifacts import file_sha256, is_complete, is_rewritten, read_manifest, read_table, restore, rewriting, writing
 from mmsid.catalog.config import CatalogConfig
 from mmsid.catalog.fields import not_read_text
 from mmsid.catalog.ingest.build import build
@@ -21,6 +20,7 @@ from mmsid.catalog.item_table import ItemTable
 from mmsid.catalog.pictures import InspectedPicture
 from mmsid.config import StageConfig
 from mmsid.progress import done, is_main_process
+from mmsid.ray_pool import Engine, RayConfig
 
 STAGE = "ingest"
 _SECONDS_BETWEEN_LOOKS = 1.0
@@ -33,14 +33,22 @@ class IngestConfig(StageConfig):
     Attributes:
         catalog: the sources.
         max_problems: share of the rows, of the pictures, or of the interactions that may be unusable. Above it the stage stops with the
-            likely cause.
+            likely cause. A draft can be resumed with another value.
+        ray: options of `--engine ray`, which looks at the pictures; not part of the manifest.
     """
+
+    execution_keys: ClassVar[tuple[str, ...]] = ("max_problems",)
 
     catalog: CatalogConfig
     max_problems: float = Field(default=0.5, ge=0.0, le=1.0)
+    ray: RayConfig = Field(default=RayConfig(), exclude=True)
+
+    def inputs(self) -> dict[str, Path | None]:
+        """The local files of all tables."""
+        return self.catalog.input_files()
 
 
-def run(config: IngestConfig) -> Path:
+def run(config: IngestConfig, engine: Engine = "local") -> Path:
     """Read the sources, unless the folder is finished and they have not changed. Returns the folder.
 
     It contains `items.arrow` (`item_table.SCHEMA`, in canonical order), `problems.parquet`, and `histories/` and `vectors.npy` where the
@@ -53,32 +61,24 @@ def run(config: IngestConfig) -> Path:
         while not is_current(config):
             time.sleep(_SECONDS_BETWEEN_LOOKS)
         return config.out
-    if is_current(config):
+    restore(config.out)
+    if is_current(config) and not is_rewritten(config.out):
         done(f"{STAGE}: the sources are unchanged, kept ({config.out})")
         return config.out
-    earlier = config.out.with_name(f".{config.out.name}.earlier")
-    if is_complete(config.out):
-        shutil.rmtree(earlier, ignore_errors=True)
-        os.replace(config.out, earlier)
-    try:
-        built = _write(config, earlier)
-    except BaseException:
-        if is_complete(earlier) and not config.out.exists():
-            os.replace(earlier, config.out)
-        raise
-    shutil.rmtree(earlier, ignore_errors=True)
+    known = _pictures(config.out, config.catalog.root) if is_complete(config.out) and not is_rewritten(config.out) else {}
+    with rewriting(config.out):
+        built = _write(config, known, config.ray if engine == "ray" else None)
     for line in summary(built):
         done(f"{STAGE}: {line}")
     done(f"{STAGE}: wrote {built.items:,} items to {config.out}")
     return config.out
 
 
-def _write(config: IngestConfig, earlier: Path) -> Built:
+def _write(config: IngestConfig, known: dict[str, InspectedPicture], ray: RayConfig | None) -> Built:
     catalog = config.catalog
-    files = {name: path for name, path in catalog.input_files().items() if path is not None}
+    files = {name: path for name, path in config.inputs().items() if path is not None}
     with writing(config.out, stage=STAGE, config=config, inputs=files, resume=True) as draft:
-        known = _pictures(earlier, catalog.root) if is_complete(earlier) else {}
-        built = build(catalog, draft.path, config.max_problems, known)
+        built = build(catalog, draft.path, config.max_problems, known, ray)
         draft.counts |= {"in": built.rows, "ok": built.rows - built.quarantined, "quarantined": built.quarantined}
         draft.counts |= {"items": built.items, "merged": built.merged}
         sources = {name: _state(path) for name, path in files.items()}
@@ -111,7 +111,7 @@ def is_current(config: IngestConfig) -> bool:
         return False
     manifest = read_manifest(config.out, STAGE)
     made = CatalogConfig(**manifest["config"]["catalog"])
-    files = {name: path for name, path in config.catalog.input_files().items() if path is not None}
+    files = {name: path for name, path in config.inputs().items() if path is not None}
     sources: dict[str, Any] = manifest["extra"]["sources"]
     if (
         made.reading(Path(manifest["extra"]["working_folder"])) != config.catalog.reading()
