@@ -12,6 +12,7 @@ LEVEL |= {
     "artifacts": 1,
     "config": 1,
     "identity": 1,
+    "id_columns": 1,
     "disk": 1,
     "progress": 1,
     "accelerator": 1,

@@ -28,6 +28,7 @@ from mmsid.annotate.job_inputs import JobInput, Task, not_asked
 from mmsid.annotate.records import Record
 from mmsid.artifacts import Draft, read_table, sha256, write_table
 from mmsid.errors import AnnotationError, ArtifactError
+from mmsid.id_columns import with_id_column
 from mmsid.progress import track
 from mmsid.ray_pool import Engine
 
@@ -213,7 +214,7 @@ class _Job:
 
     def _write(self, shard: _Shard, rows: list[dict[str, Any]]) -> None:
         table = self._table(rows)
-        write_table(shard.path, table, {"content_sha256": shard.digest})
+        write_table(shard.path, with_id_column(table, self.task.integer_ids), {"content_sha256": shard.digest})
         self.job_counts.add(table, shard.not_asked)
 
     def _table(self, rows: list[dict[str, Any]]) -> pa.Table:
