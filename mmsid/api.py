@@ -32,18 +32,19 @@ def _run(stage: str, out: PathLike, catalog: CatalogSettings | None, settings: M
     return run_stage(stage, given, engine)
 
 
-def ingest(out: PathLike, catalog: CatalogSettings, **settings: Any) -> Path:
+def ingest(out: PathLike, catalog: CatalogSettings, *, engine: Engine = "local", **settings: Any) -> Path:
     """Read a catalogue once: items, pictures and user histories. `catalog=out` then opens it in every other stage.
 
     Args:
         out: folder to write. A folder whose sources have changed is written again.
         catalog: keys of the `catalog:` section, or the path of its items table.
+        engine: "local", or "ray" to look at the pictures on a Ray cluster.
         settings: keys of `IngestConfig`.
 
     Raises:
         ConfigError, CatalogError, ArtifactError: invalid settings, catalogue or folders; too many unusable rows or pictures.
     """
-    return _run("ingest", out, catalog, settings)
+    return _run("ingest", out, catalog, settings, engine)
 
 
 def train_captioner(out: PathLike, catalog: CatalogSettings | None = None, **settings: Any) -> Path:

@@ -8,16 +8,17 @@ A finished folder is written again inside `rewriting` only, and stays until the 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,6 +26,7 @@ from pydantic import BaseModel
 from safetensors import SafetensorError
 
 from mmsid._version import __version__
+from mmsid.config import StageConfig
 from mmsid.disk import disk_errors, folder_lock, fsync, replacing
 from mmsid.errors import ArtifactError
 from mmsid.identity import deciding
@@ -36,8 +38,12 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 CHECKSUMS = "SHA256SUMS"
+_POLL_SECONDS = 0.2
 MARKER = "draft.json"  # hash of the configuration and inputs of a draft
 
+ConfigT = TypeVar("ConfigT", bound=StageConfig)
+Parameters = ParamSpec("Parameters")
+_STARTED = time.time()  # of this process
 _rewritten: ContextVar[frozenset[Path]] = ContextVar("_rewritten", default=frozenset())
 
 
@@ -145,6 +151,23 @@ def restore(out: Path) -> None:
 
 def _earlier(out: Path) -> Path:
     return Path(out).parent / f".{Path(out).name}.earlier"
+
+
+def on_main_process(run: Callable[Concatenate[ConfigT, Parameters], Path]) -> Callable[Concatenate[ConfigT, Parameters], Path]:
+    """Decorator of a stage that works in one process: under a launcher, rank 0 runs it and the other ranks wait for its folder.
+
+    Waiting has no time limit, because the launcher ends all ranks when one of them fails.
+    """
+
+    @functools.wraps(run)
+    def run_once(config: ConfigT, *arguments: Parameters.args, **options: Parameters.kwargs) -> Path:
+        if is_main_process():
+            return run(config, *arguments, **options)
+        while not is_complete(config.out) or (is_rewritten(config.out) and (config.out / MANIFEST).stat().st_mtime < _STARTED):
+            time.sleep(_POLL_SECONDS)
+        return config.out
+
+    return run_once
 
 
 def read_manifest(folder: Path, stage: str | None = None) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 mmsid run CONFIG [key=value ...] [--redo STAGE]      every stage of the configuration in order; a second call resumes
 mmsid STAGE --config CONFIG [key=value ...] [--redo] one stage; also `accelerate launch scripts/STAGE.py --config CONFIG`
-                                                     caption, interests, assign and recommend take `--engine ray` (Ray)
+                                                     ingest, caption, interests, assign, recommend: `--engine ray`
 mmsid assign --config CONFIG --append SIDS           Semantic IDs for new items; the published codes in SIDS stay unchanged
                                                      --refresh moves published items whose behaviour has become sure
 mmsid recommend --config CONFIG [--users FILE] [--k K]   the best K items for every user, as parquet files
@@ -29,7 +29,7 @@ from mmsid._version import __version__
 from mmsid.artifacts import is_complete, read_manifest, rewriting, write_json
 from mmsid.config import build, load_yaml
 from mmsid.errors import ConfigError, MmsidError
-from mmsid.progress import done
+from mmsid.progress import done, show
 from mmsid.stages import INGEST, ON_RAY, STAGES, run_stages, run_unless_finished, stage_configs
 
 
@@ -106,8 +106,8 @@ def _catalog(arguments: list[str]) -> None:
     run_stages({INGEST: configs[INGEST]})
     config = configs[INGEST].catalog.model_copy(update={"ingested": configs[INGEST].out})
     catalog = read_catalog(config)
-    print(summary(describe(catalog, split_histories(catalog, config.split))))
-    print(problems.text(problems.problems(configs[INGEST].out)), end="")
+    show(summary(describe(catalog, split_histories(catalog, config.split))))
+    show(problems.text(problems.problems(configs[INGEST].out)).rstrip())
 
 
 def _init(arguments: list[str]) -> None:
@@ -124,7 +124,7 @@ def _init(arguments: list[str]) -> None:
         raise ConfigError(f"{out} exists; remove it, or name another file with --out")
     proposal = propose(parsed.sources, parsed.events)
     text = config_text(proposal, name)
-    print(proposal_table(proposal))
+    show(proposal_table(proposal))
     out.write_text(text, encoding="utf-8")
     stage_configs(load_yaml(out), source=str(out))
     done(f"init: wrote {out}; look at it, then `mmsid catalog --config {out}` and `mmsid run {out}`")
@@ -157,7 +157,7 @@ def _churn(arguments: list[str]) -> None:
     from mmsid.sids.churn import churn_report, churn_table
 
     report = churn_report(SidTable.load(parsed.old), SidTable.load(parsed.new))
-    print(churn_table(report), end="")
+    show(churn_table(report).rstrip())
     if parsed.out is not None:
         write_json(parsed.out, report)
 
@@ -191,7 +191,7 @@ def _quantize(arguments: list[str]) -> None:
             run(config)
     else:
         run_unless_finished("quantize", config, run)
-    print((config.out / REPORT).read_text(encoding="utf-8"), end="")
+    show((config.out / REPORT).read_text(encoding="utf-8").rstrip())
 
 
 def _bundle(arguments: list[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
@@ -63,6 +64,12 @@ def track(
             yield element
             text = " ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in (note or {}).items())
             progress.update(task, advance=size(element), note=text)
+
+
+def show(text: str) -> None:
+    """Print a result to standard output. Characters that its encoding lacks are written as backslash escapes, and never end a job."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding))
 
 
 def done(line: str) -> None:

@@ -38,7 +38,7 @@ _STAGES = {
 STAGES = tuple(_STAGES)
 INGEST = STAGES[0]  # the only stage that reads the user's files; part of every run
 ConfigT = TypeVar("ConfigT", bound=StageConfig)
-ON_RAY = ("caption", "interests", "assign", "recommend")  # stages that accept engine="ray"
+ON_RAY = ("ingest", "caption", "interests", "assign", "recommend")  # stages that accept engine="ray"
 
 
 class RunHeader(Section):

@@ -33,3 +33,21 @@ def ray():
         ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
     yield ray
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def drawn_shop(tmp_path_factory):
+    """A small catalogue that tests of input formats write in other forms."""
+    from drawn_shop import Shop
+
+    return Shop(tmp_path_factory.mktemp("shop"))
+
+
+@pytest.fixture(scope="session")
+def shop_server(drawn_shop):
+    """A web server on loopback for the pictures of `drawn_shop`."""
+    from drawn_shop import FileServer
+
+    running = FileServer(drawn_shop.folder)
+    yield running
+    running.close()

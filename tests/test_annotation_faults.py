@@ -1,25 +1,43 @@
 """Faults of annotation that must not end a job or pass silently: missing captions, early failure, refused pictures, other processes."""
 
+import io
 import json
+import shutil
+import sys
+import threading
+import time
 import warnings
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from annotate_stub import StubGenerator, caption_config, rows_of, write_catalog
 from chat_server import ChatServer
 from PIL import Image
 from tiny_backbones import tiny_bert, tiny_llava
+from tiny_catalog import write_annotations
+from tiny_catalog import write_catalog as write_tiny
 from transformers import Qwen2VLImageProcessorPil
 
+import mmsid
 from mmsid.annotate.caption import run
 from mmsid.annotate.generator import GenerationFailure
 from mmsid.annotate.huggingface import HuggingFaceGenerator
+from mmsid.annotate.interests import InterestsConfig
+from mmsid.annotate.interests import run as run_interests
+from mmsid.annotate.judge import JudgeConfig
+from mmsid.annotate.judge import run as run_judge
 from mmsid.artifacts import read_manifest
 from mmsid.backbone.devices import torch_device
-from mmsid.errors import AnnotationError, ConfigError
+from mmsid.catalog import CatalogConfig, read_catalog
+from mmsid.errors import AnnotationError, ArtifactError, ConfigError
+from mmsid.sids import SidTable
+from mmsid.tokenizer import assign, baselines, train
 from mmsid.tokenizer.backbones import BackboneSettings
-from mmsid.tokenizer.inputs import ItemInput
+from mmsid.tokenizer.bundle import write_bundle
+from mmsid.tokenizer.inputs import ItemInput, load_inputs
 from mmsid.tokenizer.model import ItemTokenizer, TokenizerSettings
 from mmsid.tokenizer.reconstruction import FrozenDecoder
 
@@ -206,3 +224,130 @@ def test_damaged_weights_of_a_model_folder_are_named_with_their_remedy(tmp_path,
     ):
         with pytest.raises(ConfigError, match=f"model.safetensors .*{message}"):
             load()
+
+
+# annotations that do not cover the items
+
+
+@pytest.fixture(scope="module")
+def annotated(tmp_path_factory) -> dict:
+    """A tokenizer that was trained with captions and interests of 24 items, the SIDs of these, and a catalogue of 30."""
+    folder = tmp_path_factory.mktemp("annotated")
+    (folder / "old").mkdir()
+    (folder / "grown").mkdir()
+    old, grown = (write_tiny(folder / name, items=count, sequences=False) for name, count in (("old", 24), ("grown", 30)))
+    captions, interests = write_annotations(folder / "old", old)
+    settings = {"codebook_size": 6, "num_levels": 2, "steps": 0, "reconstruct": "off", "captions": captions, "interests": interests}
+    backbone = BackboneSettings(path=tiny_bert(folder / "bert"), max_length=40, lora={"r": 2})
+    tokenizer = train.run(train.TrainTokenizerConfig(out=folder / "tokenizer", catalog=old, backbone=backbone, **settings))
+    world = {"folder": folder, "old": old, "grown": grown, "tokenizer": tokenizer, "captions": captions, "interests": interests}
+    return world | {"sids": _assigned(world, folder / "sids", "old")}
+
+
+def _assigned(world: dict, out: Path, catalog: str, **changes) -> Path:
+    given = {"captions": world["captions"], "interests": world["interests"]} | changes
+    return assign.run(assign.AssignConfig(out=out, tokenizer=world["tokenizer"], catalog=world[catalog], **given))
+
+
+def test_the_coverage_is_told_in_one_line(annotated, tmp_path, capsys):
+    _assigned(annotated, tmp_path / "sids", "old")
+    told = capsys.readouterr().err.splitlines()
+    assert told.count("captions cover 22 of 24 items (no usable text for 2)") == 1, "the first is sensitive, the last quarantined"
+    assert told.count("interests cover 22 of 24 items (no usable text for 2)") == 1
+    load_inputs(read_catalog(annotated["grown"]), annotated["captions"], None)
+    assert capsys.readouterr().err == "captions cover 22 of 30 items (no row for 6, no usable text for 2)\n"
+
+
+def test_new_items_without_annotations_are_not_appended_unless_allowed(annotated, tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"trained with captions, but 6 of 6 new items have no row in .*caption .*'i\d+', 'i\d+', 'i\d+', "
+    ) as raised:
+        _assigned(annotated, tmp_path / "sids", "grown", append=annotated["sids"])
+    assert "Run the stage caption" in str(raised.value) and "assign.allow_missing_annotations=true" in str(raised.value)
+    captions, interests = write_annotations(tmp_path, annotated["grown"])
+    with pytest.raises(ConfigError, match=r"trained with interests, but 6 of 6 new items have none, because assign.interests is not set"):
+        _assigned(annotated, tmp_path / "sids", "grown", append=annotated["sids"], captions=captions, interests=None)
+
+    complete = _assigned(annotated, tmp_path / "sids", "grown", append=annotated["sids"], captions=captions, interests=interests)
+    allowed = _assigned(annotated, tmp_path / "allowed", "grown", append=annotated["sids"], allow_missing_annotations=True)
+    raw = [SidTable.load(folder).raw_codes for folder in (complete, allowed)]
+    assert (raw[0] != raw[1]).any(), "the codes do depend on the captions"
+    assert read_manifest(allowed)["config"]["allow_missing_annotations"] is True
+    assert "allow_missing_annotations" not in read_manifest(complete)["config"]
+
+
+def test_a_catalogue_that_outgrew_its_annotations_is_not_encoded(annotated, tmp_path):
+    with pytest.raises(ConfigError, match="trained with captions, but 6 of 30 items have no row"):
+        _assigned(annotated, tmp_path / "sids", "grown")
+    with pytest.raises(ConfigError, match=r"trained with captions, but 24 of 24 items have none, because assign.captions is not set"):
+        _assigned(annotated, tmp_path / "sids", "old", captions=None)
+
+
+def test_a_catalogue_of_which_a_part_was_annotated_at_training_is_encoded(annotated, tmp_path):
+    settings = {"codebook_size": 6, "num_levels": 2, "steps": 0, "reconstruct": "off", "captions": annotated["captions"]}
+    backbone = BackboneSettings(path=str(annotated["folder"] / "bert"), max_length=40, lora={"r": 2})
+    config = train.TrainTokenizerConfig(out=tmp_path / "tokenizer", catalog=annotated["grown"], backbone=backbone, **settings)
+    world = annotated | {"tokenizer": train.run(config)}
+    assert len(SidTable.load(_assigned(world, tmp_path / "sids", "grown", interests=None))) == 30
+
+
+def test_a_bundle_remembers_what_its_tokenizer_was_trained_with(annotated, tmp_path):
+    bundle = write_bundle(annotated["tokenizer"], annotated["sids"], tmp_path / "bundle")
+    with pytest.raises(ConfigError, match="trained with captions, but 6 of 6 new items have no row"):
+        _assigned(annotated | {"tokenizer": bundle}, tmp_path / "sids", "grown", append=bundle / "sids")
+
+
+def test_annotations_of_another_catalogue_are_an_error(annotated, tmp_path):
+    rows = pq.read_table(annotated["old"].items).to_pylist()
+    for name, rename in (("other", lambda old: f"x{old}"), ("zeros", lambda old: f"0{old[1:]}"), ("plain", lambda old: old[1:])):
+        (tmp_path / name).mkdir()
+        pq.write_table(pa.Table.from_pylist([row | {"item_id": rename(row["item_id"])} for row in rows]), tmp_path / f"{name}.parquet")
+        annotated |= {name: CatalogConfig(items=tmp_path / f"{name}.parquet")}
+    train_config = {"captions": annotated["captions"], "codebook_size": 6, "num_levels": 2, "reconstruct": "off"}
+    other = annotated["other"]
+    message = r"captions cover 0 of 24 items: .* folder has 'i\w+', 'i\w+', 'i\w+', ..., the catalogue 'xi\w+', 'xi\w+', 'xi\w+', .*another"
+    for stage in (
+        lambda: train.run(train.TrainTokenizerConfig(out=tmp_path / "tokenizer", catalog=other, **train_config)),
+        lambda: baselines.run(baselines.BaselinesConfig(out=tmp_path / "baselines", catalog=other, captions=annotated["captions"])),
+        lambda: _assigned(annotated, tmp_path / "assign", "other"),
+        lambda: run_interests(
+            InterestsConfig(out=tmp_path / "mined", catalog=other, captions=annotated["captions"], prompt="interests"), StubGenerator()
+        ),
+        lambda: run_judge(
+            JudgeConfig(out=tmp_path / "j", catalog=other, model="m", captions=annotated["captions"], interests=annotated["interests"]),
+            StubGenerator(),
+        ),
+    ):
+        with pytest.raises(ArtifactError, match=message):
+            stage()
+    captions, _ = write_annotations(tmp_path / "zeros", annotated["zeros"])
+    with pytest.raises(ArtifactError, match="the same ids are written in another way"):
+        load_inputs(read_catalog(annotated["plain"]), captions, None)
+
+
+# terminals and processes
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_a_terminal_that_cannot_print_the_text_does_not_end_the_job(annotated, tmp_path, monkeypatch, encoding):
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding=encoding))  # as PYTHONIOENCODING sets it
+    run_folder = tmp_path / "über ☃"
+    shutil.copytree(annotated["sids"], run_folder / "assign")
+    assert (mmsid.write_report(run_folder / "report", annotated["old"], run_folder) / "report.html").is_file()
+    sys.stdout.flush()
+    assert {"ascii": b"/\\xfcber \\u2603/assign", "cp1252": b"/\xfcber \\u2603/assign"}[encoding] in shown.getvalue()
+
+
+def test_assign_under_a_launcher_works_on_rank_0_and_the_others_wait(annotated, tmp_path, monkeypatch):
+    finished = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    waiting = threading.Thread(target=lambda: finished.append(_assigned(annotated, tmp_path / "sids", "old")))
+    waiting.start()
+    time.sleep(0.5)
+    assert waiting.is_alive(), "rank 1 waits for the folder of rank 0"
+    monkeypatch.setenv("RANK", "0")
+    out = _assigned(annotated, tmp_path / "sids", "old")
+    waiting.join(timeout=60)
+    assert finished == [out] and len(SidTable.load(out)) == 24

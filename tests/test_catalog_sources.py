@@ -86,6 +86,7 @@ FORMATS = {
     "items.txt": csv_text(ROWS, "\t", quoting=csv.QUOTE_ALL).encode(),
     "excel.csv": ("sep=;\r\n" + csv_text(ROWS, ";")).encode(),
     "spark.csv": csv_text(ROWS, doublequote=False, escapechar="\\").encode(),
+    "spark.csv.txt": csv_text(ROWS, "|", doublequote=False, escapechar="\\").encode(),
     "bom.csv": csv_text(ROWS).encode("utf-8-sig"),
     "unicode.txt": csv_text(ROWS, "\t").encode("utf-16"),
     "big.tsv": csv_text(ROWS, "\t").encode("utf-16-be"),
@@ -206,6 +207,22 @@ def test_bytes_that_cannot_be_decoded_name_row_column_and_encoding(tmp_path, lat
     assert "utf-16" in refusal(write(tmp_path, "items.tsv", half))
 
 
+def test_a_backslash_before_a_quote_decides_wherever_it_is(tmp_path):
+    rows = [{"item_id": f"i{i}", "title": "plain, text"} for i in range(20_000)] + [{"item_id": "z", "title": 'a 5" pipe, "new"'}]
+    spark = write(tmp_path, "spark.csv", csv_text(rows, doublequote=False, escapechar="\\").encode())
+    table = open_table(spark, config_key="catalog.items")
+    assert rows_of(spark, ["item_id", "title"]) == rows and 'written \\"' in table.notes[0]
+    folder = [{"item_id": "a", "title": "C:\\"}, {"item_id": "b", "title": 'x "y\\"'}]
+    assert rows_of(write(tmp_path, "plain.csv", csv_text(folder, quoting=csv.QUOTE_ALL).encode()), ["item_id", "title"]) == folder
+
+
+def test_very_long_first_lines_of_json_files_are_recognised(tmp_path):
+    rows = [{"item_id": f"i{i}", "title": "x" * 100_000} for i in range(2)]
+    assert rows_of(write(tmp_path, "lines.json", json_lines(rows).encode()), ["item_id", "title"]) == rows
+    mapping = {row["item_id"]: row for row in rows}
+    assert rows_of(write(tmp_path, "mapping.json", json.dumps(mapping).encode()), ["item_id", "title"]) == rows
+
+
 def test_headers_are_stripped_and_doubled_columns_are_refused(tmp_path):
     rows = [{" item_id ": "a", "title\t": "x"}]
     for name, data in [("a.csv", csv_text(rows).encode()), ("a.jsonl", json_lines(rows).encode()), ("a.parquet", parquet(rows))]:
@@ -247,6 +264,9 @@ def test_files_without_quotes_are_read_as_by_the_csv_module(tmp_path):
     quoted = write(tmp_path, "b.csv", (plain.read_text() + '\n"last","x",1\n').encode())
     assert rows_of(plain, ["n", "item_id"]) == rows_of(quoted, ["n", "item_id"])[:-1]
     assert rows_of(plain, ["n", "item_id"])[2999] == {"n": "2999", "item_id": "i2999"}
+    declared = write(tmp_path, "d.csv", ("sep=,\n\n" + plain.read_text()).encode("utf-16"))
+    legacy = write(tmp_path, "e.csv", ("sep=,\r\n" + plain.read_text()).encode("cp1252"))
+    assert rows_of(declared, ["title"]) == rows_of(legacy, ["title"]) == rows_of(plain, ["title"])
     ragged = write(tmp_path, "c.csv", ("\n".join(lines) + "\nx,y\n").encode())
     assert "c.csv, row 3001: 2 cells, expected 3" in refusal(ragged)
 
@@ -441,6 +461,9 @@ def test_sources_that_are_no_table_are_refused(tmp_path):
     assert "no file matches" in refusal(tmp_path / "*.parquet")
     assert "does not exist" in refusal(tmp_path / "none.csv")
     assert "no column in common" in refusal([tmp_path / "both" / "a.csv", tmp_path / "other"])
+    write(tmp_path, "shop/items.csv", b"item_id,title,brand\na,x,y\n")
+    write(tmp_path, "shop/log.csv", b"user_id,item_id,timestamp\nu,a,1\n")
+    assert "only the columns item_id in common" in refusal(tmp_path / "shop")
     assert "holds no rows" in refusal([write(tmp_path, "1.csv", b"item_id\n"), write(tmp_path, "2.csv", b"")])
     half = [tmp_path / "1.csv", tmp_path / "both" / "a.csv"]
     assert rows_of(half, ["item_id"]) == [{"item_id": "a"}]

@@ -10,6 +10,7 @@ LEVEL = {"cli": 6, "api": 6, "stages": 5, "report": 4, "recommend": 4, "refine":
 LEVEL |= {"unchanged": 3, "sids": 2, "quantize": 2, "backbone": 2, "catalog": 2}
 LEVEL |= {
     "artifacts": 1,
+    "annotation_coverage": 1,
     "config": 1,
     "identity": 1,
     "id_columns": 1,

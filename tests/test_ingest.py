@@ -210,3 +210,23 @@ def test_a_run_ingests_first_and_a_stage_alone_does_so_too(tmp_path, capsys):
     main(["catalog", "--config", str(tmp_path / "run.yaml")])
     out = capsys.readouterr().out
     assert "items         12" in out and "not read      brand" in out and "no_picture: 12" in out
+
+
+@pytest.mark.slow
+def test_pictures_looked_at_on_ray_give_the_same_files(tmp_path):
+    source = write(tmp_path / "shop", items=20)
+    expected = files(mmsid.ingest(tmp_path / "here", source))
+    found = mmsid.ingest(tmp_path / "ray", source, engine="ray", ray={"actors": 1, "rows_per_task": 7})
+    assert files(found) == expected
+
+
+def test_a_failed_check_keeps_nothing_of_what_it_saw(tmp_path):
+    source = write(tmp_path / "shop")
+    kept = {path: path.read_bytes() for path in (tmp_path / "shop").glob("*.png")}
+    for path in kept:
+        path.unlink()
+    with pytest.raises(CatalogError):
+        mmsid.ingest(tmp_path / "ingest", source)
+    for path, data in kept.items():
+        path.write_bytes(data)
+    assert Catalog.read(mmsid.ingest(tmp_path / "ingest", source)).problems["picture_missing"] == 24 - len(kept)

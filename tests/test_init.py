@@ -55,7 +55,7 @@ def test_a_folder_of_items_pictures_and_logs(shop, capsys):
     assert "other_market.parquet: a log of which 0 % of the item ids are among the items (for example not 'z0')" in said
     data = load_yaml("c.yaml")
     assert data["catalog"]["events"].endswith("clicks.parquet") and data["catalog"]["event_types"] == {"view": 1}
-    assert list(stage_configs(data, source="c.yaml")) == ["train_tokenizer", "assign", "baselines", "train_recommender", "report"]
+    assert list(stage_configs(data, source="c.yaml")) == ["ingest", "train_tokenizer", "assign", "baselines", "train_recommender", "report"]
     main(["catalog", "--config", "c.yaml"])
     described = capsys.readouterr().out
     assert "items         40" in described and "with picture  40" in described and "users         12 with 60 interactions" in described

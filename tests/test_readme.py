@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_quantize_vectors import write_vectors
 
 from mmsid.config import load_yaml
 from mmsid.stages import stage_configs
@@ -63,6 +64,7 @@ SMALL = {
     "benchmarks/decoding.py": ["--items", "500", "--batch", "2", "--beam", "4", "--repeats", "1", "--out", "decoding.json"],
     "benchmarks/encoding.py": ["--items", "40", "--codes", "8", "--repeats", "1", "--out", "encoding.json"],
     "benchmarks/recommending.py": ["--items", "300", "--users", "3", "--out", "recommending.json"],
+    "benchmarks/quantize_scale.py": ["--items", "2000", "--dim", "8", "--out", "quantize_scale.json"],
     "benchmarks/assignment.py": ["--rows", "1000", "--dim", "16", "--sizes", "1000", "--repeats", "1", "--out", "assignment.json"],
 }
 
@@ -115,6 +117,7 @@ def test_commands_and_snippets_run(tmp_path):
         assert done.returncode == 0, f"{shown}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
 
     call(shlex.split("mmsid demo-catalog demo/catalog --items 150 --users 120 --seed 0"), "demo-catalog")
+    write_vectors(tmp_path)
     ordered = sorted(COMMANDS, key=lambda command: next((at for at, part in enumerate(FIRST) if command.startswith(part)), len(FIRST)))
     for command in ordered:
         if command.startswith("make "):

@@ -6,7 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmsid.errors import MmsidError
+from mmsid.quantize import CodebookScores, balanced_residual_kmeans
 from mmsid.sids import add_suffix, relocate, resolve
+from mmsid.sids.grouping import FreeCodes, Groups, distinct_items, lexicographic_order, prefix_keys, prefixes_of
 
 
 def table_scores(log_pi):
@@ -137,3 +139,52 @@ def test_codes_are_unique_minimal_and_independent_of_row_order(seed, sizes, num_
         group = np.flatnonzero((raw[:, :-1] == prefix).all(axis=1))
         if len(np.unique(raw[group], axis=0)) == len({hashes[row] for row in group}):
             assert np.array_equal(codes[group], raw[group])
+
+
+def test_candidates_of_many_items_at_once_give_the_codes_of_one_at_a_time():
+    """Crowded codes: prefixes overflow, narrow beams fail, and some items find a place only beyond their wide beam."""
+    rng = np.random.default_rng(0)
+    x = (rng.normal(size=(8, 5))[rng.integers(8, size=600)] + 0.1 * rng.normal(size=(600, 5))).astype(np.float32)
+    codebooks = balanced_residual_kmeans(x[:100], 3, 9, rounds=3).codebooks
+    raw, scores, contents = codebooks.encode(x).numpy(), CodebookScores(codebooks, x), [f"{number:04}" for number in rng.permutation(600)]
+    one_by_one = relocate(raw, scores.last_scores, contents, 9, scores.prefix_candidates)
+    at_once = relocate(raw, scores.last_scores, np.array([int(one) for one in contents]), 9, None, scores.prefix_beams)
+    assert np.array_equal(one_by_one, at_once) and len(np.unique(at_once, axis=0)) == 600
+    assert (at_once[:, :-1] != raw[:, :-1]).any(axis=1).sum() > 50
+    narrow = scores.prefix_beams(np.arange(40), 16)
+    for row in range(40):
+        prefixes = [prefix for prefix, _ in zip(scores.prefix_candidates(row), range(16), strict=False)]
+        assert [tuple(prefix) for prefix in narrow[row].tolist()] == [prefix for prefix, _ in prefixes]
+
+
+def test_free_codes_by_hand():
+    # prefixes of two levels with 2 and 3 codes; (0, 1) has one free code left, (1, 2) none; two last codes
+    free = FreeCodes(np.array([1, 5]), np.array([1, 0]), (2, 3), 2)
+    assert free.counts(np.array([0, 1, 5])).tolist() == [2, 1, 0]
+    assert free.take(1) and not free.take(1) and not free.take(5)
+    assert free.take_nearest((0, 1)) == 0  # (0, 0) is the first free prefix that starts with 0
+    assert free.take(0) and not free.take(0) and free.take(2) and free.take(2)
+    assert free.take_nearest((0, 1)) == 3  # every (0, .) is full, so the first free one that starts with 1
+    assert [free.take_nearest((1, 2)) for _ in range(3)] == [3, 4, 4]
+    assert free.take_nearest((1, 2)) is None and free.counts(np.arange(6)).tolist() == [0] * 6
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 3), st.integers(0, 1)), min_size=1, max_size=30), st.booleans())
+@settings(deadline=None)
+def test_groups_and_keys_agree_with_a_dictionary(rows, huge):
+    codes = np.array(rows)
+    sizes = (2**40, 2**40, 3) if huge else (3, 4, 2)  # keys beyond int64 are Python integers
+    keys = prefix_keys(codes, sizes)
+    assert np.array_equal(prefixes_of(keys, sizes), codes)
+    assert codes[lexicographic_order(codes, sizes)].tolist() == sorted(map(list, rows))
+    groups = Groups.of(keys)
+    expected = {row: [at for at, other in enumerate(rows) if other == row] for row in sorted(set(rows))}
+    assert [groups[at].tolist() for at in range(len(groups))] == list(expected.values())
+    last = np.arange(len(rows)) % 2
+    repeated = [len({int(last[at]) for at in members}) < len(members) for members in expected.values()]
+    assert groups.repeats(last).tolist() == repeated and groups.any(last == 1).tolist() == [bool(last[m].any()) for m in expected.values()]
+
+
+def test_duplicates_whose_raw_codes_differ_take_the_smallest_ones():
+    rows, inverse, codes = distinct_items(np.array([[2, 1], [0, 5], [2, 0], [0, 5]]), np.array([7, 3, 7, 9]))
+    assert rows.tolist() == [1, 2, 3] and inverse.tolist() == [1, 0, 1, 2] and codes.tolist() == [[0, 5], [2, 0], [0, 5]]

@@ -19,7 +19,7 @@ from mmsid.annotate.job import annotate
 from mmsid.annotate.job_config import ModelJobConfig
 from mmsid.annotate.job_inputs import JobInput, Task
 from mmsid.annotate.prompts import PLACEHOLDER, Prompt, evidence_json, load_prompt
-from mmsid.annotate.readers import read_captions
+from mmsid.annotate.readers import captions_of
 from mmsid.annotate.records import Interests, parse_interests
 from mmsid.artifacts import sha256, writing
 from mmsid.catalog import Catalog, Item, co_engagement, read_catalog, split_histories
@@ -78,7 +78,7 @@ def run(config: InterestsConfig, generator: Generator | None = None, engine: Eng
     with writing(config.out, stage="interests", config=config, inputs=config.inputs(), resume=True) as draft:
         catalog = read_catalog(config.catalog)
         task = replace(task, integer_ids=catalog.integer_ids)
-        captions = read_captions(config.captions) if reads_captions else {}
+        captions = captions_of(catalog, config.captions if reads_captions else None)
         total = len(catalog.items)
         if from_behaviour:
             inputs = _coengagement_inputs(config, catalog, captions)

@@ -16,7 +16,7 @@ from mmsid.annotate.job import annotate
 from mmsid.annotate.job_config import ModelJobConfig
 from mmsid.annotate.job_inputs import JobInput, Task
 from mmsid.annotate.prompts import evidence_json, load_prompt
-from mmsid.annotate.readers import ItemInterests, read_captions, read_interests
+from mmsid.annotate.readers import ItemInterests, captions_of, interests_of
 from mmsid.annotate.records import Judgement, parse_judgement
 from mmsid.artifacts import is_complete, read_manifest, writing
 from mmsid.backbone.packaged_weights import DEMO
@@ -69,8 +69,7 @@ def run(config: JudgeConfig, generator: Generator | None = None) -> Path:
     with writing(config.out, stage="judge", config=config, inputs=config.inputs(), resume=True) as draft:
         catalog = read_catalog(config.catalog)
         task = replace(task, integer_ids=catalog.integer_ids)
-        captions = read_captions(config.captions) if config.captions is not None else {}
-        interests = read_interests(config.interests)
+        captions, interests = captions_of(catalog, config.captions), interests_of(catalog, config.interests)
         inputs = [one for item in catalog.items for one in _job_inputs(item, interests, captions)]
         annotate(inputs, len(inputs), task, generator or build_generator(config, Judgement), config, draft)
         draft.extra.update(catalog_sha256=catalog.sha256, prompt=prompt.name, prompt_sha256=prompt.sha256)

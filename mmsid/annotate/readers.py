@@ -13,11 +13,22 @@ from pathlib import Path
 import numpy as np
 
 from mmsid.annotate.records import Interest
+from mmsid.annotation_coverage import report_coverage
 from mmsid.artifacts import read_manifest, read_table
+from mmsid.catalog import Catalog
 from mmsid.catalog.annotations import SENSITIVE, read_captions, read_ok_rows, read_rows
 from mmsid.id_columns import with_text_ids
 
-__all__ = ["ItemInterests", "read_captions", "read_interests", "read_judgements", "read_rows", "read_text_quality"]
+__all__ = [
+    "ItemInterests",
+    "captions_of",
+    "interests_of",
+    "read_captions",
+    "read_interests",
+    "read_judgements",
+    "read_rows",
+    "read_text_quality",
+]
 
 
 @dataclass(frozen=True)
@@ -39,6 +50,30 @@ def read_interests(folder: Path) -> dict[str, ItemInterests]:
         )
         for row in read_ok_rows(folder, "interests", ("item_id", "descriptors", "summary", "source"), (SENSITIVE,))
     }
+
+
+def captions_of(catalog: Catalog, folder: Path | None) -> dict[str, str]:
+    """`read_captions` for the items of a catalogue, {} for None. Prints how many items the captions cover.
+
+    Raises:
+        ArtifactError: the folder is unusable, or was made from another catalogue.
+    """
+    if folder is None:
+        return {}
+    captions = read_captions(folder)
+    report_coverage("captions", folder, [item.item_id for item in catalog.items], captions)
+    return captions
+
+
+def interests_of(catalog: Catalog, folder: Path) -> dict[str, ItemInterests]:
+    """`read_interests` for the items of a catalogue. Prints how many items the interests cover.
+
+    Raises:
+        ArtifactError: the folder is unusable, or was made from another catalogue.
+    """
+    interests = read_interests(folder)
+    report_coverage("interests", folder, [item.item_id for item in catalog.items], interests)
+    return interests
 
 
 def read_judgements(folder: Path) -> dict[tuple[str, int], int]:

@@ -31,6 +31,7 @@ class Columns:
         names: all columns of the files.
         table: those that were selected.
         starts, files: first row of each file of several, and the file.
+        notes: what was detected while reading, one line per fact.
     """
 
     path: Path
@@ -40,6 +41,7 @@ class Columns:
     unit: str
     starts: Sequence[int] = ()
     files: Sequence[Path] = ()
+    notes: Sequence[str] = ()
 
     def place(self, row: int) -> str:
         """Location of a row for messages: `file, row n`."""
@@ -80,6 +82,7 @@ def read_columns(path: Source | Sequence[Source], selected: Sequence[str], *, co
         unit,
         starts if several else (),
         files if several else (),
+        opened.notes,
     )
 
 

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
+from pydantic import Field, PlainValidator, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from mmsid.artifacts import is_complete, read_manifest
 from mmsid.catalog.sources.locate import Source, as_source, folder_of, named_files, shown
@@ -134,7 +134,7 @@ class SplitConfig(Section):
         return self
 
 
-Sources = Annotated[Source | tuple[Source, ...], BeforeValidator(as_source)]
+Sources = Annotated[Source | tuple[Source, ...], PlainValidator(as_source)]  # a JSON text becomes a path, too
 
 
 def _picture_cache() -> Path:

@@ -72,9 +72,9 @@ def open_log(config: CatalogConfig, notes: list[str]) -> LogColumns:
     finder = _Finder(first, config)
     per_user = finder.is_per_user(key)
     found = finder.per_user(key) if per_user else finder.per_event(key)
-    notes += finder.notes
     wanted = [name for name in found.values() if name is not None]
     columns = first if set(wanted) <= set(first.table.column_names) else read_columns(source, wanted, config_key=f"catalog.{key}")
+    notes += [*columns.notes, *finder.notes]
     unread = [name for name in first.names if name not in wanted]
     if unread:
         notes.append(f"{first.path}: not read: {', '.join(unread)}{_advice(unread, per_user, config)}")

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from mmsid.catalog.columns import is_number
+from mmsid.catalog.times import is_number
 from mmsid.errors import CatalogError
 
 ITEM_ID, VECTOR = "item_id", "vector"
@@ -179,8 +179,7 @@ class DatasetPart(_ListPart):
 
     def _lists(self, rows: int) -> Iterator[pa.Array]:
         for table in self._dataset.select_columns([self.vector_column]).iter(rows):
-            column = table[self.vector_column].combine_chunks()
-            yield column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
+            yield from table[self.vector_column].chunks
 
     def ids(self, column: str) -> pa.ChunkedArray:
         """See `Part`."""

@@ -10,6 +10,7 @@ import torch
 from mmsid.quantize.codebooks import ResidualCodebooks, row_blocks
 
 _BEAMS = (16, 1024)
+_MARGIN_ROWS = 2048  # the scores of one level (rows x codes) stay in the CPU cache
 _BEAM_BYTES = 64 * 2**20  # float64 scores of one block of items in a beam search
 
 
@@ -104,23 +105,23 @@ class CodebookScores:
 
         It is negative where another code fits better.
         """
-        codes = torch.as_tensor(codes).long()
-        result = np.empty(len(codes), dtype=np.float32)
-        for rows in row_blocks(len(codes)):
-            result[rows] = self.margin_of(self.x[rows], codes[rows])
-        return result
+        return self.margin_of(self.x, torch.as_tensor(codes).long())
 
-    def margin_of(self, x: torch.Tensor, codes: torch.Tensor) -> np.ndarray:
-        """`margin` of other vectors (n, D) with the codes (n, L)."""
-        residual = x.double()
-        least = torch.full((len(residual),), torch.inf, dtype=torch.float64)
-        for level in range(self.codebooks.num_levels if self.codebooks.codebook_size > 1 else 0):
-            chosen = codes[:, level : level + 1]
-            scores = self._logits(residual, level)  # log pi but for a constant of the row
-            own = scores.gather(1, chosen)[:, 0]
-            least = torch.minimum(least, own - scores.scatter(1, chosen, -torch.inf).max(dim=1).values)
-            residual = residual - self._vectors[level][chosen[:, 0]]
-        return least.float().numpy()
+    def margin_of(self, x: torch.Tensor, codes: torch.Tensor, dtype: torch.dtype = torch.float64) -> np.ndarray:
+        """`margin` of other vectors (n, D) with the codes (n, L). float32 takes a fifth of the time."""
+        result = torch.full((len(x),), torch.inf, dtype=dtype)
+        vectors = self._vectors.to(dtype)
+        weights = [2 * level.T / temperature for level, temperature in zip(vectors, self.temperature, strict=True)]
+        offsets = [(-norms / temperature).to(dtype) for norms, temperature in zip(self._norms, self.temperature, strict=True)]
+        for rows in row_blocks(len(x), _MARGIN_ROWS):
+            residual = x[rows].to(dtype)
+            for level in range(self.codebooks.num_levels if self.codebooks.codebook_size > 1 else 0):
+                chosen = codes[rows, level : level + 1]
+                scores = torch.addmm(offsets[level], residual, weights[level])  # log pi but for a constant of the row
+                own = scores.gather(1, chosen)[:, 0]
+                torch.minimum(result[rows], own - scores.scatter_(1, chosen, -torch.inf).amax(dim=1), out=result[rows])
+                residual = residual - vectors[level][chosen[:, 0]]
+        return result.float().numpy()
 
     def _logits(self, residual: torch.Tensor, level: int) -> torch.Tensor:
         return (2 * residual @ self._vectors[level].T - self._norms[level]) / self.temperature[level]

@@ -114,7 +114,7 @@ def _texts(run: Path, items: Sequence[Item]) -> dict[str, list[str]]:
     captions, mined = annotations(run)
     texts = {
         "id": [item.item_id for item in items],
-        "title": [item.title or item.description for item in items],
+        "title": [item.title or item.description or item.item_id for item in items],
         "caption": [captions.get(item.item_id, "") for item in items],
         "interest": [mined[item.item_id].summary if item.item_id in mined else "" for item in items],
     }

@@ -17,7 +17,7 @@ from mmsid.artifacts import is_complete, read_json, read_table, writing
 from mmsid.catalog import CatalogConfig, read_catalog
 from mmsid.config import StageConfig
 from mmsid.id_columns import with_text_ids
-from mmsid.progress import done, is_main_process
+from mmsid.progress import done, is_main_process, show
 from mmsid.report.charts import SINGLE_SEED_NOTE, seed_count
 from mmsid.report.explore import reward_parts
 from mmsid.report.page import write_run_page
@@ -74,7 +74,7 @@ def run(config: ReportConfig) -> Path:
     if is_main_process():
         console = Console()
         # rich would truncate tables in a narrow terminal, so those get the raw Markdown
-        console.print(Markdown(summary)) if console.is_terminal and console.width >= 150 else print(summary)
+        console.print(Markdown(summary)) if console.is_terminal and console.width >= 150 else show(summary)
     done(f"report: wrote {config.out / 'summary.md'}, and {config.out / 'report.html'} to open in a browser")
     return config.out
 

@@ -1,8 +1,9 @@
 """Stage `assign`: give every item of a catalogue its Semantic ID with a trained tokenizer.
 
 Items with train interactions are read with their behaviour, if the tokenizer has a behaviour input; others by their content. Items are
-encoded in this process or on a Ray cluster; collisions are then resolved. With `append`, the items of an earlier SID folder keep their
-codes, and only new items are encoded, by their content. With `refresh`, some published items move to their behaviour reading.
+encoded in one process (rank 0 of a launcher) or on a Ray cluster; collisions are then resolved. With `append`, the items of an earlier
+SID folder keep their codes, and only new items are encoded, by their content. With `refresh`, some published items move to their
+behaviour reading.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field, field_validator, model_validator
 
-from mmsid.artifacts import Draft, manifest_folder, write_json, write_table, write_text, writing
+from mmsid.artifacts import Draft, manifest_folder, on_main_process, write_json, write_table, write_text, writing
 from mmsid.catalog import Catalog, CatalogConfig, Split, read_catalog, split_histories
 from mmsid.config import StageConfig
 from mmsid.id_columns import id_array
@@ -32,12 +33,13 @@ from mmsid.sids.table import BEHAVIOUR, CONTENT, SidTable
 from mmsid.tokenizer.behaviour import ItemBehaviour, behaviour_inputs, behaviour_of_catalog
 from mmsid.tokenizer.catalog_encoding import CatalogEncoder, CatalogEncodings
 from mmsid.tokenizer.further_readings import further_readings, shortened_behaviour
-from mmsid.tokenizer.inputs import load_inputs
+from mmsid.tokenizer.inputs import annotated_inputs, read_annotations
 from mmsid.tokenizer.model import ItemTokenizer
 from mmsid.tokenizer.publish import HeadScores, head_decoder, publish, reconstruction_figures
 from mmsid.tokenizer.published_sids import Published
 from mmsid.tokenizer.refresh import misfit, moving_items, sure_items
 from mmsid.tokenizer.text_trust import FREE_TEXT, trusted_fields
+from mmsid.tokenizer.trained_annotations import check_annotations, trained_annotations
 
 _RECONSTRUCTION_ROWS = 50_000  # items up to which the reconstruction error is measured
 
@@ -57,6 +59,8 @@ class AssignConfig(StageConfig):
         free_text_nats: limit for catalogues with untrusted texts. An item whose first code is less likely by more than this without
             title and description is encoded without them and listed in `overruled.parquet` (`mmsid.tokenizer.text_trust`). Items are
             then encoded twice. At 4, 1 % of the clean drawn ads lose their title.
+        allow_missing_annotations: encode items that were never captioned (or mined) although the tokenizer was trained with captions (or
+            interests). Their codes differ from those that captions would give.
         ray: options of `--engine ray`; not part of the manifest.
     """
 
@@ -72,6 +76,7 @@ class AssignConfig(StageConfig):
     refresh: bool = False
     max_moved: float = Field(0.05, ge=0, le=1)
     free_text_nats: float | None = Field(None, ge=0)
+    allow_missing_annotations: bool = Field(False, exclude_if=lambda allowed: not allowed)
     batch_size: int = Field(32, ge=1)
     ray: RayConfig = Field(default=RayConfig(), exclude=True)
 
@@ -100,11 +105,13 @@ class AssignConfig(StageConfig):
         return self
 
 
+@on_main_process
 def run(config: AssignConfig, engine: Engine = "local") -> Path:
     """Write a SID folder (`sids.parquet`, `intrinsic.json`, `embeddings.safetensors`, exports) to `config.out`.
 
     Raises:
-        ArtifactError, CatalogError, ConfigError: a folder or the catalogue is unusable.
+        ArtifactError, CatalogError, ConfigError: a folder or the catalogue is unusable, or items lack annotations that the tokenizer was
+            trained with.
         MmsidError: there are more distinct items than SIDs.
     """
     catalog = read_catalog(config.catalog)
@@ -113,9 +120,10 @@ def run(config: AssignConfig, engine: Engine = "local") -> Path:
     with writing(config.out, stage="assign", config=config, inputs=config.inputs()) as draft:
         encoder = CatalogEncoder(config.tokenizer.absolute(), config.catalog, config.batch_size, config.free_text_nats)
         tokenizer = encoder.load()
-        items, fields = load_inputs(catalog, config.captions, config.interests, tokenizer.settings.use or None)
+        annotations = read_annotations(catalog.items, config.captions, config.interests)
+        items, fields = annotated_inputs(catalog, annotations, tokenizer.settings.use or None)
         limited = config.free_text_nats is not None and any(name in FREE_TEXT for name in fields)
-        trusted = load_inputs(catalog, config.captions, config.interests, trusted_fields(fields))[0] if limited else None
+        trusted = annotated_inputs(catalog, annotations, trusted_fields(fields))[0] if limited else None
         known = _known_behaviour(config, tokenizer, catalog, split)
         encodings = CatalogEncodings(tokenizer, len(items), draft.path / "scores.f32")
         rows, sure, moving = np.full(len(items), -1), np.zeros(len(items), bool), None
@@ -126,6 +134,14 @@ def run(config: AssignConfig, engine: Engine = "local") -> Path:
                 sure = sure_items(published, rows, tokenizer.behaviour, known)
             known = known.only(sure)
             encodings.copy_published(published, np.where(sure, -1, rows))
+        if not config.allow_missing_annotations:
+            check_annotations(
+                trained_annotations(config.tokenizer, fields),
+                {"captions": config.captions, "interests": config.interests},
+                annotations.coverage,
+                [catalog.items[row].item_id for row in encodings.fresh],
+                appending=published is not None,
+            )
         items = known.added_to(items)
         trusted = None if trusted is None else known.added_to(trusted)
         if engine == "ray":

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from mmsid.artifacts import read_json, write_text, writing
+from mmsid.artifacts import on_main_process, read_json, write_text, writing
 from mmsid.catalog import CatalogConfig, read_catalog, split_histories
 from mmsid.config import StageConfig
 from mmsid.progress import done
@@ -75,6 +75,7 @@ class BaselinesConfig(StageConfig):
         )
 
 
+@on_main_process
 def run(config: BaselinesConfig) -> Path:
     """Write one SID folder per method below `config.out`, and the tables of all methods to `intrinsic.md`.
 

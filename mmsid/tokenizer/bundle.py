@@ -22,6 +22,7 @@ from mmsid.sids.table import FILE_NAME
 from mmsid.tokenizer.model import ItemTokenizer
 from mmsid.tokenizer.model_card import published_card
 from mmsid.tokenizer.published_sids import RETIRED
+from mmsid.tokenizer.trained_annotations import RECORD, trained_annotations
 
 FORMAT = 1
 _QUERIES = 256  # embeddings compared at once: limits memory
@@ -87,6 +88,7 @@ def write_bundle(tokenizer: Path, sids: Path, out: Path) -> Path:
                 "version": version,
                 "tokenizer_sha256": model.sha256(),
                 "catalog_sha256": table.catalog_sha256,
+                RECORD: trained_annotations(tokenizer, model.settings.use),
                 "files": {path.relative_to(draft.path).as_posix(): file_sha256(path) for path in files},
             }
         )

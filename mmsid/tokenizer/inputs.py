@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from mmsid.annotation_coverage import Coverage, report_coverage
 from mmsid.catalog import Catalog, Item
 from mmsid.catalog.annotations import SENSITIVE, read_captions, read_ok_rows
 from mmsid.catalog.records import ItemRecord, read_record
@@ -66,6 +67,33 @@ def read_mined_interests(folder: Path | None) -> dict[str, MinedInterests]:
     return found
 
 
+@dataclass(frozen=True)
+class ItemAnnotations:
+    """Captions and interests of a catalogue's items.
+
+    Attributes:
+        captions, interests: by item id; rows flagged `sensitive` are left out.
+        coverage: configuration key -> coverage of the catalogue, for every folder that was given.
+    """
+
+    captions: Mapping[str, str]
+    interests: Mapping[str, MinedInterests]
+    coverage: Mapping[str, Coverage]
+
+
+def read_annotations(items: Sequence[Item], captions: Path | None, interests: Path | None) -> ItemAnnotations:
+    """Read the annotation folders of a catalogue and print how many of its items they cover.
+
+    Raises:
+        ArtifactError: a folder is unfinished or damaged, or was made from another catalogue.
+    """
+    texts, mined = read_caption_texts(captions), read_mined_interests(interests)
+    folders = {"captions": (captions, texts), "interests": (interests, mined)}
+    ids = [item.item_id for item in items]
+    coverage = {key: report_coverage(key, folder, ids, found) for key, (folder, found) in folders.items() if folder is not None}
+    return ItemAnnotations(texts, mined, coverage)
+
+
 def readable_fields(use: Sequence[FieldName] | None, interests: Mapping[str, MinedInterests]) -> tuple[FieldName, ...]:
     """The fields that the encoder reads: those in `use`, by default all that it may read, in the order of `ALL_FIELDS`.
 
@@ -113,10 +141,17 @@ def build_inputs(
 def load_inputs(
     catalog: Catalog, captions: Path | None, interests: Path | None, use: Sequence[FieldName] | None = None
 ) -> tuple[list[ItemInput], tuple[FieldName, ...]]:
-    """`build_inputs` from annotation folders; returns the inputs and the fields in them."""
-    mined = read_mined_interests(interests)
+    """`build_inputs` from annotation folders (`read_annotations`); returns the inputs and the fields in them."""
+    return annotated_inputs(catalog, read_annotations(catalog.items, captions, interests), use)
+
+
+def annotated_inputs(
+    catalog: Catalog, annotations: ItemAnnotations, use: Sequence[FieldName] | None = None
+) -> tuple[list[ItemInput], tuple[FieldName, ...]]:
+    """`build_inputs` from annotations that were read; returns the inputs and the fields in them."""
+    mined = annotations.interests
     fields = readable_fields(use, mined)
-    return build_inputs(catalog, read_caption_texts(captions), mined if "interests" in fields else None, fields), fields
+    return build_inputs(catalog, annotations.captions, mined if "interests" in fields else None, fields), fields
 
 
 def record_input(item: ItemInput | Item | Mapping[str, Any], fields: Sequence[FieldName], reads_pictures: bool, place: str) -> ItemInput:

@@ -54,7 +54,7 @@ def quantize_report(
         f"- Raw codes: {100 * raw['colliding_share']:.2f} % of the items share their SID, at most {raw['max_bucket']:,} items one SID "
         f"(uniform codes: {100 * metrics['random_colliding_share']:.2f} %).",
         f"- Published codes ({moved['policy']}): {100 * published['colliding_share']:.2f} %"
-        + (", exact duplicates alone" if published["items_lost"] == published["exact_duplicates"] else "")
+        + (", exact duplicates alone" if 0 < published["items_lost"] == published["exact_duplicates"] else "")
         + f"; {moved['moved']:,} items were moved, {moved['spilled']:,} of them to another prefix.",
         "",
         "## Intrinsic metrics",

@@ -193,7 +193,7 @@ def assign_codes(quantizer: Quantizer, space: VectorSpace, rows: np.ndarray, lat
             if quantizer.encoder is not None:
                 writer.append(x.numpy())
             found = quantizer.encode(x)
-            codes[block], margin[block] = found.numpy(), of_fit.margin_of(x, found)
+            codes[block], margin[block] = found.numpy(), of_fit.margin_of(x, found, torch.float32)
         quantised = space.values if quantizer.encoder is None else writer.finish()
     return RawCodes(codes, margin, quantised, CodebookScores(quantizer.codebooks, quantised, of_fit.temperature))
 

@@ -24,7 +24,7 @@ from mmsid.config import StageConfig
 from mmsid.errors import ConfigError, PictureError
 from mmsid.progress import done
 from mmsid.sids.distribution import flip_rate
-from mmsid.tokenizer.inputs import MinedInterests, build_inputs, read_caption_texts, read_mined_interests
+from mmsid.tokenizer.inputs import MinedInterests, build_inputs, read_annotations, read_caption_texts, read_mined_interests
 from mmsid.tokenizer.model import Encoded, ItemTokenizer
 
 # (catalogue of changed pictures, output folder) -> caption and interests folders, made with the models of the given folders
@@ -103,8 +103,8 @@ class _Sample:
         self.items = [catalog.items[row] for row in rows]
         self.tokenizer = ItemTokenizer.from_pretrained(config.tokenizer, open_picture=self._open)
         self.use = self.tokenizer.settings.use
-        self.captions = read_caption_texts(config.captions)
-        self.interests = read_mined_interests(config.interests)
+        annotations = read_annotations(catalog.items, config.captions, config.interests)
+        self.captions, self.interests = dict(annotations.captions), dict(annotations.interests)
 
     def measure(self, reannotate: Reannotate | None) -> dict[str, Any]:
         """Name of the change -> flip rates."""

@@ -26,13 +26,14 @@ from mmsid.tokenizer.behaviour import BehaviourSettings
 from mmsid.tokenizer.behaviour_weight import WEIGHTS, choose_trust_and_weight
 from mmsid.tokenizer.code_renaming import check_sizes, rename_codes
 from mmsid.tokenizer.heads import ResidualHead
-from mmsid.tokenizer.inputs import FieldName, ItemInput, build_inputs, read_caption_texts, read_mined_interests, readable_fields
+from mmsid.tokenizer.inputs import FieldName, ItemInput, annotated_inputs, read_annotations, readable_fields
 from mmsid.tokenizer.model import ItemTokenizer, TokenizerSettings
 from mmsid.tokenizer.model_card import model_card
 from mmsid.tokenizer.objective import Labels, Objective
 from mmsid.tokenizer.reconstruction import FrozenDecoder, train_decoder
 from mmsid.tokenizer.text_limit import cut_texts
 from mmsid.tokenizer.train_config import TrainTokenizerConfig
+from mmsid.tokenizer.trained_annotations import RECORD, coverage_record
 
 MAX_GRAD_NORM = 1.0
 MEASURED_ROWS = 512  # items on which the figures are measured if the head is not refitted
@@ -62,7 +63,8 @@ class Training:
         self.published = None if config.align_codes_to is None else SidTable.load(config.align_codes_to)
         if self.published is not None:
             check_sizes(self.published, config.num_levels, config.codebook_size)
-        mined = read_mined_interests(config.interests)
+        annotations = read_annotations(catalog.items, config.captions, config.interests)
+        mined = annotations.interests
         backbone = config.backbone.fitted_to(catalog)
         fields = tuple(name for name in readable_fields(config.use, mined) if name in backbone.fields and name not in config.without)
         if not fields:
@@ -72,9 +74,8 @@ class Training:
             )
         if backbone.kind == "vlm":
             _check_pictures(catalog, fields)
-        self.inputs: list[ItemInput] = build_inputs(
-            catalog, read_caption_texts(config.captions), mined if "interests" in fields else None, fields
-        )
+        self.inputs: list[ItemInput] = annotated_inputs(catalog, annotations, fields)[0]
+        draft.extra[RECORD] = coverage_record(list(annotations.coverage.values()))
         start = config.resolved_start()
         behaviour = initialization.read_behaviour(catalog, split, start, config.seed, config.resolved_behaviour())
         if config.resolved_head() == "residual":

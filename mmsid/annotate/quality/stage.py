@@ -18,7 +18,7 @@ from mmsid.annotate.quality.calibration import accuracy_per_kind, fit_platt, ite
 from mmsid.annotate.quality.demo_examples import demo_examples, read_demo_facts
 from mmsid.annotate.quality.examples import PARTS, Example, Pair, Part, judged_examples, part_of, preference_pairs
 from mmsid.annotate.quality.model import TextModelConfig, build_text_model, encode, score_ids, train_text_model
-from mmsid.annotate.readers import read_captions, read_interests, read_judgements
+from mmsid.annotate.readers import captions_of, interests_of, read_judgements
 from mmsid.artifacts import Draft, read_manifest, write_json, write_table, writing
 from mmsid.backbone.text import no_loading_bar
 from mmsid.catalog import Catalog, CatalogConfig, Item, read_catalog
@@ -99,9 +99,9 @@ class _Job:
 
     def __init__(self, config: TextQualityConfig, catalog: Catalog, draft: Draft, is_main: bool) -> None:
         self.config, self.catalog, self.draft, self.is_main = config, catalog, draft, is_main
-        captions = read_captions(config.captions) if config.captions is not None else {}
+        captions = captions_of(catalog, config.captions)
         self.evidence = [evidence_text(item, captions.get(item.item_id, "")) for item in catalog.items]
-        self.interests = read_interests(config.interests)
+        self.interests = interests_of(catalog, config.interests)
 
     def run(self) -> None:
         """Train on all ranks; evaluate, score and write on rank 0."""

@@ -177,8 +177,6 @@ class _Resolver:
             not_read=tuple(column for column in self._columns if column not in read),
         )
         separators = self._category_separators(mapping)
-        if mapping.not_read:
-            self._notes.append(f"{self._file}: {not_read_text(mapping.not_read)}")
         return replace(mapping, separators={**separators, **mapping.separators}, notes=tuple(self._notes))
 
     def _category_separators(self, mapping: FieldMapping) -> dict[str, str]:

@@ -24,6 +24,7 @@ from mmsid.catalog.history_order import sorted_by_content
 from mmsid.catalog.ingest.built import Built
 from mmsid.catalog.ingest.index import RowIndex
 from mmsid.catalog.ingest.merging import merged_groups
+from mmsid.catalog.ingest.on_ray import inspected_on_ray
 from mmsid.catalog.ingest.rows import PictureMemory, part_rows
 from mmsid.catalog.ingest.writing import CatalogWriter
 from mmsid.catalog.picture_sources.downloads import Downloader
@@ -34,6 +35,7 @@ from mmsid.catalog.user_logs import read_histories
 from mmsid.catalog.vectors import ItemVectors, concatenated, read_vectors
 from mmsid.errors import CatalogError
 from mmsid.progress import track
+from mmsid.ray_pool import RayConfig
 
 PARTS, MERGED, SCRATCH = "parts", "merged", "scratch"  # folders of unfinished work
 _SILENT_ROWS = 10_000  # a table with fewer rows shows no progress bar
@@ -41,12 +43,19 @@ _LARGEST_SHARE = 0.5  # of the items that have one content, above which the cata
 _PICTURE_ROWS = 4_096  # rows of a part whose pictures are looked at: what an interruption can lose
 
 
-def build(config: CatalogConfig, folder: Path, max_problems: float = 0.5, known: dict[str, InspectedPicture] | None = None) -> Built:
+def build(
+    config: CatalogConfig,
+    folder: Path,
+    max_problems: float = 0.5,
+    known: dict[str, InspectedPicture] | None = None,
+    ray: RayConfig | None = None,
+) -> Built:
     """Write the files of an ingested catalogue into `folder`. Finished parts that the folder holds already are kept.
 
     Args:
         max_problems: share of the rows, or of the pictures, that may be unusable.
         known: earlier results by picture reference. A picture is not read again if its size and time are unchanged.
+        ray: look at the pictures on this Ray cluster; None: on this machine.
 
     Raises:
         CatalogError: a source is unusable, or too many of its rows or pictures are.
@@ -55,8 +64,25 @@ def build(config: CatalogConfig, folder: Path, max_problems: float = 0.5, known:
     mapping = resolve_mapping(table, config.fields, "catalog.items")
     if mapping.image and not config.root.is_dir():
         raise CatalogError(f"catalog.image_root: {config.root} is not a folder; set it to the folder with the pictures of {table.name}")
+    if ray is not None and mapping.image and not (folder / PARTS).exists():
+        known = inspected_on_ray(config, table, mapping, ray)
+    try:
+        return _build(config, folder, table, mapping, max_problems, known or {})
+    except CatalogError:
+        shutil.rmtree(folder / PARTS, ignore_errors=True)  # the user will change what they were made from
+        raise
+
+
+def _build(
+    config: CatalogConfig,
+    folder: Path,
+    table: OpenedTable,
+    mapping: FieldMapping,
+    max_problems: float,
+    known: dict[str, InspectedPicture],
+) -> Built:
     built = Built(not_read=mapping.not_read)
-    parts, files = _write_parts(config, table, mapping, folder / PARTS, known or {}, built)
+    parts, files = _write_parts(config, table, mapping, folder / PARTS, known, built)
     built.notes += [*table.notes, *mapping.notes]  # of the table: complete when it was read
     index = RowIndex.read(parts)
     built.rows = len(index)
@@ -75,11 +101,7 @@ def build(config: CatalogConfig, folder: Path, max_problems: float = 0.5, known:
     in_order = None if vectors is None else vectors.take(np.searchsorted(kept, order))
     writer.write(reordered(parts, position, folder / SCRATCH), index.content_texts, order, in_order)
     writer.quarantine(index, unusable)
-    try:
-        writer.finish(histories, max_problems)
-    except CatalogError:
-        shutil.rmtree(folder / PARTS)  # the next run looks at the pictures again: they may be there then
-        raise
+    writer.finish(histories, max_problems)
     _warn_of_repeated_content(index.content[order], built)
     for name in (PARTS, MERGED, SCRATCH):
         shutil.rmtree(folder / name, ignore_errors=True)

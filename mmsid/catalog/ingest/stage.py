@@ -20,6 +20,7 @@ from mmsid.catalog.item_table import ItemTable
 from mmsid.catalog.pictures import InspectedPicture
 from mmsid.config import StageConfig
 from mmsid.progress import done, is_main_process
+from mmsid.ray_pool import Engine, RayConfig
 
 STAGE = "ingest"
 _SECONDS_BETWEEN_LOOKS = 1.0
@@ -33,19 +34,21 @@ class IngestConfig(StageConfig):
         catalog: the sources.
         max_problems: share of the rows, of the pictures, or of the interactions that may be unusable. Above it the stage stops with the
             likely cause. A draft can be resumed with another value.
+        ray: options of `--engine ray`, which looks at the pictures; not part of the manifest.
     """
 
     execution_keys: ClassVar[tuple[str, ...]] = ("max_problems",)
 
     catalog: CatalogConfig
     max_problems: float = Field(default=0.5, ge=0.0, le=1.0)
+    ray: RayConfig = Field(default=RayConfig(), exclude=True)
 
     def inputs(self) -> dict[str, Path | None]:
         """The local files of all tables."""
         return self.catalog.input_files()
 
 
-def run(config: IngestConfig) -> Path:
+def run(config: IngestConfig, engine: Engine = "local") -> Path:
     """Read the sources, unless the folder is finished and they have not changed. Returns the folder.
 
     It contains `items.arrow` (`item_table.SCHEMA`, in canonical order), `problems.parquet`, and `histories/` and `vectors.npy` where the
@@ -64,18 +67,18 @@ def run(config: IngestConfig) -> Path:
         return config.out
     known = _pictures(config.out, config.catalog.root) if is_complete(config.out) and not is_rewritten(config.out) else {}
     with rewriting(config.out):
-        built = _write(config, known)
+        built = _write(config, known, config.ray if engine == "ray" else None)
     for line in summary(built):
         done(f"{STAGE}: {line}")
     done(f"{STAGE}: wrote {built.items:,} items to {config.out}")
     return config.out
 
 
-def _write(config: IngestConfig, known: dict[str, InspectedPicture]) -> Built:
+def _write(config: IngestConfig, known: dict[str, InspectedPicture], ray: RayConfig | None) -> Built:
     catalog = config.catalog
     files = {name: path for name, path in config.inputs().items() if path is not None}
     with writing(config.out, stage=STAGE, config=config, inputs=files, resume=True) as draft:
-        built = build(catalog, draft.path, config.max_problems, known)
+        built = build(catalog, draft.path, config.max_problems, known, ray)
         draft.counts |= {"in": built.rows, "ok": built.rows - built.quarantined, "quarantined": built.quarantined}
         draft.counts |= {"items": built.items, "merged": built.merged}
         sources = {name: _state(path) for name, path in files.items()}

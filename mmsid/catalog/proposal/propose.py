@@ -108,7 +108,7 @@ def _items_proposal(sample: Sample, logged: set[str]) -> Proposal:
     if not mapping.categories and (levels := level_columns(mapping.not_read)):
         chosen["categories"] = levels
         mapping = resolve_mapping(sample.table, Fields(**chosen), "catalog.items")
-    notes = [note for note in mapping.notes if "not read:" not in note]
+    notes = list(mapping.notes)
     against = {name: reason_against_attribute(sample, name) for name in mapping.not_read}
     labels = [name for name in mapping.not_read if against[name] is None]
     if labels:

@@ -145,6 +145,8 @@ def _json_format(text: str, named: str | None, whole: bool) -> str | None:
     if not isinstance(row, dict):
         if named == JSON_LINES and line.strip() != "{":
             return JSON_LINES
+        if not rest and not whole:  # one very long line: a mapping, or the first of several rows
+            return JSON if re.match(r'\{\s*"(?:[^"\\]|\\.)*"\s*:\s*[\[{]', text) else JSON_LINES
         return JSON if named != DELIMITED and re.match(r'\{\s*("|\}|$)', text) else None
     if rest.strip() or named == JSON_LINES or not whole:
         return JSON_LINES

@@ -21,7 +21,7 @@ from mmsid.catalog.sources.csv_dialect import Dialect, detect_dialect
 from mmsid.catalog.sources.text_encoding import TextEncoding, detect_encoding, open_text, open_utf8, undecodable
 from mmsid.errors import CatalogError
 
-MISSING = ("\\N", "NULL", "null", "nan", "NaN", "<NA>", "None")  # texts of cells that hold no value
+MISSING = pa.array(["\\N", "NULL", "null", "nan", "NaN", "<NA>", "None"], pa.large_string())  # texts of cells that hold no value
 _SAMPLE, _LONGEST_SAMPLE, _FIRST_ROWS, _BLOCK = 1 << 18, 1 << 25, 1024, 1 << 22
 _USUAL = {".tsv": "\t", ".txt": "\t"}
 
@@ -132,7 +132,7 @@ class DelimitedFile:
         rows = table.num_rows if rows is None else rows
         columns = []
         for column in table.columns:
-            found = pc.is_in(column, value_set=_MISSING)
+            found = pc.is_in(column, value_set=MISSING)
             if pc.any(found).as_py():
                 for pair in pc.value_counts(column.filter(found)).to_pylist():
                     self._missing[pair["values"]] += pair["counts"]
@@ -140,9 +140,6 @@ class DelimitedFile:
             columns.append(column)
         table = pa.table(columns, names=table.column_names)
         return Batch(table, {}, True, self.path, range(done + 1, done + rows + 1))
-
-
-_MISSING = pa.array(MISSING, pa.large_string())
 
 
 def _usual(path: Path) -> str:

@@ -26,13 +26,17 @@ class LocatedFiles:
 
 
 def as_source(value: Any) -> Any:
-    """A local source as a path, a hub id as text, a list of several as a tuple, a list of one as its element."""
-    if isinstance(value, (list, tuple)):
+    """A local source as a path, a hub id as text, a list of several as a tuple, a list of one as its element.
+
+    Raises:
+        ValueError: the value is none of these.
+    """
+    if isinstance(value, (list, tuple)) and value:
         found = tuple(map(as_source, value))
         return found[0] if len(found) == 1 else found
     if isinstance(value, (str, Path)):
         return str(value) if is_hub(value) else Path(value)
-    return value
+    raise ValueError(f"{value!r} is no source; name a file, a folder, a pattern, hf:OWNER/NAME, or a list of these")
 
 
 def is_hub(source: Source) -> bool:

@@ -100,23 +100,37 @@ def open_table(source: Source | Sequence[Source], *, config_key: str) -> OpenedT
             continue
         located = locate(one, config_key)
         facts += located.notes
+        first = len(tables)
         for path in located.files:
             contents = recognise(path, config_key)
             if contents.surprise:
                 facts.append(f"{path}: {contents.surprise}")
             tables.append(_opened(contents))
+        _refuse_other_tables([table for table in tables[first:] if not table.empty], config_key, least=0.5)
     name = shown(source)
     if all(table.empty for table in tables):
         raise _no_rows(name, config_key)
     facts += [f"{table.path}: no rows" for table in tables if table.empty]
     tables = [table for table in tables if not table.empty]
-    for other in tables[1:]:
-        if not set(other.columns) & set(tables[0].columns):
-            raise CatalogError(
-                f"{config_key}: {tables[0].path} and {other.path} have no column in common ({', '.join(tables[0].columns)} and "
-                f"{', '.join(other.columns)}); name the files of one table"
-            )
+    _refuse_other_tables(tables, config_key, least=0.0)
     return OpenedTable(name, tables, facts, config_key)
+
+
+def _refuse_other_tables(tables: Sequence[TableFile], config_key: str, least: float) -> None:
+    """Raise CatalogError when a file has hardly a column of the first file, and so belongs to another table.
+
+    Args:
+        least: share of the columns of the file with fewer columns that both must have. One column is needed in any case.
+    """
+    for other in tables[1:]:
+        first = tables[0]
+        common = set(other.columns) & set(first.columns)
+        if not common or len(common) < least * min(len(first.columns), len(other.columns)):
+            found = f"only the columns {', '.join(sorted(common))} in common" if common else "no column in common"
+            raise CatalogError(
+                f"{config_key}: {first.path} and {other.path} have {found} ({', '.join(first.columns)} and {', '.join(other.columns)}); "
+                "name the files of one table"
+            )
 
 
 def _opened(contents: Contents) -> TableFile:
