@@ -15,6 +15,7 @@ import mmsid
 from mmsid import SidTable
 from mmsid.annotate import caption
 from mmsid.annotate.readers import read_captions
+from mmsid.annotation_coverage import report_coverage
 from mmsid.artifacts import read_manifest
 from mmsid.catalog import CatalogConfig
 from mmsid.id_columns import id_array
@@ -128,7 +129,9 @@ def test_annotations_merge_and_are_read_as_texts(tmp_path):
     config = caption_config(CatalogConfig(items=tmp_path / "shop" / "items.jsonl"), tmp_path / "captions")
     caption.run(config, StubGenerator())
     assert type_of(tmp_path / "captions/shards/part-00000.parquet") == pa.int64()
-    assert read_captions(tmp_path / "captions").keys() == {str(number) for number in range(6)}
+    captions = read_captions(tmp_path / "captions")
+    assert captions.keys() == {str(number) for number in range(6)}
+    assert report_coverage("captions", tmp_path / "captions", [*captions, "7"], captions).without_row == ("7",)
 
 
 def test_quantized_vectors_keep_the_type_of_their_ids(shop, tmp_path):

@@ -64,7 +64,7 @@ class AssignConfig(StageConfig):
         ray: options of `--engine ray`; not part of the manifest.
     """
 
-    execution_keys: ClassVar[tuple[str, ...]] = ("batch_size",)
+    execution_keys: ClassVar[tuple[str, ...]] = ("batch_size", "allow_missing_annotations")
 
     tokenizer: Path
     catalog: CatalogConfig
