@@ -16,6 +16,7 @@ LEVEL |= {
     "id_columns": 1,
     "disk": 1,
     "progress": 1,
+    "progress_bar": 1,
     "accelerator": 1,
     "trl_training": 1,
     "ray_pool": 1,

@@ -5,6 +5,7 @@ The functions that build the generator, the prompt and the picture loader are sh
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -132,3 +133,5 @@ def print_summary(stage: str, draft: Draft, out: Path) -> None:
         f"{stage}: wrote {counts['in']:,} rows ({counts['ok']:,} ok, {counts['quarantined']:,} quarantined{why}; "
         f"{work.get('generated', 0):,} generations, {work.get('cache_hits', 0):,} from the cache) to {out}"
     )
+    if alike := draft.extra.get("alike"):
+        warnings.warn(f"{stage}: {alike}", stacklevel=3)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from mmsid.annotate.alike import mostly_alike
 from mmsid.annotate.annotator import Annotator, Cache, batched, job_identity
 from mmsid.annotate.cache import AnnotationCache
 from mmsid.annotate.distributed import JobProcesses
@@ -143,6 +144,9 @@ class _Job:
             return
         self.draft.counts.update(counts.counts)
         self.draft.extra.update(self.gate.judge(counts), processes=self.processes.count)
+        alike = mostly_alike(sorted(self.shards.glob("part-*.parquet")), list(self.task.record.model_fields))
+        if alike is not None:
+            self.draft.extra["alike"] = alike.describe()
 
     def _pending_shards(self, inputs: Iterable[JobInput]) -> Iterator[_Shard | int]:
         """This process's shards in order: a shard that must be made, or the row count of one that is finished (and is counted here)."""
