@@ -20,6 +20,7 @@ from mmsid.catalog.columns import no_known_id
 from mmsid.catalog.vector_files import REASONS, VectorFiles
 from mmsid.catalog.vectors import unit_rows
 from mmsid.errors import CatalogError
+from mmsid.id_columns import id_array
 from mmsid.progress import track
 from mmsid.quantize import fuse
 
@@ -178,7 +179,7 @@ def _problems(files: VectorFiles, rows: np.ndarray, faults: np.ndarray, lengths:
     paths, numbers = files.places(rows)
     return pa.table(
         {
-            "item_id": files.ids.take(pa.array(rows)).combine_chunks(),
+            "item_id": id_array(files.ids.take(pa.array(rows)).combine_chunks(), files.integer_ids),
             "file": pa.array(paths, pa.string()),
             "row": pa.array(numbers, pa.int64()),
             "reason": pa.array([REASONS[int(code)] for code in faults[rows]], pa.string()),
