@@ -37,6 +37,8 @@ _STAGES = {
 }
 STAGES = tuple(_STAGES)
 INGEST = STAGES[0]  # the only stage that reads the user's files; part of every run
+_NEED_USERS = ("train_recommender", "train_recommender_rl")
+_SHORTEST = 3  # interactions of a user with an item to train on, one to validate and one to test
 ConfigT = TypeVar("ConfigT", bound=StageConfig)
 ON_RAY = ("ingest", "caption", "interests", "assign", "recommend")  # stages that accept engine="ray"
 
@@ -95,7 +97,8 @@ def run_stages(configs: Mapping[str, StageConfig], redo: Sequence[str] = (), eng
 
     Raises:
         ArtifactError: a finished folder was written with another configuration or other inputs.
-        ConfigError: `redo` names a stage that `configs` lacks.
+        ConfigError: `redo` names a stage that `configs` lacks, or a recommender is to be trained on a catalogue without users. This is
+            noticed before the first stage.
     """
     for stage in redo:
         if stage not in configs:
@@ -111,6 +114,20 @@ def run_stages(configs: Mapping[str, StageConfig], redo: Sequence[str] = (), eng
             run(config)
         else:
             run_unless_finished(stage, config, run)
+        if stage == INGEST:
+            _refuse_without_users(configs)
+
+
+def _refuse_without_users(configs: Mapping[str, StageConfig]) -> None:
+    for stage in _NEED_USERS:
+        if stage in configs and not is_complete(configs[stage].out):
+            histories = _imported("mmsid.catalog.catalog:read_catalog")(configs[stage].catalog).histories
+            longest = int(histories.lengths.max(initial=0))
+            if longest < _SHORTEST:
+                raise ConfigError(
+                    f"{stage}: the catalogue has {len(histories):,} users, and the longest history has {longest} items; give "
+                    f"catalog.sequences or events with histories of {_SHORTEST} items or more, or remove the section {stage}"
+                )
 
 
 def run_unless_finished(stage: str, config: ConfigT, run: Callable[[ConfigT], Any]) -> None:

@@ -244,6 +244,8 @@ def test_lists_and_several_columns_of_text_are_joined():
     rows = fields_of(columns, description=["features", "description"])
     assert [row["title"] for row in rows] == ["Tea green", ""]
     assert [row["description"] for row in rows] == ["Warm\nOne.\nTwo.", "Soft"]
+    gaps = fields_of({"title": [None, "Tea", None, "Nut"], "more": [None, "green", "x", None]}, title=["title", "more"])
+    assert [row["title"] for row in gaps] == ["", "Tea green", "x", "Nut"]
     assert fields_of({"brand": ["Acme", None], "title": ["Tea", "Nut"]}, title=["brand", "title"])[0]["title"] == "Acme Tea"
     assert fields_of({"title": ["['a', 'b']", "[x] y", "['a' 'b']"]}, textual=True)[0]["title"] == "a b"
     with pytest.raises(CatalogError, match=r"row 1, field 'title': holds a dict, expected text"):

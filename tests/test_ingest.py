@@ -1,6 +1,8 @@
 """Stage `ingest`: sources are read once, later stages open the result, and changes of the sources are noticed."""
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from drawn_shop import FileServer
 from PIL import Image
 
 import mmsid
@@ -135,32 +138,56 @@ def test_too_many_missing_pictures_stop_the_stage_with_examples_and_the_remedy(t
     assert Catalog.read(mmsid.ingest(tmp_path / "ingest", source)).problems["picture_missing"] == 8
 
 
+def artefact(folder: Path) -> tuple[dict[str, bytes], list[dict]]:
+    """Files of an ingested catalogue, and its items without the times at which pictures were written."""
+    found = {name: data for name, data in files(folder).items() if name != "SHA256SUMS"}
+    items = pa.ipc.open_file(found.pop("items.arrow")).read_all().to_pylist()
+    for item in items:
+        item["creatives"] = [{**creative, "mtime_ns": 0} for creative in item["creatives"]]
+    return found, items
+
+
 @pytest.mark.slow
-def test_a_killed_ingest_resumes_to_the_same_files(tmp_path, monkeypatch):
+@pytest.mark.parametrize("remote", [False, True], ids=["files", "URLs and bytes"])
+def test_a_killed_ingest_resumes_to_the_same_files(tmp_path, monkeypatch, remote):
     source = write(tmp_path / "shop", items=60)
+    server = FileServer(tmp_path / "shop")
+    if remote:  # half of the pictures as URLs, of which some are missing on the server, the others as bytes
+        rows = pq.read_table(source["items"]).to_pylist()
+        for row in rows:
+            url, photo = row.pop("image")
+            path = tmp_path / "shop" / photo
+            row |= {"image": f"{server.url}/{url}", "photo": path.read_bytes() if path.exists() else None}
+        pq.write_table(pa.Table.from_pylist(rows), source["items"])
+        source |= {"fields": {"image": ["image", "photo"]}, "pictures": {"allow_private_hosts": True}}
+    source["picture_cache"] = str(tmp_path / "pictures")
     script = (
-        "import os, random, signal, sys, threading, time\n"
+        "import json, os, signal, sys, threading, time\n"
         "import mmsid, mmsid.catalog.ingest.build as build, mmsid.catalog.ingest.stage\n"
         "build._PICTURE_ROWS = 5\n"
         "source, out, delay = sys.argv[1:]\n"
         "threading.Thread(target=lambda: (time.sleep(float(delay)), os.kill(os.getpid(), signal.SIGKILL)), daemon=True).start()\n"
-        "mmsid.ingest(out, {'items': source + '/items.parquet', 'sequences': source + '/sequences.parquet'})\n"
+        "mmsid.ingest(out, json.loads(source))\n"
     )
     import mmsid.catalog.ingest.build as build
 
     monkeypatch.setattr(build, "_PICTURE_ROWS", 5)
-    expected = files(mmsid.ingest(tmp_path / "whole", source))
+    expected = artefact(mmsid.ingest(tmp_path / "whole", source))
+    assert sum(len(item["creatives"]) for item in expected[1]) == 80
     rng = np.random.default_rng(0)
-    killed = 0
+    killed = kept = 0
     for number in range(10):
         out = tmp_path / f"killed{number}"
-        delay = f"{rng.uniform(0.0, 0.06):.3f}"
-        child = subprocess.run([sys.executable, "-c", script, str(tmp_path / "shop"), str(out), delay], capture_output=True, text=True)
+        shutil.rmtree(tmp_path / "pictures", ignore_errors=True)
+        arguments = [sys.executable, "-c", script, json.dumps(source), str(out), f"{rng.uniform(0.0, 0.3):.3f}"]
+        child = subprocess.run(arguments, capture_output=True, text=True)
         assert child.returncode in (0, -signal.SIGKILL), child.stderr
         killed += child.returncode != 0
+        kept += child.returncode != 0 and any(tmp_path.glob(f".killed{number}*/parts/*.arrow"))
         mmsid.ingest(out, source)
-        assert files(out) == expected
-    assert killed
+        assert artefact(out) == expected
+    server.close()
+    assert killed and kept, "some were killed, after parts had been written"
 
 
 def test_a_table_of_many_chunks_is_ordered_as_a_small_one(tmp_path, monkeypatch):

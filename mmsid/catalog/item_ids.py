@@ -19,7 +19,7 @@ _SHOWN = 3
 _NULLS = ("\\N", "NULL", "<NA>", "nan", "NaN", "None")
 _FLOAT = r"^(-?\d+)\.0+$"
 _ZEROS = r"^0+(\d)"
-_ROUNDED = r"^\d([.,]\d+)?[eE]\+?\d+$"
+ROUNDED = r"^\d([.,]\d+)?[eE]\+?\d+$"  # as a spreadsheet writes long numbers
 _DECORATION = r"[\s\x{00A0}\x{200B}-\x{200F}\x{FEFF}\"'`]+"  # white space, invisible characters, quotes
 
 
@@ -141,7 +141,7 @@ class ItemIds:
     def _cause(self, unknown: pa.Array) -> str | None:
         """The likely cause and its remedy, if another spelling would make half of the unknown ids known."""
         for side, ids in (("the log", unknown), ("the items table", self.ids)):
-            if 2 * _count(ids, _ROUNDED) > len(ids):
+            if 2 * _count(ids, ROUNDED) > len(ids):
                 return f"the ids of {side} were rounded by a spreadsheet, like {ids[0].as_py()!r}; export them again as text"
         causes = {
             "the ids differ in upper and lower case; write them in the same way": pc.utf8_lower,

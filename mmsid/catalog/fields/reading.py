@@ -113,9 +113,11 @@ def _joined_texts(columns: list[Column], rows: int, separator: str) -> pa.LargeS
         return pa.array([""] * rows, pa.large_string())
     if len(parts) == 1:
         return parts[0]
-    missing = pa.scalar(None, pa.large_string())
-    filled = [pc.if_else(pc.equal(part, ""), missing, part) for part in parts]
-    return pc.fill_null(pc.binary_join_element_wise(*filled, pa.scalar(separator, pa.large_string()), null_handling="skip"), "")
+    joined, mark = parts[0], pa.scalar(separator, pa.large_string())
+    for part in parts[1:]:  # null_handling="skip" of Arrow loses rows in which all parts are null
+        both = pc.binary_join_element_wise(joined, part, mark)
+        joined = pc.if_else(pc.equal(joined, ""), part, pc.if_else(pc.equal(part, ""), joined, both))
+    return joined
 
 
 def _problems(texts: dict[str, CleanedTexts], rows: int) -> pa.LargeListArray:

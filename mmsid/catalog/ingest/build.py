@@ -27,6 +27,7 @@ from mmsid.catalog.ingest.merging import merged_groups
 from mmsid.catalog.ingest.on_ray import inspected_on_ray
 from mmsid.catalog.ingest.rows import PictureMemory, part_rows
 from mmsid.catalog.ingest.writing import CatalogWriter
+from mmsid.catalog.item_ids import ROUNDED
 from mmsid.catalog.picture_sources.downloads import Downloader
 from mmsid.catalog.picture_sources.inspection import inspect_pictures
 from mmsid.catalog.pictures import InspectedPicture
@@ -167,6 +168,9 @@ def _refuse_unusable_rows(files: list[Path], index: RowIndex, unusable: dict[int
         "no_id": "the id column is empty; correct fields.item_id",
         "duplicate_id": "ids repeat; set fields.group_by if the rows are creatives or variants of one item, or correct fields.item_id",
     }
+    twice = index.item_ids.take(pa.array([row for row, found in unusable.items() if found == "duplicate_id"], pa.int64()))
+    if 2 * (pc.sum(pc.match_substring_regex(twice, ROUNDED)).as_py() or 0) > len(twice):
+        causes["duplicate_id"] = f"ids like {twice[0].as_py()!r} were rounded by a spreadsheet; export them again as text"
     raise CatalogError(
         f"catalog.items: {len(unusable):,} of {len(index):,} rows cannot become items, {count:,} of them as {code} ({'; '.join(rows)}); "
         f"likely cause: {causes[code]}"

@@ -17,6 +17,7 @@ from mmsid.catalog.ingest.build import build
 from mmsid.catalog.ingest.built import Built
 from mmsid.catalog.ingest.writing import ITEMS, PROBLEMS
 from mmsid.catalog.item_table import ItemTable
+from mmsid.catalog.picture_sources.reasons import MAY_PASS
 from mmsid.catalog.pictures import InspectedPicture
 from mmsid.config import StageConfig
 from mmsid.progress import done, is_main_process
@@ -97,6 +98,8 @@ def summary(built: Built) -> list[str]:
     problems = built.problems + built.history_problems
     if problems:
         lines.append("problems: " + ", ".join(f"{code} {count:,}" for code, count in problems.most_common()))
+    if failed := sum(count for code, count in problems.items() if code.removeprefix("picture_") in MAY_PASS):
+        lines.append(f"{failed:,} downloads failed for reasons that may pass; `mmsid ingest --redo` asks for them again")
     if built.quarantined:
         lines.append(f"{built.quarantined:,} of {built.rows:,} rows are no items (problems.parquet lists them)")
     return lines

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from mmsid.catalog.history_order import update_hash
 from mmsid.catalog.ingest.built import Built
 from mmsid.catalog.ingest.index import RowIndex
 from mmsid.catalog.ingest.rows import PART_SCHEMA, with_problems
+from mmsid.catalog.item_ids import ROUNDED
 from mmsid.catalog.item_table import SCHEMA, lengths, texts
 from mmsid.catalog.picture_sources.reasons import REASONS
 from mmsid.catalog.vectors import ItemVectors
@@ -131,7 +133,8 @@ class CatalogWriter:
         self._built.problems.update(unusable.values())
         ids = index.item_ids.take(pa.array(rows, pa.int64())).to_pylist()
         found = [unusable[row] for row in rows]
-        self._write_problems(ids, found, [""] * len(rows), index.file[rows].tolist(), index.row[rows].tolist(), quarantined=True)
+        details = ["rounded by a spreadsheet" if item_id and re.search(ROUNDED, item_id) else "" for item_id in ids]
+        self._write_problems(ids, found, details, index.file[rows].tolist(), index.row[rows].tolist(), quarantined=True)
 
     def _write_problems(self, ids: list, codes: list, details: list, files: list, rows: list, *, quarantined: bool) -> None:
         columns = [ids, codes, details, [self._files[int(file)] for file in files], rows, [quarantined] * len(ids)]

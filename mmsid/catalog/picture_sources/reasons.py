@@ -50,6 +50,8 @@ REASONS = {
     "http_status": "the server answered with an unexpected status; correct the URL",
     "total_limit": "the run has downloaded pictures.max_total_bytes; raise the limit and run again, finished downloads are kept",
 }
+MAY_PASS = frozenset({"dns", "connection", "timeout", "http_429", "http_5xx", "total_limit"})
+"""Reasons of downloads that may succeed at another time."""
 _SHOWN = 200  # characters of a reference in a message; base64 texts have millions
 
 
