@@ -75,10 +75,10 @@ def draw(folder: Path, rows: int) -> None:
     places = np.minimum(groups[:, None] * GROUP + rng.integers(GROUP, size=(users, 8)), len(warm) - 1)
     histories = [[f"i{row}" for row in line] for line in warm[places].tolist()]
     pq.write_table(pa.table({"user_id": [f"u{user}" for user in range(users)], "items": histories}), folder / "sequences.parquet")
-    _write_encoder(folder / "encoder", words.tolist())
+    write_encoder(folder / "encoder", words.tolist())
 
 
-def _write_encoder(folder: Path, words: list[str]) -> None:
+def write_encoder(folder: Path, words: list[str]) -> None:
     """An untrained BERT of two layers of width 32 with one token per word."""
     vocabulary = {token: index for index, token in enumerate(["[UNK]", "[PAD]", "[CLS]", "[SEP]", *words, "title", ":", "."])}
     raw = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
