@@ -23,6 +23,7 @@ from mmsid.accelerator import make_accelerator
 from mmsid.artifacts import is_complete, read_json, read_table, write_json, writing
 from mmsid.catalog import Catalog, Split, read_catalog, split_histories
 from mmsid.config import load_yaml
+from mmsid.id_columns import with_text_ids
 from mmsid.recommend.training import Schedule, fit, table_paths
 from mmsid.refine import gate
 from mmsid.refine.config import RefineConfig
@@ -138,7 +139,7 @@ def proposed(start: SidTable, refined: Path) -> SidTable:
     """SIDs that refinement proposed to the gate."""
     codes = start.codes.copy()
     row = {item_id: place for place, item_id in enumerate(start.item_ids)}
-    for moved in read_table(refined / "moved.parquet").to_pylist():
+    for moved in with_text_ids(read_table(refined / "moved.parquet")).to_pylist():
         codes[row[moved["item_id"]]] = moved["codes_after"]
     return SidTable.from_codes(start.item_ids, codes, start.codebook_sizes)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from mmsid.artifacts import read_manifest, read_table
 from mmsid.errors import ArtifactError
+from mmsid.id_columns import with_text_ids
 from mmsid.progress import done
 
 STAGES = {"captions": "caption", "interests": "interests"}  # configuration key -> stage that writes the folder
@@ -67,7 +68,7 @@ def _annotated_ids(folder: Path, stage: str) -> dict[str, None]:
     read_manifest(folder, stage)
     found: dict[str, None] = {}
     for path in sorted((folder / "shards").glob("part-*.parquet")):
-        found |= dict.fromkeys(read_table(path)["item_id"].to_pylist())
+        found |= dict.fromkeys(with_text_ids(read_table(path))["item_id"].to_pylist())
     return found
 
 

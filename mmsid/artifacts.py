@@ -20,10 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import BaseModel
-from safetensors import SafetensorError
 
 from mmsid._version import __version__
 from mmsid.config import StageConfig
@@ -33,7 +30,8 @@ from mmsid.identity import deciding
 from mmsid.progress import is_main_process
 
 if TYPE_CHECKING:
-    import torch  # imported by the functions that need it, so that the command line starts fast
+    import pyarrow as pa  # imported by the functions that need them, so that the command line starts fast
+    import torch
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -328,6 +326,9 @@ def read_json(path: Path) -> Any:
 
 def write_table(path: Path, table: pa.Table | list[dict[str, Any]], metadata: Mapping[str, str] | None = None) -> None:
     """Write a parquet file atomically. `metadata` (text to text) is stored in the schema."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     if not isinstance(table, pa.Table):
         table = pa.Table.from_pylist(table)
     if metadata is not None:
@@ -338,6 +339,9 @@ def write_table(path: Path, table: pa.Table | list[dict[str, Any]], metadata: Ma
 
 def read_table(path: Path) -> pa.Table:
     """Read a parquet file. Raises ArtifactError with the path if the file is missing, damaged, or fails a page checksum."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     try:
         table = pq.read_table(path, partitioning=None, page_checksum_verification=True)
         table.column_names  # noqa: B018 (raises on names that are not UTF-8)
@@ -362,6 +366,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     Raises:
         ArtifactError: the file is missing, damaged, or not safetensors.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     if Path(path).suffix != ".safetensors":

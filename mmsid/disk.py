@@ -14,11 +14,9 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-from safetensors import SafetensorError
-
 from mmsid.errors import ArtifactError
 
+WINDOWS = os.name == "nt"
 _RUST_OS_ERROR = re.compile(r"\(os error (\d+)\)")  # safetensors gives the errno only in its message
 
 
@@ -36,7 +34,9 @@ def disk_errors(out: Path, kept: str) -> Iterator[None]:
         if failure is None:
             raise
         raise failure from error
-    except SafetensorError as error:
+    except Exception as error:
+        if type(error).__name__ != "SafetensorError":  # its package is not imported for a comparison
+            raise
         number = _RUST_OS_ERROR.search(str(error))
         failure = _disk_error(int(number[1]), None, out, kept) if number else None
         if failure is None:
@@ -79,6 +79,8 @@ def folder_lock(out: Path) -> Iterator[None]:
     Raises:
         ArtifactError: another job holds the lock, or the file system has no locks.
     """
+    from filelock import FileLock, Timeout  # takes long to import
+
     path = out.parent / f".{out.name}.lock"
     try:
         lock = FileLock(path, fallback_to_soft=False).acquire(blocking=False)  # a soft lock would outlive a killed process
@@ -118,12 +120,19 @@ def reserve(path: Path, size: int) -> None:
         OSError: the disk is full.
     """
     with open(path, "wb") as file:
-        os.posix_fallocate(file.fileno(), 0, size)
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
+        else:  # macOS and Windows
+            zeros = bytes(2**20)
+            for start in range(0, size, len(zeros)):
+                file.write(zeros[: size - start])
 
 
 def fsync(path: Path) -> None:
-    """Flushes a file, or the entries of a folder, to the disk."""
-    handle = os.open(path, os.O_RDONLY)
+    """Flushes a file, or the entries of a folder, to the disk. Windows does not open folders, so theirs are left to the system."""
+    if WINDOWS and Path(path).is_dir():
+        return
+    handle = os.open(path, os.O_RDWR if WINDOWS else os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -7,27 +7,12 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.text import Text
-
 T = TypeVar("T")
-console = Console(stderr=True, highlight=False)
 
 
 def is_main_process() -> bool:
     """True on rank 0 of `accelerate launch`, and in a single process. Only this process prints."""
     return int(os.environ.get("RANK", "0")) == 0
-
-
-class _Rate(ProgressColumn):
-    """Units per second over the whole task, which varies less than rich's moving window."""
-
-    def render(self, task: Task) -> Text:
-        elapsed = task.finished_time if task.finished else task.elapsed
-        if not elapsed or not task.completed:
-            return Text("", style="dim")
-        return Text(f"{task.completed / elapsed:,.1f} {task.fields['unit']}/s", style="dim")
 
 
 def track(
@@ -48,22 +33,9 @@ def track(
     """
     if total is None and hasattr(iterable, "__len__"):
         total = len(iterable)  # type: ignore[arg-type]
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=30),
-        MofNCompleteColumn(),
-        _Rate(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    # estimate over the last hour instead of rich's 30 seconds: units such as jobs take minutes
-    with Progress(*columns, console=console, disable=not is_main_process(), refresh_per_second=2, speed_estimate_period=3600.0) as progress:
-        task = progress.add_task(what, total=total, unit=unit, note="")
-        for element in iterable:
-            yield element
-            text = " ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in (note or {}).items())
-            progress.update(task, advance=size(element), note=text)
+    from mmsid.progress_bar import with_bar  # rich takes long to import
+
+    yield from with_bar(iterable, what, total, unit, {} if note is None else note, size, not is_main_process())
 
 
 def show(text: str) -> None:
@@ -75,4 +47,6 @@ def show(text: str) -> None:
 def done(line: str) -> None:
     """Print the closing line of a stage: what was written, and where."""
     if is_main_process():
+        from mmsid.progress_bar import console
+
         console.print(line, markup=False, soft_wrap=True)

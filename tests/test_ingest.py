@@ -257,3 +257,22 @@ def test_a_failed_check_keeps_nothing_of_what_it_saw(tmp_path):
     for path, data in kept.items():
         path.write_bytes(data)
     assert Catalog.read(mmsid.ingest(tmp_path / "ingest", source)).problems["picture_missing"] == 24 - len(kept)
+
+
+def test_a_catalogue_is_described_from_its_columns_as_from_its_items(tmp_path):
+    from mmsid.catalog import describe
+
+    source = write(tmp_path / "shop", items=9)
+    paths = [[], ["a"], ["b", "x"], ["a", "x"], ["a", "x", "deep"], ["a", "y"], ["b", "x"], ["", "x"], ["c"]]
+    rows = [{**row, "categories": path} for row, path in zip(pq.read_table(source["items"]).to_pylist(), paths, strict=True)]
+    pq.write_table(pa.Table.from_pylist(rows), source["items"])
+    catalog = read_catalog(CatalogConfig(**source, fields={"attributes": ["brand"]}))
+    facts = describe(catalog)
+    of_items = [item.categories for item in catalog.items]
+    assert facts["categories_per_depth"] == [len({path[: depth + 1] for path in of_items if len(path) > depth}) for depth in range(3)]
+    assert facts["categories_per_depth"] == [4, 3, 1] and facts["attributes"] == ["brand"]
+    assert facts["pictures"] == sum(len(item.images) for item in catalog.items) == 12
+    assert facts["items_with_text"] == 9 and facts["distinct_contents"] == len(set(catalog.content_hashes))
+    assert describe(Catalog(list(catalog.items), catalog.histories, catalog.sha256, catalog.problems, not_read=catalog.not_read)) == facts
+    empty = describe(Catalog([]))
+    assert (empty["items"], empty["pictures"], empty["items_with_text"], empty["categories_per_depth"]) == (0, 0, 0, [])

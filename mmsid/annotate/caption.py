@@ -5,7 +5,9 @@ The functions that build the generator, the prompt and the picture loader are sh
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -45,6 +47,7 @@ def run(config: CaptionConfig, generator: Generator | None = None, engine: Engin
     task = Task("caption", prompt, Caption, parse_caption, picture_loader(config))
     with writing(config.out, stage="caption", config=config, inputs=config.inputs(), resume=True) as draft:
         catalog = read_catalog(config.catalog)
+        task = replace(task, integer_ids=catalog.integer_ids)
         total = sum(len(_job_inputs(item, with_text=False)) for item in catalog.items)
         inputs = (one for item in catalog.items for one in _job_inputs(item, prompt.wants_evidence))
         annotate(inputs, total, task, generator or build_generator(config, Caption), config, draft, engine)
@@ -130,3 +133,5 @@ def print_summary(stage: str, draft: Draft, out: Path) -> None:
         f"{stage}: wrote {counts['in']:,} rows ({counts['ok']:,} ok, {counts['quarantined']:,} quarantined{why}; "
         f"{work.get('generated', 0):,} generations, {work.get('cache_hits', 0):,} from the cache) to {out}"
     )
+    if alike := draft.extra.get("alike"):
+        warnings.warn(f"{stage}: {alike}", stacklevel=3)

@@ -6,6 +6,7 @@ generator `coengagement` mines key phrases of co-engaged items without a model; 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -76,6 +77,7 @@ def run(config: InterestsConfig, generator: Generator | None = None, engine: Eng
     task = Task("interests", prompt, Interests, parse_interests, loader, any_picture=True, constants=source)
     with writing(config.out, stage="interests", config=config, inputs=config.inputs(), resume=True) as draft:
         catalog = read_catalog(config.catalog)
+        task = replace(task, integer_ids=catalog.integer_ids)
         captions = captions_of(catalog, config.captions if reads_captions else None)
         total = len(catalog.items)
         if from_behaviour:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from mmsid.annotate.alike import mostly_alike
 from mmsid.annotate.annotator import Annotator, Cache, batched, job_identity
 from mmsid.annotate.cache import AnnotationCache
 from mmsid.annotate.distributed import JobProcesses
@@ -28,6 +29,7 @@ from mmsid.annotate.job_inputs import JobInput, Task, not_asked
 from mmsid.annotate.records import Record
 from mmsid.artifacts import Draft, read_table, sha256, write_table
 from mmsid.errors import AnnotationError, ArtifactError
+from mmsid.id_columns import with_id_column
 from mmsid.progress import track
 from mmsid.ray_pool import Engine
 
@@ -142,6 +144,9 @@ class _Job:
             return
         self.draft.counts.update(counts.counts)
         self.draft.extra.update(self.gate.judge(counts), processes=self.processes.count)
+        alike = mostly_alike(sorted(self.shards.glob("part-*.parquet")), list(self.task.record.model_fields))
+        if alike is not None:
+            self.draft.extra["alike"] = alike.describe()
 
     def _pending_shards(self, inputs: Iterable[JobInput]) -> Iterator[_Shard | int]:
         """This process's shards in order: a shard that must be made, or the row count of one that is finished (and is counted here)."""
@@ -213,7 +218,7 @@ class _Job:
 
     def _write(self, shard: _Shard, rows: list[dict[str, Any]]) -> None:
         table = self._table(rows)
-        write_table(shard.path, table, {"content_sha256": shard.digest})
+        write_table(shard.path, with_id_column(table, self.task.integer_ids), {"content_sha256": shard.digest})
         self.job_counts.add(table, shard.not_asked)
 
     def _table(self, rows: list[dict[str, Any]]) -> pa.Table:

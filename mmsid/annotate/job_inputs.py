@@ -42,6 +42,7 @@ class Task:
         load_picture: reads a picture by its path. Raises PictureError.
         any_picture: True uses the first readable picture of an input; False requires every picture to be readable.
         constants: columns with one value in every row.
+        integer_ids: whether item ids become whole numbers in the files, as they are in the user's table.
     """
 
     stage: str
@@ -51,6 +52,7 @@ class Task:
     load_picture: Callable[[Path], Image.Image]
     any_picture: bool = False
     constants: Mapping[str, str] = field(default_factory=dict)
+    integer_ids: bool = False
 
     @property
     def schema(self) -> pa.Schema:

@@ -7,6 +7,7 @@ the miner and should be another model, because models prefer their own text. Sta
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from mmsid.annotate.caption import build_generator, picture_loader, print_summary
@@ -67,6 +68,7 @@ def run(config: JudgeConfig, generator: Generator | None = None) -> Path:
     task = Task("judge", prompt, Judgement, parse_judgement, picture_loader(config))
     with writing(config.out, stage="judge", config=config, inputs=config.inputs(), resume=True) as draft:
         catalog = read_catalog(config.catalog)
+        task = replace(task, integer_ids=catalog.integer_ids)
         captions, interests = captions_of(catalog, config.captions), interests_of(catalog, config.interests)
         inputs = [one for item in catalog.items for one in _job_inputs(item, interests, captions)]
         annotate(inputs, len(inputs), task, generator or build_generator(config, Judgement), config, draft)

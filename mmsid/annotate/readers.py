@@ -17,6 +17,7 @@ from mmsid.annotation_coverage import report_coverage
 from mmsid.artifacts import read_manifest, read_table
 from mmsid.catalog import Catalog
 from mmsid.catalog.annotations import SENSITIVE, read_captions, read_ok_rows, read_rows
+from mmsid.id_columns import with_text_ids
 
 __all__ = [
     "ItemInterests",
@@ -90,6 +91,8 @@ def read_text_quality(folder: Path, item_ids: Sequence[str]) -> np.ndarray:
         ArtifactError: the folder is unfinished, or was written by another stage.
     """
     read_manifest(folder, "text_quality")
-    known = {row["item_id"]: row["q"] for row in read_table(Path(folder) / "items.parquet").to_pylist() if row["q"] is not None}
+    known = {
+        row["item_id"]: row["q"] for row in with_text_ids(read_table(Path(folder) / "items.parquet")).to_pylist() if row["q"] is not None
+    }
     mean = sum(known.values()) / len(known) if known else 1.0
     return np.array([known.get(item_id, mean) for item_id in item_ids], dtype=np.float64)

@@ -11,6 +11,7 @@ from typing import Any
 
 from mmsid.artifacts import read_manifest, read_table, verify_folder
 from mmsid.errors import ArtifactError
+from mmsid.id_columns import with_text_ids
 
 SENSITIVE = "sensitive"  # flag of texts about health, faith, politics and similar traits
 
@@ -28,7 +29,7 @@ def read_rows(folder: Path, stage: str, columns: Sequence[str] = ()) -> Iterator
     read_manifest(folder, stage)
     verify_folder(folder)
     for path in sorted((Path(folder) / "shards").glob("part-*.parquet")):
-        table = read_table(path)
+        table = with_text_ids(read_table(path))
         missing = [name for name in columns if name not in table.column_names]
         if missing:
             raise ArtifactError(f"{path}: column {missing[0]!r} is missing (found {table.column_names}); run the stage {stage} again")

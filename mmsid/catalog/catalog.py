@@ -43,6 +43,8 @@ class Catalog:
         vectors: vectors of the items in their order, the families beside each other; None if the configuration names none.
         notes: facts on the sources for the user, one line each.
         not_read: columns of the items table that no field refers to.
+        integer_ids, integer_user_ids: whether the ids are whole numbers in the user's tables. They are texts here, and become numbers
+            again in the tables that stages write.
     """
 
     items: Sequence[Item]
@@ -52,6 +54,8 @@ class Catalog:
     vectors: ItemVectors | None = None
     notes: Sequence[str] = ()
     not_read: Sequence[str] = ()
+    integer_ids: bool = False
+    integer_user_ids: bool = False
 
     def __post_init__(self) -> None:
         self.histories = Histories.of(self.histories)
@@ -125,4 +129,5 @@ def _open(folder: Path, config: CatalogConfig, built: Built) -> Catalog:
     if built.vector_widths:
         values, present = np.load(folder / VECTORS, mmap_mode="r"), np.load(folder / PRESENT)
         vectors = ItemVectors(values, present, unknown=built.problems["vector_of_unknown_item"], widths=built.vector_widths)
-    return Catalog(items, histories, built.catalog_sha256, problems, vectors, built.notes, built.not_read)
+    facts = (built.notes, built.not_read, built.integer_ids, built.integer_user_ids)
+    return Catalog(items, histories, built.catalog_sha256, problems, vectors, *facts)

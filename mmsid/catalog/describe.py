@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from mmsid.catalog.catalog import Catalog
 from mmsid.catalog.fields import not_read_text
+from mmsid.catalog.item import Item
+from mmsid.catalog.item_table import ItemTable, lengths
 from mmsid.catalog.splits import Split, seen_targets_warning
 
 
@@ -17,8 +24,7 @@ def describe(catalog: Catalog, split: Split | None = None) -> dict[str, Any]:
     """
     facts: dict[str, Any] = {
         "items": len(catalog.items),
-        "distinct_contents": len(set(catalog.content_hashes)),
-        **_content_counts(catalog),
+        **_content_counts(catalog.items),
         "users": len(catalog.histories),
         "interactions": len(catalog.histories.rows),
         "problems": dict(sorted(catalog.problems.items())),
@@ -41,27 +47,45 @@ def describe(catalog: Catalog, split: Split | None = None) -> dict[str, Any]:
     return facts
 
 
-def _content_counts(catalog: Catalog) -> dict[str, Any]:
-    items, pictures, text, attributes = 0, 0, 0, set()
-    depths: list[set[tuple[str, ...]]] = []
-    with_categories = 0
-    for item in catalog.items:
-        items += bool(item.images)
-        pictures += len(item.images)
-        text += bool(item.title or item.description)
-        with_categories += bool(item.categories)
-        attributes.update(item.attributes)
-        depths += [set() for _ in range(len(item.categories) - len(depths))]
-        for depth in range(len(item.categories)):
-            depths[depth].add(item.categories[: depth + 1])
+def _content_counts(items: Sequence[Item]) -> dict[str, Any]:
+    table = items.table if isinstance(items, ItemTable) else _table(items)
+    pictures = lengths(table["creatives"])
+    has_text = pc.or_(pc.not_equal(table["title"], ""), pc.not_equal(table["description"], ""))
+    names = pc.struct_field(pc.list_flatten(table["attributes"]), "name")
     return {
-        "items_with_picture": items,
-        "pictures": pictures,
-        "items_with_text": text,
-        "items_with_categories": with_categories,
-        "categories_per_depth": [len(names) for names in depths],
-        "attributes": sorted(attributes),
+        "distinct_contents": pc.count_distinct(table["content_sha256"]).as_py(),
+        "items_with_picture": int(np.count_nonzero(pictures)),
+        "pictures": int(pictures.sum()),
+        "items_with_text": pc.sum(has_text).as_py() or 0,
+        "items_with_categories": int(np.count_nonzero(lengths(table["categories"]))),
+        "categories_per_depth": _categories_per_depth(table["categories"]),
+        "attributes": sorted(pc.unique(names).to_pylist()),
     }
+
+
+def _table(items: Sequence[Item]) -> pa.Table:
+    """The columns that are counted, of items that are no `ItemTable`."""
+    texts = {name: [getattr(item, name) for item in items] for name in ("title", "description", "content_sha256")}
+    columns = {name: pa.array(values, pa.large_string()) for name, values in texts.items()}
+    columns["creatives"] = pa.array([[str(path) for path in item.images] for item in items], pa.large_list(pa.large_string()))
+    columns["categories"] = pa.array([list(item.categories) for item in items], pa.large_list(pa.large_string()))
+    attributes = [[{"name": name} for name in item.attributes] for item in items]
+    columns["attributes"] = pa.array(attributes, pa.large_list(pa.struct({"name": pa.large_string()})))
+    return pa.table(columns)
+
+
+def _categories_per_depth(column: pa.ChunkedArray) -> list[int]:
+    """Number of distinct paths from the root, for each depth. `column`: list of names per item."""
+    counts = lengths(column)
+    first = np.cumsum(counts) - counts
+    names = pc.list_flatten(column).combine_chunks().dictionary_encode() if counts.any() else None
+    path, found = np.zeros(len(counts), dtype=np.int64), []
+    for depth in range(int(counts.max(initial=0))):
+        rows = np.flatnonzero(counts > depth)
+        name = np.asarray(names.indices)[first[rows] + depth].astype(np.int64)
+        distinct, path[rows] = np.unique(path[rows] * len(names.dictionary) + name, return_inverse=True)
+        found.append(len(distinct))
+    return found
 
 
 def summary(facts: dict[str, Any]) -> str:

@@ -101,6 +101,7 @@ class Histories(Sequence[UserHistory]):
         if len(offsets) != len(user_ids) + 1 or any(len(each) != offsets[-1] for each in (rows, timestamps, weights) if each is not None):
             raise ValueError(f"{len(user_ids)} users, {len(offsets)} offsets up to {offsets[-1:]} and {len(rows)} rows do not fit together")
         self.user_ids, self.offsets, self.rows, self.timestamps, self.weights = user_ids, offsets, rows, timestamps, weights
+        self.integer_user_ids = False  # set by `read_histories`; slices do not keep it
 
     @classmethod
     def of(cls, users: Iterable[UserHistory]) -> Histories:

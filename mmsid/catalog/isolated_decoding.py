@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
-import resource
 import signal
 import struct
 import subprocess
@@ -24,6 +23,7 @@ from PIL import Image
 from mmsid.catalog.config import PictureLimits
 from mmsid.catalog.picture_decoding import REASONS, Header, decode, read_header, refusal, register_heif
 from mmsid.catalog.picture_formats import picture_format
+from mmsid.disk import WINDOWS
 from mmsid.errors import ConfigError, PictureError
 
 _DECODE, _HEADER = b"d", b"h"
@@ -38,6 +38,8 @@ class _Worker:
     """A decoding process and the pipe to it."""
 
     def __init__(self) -> None:
+        if WINDOWS:
+            raise ConfigError("pictures.isolate: Windows has no limits on the memory and time of a process; set it to false")
         self.pipe, child_end = Pipe()
         command = [sys.executable, "-m", "mmsid.catalog.isolated_decoding", str(child_end.fileno())]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
@@ -72,7 +74,8 @@ def _reset_idle_workers() -> None:
     _idle_workers = queue.SimpleQueue()
 
 
-os.register_at_fork(after_in_child=_reset_idle_workers)
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_reset_idle_workers)
 
 
 @contextlib.contextmanager
@@ -146,6 +149,8 @@ def _request(pipe: Connection, command: bytes, data: bytes, limits: PictureLimit
 
 def _serve(pipe: Connection) -> None:
     """Main loop of a worker: decode pictures until the pipe is closed."""
+    import resource  # not on Windows, where no worker is started
+
     Image.init()
     register_heif()
     for kind in (resource.RLIMIT_FSIZE, resource.RLIMIT_CORE):
@@ -172,6 +177,8 @@ def _serve(pipe: Connection) -> None:
 
 def _limit_resources(limits: PictureLimits) -> None:
     """Limit additional memory and processor time from now on. The kernel ends the process with SIGXCPU when its time is used up."""
+    import resource
+
     statm = Path("/proc/self/statm")
     if statm.exists():  # Linux only; on other systems the mapped size is unknown, and only the time is limited
         _set_soft_limit(resource.RLIMIT_AS, int(statm.read_text().split()[0]) * resource.getpagesize() + limits.max_memory)
@@ -180,6 +187,8 @@ def _limit_resources(limits: PictureLimits) -> None:
 
 
 def _set_soft_limit(kind: int, value: int) -> None:
+    import resource
+
     hard = resource.getrlimit(kind)[1]
     resource.setrlimit(kind, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
 

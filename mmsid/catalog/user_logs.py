@@ -13,6 +13,7 @@ from mmsid.catalog.histories import Histories
 from mmsid.catalog.item_ids import MOST_UNKNOWN, ItemIds
 from mmsid.catalog.log_columns import open_log
 from mmsid.catalog.sequences import read_sequences
+from mmsid.id_columns import holds_integers
 
 
 def read_histories(
@@ -39,4 +40,6 @@ def read_histories(
     """
     log, items = open_log(config, notes), ItemIds(item_ids)
     read = read_sequences if log.sequence is not None else read_events
-    return read(log, config, items, content_rank, problems, notes, max_unknown)
+    found = read(log, config, items, content_rank, problems, notes, max_unknown)
+    found.integer_user_ids = holds_integers(log.columns.table[log.user].type)
+    return found

@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 from mmsid.catalog.columns import id_texts, read_columns
 from mmsid.catalog.vector_parts import ITEM_ID, MISSING, WRONG_LENGTH, MatrixPart, Part, open_parts
 from mmsid.errors import CatalogError
+from mmsid.id_columns import holds_integers
 
 NOT_FINITE, ZERO = 3, 4
 REASONS = {MISSING: "missing", WRONG_LENGTH: "wrong_length", NOT_FINITE: "not_finite", ZERO: "zero"}
@@ -47,12 +48,14 @@ class VectorFiles:
         ids: (N,) distinct texts.
         dim: D, numbers per vector.
         notes: what a user should know of how the files were read.
+        integer_ids: whether the ids are whole numbers in the files.
     """
 
     parts: Sequence[Part]
     ids: pa.ChunkedArray
     dim: int
     notes: list[str] = field(default_factory=list)
+    integer_ids: bool = False
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -125,11 +128,21 @@ def vectors_in_memory(values: np.ndarray, ids: Sequence[str] | None = None) -> V
     Raises:
         CatalogError: as `open_vectors`.
     """
-    given = None if ids is None else pa.chunked_array([pa.array([str(one) for one in ids], pa.large_string())])
+    given = None
+    if ids is not None:
+        integers = all(isinstance(one, (int, np.integer)) and not isinstance(one, bool) for one in ids)
+        given = _Ids(pa.chunked_array([pa.array([str(one) for one in ids], pa.large_string())]), integers)
     return _opened([MatrixPart(_IN_MEMORY, np.asarray(values))], given, None if ids is None else "ids", None)
 
 
-def _opened(parts: list[Part], ids: pa.ChunkedArray | None, ids_name: Path | str | None, id_column: str | None) -> VectorFiles:
+class _Ids(NamedTuple):
+    """Ids of all rows as texts, and whether they are whole numbers where they come from."""
+
+    texts: pa.ChunkedArray
+    integers: bool
+
+
+def _opened(parts: list[Part], ids: _Ids | None, ids_name: Path | str | None, id_column: str | None) -> VectorFiles:
     first, notes = parts[0], [f"{part.path}: no rows, skipped" for part in parts if not part.num_rows]
     parts = [part for part in parts if part.num_rows]
     if not parts:
@@ -145,18 +158,19 @@ def _opened(parts: list[Part], ids: pa.ChunkedArray | None, ids_name: Path | str
         ids = _ids_of_parts(parts, id_column)
         ids_name = None
         if ids is None:
-            ids = pa.chunked_array([pc.cast(pa.array(np.arange(num_rows)), pa.large_string())])
+            ids = _Ids(pa.chunked_array([pc.cast(pa.array(np.arange(num_rows)), pa.large_string())]), False)
             notes.append(f"{first.path}: no ids were given, so the row numbers 0 to {num_rows - 1} are the item ids; --ids names others")
-    if len(ids) != num_rows:
-        raise CatalogError(f"{ids_name}: {len(ids):,} ids, but {num_rows:,} vectors; give one id per row, in the order of the rows")
-    files = VectorFiles(parts, ids, first.dim, notes)
+    if len(ids.texts) != num_rows:
+        raise CatalogError(f"{ids_name}: {len(ids.texts):,} ids, but {num_rows:,} vectors; give one id per row, in the order of the rows")
+    files = VectorFiles(parts, ids.texts, first.dim, notes, ids.integers)
     _check_ids(files, None if ids_name is None else str(ids_name))
     return files
 
 
-def _ids_of_parts(parts: Sequence[Part], id_column: str | None) -> pa.ChunkedArray | None:
+def _ids_of_parts(parts: Sequence[Part], id_column: str | None) -> _Ids | None:
     """Ids of all parts, or None for the row numbers."""
     chunks: list[pa.Array] = []
+    integers = True
     for part in parts:
         column = id_column or ITEM_ID
         if column not in part.columns:
@@ -166,11 +180,13 @@ def _ids_of_parts(parts: Sequence[Part], id_column: str | None) -> pa.ChunkedArr
                 f"{part.path}: no column {column!r} of item ids; its other columns: {', '.join(part.columns) or 'none'}; name one with "
                 "--id-column (id_column), or a file of ids with --ids"
             )
-        chunks += id_texts(part.ids(column), f"{part.path}, field {column!r}").chunks
-    return pa.chunked_array(chunks, type=pa.large_string())
+        found = part.ids(column)
+        integers &= holds_integers(found.type)
+        chunks += id_texts(found, f"{part.path}, field {column!r}").chunks
+    return _Ids(pa.chunked_array(chunks, type=pa.large_string()), integers)
 
 
-def _ids_of_file(path: Path, id_column: str | None) -> pa.ChunkedArray:
+def _ids_of_file(path: Path, id_column: str | None) -> _Ids:
     kind = path.suffix.lower()
     if kind in (".npy", ".txt"):
         if not path.is_file():
@@ -179,7 +195,7 @@ def _ids_of_file(path: Path, id_column: str | None) -> pa.ChunkedArray:
             column = pa.array(np.load(path, allow_pickle=False)) if kind == ".npy" else _lines(path)
         except (OSError, ValueError, pa.ArrowException) as error:
             raise CatalogError(f"ids: {path} cannot be read as {kind} ({type(error).__name__}: {error}); write one id per row") from error
-        return id_texts(pa.chunked_array([column]), f"ids: {path}")
+        return _Ids(id_texts(pa.chunked_array([column]), f"ids: {path}"), holds_integers(column.type))
     column = id_column or ITEM_ID
     found = read_columns(path, [column], config_key="ids")
     if column not in found.names and len(found.names) == 1:
@@ -187,7 +203,7 @@ def _ids_of_file(path: Path, id_column: str | None) -> pa.ChunkedArray:
         found = read_columns(path, [column], config_key="ids")
     if column not in found.names:
         raise CatalogError(f"ids: {path}: no column {column!r}, it has {', '.join(found.names)}; name one with --id-column (id_column)")
-    return id_texts(found.table[column], f"ids: {path}, field {column!r}")
+    return _Ids(id_texts(found.table[column], f"ids: {path}, field {column!r}"), holds_integers(found.table[column].type))
 
 
 def _lines(path: Path) -> pa.Array:

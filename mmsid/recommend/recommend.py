@@ -18,10 +18,12 @@ from pydantic import Field
 
 from mmsid.artifacts import CHECKSUMS, read_table, write_table, writing
 from mmsid.catalog import CatalogConfig, Item, read_catalog
+from mmsid.catalog.columns import read_columns
 from mmsid.catalog.sources.locate import Source, named_files
 from mmsid.catalog.tables import Cells, read_table_rows, require_column
 from mmsid.config import StageConfig
 from mmsid.errors import ArtifactError, CatalogError, ConfigError
+from mmsid.id_columns import holds_integers, with_id_column
 from mmsid.progress import done, track
 from mmsid.ray_pool import Engine, RayConfig, map_on_actors, ray_cluster
 from mmsid.recommend.recommender import Recommender
@@ -33,7 +35,7 @@ SHARDS, PROBLEMS_FILE = "recommendations", "problems.parquet"
 PART_USERS = 256  # users that are recommended to in one call; on Ray: `ray.rows_per_task`
 SCHEMA = pa.schema(
     {
-        "user_id": pa.string(),
+        "user_id": pa.string(),  # ids are int64 where they are whole numbers in the user's tables
         "item_ids": pa.list_(pa.string()),
         "scores": pa.list_(pa.float32()),
         "sources": pa.list_(pa.string()),
@@ -102,7 +104,9 @@ def run(config: RecommendConfig, engine: Engine = "local") -> Path:
     with_sids, known = set(table.item_ids), set(recommender.item_ids)
     new = [item for item in catalog.items if item.item_id in with_sids and item.item_id not in known]
     only = None if config.only is None else _read_only(config.only, known.union(item.item_id for item in new))
-    service = _Service(config.recommender.absolute(), config.sids.absolute(), new, only, config.k, config.exclude_seen)
+    integer_users = catalog.integer_user_ids if from_events else _has_integer_users(config)
+    settings = (config.k, config.exclude_seen, table.integer_ids, integer_users)
+    service = _Service(config.recommender.absolute(), config.sids.absolute(), new, only, *settings)
     if from_events:
         total, shards = users_of_catalog(catalog, config.shard_rows)
     else:
@@ -135,7 +139,7 @@ class _Part(NamedTuple):
 
 
 class _Result(NamedTuple):
-    """Recommendations of a part, with the columns of SCHEMA."""
+    """Recommendations of a part, with the columns of `SCHEMA`."""
 
     shard: int
     place: int
@@ -155,6 +159,8 @@ class _Service:
     only: list[str] | None
     k: int
     exclude_seen: bool
+    integer_ids: bool
+    integer_user_ids: bool
 
     def load(self) -> Worker:
         """The worker of a Ray actor, which loads the recommender."""
@@ -168,7 +174,10 @@ class _Service:
             found = recommender.recommend(part.histories, self.k, exclude_seen=self.exclude_seen, only=self.only)
             sources = [["|".join(names) for names in user] for user in found.sources]
             columns = [part.user_ids, found.item_ids, found.scores, sources, found.status, found.unknown_ids]
-            return _Result(part.shard, part.place, pa.table(dict(zip(SCHEMA.names, columns, strict=True)), schema=SCHEMA))
+            table = pa.table(dict(zip(SCHEMA.names, columns, strict=True)), schema=SCHEMA)
+            if self.integer_ids:
+                table = table.set_column(1, "item_ids", table["item_ids"].cast(pa.list_(pa.int64())))
+            return _Result(part.shard, part.place, with_id_column(table, self.integer_user_ids, "user_id"))
 
         return recommend
 
@@ -238,6 +247,12 @@ class _Shards:
         self.users += len(table)
         self.counts.update(table["status"].to_pylist())
         self.counts["unknown_ids"] += sum(table["unknown_ids"].to_pylist())
+
+
+def _has_integer_users(config: RecommendConfig) -> bool:
+    name = config.catalog.fields.user_id
+    found = read_columns(config.users_source, [name], config_key="recommend.users").table
+    return name in found.column_names and holds_integers(found[name].type)
 
 
 def _read_only(path: Path, known: set[str]) -> list[str]:

@@ -11,6 +11,7 @@ import torch
 
 from mmsid.artifacts import write_json, write_table, write_tensors
 from mmsid.catalog import Catalog, adjacent_pairs
+from mmsid.id_columns import id_array
 from mmsid.refine.evidence import Floats
 from mmsid.sids.folder import write_sid_folder
 from mmsid.sids.intrinsic import intrinsic_metrics
@@ -28,7 +29,7 @@ def write_moved(folder: Path, start: SidTable, refined: SidTable, gained: Mappin
     """
     rows = np.flatnonzero((start.codes != refined.codes).any(axis=1))
     columns = {
-        "item_id": pa.array([start.item_ids[row] for row in rows], pa.string()),
+        "item_id": id_array([start.item_ids[row] for row in rows], start.integer_ids),
         "codes_before": pa.array(start.codes[rows].tolist(), pa.list_(pa.int64())),
         "codes_after": pa.array(refined.codes[rows].tolist(), pa.list_(pa.int64())),
         "reward_gained": pa.array(gained["sid_reward"], pa.float64()),

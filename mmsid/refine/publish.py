@@ -77,4 +77,5 @@ def make_table(
         tokenizer_sha256=tokenizer.sha256(),
         catalog_sha256=catalog.sha256,
         source=np.array([CONTENT if item.behaviour is None else BEHAVIOUR for item in inputs], dtype=object),
+        integer_ids=catalog.integer_ids,
     )

@@ -17,6 +17,7 @@ import numpy as np
 
 from mmsid.artifacts import is_complete, read_table
 from mmsid.catalog import Catalog, CatalogConfig, Item
+from mmsid.id_columns import with_text_ids
 from mmsid.report.run_folder import annotations
 from mmsid.report.thumbnails import thumbnails
 from mmsid.sids.table import SidTable
@@ -156,7 +157,7 @@ def _moved(run: Path, items: Sequence[Item]) -> dict[str, Any] | None:
     """Items whose codes refinement changed, or would have changed, sorted by decreasing gain in reward."""
     if not is_complete(run / "refine"):
         return None
-    table = read_table(run / "refine" / "moved.parquet")
+    table = with_text_ids(read_table(run / "refine" / "moved.parquet"))
     row_of = {item.item_id: row for row, item in enumerate(items)}
     moved = table.to_pylist()
     gains = [row["reward_gained"] for row in moved]

@@ -16,6 +16,7 @@ from rich.markdown import Markdown
 from mmsid.artifacts import is_complete, read_json, read_table, writing
 from mmsid.catalog import CatalogConfig, read_catalog
 from mmsid.config import StageConfig
+from mmsid.id_columns import with_text_ids
 from mmsid.progress import done, is_main_process, show
 from mmsid.report.charts import SINGLE_SEED_NOTE, seed_count
 from mmsid.report.explore import reward_parts
@@ -108,7 +109,7 @@ def _gate(config: ReportConfig) -> list[str]:
 
 def _moved(config: ReportConfig) -> list[str]:
     """The items that gained most of the reward, and of what part of it; items with pictures before items without."""
-    moved = read_table(config.run / "refine" / "moved.parquet").to_pylist()
+    moved = with_text_ids(read_table(config.run / "refine" / "moved.parquet")).to_pylist()
     catalog = read_catalog(config.catalog)
     items = {row["item_id"]: catalog.items[catalog.row_of[row["item_id"]]] for row in moved}
     first = sorted(moved, key=lambda row: (not items[row["item_id"]].images, -row["reward_gained"], row["item_id"]))[:MOVED]

@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from mmsid.artifacts import read_table, verify_file, write_table
 from mmsid.errors import ArtifactError
+from mmsid.id_columns import id_array, with_text_ids
 
 SCHEMA_VERSION = 1
 FILE_NAME = "sids.parquet"
@@ -37,6 +38,7 @@ class SidTable:
         codebook_sizes: L integers, codes per level.
         tokenizer_sha256, catalog_sha256: hashes of tokenizer and catalogue; empty if unknown (imported SIDs).
         source: (N,) strings, the reading that gave an item its codes: "behaviour" or "content"; None if unknown.
+        integer_ids: whether the ids are whole numbers in the user's table. They are texts here and numbers in the file.
     Raises:
         ArtifactError: a column does not fit the others (names the row and both values).
     """
@@ -50,6 +52,7 @@ class SidTable:
     tokenizer_sha256: str = ""
     catalog_sha256: str = ""
     source: np.ndarray | None = None
+    integer_ids: bool = False
 
     def __post_init__(self) -> None:
         self.item_ids = list(self.item_ids)
@@ -133,7 +136,7 @@ class SidTable:
     def save(self, path: Path) -> None:
         """Write the table as parquet; sizes, hashes and schema version are stored in the schema metadata."""
         columns = {
-            "item_id": pa.array(self.item_ids, pa.string()),
+            "item_id": id_array(self.item_ids, self.integer_ids),
             "codes": _list_column(self.codes),
             "raw_codes": _list_column(self.raw_codes),
             "suffix": pa.nulls(len(self), pa.int32())
@@ -188,7 +191,8 @@ class SidTable:
             raise ArtifactError(
                 f"{path}: metadata has num_levels {num_levels} but codebook_sizes has {len(sizes)} entries; run `mmsid assign` again"
             )
-        table = _cast(table, path)
+        integer_ids = pa.types.is_integer(table["item_id"].type)
+        table = _cast(with_text_ids(table), path)
         suffix = None
         if metadata.get("has_suffix") == "1":
             suffix = np.asarray(table["suffix"].combine_chunks().fill_null(-1).to_numpy(zero_copy_only=False), dtype=np.int64)
@@ -205,6 +209,7 @@ class SidTable:
                 tokenizer_sha256=metadata.get("tokenizer_sha256", ""),
                 catalog_sha256=metadata.get("catalog_sha256", ""),
                 source=np.array(table["source"].to_pylist(), dtype=object) if "source" in table.column_names else None,
+                integer_ids=integer_ids,
             )
         except ArtifactError as error:
             raise ArtifactError(f"{path}: {error}") from error

@@ -19,6 +19,7 @@ from pydantic import Field, field_validator, model_validator
 from mmsid.artifacts import Draft, manifest_folder, on_main_process, write_json, write_table, write_text, writing
 from mmsid.catalog import Catalog, CatalogConfig, Split, read_catalog, split_histories
 from mmsid.config import StageConfig
+from mmsid.id_columns import id_array
 from mmsid.progress import done
 from mmsid.ray_pool import Engine, RayConfig
 from mmsid.sids import intrinsic_table
@@ -63,7 +64,7 @@ class AssignConfig(StageConfig):
         ray: options of `--engine ray`; not part of the manifest.
     """
 
-    execution_keys: ClassVar[tuple[str, ...]] = ("batch_size",)
+    execution_keys: ClassVar[tuple[str, ...]] = ("batch_size", "allow_missing_annotations")
 
     tokenizer: Path
     catalog: CatalogConfig
@@ -180,7 +181,7 @@ def run(config: AssignConfig, engine: Engine = "local") -> Path:
         write_text(draft.path / "intrinsic.md", tables + warn_of_crowding("assign", {"ours": metrics}))
         if limited:
             ids = [catalog.items[row].item_id for row in np.flatnonzero(encodings.overruled)]
-            write_table(draft.path / "overruled.parquet", pa.table({"item_id": pa.array(ids, pa.string())}))
+            write_table(draft.path / "overruled.parquet", pa.table({"item_id": id_array(ids, catalog.integer_ids)}))
             draft.counts["overruled"] = len(ids)
         draft.counts.update({"items": len(items), "read": len(encodings.fresh), "behaviour": int((table.source == BEHAVIOUR).sum())})
         draft.extra["collisions"] = metrics["collisions"]

@@ -21,6 +21,7 @@ from mmsid.sids.collisions import Policy
 from mmsid.sids.crowding import warn_of_crowding
 from mmsid.sids.folder import INTRINSIC
 from mmsid.sids.retrieval import retrieval_table
+from mmsid.tokenizer.capacity import check_capacity
 from mmsid.tokenizer.initialization import StartSettings
 from mmsid.tokenizer.inputs import FieldName
 from mmsid.tokenizer.sid_methods import Method, MethodSources, MethodSpec, make_sids
@@ -84,6 +85,8 @@ def run(config: BaselinesConfig) -> Path:
         ArtifactError, CatalogError: a folder or the catalogue is unusable.
     """
     catalog = read_catalog(config.catalog)
+    if config.collisions == "relocate" or "random" in config.methods:
+        check_capacity("baselines", catalog, config.num_levels, config.codebook_size)
     split = split_histories(catalog, config.catalog.split) if catalog.histories else None
     sources = MethodSources(catalog, split, config.captions, config.interests, config.use, config.max_length, config.start)
     with writing(config.out, stage="baselines", config=config, inputs=config.inputs()) as draft:

@@ -125,6 +125,7 @@ def publish(
         tokenizer_sha256,
         catalog.sha256,
         source,
+        catalog.integer_ids,
     )
     held_out = split.held_out_histories() if split is not None else []
     pairs = adjacent_pairs(held_out) if held_out else None

@@ -218,6 +218,7 @@ def sid_table(
         (sizes.codebook_size,) * sizes.num_levels,
         tokenizer_sha256=f"quantize:{config.method}",
         source=None if space.with_behaviour is None else np.where(space.with_behaviour, BEHAVIOUR, CONTENT).astype(object),
+        integer_ids=files.integer_ids,
     )
 
 

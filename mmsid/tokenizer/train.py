@@ -12,6 +12,7 @@ from mmsid.accelerator import make_accelerator
 from mmsid.artifacts import writing
 from mmsid.catalog import read_catalog, split_histories
 from mmsid.progress import done
+from mmsid.tokenizer.capacity import check_capacity
 from mmsid.tokenizer.train_config import TrainTokenizerConfig
 from mmsid.tokenizer.training import OnStep, Training
 
@@ -22,11 +23,13 @@ def run(config: TrainTokenizerConfig, on_step: OnStep | None = None) -> Path:
     `on_step(step, losses)` is called after every optimiser step.
 
     Raises:
-        ConfigError, CatalogError, ArtifactError: the settings, the catalogue or an earlier folder are unusable.
+        ConfigError, CatalogError, ArtifactError: the settings, the catalogue or an earlier folder are unusable; there are fewer
+            Semantic IDs than distinct items.
         MmsidError: the gradient is NaN or infinite.
     """
     accelerator = make_accelerator(config.precision, unused_parameters=True)
     catalog = read_catalog(config.catalog)
+    check_capacity("train_tokenizer", catalog, config.num_levels, config.codebook_size)
     split = split_histories(catalog, config.catalog.split) if catalog.histories else None
     with writing(config.out, stage="train_tokenizer", config=config, inputs=config.inputs(), resume=True) as draft:
         accelerator.wait_for_everyone()  # rank 0 has opened the draft

@@ -20,6 +20,7 @@ from mmsid.catalog.columns import no_known_id
 from mmsid.catalog.vector_files import REASONS, VectorFiles
 from mmsid.catalog.vectors import unit_rows
 from mmsid.errors import CatalogError
+from mmsid.id_columns import id_array
 from mmsid.progress import track
 from mmsid.quantize import fuse
 
@@ -157,20 +158,22 @@ def write_space(files: VectorFiles, path: Path, behaviour: BehaviourLookup | Non
             raise _too_many(files, problems)
         values = writer.finish()
     rows = np.flatnonzero(faults == 0)
-    return VectorSpace(values, rows, _ranks(bytes(digests)), problems, None if behaviour is None else behaviour.present[rows])
+    return VectorSpace(values, rows, _ranks(digests), problems, None if behaviour is None else behaviour.present[rows])
 
 
 def _progress(files: VectorFiles, what: str) -> Iterator:
     return track(files.blocks(), what, total=len(files), unit="vectors", size=lambda block: len(block.values))
 
 
-def _ranks(digests: bytes) -> np.ndarray:
+def _ranks(digests: bytearray) -> np.ndarray:
     """Number digests: (n,) int64, in the order of the digests."""
-    words = np.frombuffer(digests, dtype=">u8").astype(np.uint64).reshape(-1, 2)
-    order = np.lexsort((words[:, 1], words[:, 0]))
-    ordered = words[order]
-    ranks = np.empty(len(words), dtype=np.int64)
-    ranks[order] = np.cumsum(np.append(False, (ordered[1:] != ordered[:-1]).any(axis=1))) if len(words) else 0
+    first, second = np.frombuffer(digests, dtype=">u8").reshape(-1, 2).T.astype(np.uint64)
+    order = np.lexsort((second, first))
+    changed = np.zeros(len(order), dtype=bool)
+    for words in (first[order], second[order]):
+        changed[1:] |= words[1:] != words[:-1]
+    ranks = np.empty(len(order), dtype=np.int64)
+    ranks[order] = np.cumsum(changed)
     return ranks
 
 
@@ -178,7 +181,7 @@ def _problems(files: VectorFiles, rows: np.ndarray, faults: np.ndarray, lengths:
     paths, numbers = files.places(rows)
     return pa.table(
         {
-            "item_id": files.ids.take(pa.array(rows)).combine_chunks(),
+            "item_id": id_array(files.ids.take(pa.array(rows)).combine_chunks(), files.integer_ids),
             "file": pa.array(paths, pa.string()),
             "row": pa.array(numbers, pa.int64()),
             "reason": pa.array([REASONS[int(code)] for code in faults[rows]], pa.string()),

@@ -24,6 +24,7 @@ from mmsid.backbone.text import no_loading_bar
 from mmsid.catalog import Catalog, CatalogConfig, Item, read_catalog
 from mmsid.config import StageConfig
 from mmsid.errors import ConfigError, MmsidError
+from mmsid.id_columns import with_id_column
 from mmsid.progress import done
 
 
@@ -227,6 +228,7 @@ _DESCRIPTOR_TYPES = {
     "score": pa.float64(),
     "q": pa.float64(),
 }
+_QUALITY_TYPES = {"item_id": pa.string(), "q": pa.float64()}
 
 
 def _write_scores(draft: Draft, catalog: Catalog, rows: list[dict[str, Any]], default_q: float | None) -> None:
@@ -241,8 +243,9 @@ def _write_scores(draft: Draft, catalog: Catalog, rows: list[dict[str, Any]], de
         if found:
             q = item_quality(np.array([row["confidence"] for row in found]), np.array([row["q"] for row in found]))
         qualities.append({"item_id": item.item_id, "q": q})
-    write_table(draft.path / "descriptors.parquet", pa.Table.from_pylist(rows, pa.schema(list(_DESCRIPTOR_TYPES.items()))))
-    write_table(draft.path / "items.parquet", pa.Table.from_pylist(qualities, pa.schema({"item_id": pa.string(), "q": pa.float64()})))
+    for name, found, types in (("descriptors", rows, _DESCRIPTOR_TYPES), ("items", qualities, _QUALITY_TYPES)):
+        table = pa.Table.from_pylist(found, pa.schema(types))
+        write_table(draft.path / f"{name}.parquet", with_id_column(table, catalog.integer_ids))
     draft.counts |= {
         "items": len(catalog.items),
         "descriptors": len(rows),

@@ -2,6 +2,6 @@
 
 from mmsid.catalog.fields.attributes import unite_attributes
 from mmsid.catalog.fields.mapping import FieldMapping, not_read_text, resolve_mapping
-from mmsid.catalog.fields.reading import ITEM_FIELDS, item_fields
+from mmsid.catalog.fields.reading import ITEM_FIELDS, has_integer_ids, item_fields
 
-__all__ = ["ITEM_FIELDS", "FieldMapping", "item_fields", "not_read_text", "resolve_mapping", "unite_attributes"]
+__all__ = ["ITEM_FIELDS", "FieldMapping", "has_integer_ids", "item_fields", "not_read_text", "resolve_mapping", "unite_attributes"]

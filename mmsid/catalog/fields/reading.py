@@ -19,6 +19,7 @@ from mmsid.catalog.fields.text_cleaning import MAX_CHARACTERS, CleanedTexts, cle
 
 if TYPE_CHECKING:
     from mmsid.catalog.sources import Batch
+from mmsid.id_columns import holds_integers
 
 _JOINED_BY = {"title": " ", "description": "\n"}  # texts of several columns, and of a list
 
@@ -81,6 +82,13 @@ def item_fields(batch: Batch, mapping: FieldMapping, clean_text: bool) -> pa.Tab
         _originals(texts, rows),
     ]
     return pa.Table.from_arrays(columns, schema=ITEM_FIELDS)
+
+
+def has_integer_ids(batch: Batch, mapping: FieldMapping) -> bool:
+    """Whether the ids of the rows are whole numbers in the table: in all columns that ids are taken from."""
+    names = [name for name in (mapping.group_by, mapping.item_id) if name is not None]
+    found = [column.data for column in (column_of(batch, name) for name in names) if column is not None]
+    return bool(found) and all(holds_integers(one.type if isinstance(one, pa.Array) else one) for one in found)
 
 
 def _ids(batch: Batch, mapping: FieldMapping, rows: int) -> pa.LargeStringArray:

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from mmsid.catalog.arrow_files import CHUNK_ROWS, reordered, write_arrow
 from mmsid.catalog.canonical_order import break_ties
 from mmsid.catalog.config import CatalogConfig
-from mmsid.catalog.fields import FieldMapping, item_fields, resolve_mapping
+from mmsid.catalog.fields import FieldMapping, has_integer_ids, item_fields, resolve_mapping
 from mmsid.catalog.histories import Histories
 from mmsid.catalog.history_order import sorted_by_content
 from mmsid.catalog.ingest.built import Built
@@ -83,7 +83,7 @@ def _build(
     known: dict[str, InspectedPicture],
 ) -> Built:
     built = Built(not_read=mapping.not_read)
-    parts, files = _write_parts(config, table, mapping, folder / PARTS, known)
+    parts, files = _write_parts(config, table, mapping, folder / PARTS, known, built)
     built.notes += [*table.notes, *mapping.notes]  # of the table: complete when it was read
     index = RowIndex.read(parts)
     built.rows = len(index)
@@ -102,11 +102,7 @@ def _build(
     in_order = None if vectors is None else vectors.take(np.searchsorted(kept, order))
     writer.write(reordered(parts, position, folder / SCRATCH), index.content_texts, order, in_order)
     writer.quarantine(index, unusable)
-    try:
-        writer.finish(histories, max_problems)
-    except CatalogError:
-        shutil.rmtree(folder / PARTS)  # the next run looks at the pictures again: they may be there then
-        raise
+    writer.finish(histories, max_problems)
     _warn_of_repeated_content(index.content[order], built)
     for name in (PARTS, MERGED, SCRATCH):
         shutil.rmtree(folder / name, ignore_errors=True)
@@ -114,7 +110,7 @@ def _build(
 
 
 def _write_parts(
-    config: CatalogConfig, table: OpenedTable, mapping: FieldMapping, folder: Path, known: dict[str, InspectedPicture]
+    config: CatalogConfig, table: OpenedTable, mapping: FieldMapping, folder: Path, known: dict[str, InspectedPicture], built: Built
 ) -> tuple[list[Path], list[Path]]:
     """Arrow files with the rows in the order of the sources, and the files of the sources. Parts that exist are not made again."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -130,7 +126,9 @@ def _write_parts(
         pictures = PictureMemory(
             partial(inspect_pictures, limits=config.pictures, root=config.root, cache=cache, known=known, downloader=downloader)
         )
+        built.integer_ids = True
         for number, batch in enumerate(batches):
+            built.integer_ids &= has_integer_ids(batch, mapping)
             path, file = folder / f"{number:06d}.arrow", number_of.setdefault(batch.file, len(number_of))
             if not path.exists():
                 fields = item_fields(batch, mapping, config.clean_text)
@@ -220,6 +218,7 @@ def _ordered(
     rank[number[order]] = np.arange(len(order))
     item_ids = index.item_ids.take(pa.array(kept))
     histories = read_histories(config, item_ids, rank, built.history_problems, built.notes, max_unknown=max_problems)
+    built.integer_user_ids = histories.integer_user_ids
     ranks = index.id_rank[kept]
     order = kept[break_ties(number[order], index.content[kept], ranks, histories, lambda: index.content_texts(kept))]
     order = order[: config.max_items]

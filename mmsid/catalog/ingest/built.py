@@ -24,6 +24,8 @@ class Built:
         not_read: columns that no field refers to.
         formats: count of usable pictures by format.
         vector_widths: dimension of each family of vectors.
+        integer_ids: whether the ids of the items are whole numbers in the table of items.
+        integer_user_ids: whether the ids of the users are whole numbers in the table of users.
     """
 
     rows: int = 0
@@ -37,6 +39,8 @@ class Built:
     not_read: tuple[str, ...] = ()
     formats: Counter[str] = field(default_factory=Counter)
     vector_widths: tuple[int, ...] = ()
+    integer_ids: bool = False
+    integer_user_ids: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """As JSON data, with sorted counts."""
@@ -47,4 +51,5 @@ class Built:
     def from_json(cls, data: Mapping[str, Any]) -> Built:
         """The reverse of `to_json`. Other keys of `data` are ignored."""
         kinds = {"problems": Counter, "history_problems": Counter, "formats": Counter, "vector_widths": tuple, "not_read": tuple}
-        return cls(**{one.name: kinds.get(one.name, lambda value: value)(data[one.name]) for one in fields(cls)})
+        found = {one.name: kinds.get(one.name, lambda value: value)(data[one.name]) for one in fields(cls) if one.name in data}
+        return cls(**found)

@@ -20,7 +20,8 @@ from mmsid._version import __version__
 from mmsid.artifacts import is_complete, plain, read_manifest, write_json
 from mmsid.config import Section
 from mmsid.errors import ConfigError, MmsidError
-from mmsid.progress import console, done, track
+from mmsid.progress import done, track
+from mmsid.progress_bar import console
 from mmsid.recommend.bench.config import DatasetConfig, SuiteConfig
 from mmsid.recommend.bench.jobs import Bench, Prepare, Refiners
 from mmsid.recommend.bench.plan import Arm, BenchJob, Plan

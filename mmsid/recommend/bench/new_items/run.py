@@ -12,7 +12,8 @@ from typing import Any
 
 from mmsid.artifacts import is_complete, read_json, write_json, write_text
 from mmsid.errors import CatalogError, ConfigError, MmsidError
-from mmsid.progress import console, done, track
+from mmsid.progress import done, track
+from mmsid.progress_bar import console
 from mmsid.recommend.bench.config import DatasetConfig
 from mmsid.recommend.bench.new_items.config import NewItemsSuite, Protocol
 from mmsid.recommend.bench.new_items.jobs import NewItemBench, Peer, Prepare
