@@ -418,6 +418,7 @@ def _(shop, folder):
     return {"items": write(folder / "items.parquet", rows), "fields": {"attributes": ["facts"]}}
 
 
+@pytest.mark.filterwarnings("error::UserWarning")
 @pytest.mark.parametrize("name", FORMS)
 def test_form(drawn_shop, shop_server, hub, tmp_path, name):
     function, notes, found, not_read, same_times, plain = FORMS[name]

@@ -6,7 +6,15 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, PlainValidator, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
+from pydantic import (
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from mmsid.artifacts import is_complete, read_manifest
 from mmsid.catalog.sources.locate import Source, as_source, folder_of, named_files, shown
@@ -134,7 +142,15 @@ class SplitConfig(Section):
         return self
 
 
-Sources = Annotated[Source | tuple[Source, ...], PlainValidator(as_source)]  # a JSON text becomes a path, too
+def _source_texts(source: Source | tuple[Source, ...]) -> str | list[str]:
+    return [str(one) for one in source] if isinstance(source, tuple) else str(source)
+
+
+Sources = Annotated[
+    Source | tuple[Source, ...],
+    PlainSerializer(_source_texts, when_used="json-unless-none"),  # pydantic's own warns of tuples
+    PlainValidator(as_source),  # a JSON text becomes a path, too
+]
 
 
 def _picture_cache() -> Path:
