@@ -158,20 +158,22 @@ def write_space(files: VectorFiles, path: Path, behaviour: BehaviourLookup | Non
             raise _too_many(files, problems)
         values = writer.finish()
     rows = np.flatnonzero(faults == 0)
-    return VectorSpace(values, rows, _ranks(bytes(digests)), problems, None if behaviour is None else behaviour.present[rows])
+    return VectorSpace(values, rows, _ranks(digests), problems, None if behaviour is None else behaviour.present[rows])
 
 
 def _progress(files: VectorFiles, what: str) -> Iterator:
     return track(files.blocks(), what, total=len(files), unit="vectors", size=lambda block: len(block.values))
 
 
-def _ranks(digests: bytes) -> np.ndarray:
+def _ranks(digests: bytearray) -> np.ndarray:
     """Number digests: (n,) int64, in the order of the digests."""
-    words = np.frombuffer(digests, dtype=">u8").astype(np.uint64).reshape(-1, 2)
-    order = np.lexsort((words[:, 1], words[:, 0]))
-    ordered = words[order]
-    ranks = np.empty(len(words), dtype=np.int64)
-    ranks[order] = np.cumsum(np.append(False, (ordered[1:] != ordered[:-1]).any(axis=1))) if len(words) else 0
+    first, second = np.frombuffer(digests, dtype=">u8").reshape(-1, 2).T.astype(np.uint64)
+    order = np.lexsort((second, first))
+    changed = np.zeros(len(order), dtype=bool)
+    for words in (first[order], second[order]):
+        changed[1:] |= words[1:] != words[:-1]
+    ranks = np.empty(len(order), dtype=np.int64)
+    ranks[order] = np.cumsum(changed)
     return ranks
 
 
