@@ -161,11 +161,19 @@ def on_main_process(run: Callable[Concatenate[ConfigT, Parameters], Path]) -> Ca
     def run_once(config: ConfigT, *arguments: Parameters.args, **options: Parameters.kwargs) -> Path:
         if is_main_process():
             return run(config, *arguments, **options)
-        while not is_complete(config.out) or (is_rewritten(config.out) and (config.out / MANIFEST).stat().st_mtime < _STARTED):
+        since = _STARTED if is_rewritten(config.out) else 0.0
+        while not _is_published(config.out, since):
             time.sleep(_POLL_SECONDS)
         return config.out
 
     return run_once
+
+
+def _is_published(out: Path, since: float) -> bool:
+    try:
+        return (out / MANIFEST).stat().st_mtime >= since
+    except FileNotFoundError:  # also for a moment while a folder is replaced
+        return False
 
 
 def read_manifest(folder: Path, stage: str | None = None) -> dict[str, Any]:

@@ -8,8 +8,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from PIL import Image
 
 from mmsid.artifacts import read_json, read_manifest, read_table
+from mmsid.catalog import Catalog
 from mmsid.cli import main
 from mmsid.sids import SidTable
 
@@ -77,3 +79,22 @@ def test_the_configuration_runs_from_the_command_line(tmp_path, monkeypatch, nam
     inputs = set(read_manifest(run / "ingest")["inputs"])
     assert inputs == {"items", "events"} | ({"vectors 1", "vectors 2"} if name == "own_vectors" else set())
     assert set(read_manifest(run / "train_tokenizer")["inputs"]) == {"catalog"}
+
+
+def test_the_configuration_with_fields_is_read(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    rows = ["sku,brand,name,photo,more_photos,department,colour,price"]
+    for number in range(12):
+        names = [f"{number}_{place}.png" for place in range(3)]
+        for name in names:
+            Image.new("RGB", (6, 6), (20 * number, 0, 0)).save(tmp_path / "data" / name)
+        rows.append(f"s{number},acme,shirt {number},{names[0]},{'|'.join(names[1:])},Apparel > Shirts {number % 3},red,{number}.99")
+    (tmp_path / "data" / "products.csv").write_text("\n".join(rows) + "\n")
+    (tmp_path / "mine.yaml").write_text(CONFIGS["shop"], encoding="utf-8")
+    main(["catalog", "--config", "mine.yaml"])
+    out = capsys.readouterr().out
+    assert "items         12 (12 with distinct content)" in out and "36 pictures" in out and "distinct per depth: 1, 3" in out
+    assert "attributes    brand, colour" in out and "not read      price" in out
+    item = next(item for item in Catalog.read("runs/shop/ingest").items if item.item_id == "s4")
+    assert item.title == "acme shirt 4" and len(item.images) == 3

@@ -50,7 +50,9 @@ def test_captions_that_are_all_alike_are_flagged(tmp_path, recwarn, items, warne
     caption.run(caption_config(catalog, tmp_path / "out"), Blind())
     rows = read_manifest(tmp_path / "out")["counts"]["ok"]
     messages = [str(one.message) for one in recwarn]
-    expected = f"caption: {rows} of {rows} rows have the same caption, 'a picture of a product'; the model may not see the pictures"
+    expected = (
+        f"caption: {rows} of {rows} different inputs have the same caption, 'a picture of a product'; the model may not see the pictures"
+    )
     assert any(message.startswith(expected) for message in messages) == warned
     assert ("alike" in read_manifest(tmp_path / "out")["extra"]) == warned
     caption.run(caption_config(catalog, tmp_path / "other"), StubGenerator())
