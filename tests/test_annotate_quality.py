@@ -160,6 +160,7 @@ def test_any_encoder_or_causal_model_can_be_the_text_model(tmp_path):
 # The stage
 
 
+@pytest.mark.slow
 def test_training_on_demo_facts_scores_mined_descriptors(drawn, tmp_path):
     folder, catalog = drawn
     out = run(config_for(drawn, tmp_path / "text_quality", least_accuracy=0.75, most_calibration_error=0.3))

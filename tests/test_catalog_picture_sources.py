@@ -246,6 +246,7 @@ def test_processes_give_the_results_of_one_after_the_other(root, many, monkeypat
     assert used, "processes took part"
 
 
+@pytest.mark.slow
 def test_processes_work_in_a_script_without_a_main_guard(root, many, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
@@ -261,6 +262,7 @@ def test_processes_work_in_a_script_without_a_main_guard(root, many, tmp_path):
     assert (done.returncode, done.stdout) == (0, "302\n"), done.stderr
 
 
+@pytest.mark.slow
 def test_a_generator_that_is_not_read_to_its_end_leaves_no_process(root, many, monkeypatch):
     monkeypatch.setattr(inspection, "PROCESSES_FROM", 100)
     monkeypatch.setattr(inspection, "usable_cpus", lambda: 2)

@@ -77,6 +77,7 @@ def test_the_version_is_printed(capsys):
     assert capsys.readouterr().out == f"mmsid {mmsid.__version__}\n"
 
 
+@pytest.mark.slow
 def test_modules_that_windows_lacks_are_not_needed_for_a_catalogue(tmp_path):
     write_pictures(tmp_path / "shop", items=3)
     code = (

@@ -340,6 +340,7 @@ def test_a_kill_publishes_nothing_and_the_next_run_starts_again(tmp_path, monkey
     assert not list(folder.glob("*.scratch")) and not (tmp_path / ".out.draft").exists()
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_documentation_run(tmp_path, monkeypatch):
     page = (Path(__file__).parents[1] / "docs" / "quantize.md").read_text(encoding="utf-8")
     lines = [line for block in re.findall(r"```bash\n(.*?)```", page, re.S) for line in block.splitlines()]

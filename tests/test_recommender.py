@@ -144,6 +144,7 @@ def test_added_items_are_recommended_at_once_and_known_ones_keep_their_scores(tr
     assert recommender.recommend([history], k=5).status == ["personal"] and "n0" not in recommender.recommend([history], k=40).item_ids[0]
 
 
+@pytest.mark.slow
 def test_a_saved_grown_recommender_gives_the_same_answers_in_another_process(trained, recommender, tmp_path):
     _, histories, _ = trained
     recommender.add_items([NEW], grown(recommender, ["fresh"]), vectors_of([40]))

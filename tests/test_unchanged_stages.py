@@ -209,6 +209,7 @@ def test_redo_keeps_the_old_folder_until_the_new_one_is_complete(work, monkeypat
     assert not list(Path("runs/one").glob(".*.earlier")) and not list(Path("runs/one").glob(".*.draft"))
 
 
+@pytest.mark.slow
 def test_redo_of_ingest_reads_everything_again(work):
     run()
     before, ingested = stamps(Path("runs/one")), (Path("runs/one/ingest") / MANIFEST).stat().st_mtime_ns
