@@ -32,7 +32,7 @@ EVENTS_PER_ITEM = 10
 BATCH = 100_000
 STAGES = ("ingest", "train_tokenizer", "assign", "baselines", "train_recommender", "recommend")
 LETTERS = np.array(list("abcdefghijklmnopqrstuvwxyz"))
-WORDS = np.array(["".join(row[:length]) for row, length in zip(np.random.default_rng(1).choice(LETTERS, (2000, 9)), [3, 5, 7, 9] * 500)])
+WORDS = np.unique(["".join(row[:length]) for row, length in zip(np.random.default_rng(1).choice(LETTERS, (2000, 9)), [3, 5, 7, 9] * 500)])
 KINDS = [("home", "lamp"), ("home", "chair"), ("wear", "shoe"), ("wear", "bag"), ("food", "tea")]
 
 

@@ -139,13 +139,15 @@ def _state(path: Path) -> dict[str, int]:
 def _pictures_changed(config: IngestConfig) -> bool:
     """Whether a picture file differs in size or time, or one that was missing is there now."""
     root = config.catalog.root.absolute()
-    for path, picture in _pictures(config.out, root).items():
-        try:
-            status = os.stat(root / path)
-        except OSError:
-            return True
-        if (status.st_size, status.st_mtime_ns) != (picture.num_bytes, picture.mtime_ns):
-            return True
+    for chunk in ItemTable.open(config.out / ITEMS, root).table["creatives"].chunks:
+        values = chunk.flatten()
+        for path, size, mtime_ns in zip(*(values.field(name).to_pylist() for name in ("path", "num_bytes", "mtime_ns")), strict=True):
+            try:
+                status = os.stat(root / path)
+            except OSError:
+                return True
+            if (status.st_size, status.st_mtime_ns) != (size, mtime_ns):
+                return True
     problems = read_table(config.out / PROBLEMS).select(["code", "detail"]).to_pylist()
     return any(problem["code"] == _MISSING and os.path.lexists(root / problem["detail"]) for problem in problems)
 
