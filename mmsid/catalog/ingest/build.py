@@ -93,7 +93,9 @@ def _build(
         built.merged = built.rows - len(index)
     unusable = index.unusable()
     _refuse_unusable_rows(files, index, unusable, max_problems)
-    kept = np.setdiff1d(np.arange(len(index)), np.fromiter(unusable, dtype=np.int64, count=len(unusable)))
+    usable = np.ones(len(index), dtype=bool)
+    usable[list(unusable)] = False
+    kept = np.flatnonzero(usable)
     vectors = _vectors(config, index, kept, built)
     order, histories = _ordered(config, index, kept, built, max_problems)
     writer = CatalogWriter(folder, files, mapping, built)

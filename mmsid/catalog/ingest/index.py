@@ -63,6 +63,11 @@ class RowIndex:
 
     def content_order(self) -> np.ndarray:
         """(R,) rows sorted by content hash, then by id."""
+        first = self.content[:, 0]  # rows of different content hardly ever share it, and sorting by all four needs a copy of them
+        order = np.lexsort((self.id_rank, first))
+        tied = np.flatnonzero(first[order[1:]] == first[order[:-1]])
+        if (self.content[order[tied]] == self.content[order[tied + 1]]).all():
+            return order
         return np.lexsort((self.id_rank, *self.content.T[::-1]))
 
     def add_vectors(self, rows: np.ndarray, vectors: ItemVectors) -> None:
