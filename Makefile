@@ -4,6 +4,8 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
+# without byte code on disk every process of the tests compiles torch and transformers again, 20 s each
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-all lint clean
 
