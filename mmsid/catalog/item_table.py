@@ -104,11 +104,6 @@ class ItemTable(Sequence[Item]):
         """`content_sha256` of all items, in order."""
         return texts(self.table["content_sha256"])
 
-    @cached_property
-    def num_pictures(self) -> np.ndarray:
-        """(N,) number of usable pictures of each item."""
-        return lengths(self.table["creatives"])
-
     def _block(self, number: int) -> list[Item]:
         if number not in self._blocks:
             if len(self._blocks) >= _KEPT_BLOCKS:

@@ -5,6 +5,7 @@ A part is one such file or folder. It knows its columns and its number of rows w
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -78,7 +79,7 @@ class MatrixPart:
             yield block, np.zeros(len(block), dtype=np.int8), np.full(len(block), self.dim)
 
 
-class _ListPart:
+class _ListPart(ABC):
     """A table with a column of lists of numbers."""
 
     path: Path
@@ -103,9 +104,9 @@ class _ListPart:
         else:
             self.dim = 0
 
+    @abstractmethod
     def _lists(self, rows: int) -> Iterator[pa.Array]:
         """Batches of the column of vectors."""
-        raise NotImplementedError
 
     def _usual_length(self) -> int:
         for column in self._lists(_PEEK_ROWS):
