@@ -122,7 +122,7 @@ def writing(
         os.replace(draft_path, out)
         fsync(out.parent)
         shutil.rmtree(_earlier(out), ignore_errors=True)
-        for name in (MARKER, *sorted(draft.scratch)):  # after the rename: a draft without its marker would be deleted
+        for name in (*sorted(draft.scratch), MARKER):  # after the rename: a draft without its marker would be deleted
             (out / name).unlink(missing_ok=True)
 
 
@@ -142,9 +142,22 @@ def is_rewritten(out: Path) -> bool:
 
 
 def restore(out: Path) -> None:
-    """Put the earlier folder back if a process was killed between the two renames that replace it."""
-    if is_complete(_earlier(out)) and not Path(out).exists():
-        os.replace(_earlier(out), out)
+    """Finish what a process that was killed while it published left undone.
+
+    Between the two renames that replace a folder, the earlier folder is put back. After them, the draft's marker and scratch files go.
+    """
+    out = Path(out)
+    if is_complete(_earlier(out)):
+        if is_complete(out):
+            shutil.rmtree(_earlier(out), ignore_errors=True)
+        elif not out.exists():
+            os.replace(_earlier(out), out)
+    if is_complete(out) and (out / MARKER).exists() and (out / CHECKSUMS).is_file():
+        kept = {MARKER, MANIFEST, CHECKSUMS} | _checksums(out).keys()
+        for path in out.rglob("*"):
+            if path.is_file() and path.relative_to(out).as_posix() not in kept:
+                path.unlink(missing_ok=True)
+        (out / MARKER).unlink(missing_ok=True)
 
 
 def _earlier(out: Path) -> Path:

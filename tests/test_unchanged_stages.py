@@ -1,5 +1,6 @@
 """Finished stages stay valid when nothing that decides their result changes, and are replaced only by complete ones."""
 
+import functools
 import os
 import shutil
 from pathlib import Path
@@ -249,6 +250,32 @@ def test_a_folder_is_restored_after_a_crash_between_the_renames(tmp_path, monkey
     assert is_complete(out) and (out / "size").read_text() == "1"
     with rewriting(out):
         write(Small(out=out, size=2))
+    assert (out / "size").read_text() == "2" and sorted(path.name for path in tmp_path.iterdir()) == [".out.lock", "out"]
+
+
+@pytest.mark.parametrize("crash_at", ["draft.json", "checkpoint", ".out.earlier"])
+def test_what_a_crash_after_the_renames_left_is_removed(tmp_path, monkeypatch, crash_at):
+    out = tmp_path / "out"
+    write(Small(out=out, size=1))
+    expected = sorted(path.name for path in out.iterdir())
+    unlink, remove_tree, crashed = Path.unlink, shutil.rmtree, []
+
+    def crash(path, *arguments, remove, **options):
+        if Path(path).name == crash_at and is_complete(out) and (out / "size").read_text() == "2":
+            crashed.append(path)
+            raise KeyboardInterrupt
+        remove(path, *arguments, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt), rewriting(out):
+        patch.setattr(Path, "unlink", functools.partialmethod(crash, remove=unlink))
+        patch.setattr(shutil, "rmtree", functools.partial(crash, remove=remove_tree))
+        with writing(out, stage="small", config=Small(out=out, size=2)) as draft:
+            (draft.path / "size").write_text("2")
+            (draft.path / "checkpoint").write_text("large")
+            draft.scratch.add("checkpoint")
+    assert crashed and (out / "draft.json").exists()
+    restore(out)
+    assert sorted(path.name for path in out.iterdir()) == expected
     assert (out / "size").read_text() == "2" and sorted(path.name for path in tmp_path.iterdir()) == [".out.lock", "out"]
 
 
