@@ -65,11 +65,14 @@ def read_events(
     kept = counted & (item_of >= 0)
     problems[_OF_WEIGHT_ZERO] += int((complete & ~counted).sum())
     problems["unknown_item"] += int((counted & ~kept).sum())
-    problems["user_without_items"] += int(((users.counts(complete) > 0) & (users.counts(kept) == 0)).sum())
+    without = (users.counts(complete) > 0) & (users.counts(kept) == 0)
+    problems["user_without_items"] += int(without.sum())
     weights = None if weights is None else weights[kept]
     if weights is not None and (weights == 1.0).all():
         weights = None
-    return _grouped(users.ids, users.codes[kept], item_of[kept], times[kept], weights, content_rank, problems)
+    histories = _grouped(users.ids, users.codes[kept], item_of[kept], times[kept], weights, content_rank, problems)
+    histories.without_items = users.ids.filter(pa.array(without))
+    return histories
 
 
 def _ids(columns: Columns, field: str) -> Encoded:

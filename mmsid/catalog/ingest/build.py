@@ -226,6 +226,9 @@ def _ordered(
     order = order[: config.max_items]
     place = np.full(len(kept), -1, dtype=np.int64)
     place[number[order]] = np.arange(len(order))
-    histories = sorted_by_content(histories.mapped(place), index.content_texts(order))[: config.max_users]
+    everyone = pa.concat_arrays([histories.user_ids, histories.without_items])
+    known = histories.mapped(place)
+    histories = sorted_by_content(known, index.content_texts(order))[: config.max_users]
+    histories.without_items = everyone.filter(pc.invert(pc.is_in(everyone, known.user_ids))).sort()
     built.history_problems["repeated_item"] += int(histories.repeated().sum())
     return order, histories
