@@ -89,7 +89,7 @@ def sequence_fields(source: Source, config: CatalogConfig, config_key: str) -> F
         CatalogError: the table is unreadable, a column is absent, or several columns could be meant.
     """
     finder = _Finder(read_columns(source, [], config_key=config_key), config)
-    found = {field: finder.find(field, required=True, key="sequences") for field in ("user_id", "sequence")}
+    found = {field: finder.find(field, required=True) for field in ("user_id", "sequence")}
     return config.fields.model_copy(update=found)
 
 
