@@ -10,8 +10,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .PHONY: demo test test-all lint clean
 
 demo: .venv/installed
-	$(BIN)/mmsid demo-catalog demo/catalog --items 1200 --users 1500 --seed 0
-	$(BIN)/mmsid run configs/demo.yaml
+	$(BIN)/mmsid demo
 
 test: .venv/installed
 	$(BIN)/python -m pytest

@@ -1,5 +1,6 @@
 """The `mmsid` command. It parses arguments and calls the stages; it computes nothing itself.
 
+mmsid demo                                           draw ads and users, run everything, append new ads; explains what happens
 mmsid run CONFIG [key=value ...] [--redo STAGE]      every stage of the configuration in order; a second call resumes
 mmsid STAGE --config CONFIG [key=value ...] [--redo] one stage; also `accelerate launch scripts/STAGE.py --config CONFIG`
                                                      ingest, caption, interests, assign, recommend: `--engine ray`
@@ -128,6 +129,20 @@ def _init(arguments: list[str]) -> None:
     out.write_text(text, encoding="utf-8")
     stage_configs(load_yaml(out), source=str(out))
     done(f"init: wrote {out}; look at it, then `mmsid catalog --config {out}` and `mmsid run {out}`")
+
+
+def _demo(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="mmsid demo", description="Draw ads and users in the working folder, run the whole pipeline, append new ads."
+    )
+    parser.add_argument("--items", type=int, help="ads (default 1200)")
+    parser.add_argument("--users", type=int, help="users (default 1500)")
+    parser.add_argument("--seed", type=int, help="of the drawn catalogue (default 0)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides of configs/demo.yaml")
+    given = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
+    from mmsid.demo.run import run_demo
+
+    run_demo(**given)
 
 
 def _demo_catalog(arguments: list[str]) -> None:
@@ -270,6 +285,7 @@ _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "run": _run,
     "catalog": _catalog,
     "init": _init,
+    "demo": _demo,
     "demo-catalog": _demo_catalog,
     "churn": _churn,
     "quantize": _quantize,

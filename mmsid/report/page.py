@@ -108,12 +108,13 @@ def _render(page: Mapping[str, Any]) -> str:
         **page,
         style=style,
         script=script,
-        style_hash=_policy_hash(style),
-        script_hash=_policy_hash(script),
+        style_hash=policy_hash(style),
+        script_hash=policy_hash(script),
         data=embedded_json(explored or None),
         pictures=embedded_json(pictures),
     )
 
 
-def _policy_hash(source: str) -> str:
+def policy_hash(source: str) -> str:
+    """Hash of a style or a script for the content security policy of a page."""
     return "sha256-" + base64.b64encode(hashlib.sha256(source.encode()).digest()).decode("ascii")
