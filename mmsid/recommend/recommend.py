@@ -19,7 +19,7 @@ from pydantic import Field
 from mmsid.artifacts import CHECKSUMS, read_table, write_table, writing
 from mmsid.catalog import CatalogConfig, Item, read_catalog
 from mmsid.catalog.columns import read_columns
-from mmsid.catalog.log_columns import sequence_fields
+from mmsid.catalog.logs.columns import sequence_fields
 from mmsid.catalog.sources.locate import named_files
 from mmsid.catalog.tables import Cells, read_table_rows, require_column
 from mmsid.config import StageConfig

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from mmsid.catalog import Catalog, Fields
-from mmsid.catalog.list_cells import SEPARATORS
+from mmsid.catalog.logs.list_cells import SEPARATORS
 from mmsid.catalog.sources.locate import Source
 from mmsid.catalog.tables import Cells, Table, require_column, table_pieces
 from mmsid.errors import CatalogError

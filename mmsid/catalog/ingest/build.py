@@ -27,12 +27,12 @@ from mmsid.catalog.ingest.merging import merged_groups
 from mmsid.catalog.ingest.on_ray import inspected_on_ray
 from mmsid.catalog.ingest.rows import PictureMemory, part_rows
 from mmsid.catalog.ingest.writing import CatalogWriter
-from mmsid.catalog.item_ids import ROUNDED
+from mmsid.catalog.logs.item_ids import ROUNDED
+from mmsid.catalog.logs.read import read_histories
 from mmsid.catalog.picture_sources.downloads import Downloader
 from mmsid.catalog.picture_sources.inspection import inspect_pictures
 from mmsid.catalog.pictures import InspectedPicture
 from mmsid.catalog.sources import OpenedTable, open_table
-from mmsid.catalog.user_logs import read_histories
 from mmsid.catalog.vectors import ItemVectors, concatenated, read_vectors
 from mmsid.errors import CatalogError
 from mmsid.progress import track

@@ -16,10 +16,10 @@ import pyarrow.compute as pc
 from mmsid.catalog.columns import Columns
 from mmsid.catalog.config import CatalogConfig
 from mmsid.catalog.histories import Histories
-from mmsid.catalog.item_ids import Encoded, ItemIds, encode
-from mmsid.catalog.log_columns import LogColumns
-from mmsid.catalog.log_hints import other_column
-from mmsid.catalog.times import Field, read_numbers, read_times
+from mmsid.catalog.logs.columns import LogColumns
+from mmsid.catalog.logs.hints import other_column
+from mmsid.catalog.logs.item_ids import Encoded, ItemIds, encode
+from mmsid.catalog.logs.times import Field, read_numbers, read_times
 from mmsid.errors import CatalogError
 
 _WITHOUT = ("event_without_user", "event_without_item", "event_without_time", "event_without_type", "event_without_weight")

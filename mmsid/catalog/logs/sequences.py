@@ -11,11 +11,11 @@ import pyarrow as pa
 from mmsid.catalog.columns import Columns
 from mmsid.catalog.config import CatalogConfig
 from mmsid.catalog.histories import Histories
-from mmsid.catalog.item_ids import Encoded, ItemIds, encode
-from mmsid.catalog.list_cells import Lists, best_separator, is_list, of_lists, of_scalars, of_texts
-from mmsid.catalog.log_columns import LogColumns
-from mmsid.catalog.log_hints import other_column
-from mmsid.catalog.times import Field, is_text, read_times
+from mmsid.catalog.logs.columns import LogColumns
+from mmsid.catalog.logs.hints import other_column
+from mmsid.catalog.logs.item_ids import Encoded, ItemIds, encode
+from mmsid.catalog.logs.list_cells import Lists, best_separator, is_list, of_lists, of_scalars, of_texts
+from mmsid.catalog.logs.times import Field, is_text, read_times
 from mmsid.errors import CatalogError
 
 _LARGEST = 2.0**63  # of a time; larger numbers do not fit into int64
