@@ -27,7 +27,7 @@ lint: .venv/installed
 # the site of docs/ in site/, built without the network; any dead link or unknown name is an error
 docs: .venv/installed
 	$(BIN)/python scripts/configuration_page.py --check
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # --no-compile: byte-compiling all of torch and transformers takes longer than compiling the imported modules
 .venv/installed: pyproject.toml constraints-cpu.txt

@@ -1,7 +1,7 @@
 """Write docs/configuration.md, the reference of every configuration key, from the configuration classes.
 
-python scripts/configuration_page.py            writes the page; `make docs` calls this
-python scripts/configuration_page.py --check    writes nothing, fails if the page differs from the classes
+python scripts/configuration_page.py            writes the page
+python scripts/configuration_page.py --check    fails if the page differs from the classes; `make docs` calls this
 
 The meaning of a key is its line in the `Attributes:` of its class or of a base class. A key that holds a section and has no such line is
 described by the first sentence of the section's class.
