@@ -7,7 +7,7 @@ export TOKENIZERS_PARALLELISM := false
 # without byte code on disk every process of the tests compiles torch and transformers again, 20 s each
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all lint docs clean
 
 demo: .venv/installed
 	$(BIN)/mmsid demo
@@ -23,6 +23,11 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# the site of docs/ in site/, built without the network; any dead link or unknown name is an error
+docs: .venv/installed
+	$(BIN)/python scripts/configuration_page.py --check
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 # --no-compile: byte-compiling all of torch and transformers takes longer than compiling the imported modules
 .venv/installed: pyproject.toml constraints-cpu.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"mmsid needs Python 3.11 or newer, {sys.executable} is {sys.version.split()[0]}; run make PYTHON=python3.12"'
@@ -31,4 +36,4 @@ lint: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv runs demo build dist *.egg-info
+	rm -rf .venv runs demo build dist site *.egg-info

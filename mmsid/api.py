@@ -87,7 +87,8 @@ def interests(out: PathLike, catalog: CatalogSettings, *, engine: Engine = "loca
         settings: keys of `InterestsConfig`: `model`, or `generator="coengagement"`, and `captions`, a finished caption folder.
 
     Raises:
-        As `caption`.
+        ConfigError, CatalogError, ArtifactError: invalid settings, catalogue or folders.
+        AnnotationError: too many rows failed.
     """
     return _run("interests", out, catalog, settings, engine)
 
@@ -189,7 +190,8 @@ def refine_tokenizer(out: PathLike, catalog: CatalogSettings, tokenizer: PathLik
     Args:
         out: folder to write: `tokenizer/` and `sids/` (refined, or unchanged if the gate refuses), `gate.json`, `log.jsonl`.
         catalog: keys of the `catalog:` section with `sequences` or `events`, or the path of its items table.
-        tokenizer, sids: the start: a tokenizer folder and the SID folder that it assigned.
+        tokenizer: the start: a tokenizer folder.
+        sids: SID folder that this tokenizer assigned.
         settings: keys of `RefineConfig`.
 
     Raises:

@@ -41,7 +41,12 @@ class Section(BaseModel):
 
 
 class StageConfig(Section):
-    """Keys of every stage: the output folder and the random seed."""
+    """Keys of every stage: the output folder and the random seed.
+
+    Attributes:
+        out: folder that the stage writes. A run sets it to runs/NAME/STAGE.
+        seed: random seed. A run sets it to the seed at its top.
+    """
 
     out: Path
     seed: int = 0

@@ -50,6 +50,7 @@ class RecommendConfig(StageConfig):
     """Configuration of the stage.
 
     Attributes:
+        catalog: the items and the users with their histories.
         recommender: folder of the recommender.
         sids: SID folder in use now, of the same tokenizer. It may have more items than the recommender: those of the catalogue are
             added. Items that it lacks are not recommended.

@@ -55,7 +55,9 @@ class LoopConfig(Section):
     Attributes:
         rounds: largest number of rounds; step_kl and the learning rate fall linearly over them.
         group: paths scored per item and round.
+        epochs: passes over the paths of a round, at most; `step_kl` may end them earlier.
         batch: items per minibatch, over all processes; a group is never split.
+        lr: learning rate of the first round.
         clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
         kl: coefficient of the exact KL to the reference. Above 0, items move only as far as their reward pays for it.
         moving: share of the items that are optimised per round, at most 2,048 items: only their trees are held.

@@ -49,6 +49,7 @@ class AssignConfig(StageConfig):
 
     Attributes:
         tokenizer: a tokenizer folder.
+        catalog: the items, and the logs that behaviour is read from.
         captions, interests: annotation folders of this catalogue, needed if the tokenizer reads these fields.
         collisions: policy for items with equal raw codes.
         append: an earlier SID folder of the same tokenizer. Its items keep their codes; codes of removed items stay reserved in
@@ -61,6 +62,7 @@ class AssignConfig(StageConfig):
             then encoded twice. At 4, 1 % of the clean drawn ads lose their title.
         allow_missing_annotations: encode items that were never captioned (or mined) although the tokenizer was trained with captions (or
             interests). Their codes differ from those that captions would give.
+        batch_size: items per forward pass.
         ray: options of `--engine ray`; not part of the manifest.
     """
 

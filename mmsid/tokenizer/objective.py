@@ -18,7 +18,15 @@ from mmsid.tokenizer.reconstruction import FrozenDecoder, ReconstructionHead
 
 
 class LossWeights(Section):
-    """Weight of each loss; a loss of weight 0 is not computed."""
+    """Weight of each loss; a loss of weight 0 is not computed.
+
+    Attributes:
+        codes: cross-entropy of the SID head with the target codes.
+        regression: distance of the projected states from the fused vectors of content and behaviour.
+        contrast: contrastive loss at every level, on the vectors of the code prefixes (residual head) or on the logits (parallel head).
+        embedding: contrastive loss (InfoNCE) on the item embedding.
+        reconstruction: cross-entropy of a language model that writes the item's text from its states.
+    """
 
     codes: float = Field(1.0, ge=0)
     regression: float = Field(1.0, ge=0)
