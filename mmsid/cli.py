@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -201,6 +202,47 @@ def _quantize(arguments: list[str]) -> None:
     show((config.out / REPORT).read_text(encoding="utf-8").rstrip())
 
 
+def _inspect(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="mmsid inspect", description="Look into a mapping of items to Semantic IDs.")
+    parser.add_argument("file", type=Path, help="SID folder, sids.parquet, index.json, table with ids and codes, or .npy")
+    parser.add_argument("--against", type=Path, metavar="OLD", help="older mapping of the same items: what changed")
+    parser.add_argument("--histories", type=Path, metavar="FILE", help="user_id and items, or user_id, item_id and timestamp")
+    parser.add_argument("--vectors", type=Path, metavar="FILE", help="item_id and vector (parquet), or a matrix (.npy)")
+    parser.add_argument("--config", type=Path, help="YAML with the catalogue: histories, categories, equal contents")
+    parser.add_argument("--id-column", metavar="NAME", help="default: item_id, or another usual name")
+    parser.add_argument("--code-columns", metavar="NAME,NAME", help="default: codes or another usual name, or numbered columns")
+    parser.add_argument("--codebook-size", metavar="K[,K]", help="codes per level; default: 1 + the largest code")
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    parser.add_argument("--out", type=Path, metavar="PAGE.html", help="also write a page")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parsed = parser.parse_intermixed_args(arguments)
+    from mmsid.inspection import inspect_sids
+    from mmsid.inspection.tables import audit_text
+
+    sizes = None
+    if parsed.codebook_size is not None:
+        try:
+            sizes = [int(size) for size in parsed.codebook_size.split(",")]
+        except ValueError as error:
+            raise ConfigError(
+                f"--codebook-size is {parsed.codebook_size!r}; give a number, or one per level such as 256,256,256"
+            ) from error
+    audit = inspect_sids(
+        parsed.file,
+        id_column=parsed.id_column,
+        code_columns=parsed.code_columns.split(",") if parsed.code_columns else None,
+        codebook_sizes=sizes,
+        histories=parsed.histories,
+        vectors=parsed.vectors,
+        catalog=None if parsed.config is None else _ingested(parsed.config, parsed.overrides),
+        against=parsed.against,
+        page=parsed.out,
+    )
+    show(json.dumps(audit, indent=1, ensure_ascii=False) if parsed.json else audit_text(audit).rstrip())
+    if parsed.out is not None and not parsed.json:
+        done(f"inspect: wrote {parsed.out}, open it in a browser")
+
+
 def _export(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="mmsid export", description="Write Semantic IDs in the format of one consumer.")
     parser.add_argument("sids", type=Path, help="SID folder, or its sids.parquet")
@@ -307,6 +349,7 @@ _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "demo-catalog": _demo_catalog,
     "churn": _churn,
     "quantize": _quantize,
+    "inspect": _inspect,
     "export": _export,
     "bundle": _bundle,
     "bench": _bench,
