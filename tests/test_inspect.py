@@ -180,7 +180,7 @@ def test_figures_are_those_of_a_sid_folder_and_the_page_is_self_contained(tmp_pa
     html = page.read_text()
     assert "<b>ad" not in html and "&lt;b&gt;ad" in html and "<script" not in html
     assert not re.search(r"(src|href)=\"(?!#|data:)", html) and "style-src 'sha256-" in html
-    assert html.count("<polyline") == 3 and 'id="table-3"' in html
+    assert html.count("<polyline") == 3 and 'id="table-4"' in html
 
 
 def clustered(tmp_path):

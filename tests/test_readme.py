@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from export_parts import tiny_language_model
 from test_quantize_vectors import write_vectors
 
 from mmsid.config import load_yaml
@@ -118,6 +119,7 @@ def test_commands_and_snippets_run(tmp_path):
 
     call(shlex.split("mmsid demo-catalog demo/catalog --items 150 --users 120 --seed 0"), "demo-catalog")
     write_vectors(tmp_path)
+    tiny_language_model(tmp_path / "models" / "lm")
     ordered = sorted(COMMANDS, key=lambda command: next((at for at, part in enumerate(FIRST) if command.startswith(part)), len(FIRST)))
     for command in ordered:
         if command.startswith("make "):

@@ -14,6 +14,7 @@ from mmsid.sids.table import SidTable
 
 WIDTH, HEIGHT = 100.0, 64.0  # of a curve, in its own units
 _POINTS = 200
+_HIGHEST = 4.0  # of the interactions, in units of the largest share of items; higher ones are cut off
 
 
 class Curve(NamedTuple):
@@ -22,14 +23,14 @@ class Curve(NamedTuple):
     Attributes:
         title: for example "Level 1". items, interactions: points of the shares; interactions may be "".
         uniform: height of even use.
-        largest: the largest share as text.
+        top: the share at the upper edge, as text.
     """
 
     title: str
     items: str
     interactions: str
     uniform: float
-    largest: str
+    top: str
 
 
 def render_page(audit: Mapping[str, Any], table: SidTable, counts: np.ndarray | None) -> str:
@@ -59,7 +60,7 @@ def _curves(table: SidTable, counts: np.ndarray | None) -> list[Curve]:
         traffic = None
         if counts is not None and counts.any():
             traffic = np.sort(np.bincount(table.codes[:, level], weights=counts, minlength=size))[::-1] / counts.sum()
-        top = float(max(items[0], 0.0 if traffic is None else traffic[0]))
+        top = float(items[0] if traffic is None else max(items[0], min(traffic[0], _HIGHEST * items[0])))
         curves.append(
             Curve(
                 f"Level {level + 1}",
@@ -76,6 +77,6 @@ def _points(shares: np.ndarray, top: float) -> str:
     """Corners of a step curve, thinned to `_POINTS` codes."""
     at = np.unique(np.linspace(0, len(shares) - 1, min(len(shares), _POINTS)).astype(int))
     x = np.append(at, len(shares)) * WIDTH / len(shares)
-    y = HEIGHT - HEIGHT * shares[at] / top
+    y = np.maximum(HEIGHT - HEIGHT * shares[at] / top, 0.0)
     corners = [f"{x[n]:.2f},{y[n]:.2f} {x[n + 1]:.2f},{y[n]:.2f}" for n in range(len(at))]
     return " ".join(corners)

@@ -28,7 +28,7 @@ class Figures:
 
 def audit_tables(audit: Mapping[str, Any]) -> list[Figures]:
     """All tables for which the audit has figures."""
-    tables = [_usage(audit), _paths(audit), _tree(audit)]
+    tables = [_usage(audit), _paths(audit), *([_largest(audit)] if audit["shared_paths"]["largest"] else []), _tree(audit)]
     for key, table in (("popularity", _popularity), ("neighbours", _neighbours), ("churn", _churn)):
         if key in audit:
             tables.append(table(audit))
@@ -107,9 +107,15 @@ def _paths(audit: Mapping[str, Any]) -> Figures:
     rows += [[f"groups of {size} items", f"{count:,}"] for size, count in sizes[:6]]
     if len(sizes) > 6:
         rows.append([f"groups of {sizes[6][0]} items and more", f"{sum(count for _, count in sizes[6:]):,}"])
-    for group in audit["shared_paths"]["largest"]:
-        rows.append([group["sid"], f"{group['items']:,} items: {', '.join(map(_short, group['examples']))}" + _more(group)])
     return Figures("Collisions", "Items with the same path cannot be told apart by a generative recommender.", ["", "figure"], rows)
+
+
+def _largest(audit: Mapping[str, Any]) -> Figures:
+    rows = [
+        [group["sid"], f"{group['items']:,}", ", ".join(map(_short, group["examples"])) + _more(group)]
+        for group in audit["shared_paths"]["largest"]
+    ]
+    return Figures("Largest groups", "Paths with the most items.", ["path", "items", "item ids"], rows)
 
 
 def _tree(audit: Mapping[str, Any]) -> Figures:
@@ -152,9 +158,9 @@ def _popularity(audit: Mapping[str, Any]) -> Figures:
     head = found["head"]
     return Figures(
         "Popularity allocation",
-        f"{found['interactions']:,} interactions; {found['items_without']:,} items have none. {found['shared_interactions']:.2%} of the "
-        f"interactions are with items that share their path. Of the {head['items']:,} most popular ({head['interactions']:.1%} of all "
-        f"interactions), {head['shared']:.1%} share theirs.",
+        f"{found['interactions']:,} interactions; {found['items_without']:,} items have none. Items that share their path have "
+        f"{found['shared_interactions']:.2%} of the interactions. The {head['items']:,} most popular items have "
+        f"{head['interactions']:.1%}; {head['shared']:.1%} of these items share their path.",
         [
             "level",
             "perplexity of interactions",
