@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -29,12 +30,22 @@ def executed(path: Path, folder: Path):
         os.environ["PATH"] = before
     for number, cell in enumerate(cell for cell in notebook.cells if cell.cell_type == "code"):
         cell.metadata, cell.execution_count = {}, number + 1
-        cell.outputs = [one for one in cell.outputs if one.output_type == "execute_result" or one.get("name") == "stdout"]
+        printed = "".join(one.text for one in cell.outputs if one.get("name") == "stdout")
+        results = [one for one in cell.outputs if one.output_type == "execute_result"]
+        text = without_progress(printed)
+        cell.outputs = ([nbformat.v4.new_output("stream", name="stdout", text=text)] if text else []) + results
         for output in cell.outputs:
             if "execution_count" in output:
                 output.execution_count = number + 1
     notebook.metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
     return notebook
+
+
+def without_progress(printed: str) -> str:
+    """What a command printed, without progress bars and colours."""
+    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", printed).replace("\r", "\n").split("\n")
+    kept = [line for line in lines if line.strip() and "━" not in line]
+    return "\n".join(kept) + "\n" if kept else ""
 
 
 if __name__ == "__main__":

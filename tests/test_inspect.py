@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from export_parts import shop
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from mmsid.cli import main
-from mmsid.errors import ArtifactError, CatalogError
+from mmsid.errors import ArtifactError, CatalogError, MmsidError
 from mmsid.inspection import inspect_sids, read_mapping
 from mmsid.sids.churn import churn_report
 from mmsid.sids.folder import write_sid_folder
@@ -127,6 +131,16 @@ def test_broken_json_entries_and_repeated_keys_are_listed(tmp_path):
         "gap": "code is missing or no number",
         "no": "code is negative or too large",
     }
+
+
+def test_fractions_and_very_long_texts_are_no_codes(tmp_path):
+    path = tmp_path / "index.json"
+    path.write_text(json.dumps({"a": [1, 2.0], "b": [1.5, 2], "c": [3, 4], "d": [-2.0, 1]}))
+    mapping = read_mapping(path)
+    assert mapping.table.codes.tolist() == [[1, 2], [3, 4]]
+    assert [one["reason"] for one in mapping.problems] == ["code is missing or no number", "code is negative or too large"]
+    path.write_text(json.dumps({"a": ["<a_1>"], "b": ["1a" * 200_000]}))
+    assert [one["reason"] for one in read_mapping(path).problems] == ["code is missing or no number"]
 
 
 def test_matrix_with_negative_codes_and_fractions(tmp_path):
@@ -289,3 +303,66 @@ def test_mistakes_are_named(tmp_path, capsys):
         inspect_sids(tmp_path / "codes.npy", histories=tmp_path / "log.csv")
     with pytest.raises(ArtifactError, match="leave one out"):
         inspect_sids(tmp_path / "codes.npy", histories=tmp_path / "log.csv", catalog=object())
+
+
+def test_public_functions_take_a_catalogue_as_a_mapping(tmp_path):
+    import mmsid
+
+    shop(tmp_path)
+    catalog = {"items": tmp_path / "items.parquet", "sequences": tmp_path / "sequences.parquet"}
+    folder = write(tmp_path / "sids", "folder")
+    assert mmsid.inspect_sids(folder, catalog=catalog)["popularity"]["interactions"] == 6  # train interactions of three users
+    out = mmsid.export_sids(folder, tmp_path / "Ads", "minionerec", catalog=catalog)
+    assert (out / "Ads.index.json").is_file()
+
+
+LEAVES = (
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(["<a_1>", "<b_2>", "1-2", "3", "-1"])
+)
+VALUES = st.recursive(
+    LEAVES, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner, max_size=2), max_leaves=6
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(found=st.dictionaries(st.text(max_size=4), VALUES, max_size=6) | VALUES)
+def test_any_json_is_read_or_refused_in_words(found, tmp_path):
+    path = tmp_path / "any.json"
+    path.write_text(json.dumps(found))
+    checked(path)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    cells=st.lists(
+        st.tuples(st.text(max_size=6), st.text(max_size=12) | st.from_regex(r"(<[ab]_\d{1,3}>){1,3}", fullmatch=True)), max_size=6
+    )
+)
+def test_any_table_is_read_or_refused_in_words(cells, tmp_path):
+    path = tmp_path / "any.parquet"
+    pq.write_table(pa.table({"item_id": [item for item, _ in cells], "sid": [sid for _, sid in cells]}), path)
+    checked(path)
+
+
+def checked(path):
+    """Every row of the file is usable or listed, or the file is refused with a message."""
+    try:
+        mapping = read_mapping(path)
+    except MmsidError as error:
+        assert len(str(error)) > 20
+        return
+    assert mapping.rows == len(mapping.table) + len(mapping.problems) and len(mapping.table)
+    assert sum(mapping.reasons.values()) == len(mapping.problems)
+    inspect_sids(path)
+
+
+@pytest.mark.slow
+def test_a_million_items_take_less_than_a_minute(tmp_path):
+    codes = np.random.default_rng(0).integers(0, 256, (1_000_000, 3))
+    path = tmp_path / "index.json"
+    path.write_text(json.dumps({f"ad{n:07d}": [f"<a_{a}>", f"<b_{b}>", f"<c_{c}>"] for n, (a, b, c) in enumerate(codes.tolist())}))
+    code = "import sys, resource; from mmsid.cli import main; main(sys.argv[1:]); used = resource.getrusage(resource.RUSAGE_SELF); "
+    code += "print('CPU', used.ru_utime + used.ru_stime)"
+    done = subprocess.run([sys.executable, "-c", code, "inspect", str(path)], capture_output=True, text=True, check=True)
+    assert "1,000,000 rows = 1,000,000 usable" in done.stdout
+    assert float(done.stdout.split("CPU ")[-1]) < 60

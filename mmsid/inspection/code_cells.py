@@ -14,6 +14,7 @@ from mmsid.sids.trie import MAX_CODES
 _MARKS = r"<\|?sid_(begin|start|end)\|?>"  # of OneRec and FlashRec, around the codes
 _NUMBERED = re.compile(r"^['\"\s]*(\D*?(?:\d+\D+?)*?)(\d{1,18})(?:\.0+)?([^\d]*?)['\"\s]*$")
 _SPACE = "\x1f"
+_LONGEST = 100  # characters of a token
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,11 @@ def _of_values(lengths: np.ndarray, values: pa.Array) -> CodeCells:
         numbers = _checked(pc.fill_null(values.cast(pa.int64()), -1).to_numpy(zero_copy_only=False))
         numbers = np.where(values.is_null().to_numpy(zero_copy_only=False), -1, numbers)
         return CodeCells(lengths, numbers, np.zeros(len(values), dtype=np.int64), ["…"], values)
+    if pa.types.is_floating(values.type):
+        found = pc.fill_null(values.cast(pa.float64()), np.nan).to_numpy(zero_copy_only=False)
+        whole = np.isfinite(found) & (found == np.floor(found))
+        numbers = np.where(whole, _checked(np.where(whole, np.clip(found, -1, MAX_CODES), 0)), -1)
+        return CodeCells(lengths, numbers, np.zeros(len(values), dtype=np.int64), ["…"], values)
     texts = _texts(values)
     encoded = pc.dictionary_encode(texts)
     found = [_parsed(text) for text in encoded.dictionary.to_pylist()]
@@ -123,7 +129,7 @@ def _of_values(lengths: np.ndarray, values: pa.Array) -> CodeCells:
 
 def _parsed(text: str) -> tuple[int, str]:
     """Number of a code and what surrounds it; -1 where there is no number, -2 where it is negative or too large."""
-    match = _NUMBERED.match(text)
+    match = _NUMBERED.match(text) if len(text) <= _LONGEST else None
     if match is None:
         return -1, "…"
     before, number, after = match.groups()
