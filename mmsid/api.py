@@ -253,3 +253,48 @@ def bundle(out: PathLike, tokenizer: PathLike, sids: PathLike) -> Path:
     from mmsid.tokenizer.bundle import write_bundle
 
     return write_bundle(Path(tokenizer), Path(sids), Path(out))
+
+
+def inspect_sids(path: PathLike, *, catalog: CatalogSettings | None = None, **settings: Any) -> dict[str, Any]:
+    """Audit a mapping of items to Semantic IDs: a SID folder of mmsid, or a file of another project.
+
+    Args:
+        path: SID folder, `sids.parquet`, index.json, a table with ids and codes, or a matrix of codes (`.npy`).
+        catalog: keys of the `catalog:` section, the path of its items table, or a folder of `ingest`: histories and categories.
+        settings: arguments of `mmsid.inspection.audit.inspect_sids`: `histories`, `vectors`, `against` (an older mapping), `page` (an HTML
+            file to write), `id_column`, `code_columns`, `codebook_sizes`.
+
+    Returns:
+        The figures, ready for JSON.
+    Raises:
+        ArtifactError, CatalogError: a file cannot be read, or does not belong to the others.
+    """
+    from mmsid.inspection.audit import inspect_sids as run
+
+    return run(path, catalog=_catalog_config(catalog), **settings)
+
+
+def export_sids(sids: PathLike, out: PathLike, format: str, *, catalog: CatalogSettings | None = None, **settings: Any) -> Path:
+    """Write Semantic IDs in the format of one consumer.
+
+    Args:
+        sids: SID folder, or its sids.parquet.
+        out: folder to write.
+        format: "flashrec", "nvidia", "minionerec" (needs `catalog`) or "huggingface" (needs `model` or `tokenizer`).
+        settings: `model`, `tokenizer` (folders or hub names), `name` (of the data set for minionerec).
+
+    Raises:
+        ConfigError, CatalogError, ArtifactError: an argument does not belong to the format, or a folder cannot be read.
+    """
+    from mmsid.export.export import export_sids as run
+
+    return run(sids, out, format, catalog=_catalog_config(catalog), **settings)  # type: ignore[arg-type]
+
+
+def _catalog_config(catalog: CatalogSettings | None) -> Any:
+    from mmsid.catalog import CatalogConfig
+
+    if catalog is None or isinstance(catalog, CatalogConfig):
+        return catalog
+    given = catalog_settings(catalog) if isinstance(catalog, (str, Path)) else catalog
+    return build(CatalogConfig, dict(given), source="mmsid", section="catalog")

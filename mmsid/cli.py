@@ -14,6 +14,8 @@ mmsid demo-catalog OUT --items N --users M --seed S  draw the demo catalogue
 mmsid churn OLD NEW [--out REPORT.json]              compare two SID folders of one catalogue
 mmsid quantize VECTORS [--codebook-size K] [--num-levels L] [--method M] [--out DIR]   Semantic IDs from ready-made vectors (parquet,
                                                      .npy, saved datasets); proposes K and L; --behaviour FILE fuses a second file
+mmsid inspect FILE [--against OLD] [--out PAGE.html] look into a mapping of items to Semantic IDs, of mmsid or another project
+mmsid export SIDS --format F --out OUT               Semantic IDs for FlashRec, NVIDIA, MiniOneRec, or a Hugging Face model
 mmsid bundle OUT --tokenizer T --sids S              tokenizer and Semantic IDs as one model folder, ready to upload
 mmsid bench --dataset D --suite S [suite.key=value]  compare SID methods and recommenders in one table; a second call resumes
 """
@@ -21,6 +23,8 @@ mmsid bench --dataset D --suite S [suite.key=value]  compare SID methods and rec
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -102,13 +106,17 @@ def _catalog(arguments: list[str]) -> None:
     from mmsid.catalog import describe, read_catalog, split_histories, summary
     from mmsid.catalog.ingest import problems
 
-    data = load_yaml(parsed.config, parsed.overrides)
-    configs = stage_configs({"name": parsed.config.stem, **data}, source=str(parsed.config))
-    run_stages({INGEST: configs[INGEST]})
-    config = configs[INGEST].catalog.model_copy(update={"ingested": configs[INGEST].out})
+    config = _ingested(parsed.config, parsed.overrides)
     catalog = read_catalog(config)
     show(summary(describe(catalog, split_histories(catalog, config.split))))
-    show(problems.text(problems.problems(configs[INGEST].out)).rstrip())
+    show(problems.text(problems.problems(config.ingested)).rstrip())
+
+
+def _ingested(path: Path, overrides: Sequence[str] = ()) -> Any:
+    """Settings of the catalogue of a configuration, after its stage ingest."""
+    configs = stage_configs({"name": path.stem, **load_yaml(path, overrides)}, source=str(path))
+    run_stages({INGEST: configs[INGEST]})
+    return configs[INGEST].catalog.model_copy(update={"ingested": configs[INGEST].out})
 
 
 def _init(arguments: list[str]) -> None:
@@ -209,6 +217,74 @@ def _quantize(arguments: list[str]) -> None:
     show((config.out / REPORT).read_text(encoding="utf-8").rstrip())
 
 
+def _inspect(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="mmsid inspect", description="Look into a mapping of items to Semantic IDs.")
+    parser.add_argument("file", type=Path, help="SID folder, sids.parquet, index.json, table with ids and codes, or .npy")
+    parser.add_argument("--against", type=Path, metavar="OLD", help="older mapping of the same items: what changed")
+    parser.add_argument("--histories", type=Path, metavar="FILE", help="user_id and items, or user_id, item_id and timestamp")
+    parser.add_argument("--vectors", type=Path, metavar="FILE", help="item_id and vector (parquet), or a matrix (.npy)")
+    parser.add_argument("--config", type=Path, help="YAML with the catalogue: histories, categories, equal contents")
+    parser.add_argument("--id-column", metavar="NAME", help="default: item_id, or another usual name")
+    parser.add_argument("--code-columns", metavar="NAME,NAME", help="default: codes or another usual name, or numbered columns")
+    parser.add_argument("--codebook-size", metavar="K[,K]", help="codes per level; default: 1 + the largest code")
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    parser.add_argument("--out", type=Path, metavar="PAGE.html", help="also write a page")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parsed = parser.parse_intermixed_args(arguments)
+    from mmsid.inspection import inspect_sids
+    from mmsid.inspection.tables import audit_text
+
+    sizes = None
+    if parsed.codebook_size is not None:
+        try:
+            sizes = [int(size) for size in parsed.codebook_size.split(",")]
+        except ValueError as error:
+            raise ConfigError(
+                f"--codebook-size is {parsed.codebook_size!r}; give a number, or one per level such as 256,256,256"
+            ) from error
+    audit = inspect_sids(
+        parsed.file,
+        id_column=parsed.id_column,
+        code_columns=parsed.code_columns.split(",") if parsed.code_columns else None,
+        codebook_sizes=sizes,
+        histories=parsed.histories,
+        vectors=parsed.vectors,
+        catalog=None if parsed.config is None else _ingested(parsed.config, parsed.overrides),
+        against=parsed.against,
+        page=parsed.out,
+    )
+    show(json.dumps(audit, indent=1, ensure_ascii=False) if parsed.json else audit_text(audit).rstrip())
+    if parsed.out is not None and not parsed.json:
+        done(f"inspect: wrote {parsed.out}, open it in a browser")
+
+
+def _export(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="mmsid export", description="Write Semantic IDs in the format of one consumer.")
+    parser.add_argument("sids", type=Path, help="SID folder, or its sids.parquet")
+    parser.add_argument("--format", required=True, help="flashrec, nvidia, minionerec or huggingface")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--model", metavar="MODEL", help="Hugging Face model that gets the SID tokens; written to OUT")
+    parser.add_argument("--tokenizer", metavar="TOKENIZER", help="text tokenizer that gets the SID tokens; default: that of the model")
+    parser.add_argument("--config", type=Path, help="YAML with the catalogue: texts and histories for minionerec")
+    parser.add_argument("--name", help="minionerec: name of the data set; default: the name of OUT")
+    parser.add_argument("--redo", action="store_true", help="write a finished folder again; the old one stays until then")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parsed = parser.parse_intermixed_args(arguments)
+    from mmsid.export.export import export_sids
+
+    catalog = None if parsed.config is None else _ingested(parsed.config, parsed.overrides)
+    with rewriting(parsed.out) if parsed.redo else contextlib.nullcontext():
+        export_sids(
+            parsed.sids,
+            parsed.out,
+            parsed.format,
+            model=parsed.model,
+            tokenizer=parsed.tokenizer,
+            catalog=catalog,
+            name=parsed.name,
+        )
+
+
 def _bundle(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="mmsid bundle", description="Copy a tokenizer and its Semantic IDs into one model folder.")
     parser.add_argument("out", type=Path)
@@ -289,6 +365,8 @@ _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "demo-catalog": _demo_catalog,
     "churn": _churn,
     "quantize": _quantize,
+    "inspect": _inspect,
+    "export": _export,
     "bundle": _bundle,
     "bench": _bench,
 }

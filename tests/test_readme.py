@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from export_parts import tiny_language_model
 from test_quantize_vectors import write_vectors
 
 from mmsid.config import load_yaml
@@ -131,6 +132,7 @@ def test_commands_and_snippets_run(tmp_path):
         assert done.returncode == 0, f"{shown}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
 
     write_vectors(tmp_path)
+    tiny_language_model(tmp_path / "models" / "lm")
     ordered = sorted(COMMANDS, key=lambda command: next((at for at, part in enumerate(FIRST) if command.startswith(part)), len(FIRST)))
     for command in ordered:
         if command.startswith(tuple(NOT_RUN)):

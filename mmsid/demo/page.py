@@ -7,14 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from mmsid.artifacts import write_text
 from mmsid.catalog import CatalogConfig, read_catalog
 from mmsid.demo.facts import Ad, Facts
 from mmsid.demo.text import figure, new_ads, refinement, table_note
-from mmsid.report.page import HERE as REPORT
-from mmsid.report.page import policy_hash
+from mmsid.report.render import page_style, policy_hash, template
 from mmsid.report.thumbnails import thumbnails
 from mmsid.sids.table import token
 
@@ -26,12 +23,9 @@ def write_page(facts: Facts, catalog: CatalogConfig, report: Path, out: Path) ->
         catalog: of all ads, for the pictures.
         report: the report of the run on the known ads; the page links to it.
     """
-    environment = Environment(
-        loader=PackageLoader("mmsid.demo", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
     pictures = _pictures([*facts.refined, *facts.arrived], catalog)
-    style = (REPORT / "page.css").read_text(encoding="utf-8")
-    page = environment.get_template("story.html.j2").render(
+    style = page_style()
+    page = template("mmsid.demo", "story.html.j2").render(
         facts=facts,
         refinement=refinement(facts),
         table_note=table_note(facts),

@@ -28,7 +28,7 @@ FORMAT = 1
 _QUERIES = 256  # embeddings compared at once: limits memory
 SIDS = "sids"
 CARD = "README.md"
-_PARTS = (FILE_NAME, INTRINSIC, "index.json", "tokens.txt", "trie.safetensors", "embeddings.safetensors")
+_PARTS = (FILE_NAME, INTRINSIC, "index.json", "trie.safetensors", "embeddings.safetensors")
 
 
 @dataclass(frozen=True)
