@@ -71,9 +71,7 @@ class EmbeddingSource:
     def _queries(self, batch: HistoryBatch, decay: float) -> np.ndarray:
         """User vectors float32 (B, D)."""
         unlisted = None if batch.unlisted is None else batch.unlisted.embeddings
-        return batch.memo(
-            ("embedding", decay), lambda: np.asarray(batch.weighted_sum(decay, self.embeddings, unlisted), dtype=np.float32)
-        )
+        return batch.memo(("embedding", decay), lambda: np.asarray(batch.weighted_sum(decay, self.embeddings, unlisted), dtype=np.float32))
 
 
 def fit_centroids(embeddings: np.ndarray) -> np.ndarray | None:

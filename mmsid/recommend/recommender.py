@@ -134,6 +134,11 @@ class Recommender:
         return self._state.table.item_ids
 
     @property
+    def sids(self) -> SidTable:
+        """Semantic IDs of all items, in the order of `item_ids`."""
+        return self._state.table
+
+    @property
     def tokenizer_sha256(self) -> str:
         return self._state.table.tokenizer_sha256
 
