@@ -54,7 +54,7 @@ class AdAnnotator:
         folder: of the bundle.
 
     Attributes:
-        notes: why captions or interests are never written; empty if both are.
+        notes: why captions or interests are not written; empty if both are.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -96,7 +96,13 @@ class AdAnnotator:
         model = self._stages[stage]
         if model is None or not rows:
             return
-        for row, result in zip(rows, model.rows([ads[row] for row in rows], [captions[row] for row in rows]), strict=True):
+        try:
+            results = model.rows([ads[row] for row in rows], [captions[row] for row in rows])
+        except ConfigError as error:  # the weights are read with the first request
+            self._stages[stage] = None
+            self.notes.append(f"no {'captions' if stage == 'caption' else stage}: {error}")
+            return
+        for row, result in zip(rows, results, strict=True):
             if result["status"] != "ok":
                 notes[row].append(f"no {stage}: {result['reason']}")
             elif SENSITIVE in result["flags"]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from mmsid.artifacts import read_manifest
 from mmsid.catalog import Item
@@ -78,7 +79,6 @@ class Engine:
 
     Attributes:
         known: all items.
-        notes: what this bundle cannot do, and why.
 
     Raises:
         ArtifactError: not a bundle of this version, or a damaged one; or `state` belongs to another bundle.
@@ -93,13 +93,10 @@ class Engine:
         self.version = self.bundle.version
         self.known = KnownItems(self.bundle)
         self.annotator = AdAnnotator(folder) if captions else None
-        self.notes = [*self.annotator.notes] if self.annotator else [UNCAPTIONED]
         self.clean_text = read_settings(folder).get("clean_text", False)
         self.recommender: Recommender | None = None
         if RECOMMENDER in self.bundle.parts:
             self.recommender = Recommender.from_pretrained(folder / RECOMMENDER, sids=folder / SIDS)
-        else:
-            self.notes.append("no recommendations: the bundle has no recommender")
         self.store = None if state is None else AppendedStore(state, self.version)
         self._growing: GrowingSids | None = None
         if self.store is not None:
@@ -109,6 +106,17 @@ class Engine:
     def tokenizer(self) -> Any:
         """The item tokenizer."""
         return self.bundle.tokenizer
+
+    @property
+    def notes(self) -> list[str]:
+        """What this bundle cannot do, and why."""
+        notes = [*self.annotator.notes] if self.annotator else [UNCAPTIONED]
+        return notes if self.recommender is not None else [*notes, "no recommendations: the bundle has no recommender"]
+
+    def warm_up(self) -> None:
+        """Load what the first ad would load, so that no request waits for it."""
+        blank = Item("", "warm-up", "", (), (), {}, "", ())
+        self.encode([Ad(blank, pictures=(Image.new("RGB", (64, 64), "white"),))])
 
     def close(self) -> None:
         """Close the file of appended items."""

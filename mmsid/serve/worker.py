@@ -60,7 +60,7 @@ class Worker:
         observe: is called with the number of jobs of every batch.
     """
 
-    def __init__(self, make_engine: Callable[[], Engine], size: int, batch: int, observe: Callable[[int], None] = lambda jobs: None) -> None:
+    def __init__(self, make_engine: Callable[[], Engine], size: int, batch: int, observe: Callable[[int], object]) -> None:
         self._make_engine, self._batch, self._observe = make_engine, batch, observe
         self._queue: queue.Queue[Job | None] = queue.Queue(size)
         self._ready: Future[Engine] = Future()
@@ -108,6 +108,7 @@ class Worker:
     def _run(self) -> None:
         try:
             engine = self._make_engine()
+            engine.warm_up()
         except BaseException as error:
             self._ready.set_exception(error)
             return
