@@ -8,7 +8,7 @@ from typing import Any
 
 from jinja2 import Environment
 
-PIXEL = "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAIAAABLbSncAAAAEUlEQVR4nGO4sEAMK2IYWhIAH7Q3wZxGjIIAAAAASUVORK5CYII="
+PIXEL = "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAIAAABLbSncAAAAFUlEQVR42mOUizrBgA0wMeAAg1MCAP3eAVCoNiQUAAAAAElFTkSuQmCC"
 EXAMPLES: dict[str, dict[str, Any]] = {
     "encode": {
         "one ad": {"title": "Summer sandals", "categories": ["fashion", "shoes"], "image": PIXEL, "k": 3},

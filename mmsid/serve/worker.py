@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 import time
@@ -13,6 +14,7 @@ from typing import Any, Literal
 from mmsid.serve.ads import Ad
 from mmsid.serve.engine import EncodedAd, Engine
 
+_log = logging.getLogger("mmsid.serve")
 Kind = Literal["encode", "recommend", "append"]
 
 
@@ -116,7 +118,13 @@ class Worker:
         try:
             while (jobs := self._next()) is not None:
                 self._observe(len(jobs))
-                self._work(engine, jobs)
+                try:
+                    self._work(engine, jobs)
+                except Exception as error:  # a bug must not end the thread
+                    _log.exception("a batch of %d requests failed", len(jobs))
+                    for job in jobs:
+                        if not job.result.done():
+                            job.result.set_exception(error)
         finally:
             engine.close()
 
@@ -140,9 +148,11 @@ class Worker:
     def _work(self, engine: Engine, jobs: Sequence[Job]) -> None:
         live = []
         for job in jobs:
+            if not job.result.set_running_or_notify_cancel():  # the client is not waiting any more
+                continue
             if job.deadline < time.monotonic():
                 job.result.set_exception(Expired())
-            elif job.result.set_running_or_notify_cancel():
+            else:
                 live.append(job)
         appending = [job for job in live if job.kind == "append"]
         others = [job for job in live if job.kind != "append"]
