@@ -85,7 +85,7 @@ def write_run(folder: Path) -> Path:
     interests.run(interests.InterestsConfig(out=run / "interests", catalog=catalog), ColourModel(interests.Interests))
     texts = {"captions": run / "caption", "interests": run / "interests"}
     backbone = BackboneSettings(path=tiny_bert(folder / "bert"), max_length=60, lora=LoraSettings(r=2))
-    settings = {"codebook_size": 6, "steps": 2, "batch_size": 8, "reconstruct": "off", "backbone": backbone, **texts}
+    settings = {"codebook_size": 8, "steps": 2, "batch_size": 8, "reconstruct": "off", "backbone": backbone, **texts}
     tokenizer = train.run(train.TrainTokenizerConfig(out=run / "train_tokenizer", catalog=catalog, **settings))
     sids = assign.run(assign.AssignConfig(out=run / "assign", tokenizer=tokenizer, catalog=catalog, **texts))
     shape, schedule = {"d_model": 16, "heads": 2, "hidden": 16, "layers": 1}, {"epochs": 2, "batch_size": 32, "lr": 0.02}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -61,20 +63,23 @@ def serve(bundle: Path, host: str, port: int, state: Path | None = None, *, capt
         lifespan="on",
         ws="none",
     )
-    server = _server(config, f"serve: http://{host}:{port} serves {bundle}; Ctrl-C ends it")
-    server.run()
+    server = _server(config, bundle)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # uvicorn handles it, and raises it once more when it has stopped
+    with contextlib.suppress(KeyboardInterrupt):
+        server.run()
     if not server.started:
         raise SystemExit(1)
 
 
-def _server(config: Any, line: str) -> Any:
-    """A uvicorn server that prints `line` when it answers requests."""
+def _server(config: Any, bundle: Path) -> Any:
+    """A uvicorn server that prints its address when it answers requests."""
     import uvicorn
 
     class Server(uvicorn.Server):
         async def startup(self, sockets: Any = None) -> None:
             await super().startup(sockets=sockets)
             if self.started:
-                done(line)
+                host, port = self.servers[0].sockets[0].getsockname()[:2]
+                done(f"serve: http://{f'[{host}]' if ':' in host else host}:{port} serves {bundle}; Ctrl-C ends it")
 
     return Server(config)
