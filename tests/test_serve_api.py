@@ -218,23 +218,24 @@ def test_overload_is_answered_429_and_passes(bundle, tmp_path):
 
 def test_requests_that_wait_are_worked_on_together(bundle, tmp_path):
     with serving(bundle, tmp_path) as client:
-        engine, gate, sizes = client.app.state.service.engine, threading.Event(), []
+        engine, gate, sizes, answers = client.app.state.service.engine, threading.Event(), [], {}
         encode = engine.encode
-        engine.encode = lambda ads: (gate.wait(20), sizes.append(len(ads)), encode(ads))[2]
-        answers = {}
+        engine.encode = lambda ads: (sizes.append(len(ads)), gate.wait(20), encode(ads))[2]
 
         def ask(n):
             answers[n] = client.post("/encode", json={"title": f"x{n}"}).json()
 
-        threads = [threading.Thread(target=ask, args=(n,)) for n in range(6)]
-        for thread in threads:
+        threads = [threading.Thread(target=ask, args=(n,)) for n in range(7)]
+        threads[0].start()
+        until(lambda: sizes == [1])
+        for thread in threads[1:]:
             thread.start()
-        until(lambda: client.app.state.service.worker.waiting >= 3)
+        until(lambda: client.app.state.service.worker.waiting == 6)
         gate.set()
         for thread in threads:
             thread.join(20)
-        assert max(sizes) >= 3 and sum(sizes) == 6
-        assert all(answers[n]["results"][0]["title"] == f"x{n}" for n in range(6))
+        assert sizes == [1, 6]
+        assert all(answers[n]["results"][0]["title"] == f"x{n}" for n in range(7))
 
 
 def test_one_ad_that_breaks_the_engine_does_not_break_the_others(bundle, tmp_path):
