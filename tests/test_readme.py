@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -116,11 +117,27 @@ def test_commands_and_snippets_run(tmp_path):
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, f"{shown}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
 
+    def serve(command: list[str]) -> None:
+        """Start the service, run all curl commands against it, and stop it."""
+        served = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+        try:
+            assert any("serves runs/demo/bundle" in line for line in served.stderr), "the service did not start"
+            for line in COMMANDS:
+                if line.startswith("curl ") and shutil.which("curl"):
+                    call([*shlex.split(line), "--silent", "--show-error", "--fail-with-body"], line)
+        finally:
+            served.terminate()
+        assert served.wait(60) == 0
+
     call(shlex.split("mmsid demo-catalog demo/catalog --items 150 --users 120 --seed 0"), "demo-catalog")
     write_vectors(tmp_path)
+    shutil.copyfile(sorted((tmp_path / "demo" / "catalog" / "images").glob("*.jpg"))[0], tmp_path / "ad.jpg")
     ordered = sorted(COMMANDS, key=lambda command: next((at for at, part in enumerate(FIRST) if command.startswith(part)), len(FIRST)))
     for command in ordered:
-        if command.startswith("make "):
+        if command.startswith(("make ", "curl ")):
+            continue
+        if command.startswith("mmsid serve"):
+            serve(shlex.split(command))
             continue
         small = next((overrides for part, overrides in SMALL.items() if part in command), [])
         call([*shlex.split(command.replace("/tmp/ads", str(tmp_path / "ads"))), *small], command)

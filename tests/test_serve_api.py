@@ -7,11 +7,13 @@ import json
 import threading
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from serve_world import ATTACK, ColourModel, picture, write_world
 
 from mmsid.catalog import PictureLimits
+from mmsid.cli import main
 from mmsid.errors import ArtifactError, ConfigError
 from mmsid.serve import annotation, schemas
 from mmsid.serve.settings import ServeSettings
@@ -21,7 +23,7 @@ from fastapi.testclient import TestClient
 
 from mmsid.serve.app import create_app
 from mmsid.serve.guard import is_loopback_host
-from mmsid.serve.server import serve
+from mmsid.serve.server import serve, serve_settings
 
 FAST = PictureLimits(isolate=False, max_bytes=200_000)  # the child process is tested once, below
 RED = base64.b64encode(picture("red", 3)).decode()
@@ -309,6 +311,26 @@ def test_an_address_that_others_reach_needs_a_key(bundle, monkeypatch):
         serve(bundle, "127.0.0.1", 8765, overrides=["state=x"])
     with pytest.raises(ArtifactError, match="does not exist"):
         serve(bundle / "nowhere", "127.0.0.1", 8765)
+
+
+def test_settings_of_the_command_keep_what_they_do_not_name(tmp_path, monkeypatch):
+    monkeypatch.delenv("MMSID_API_KEY", raising=False)
+    settings = serve_settings(tmp_path / "s", overrides=["queue=5", "pictures.max_bytes=5000"])
+    assert (settings.queue, settings.pictures.max_bytes, settings.pictures.isolate) == (5, 5000, True)
+    with pytest.raises(ConfigError, match="queu"):
+        serve_settings(tmp_path / "s", overrides=["queu=5"])
+
+
+def test_the_dockerfile_names_files_and_options_that_exist(monkeypatch, capsys):
+    root = Path(__file__).parents[1]
+    lines = (root / "Dockerfile").read_text().splitlines()
+    for line in lines:
+        if line.startswith("COPY "):
+            assert all((root / name).exists() for name in line.split()[1:-1]), line
+    entry = next(json.loads(line.removeprefix("ENTRYPOINT ")) for line in lines if line.startswith("ENTRYPOINT"))
+    with pytest.raises(SystemExit):
+        main(entry[1:])
+    assert "/bundle does not exist" in capsys.readouterr().err
 
 
 def test_every_answer_has_security_headers_and_the_page_permits_only_itself(client):

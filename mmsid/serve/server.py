@@ -36,18 +36,12 @@ def serve(bundle: Path, host: str, port: int, state: Path | None = None, *, capt
         raise ConfigError(f"mmsid serve needs {error.name}; install the extra: pip install 'mmsid[serve]'") from error
     bundle = Path(bundle)
     read_manifest(bundle, "bundle")
-    key = os.environ.get(KEY_VARIABLE) or None
-    if key is None and not is_loopback_host(host):
+    if not os.environ.get(KEY_VARIABLE) and not is_loopback_host(host):
         raise ConfigError(
             f"{host} is not loopback, so others can reach it: set a key in the environment variable {KEY_VARIABLE} (16 characters or "
             "more), or bind 127.0.0.1"
         )
-    data: dict[str, object] = {"state": state or bundle.parent / f"{bundle.name}.items.sqlite", "captions": captions}
-    for override in overrides:
-        if override.partition("=")[0] in ("state", "captions", "api_key"):
-            raise ConfigError(f"--set {override.partition('=')[0]}: use --state, --no-caption, or the variable {KEY_VARIABLE}")
-        apply_override(data, override, source="--set")
-    settings = build(ServeSettings, data | {"api_key": key}, source="mmsid serve", section="serve")
+    settings = serve_settings(state or bundle.parent / f"{bundle.name}.items.sqlite", captions=captions, overrides=overrides)
     app = create_app(bundle, settings)
     app.state.service.start()  # before uvicorn, which would print a traceback
     config = uvicorn.Config(
@@ -69,6 +63,21 @@ def serve(bundle: Path, host: str, port: int, state: Path | None = None, *, capt
         server.run()
     if not server.started:
         raise SystemExit(1)
+
+
+def serve_settings(state: Path, *, captions: bool = True, overrides: Sequence[str] = ()) -> ServeSettings:
+    """Settings from overrides such as `queue=128`, with the key of the environment.
+
+    Raises:
+        ConfigError: an unknown key or a wrong value.
+    """
+    data: dict[str, Any] = {"state": state, "captions": captions, "pictures": ServeSettings().pictures.model_dump()}
+    for override in overrides:
+        name = override.partition("=")[0]
+        if name in ("state", "captions", "api_key"):
+            raise ConfigError(f"--set {name}: use --state, --no-caption, or the variable {KEY_VARIABLE}")
+        apply_override(data, override, source="--set")
+    return build(ServeSettings, data | {"api_key": os.environ.get(KEY_VARIABLE) or None}, source="mmsid serve", section="serve")
 
 
 def _server(config: Any, bundle: Path) -> Any:

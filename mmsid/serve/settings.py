@@ -35,7 +35,7 @@ class ServeSettings(Section):
     queue: int = Field(64, ge=1)
     batch: int = Field(16, ge=1)
     ads: int = Field(64, ge=1)
-    body_bytes: int = Field(32_000_000, ge=1_000)
+    body_bytes: int = Field(16_000_000, ge=1_000)
     seconds: float = Field(30.0, gt=0)
     decoders: int = Field(2, ge=1)
     pictures: PictureLimits = PictureLimits(isolate=True, max_bytes=10_000_000)
