@@ -115,7 +115,7 @@ def test_an_ad_is_encoded_added_and_recommended(opened, shop):
 
 
 def screenshot(page, pixels: int, path: Path) -> None:
-    """The page from its top to the first recommendations, in few colours, so that the file stays small."""
+    """The page from its top to the first recommendations, in 256 colours, so that the file stays small."""
     import base64
 
     page.execute_script("window.scrollTo(0, 0); document.activeElement.blur()")
@@ -124,7 +124,7 @@ def screenshot(page, pixels: int, path: Path) -> None:
     data = page.execute_cdp_cmd("Page.captureScreenshot", {"format": "png", "captureBeyondViewport": True, "clip": clip})
     picture = Image.open(io.BytesIO(base64.b64decode(data["data"]))).convert("RGB")
     path.parent.mkdir(exist_ok=True)
-    picture.quantize(64, dither=Image.Dither.NONE).save(path, optimize=True)
+    picture.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
     assert path.stat().st_size < 200_000
 
 

@@ -174,7 +174,7 @@ $("recommend").addEventListener("submit", (event) => {
     const unknown = found.status === "personal" && found.unknown_ids ? `${amount(found.unknown_ids, "id")} not known. ` : "";
     say($("history-state"), `${state}${unknown}${found.status === "personal" ? "" : "Popular and new ads."}`);
     $("recommended").replaceChildren(...found.items.map((item) => card(item, null,
-      make("small", { className: "why" }, `Because ${item.sources.map((name) => SOURCES[name] ?? name).join(", ")}.`))));
+      make("small", { className: "why" }, `Because ${item.sources.map((name) => SOURCES[name] ?? name).join("; ")}.`))));
   });
 });
 
