@@ -244,15 +244,31 @@ def write_report(out: PathLike, catalog: CatalogSettings, run: PathLike, **setti
     return _run("report", out, catalog, {"run": run, **settings})
 
 
-def bundle(out: PathLike, tokenizer: PathLike, sids: PathLike) -> Path:
-    """Copy a tokenizer and the Semantic IDs that it assigned into one model folder; `load_bundle(out)` reads it.
+def bundle(
+    out: PathLike,
+    tokenizer: PathLike | None = None,
+    sids: PathLike | None = None,
+    *,
+    run: PathLike | None = None,
+    recommender: PathLike | None = None,
+    captions: PathLike | None = None,
+    interests: PathLike | None = None,
+) -> Path:
+    """Copy everything that turns a new ad into codes and recommendations into one folder: tokenizer, Semantic IDs, embeddings, the
+    recommender, the settings of captions and interests, and titles and thumbnails of the items. `load_bundle(out)` reads it.
+
+    Args:
+        run: folder of a run; its recommender decides which Semantic IDs are taken. Give it, or `tokenizer` and `sids`.
+        recommender, captions, interests: folders; by default those of the run that `sids` is in.
 
     Raises:
-        ArtifactError: another tokenizer assigned the Semantic IDs, or a file is missing.
+        ArtifactError: another tokenizer assigned the Semantic IDs, the recommender does not fit them, or a file is missing.
+        ConfigError: neither `run` nor both of `tokenizer` and `sids` are given.
     """
-    from mmsid.tokenizer.bundle import write_bundle
+    from mmsid.serve.bundling import bundle_run
 
-    return write_bundle(Path(tokenizer), Path(sids), Path(out))
+    given = {"tokenizer": tokenizer, "sids": sids, "run": run, "recommender": recommender, "captions": captions, "interests": interests}
+    return bundle_run(Path(out), **{name: None if path is None else Path(path) for name, path in given.items()})
 
 
 def inspect_sids(path: PathLike, *, catalog: CatalogSettings | None = None, **settings: Any) -> dict[str, Any]:

@@ -6,6 +6,7 @@ YAML blocks are checked in test_docs.py. Pages below docs/experiments record wha
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,7 @@ LINES = [
 ]
 COMMANDS = list(dict.fromkeys(LINES))
 NOT_RUN = {  # start of a command -> why it is not run here
+    "pip install ": "the tests run in an environment that has mmsid",
     "make ": ".ci/run calls make, and make builds a virtual environment of its own",
     ".venv/bin/": "development commands of CONTRIBUTING.md: .ci/run calls them through make",
     "python scripts/configuration_page.py": "writes a page of the checkout; test_configuration_reference.py compares it",
@@ -96,7 +98,7 @@ os.symlink("demo/catalog", "data")
 
 
 def test_readme_and_docs_name_existing_files():
-    assert "make demo" in COMMANDS and "make test" in COMMANDS and len(COMMANDS) >= 20
+    assert "mmsid demo" in COMMANDS and "`make demo`" in TEXT and "`make test`" in TEXT and len(COMMANDS) >= 20
     for path in re.findall(r"(?:configs|scripts|benchmarks|prompts)/[\w./-]*\w", TEXT):
         assert (ROOT / path).exists(), f"README or docs name {path}, which does not exist"
     for page in PAGES:
@@ -131,12 +133,29 @@ def test_commands_and_snippets_run(tmp_path):
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, f"{shown}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
 
+    def serve(command: list[str]) -> None:
+        """Start the service, run all curl commands against it, and stop it."""
+        served = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+        try:
+            assert any("serves runs/demo/bundle" in line for line in served.stderr), "the service did not start"
+            for line in COMMANDS:
+                if line.startswith("curl ") and shutil.which("curl"):
+                    call([*shlex.split(line), "--silent", "--show-error", "--fail-with-body"], line)
+        finally:
+            served.terminate()
+        assert served.wait(60) == 0
+
     write_vectors(tmp_path)
     tiny_language_model(tmp_path / "models" / "lm")
     ordered = sorted(COMMANDS, key=lambda command: next((at for at, part in enumerate(FIRST) if command.startswith(part)), len(FIRST)))
     for command in ordered:
-        if command.startswith(tuple(NOT_RUN)):
+        if command.startswith((*NOT_RUN, "curl ")):
             continue
+        if command.startswith("mmsid serve"):
+            serve(shlex.split(command))
+            continue
+        if "ad.jpg" in command and not (tmp_path / "ad.jpg").exists():
+            shutil.copyfile(sorted((tmp_path / "demo" / "catalog" / "images").glob("*.jpg"))[0], tmp_path / "ad.jpg")
         small = next((overrides for part, overrides in SMALL.items() if part in command), [])
         call([*shlex.split(command.replace("/tmp/ads", str(tmp_path / "ads"))), *small], command)
     for snippet in blocks("python"):
