@@ -182,7 +182,8 @@ class CatalogConfig(Section):
         clean_text: remove instructions to models, hidden characters and repeated keywords (`prompt_injection`) from titles and
             descriptions. Such texts are recorded among the item's problems in any case.
         max_items, max_users: keep at most this many. They are chosen by content hash, so row order and ids do not matter.
-        picture_cache: folder for pictures that are not local files: bytes in a table, and remote pictures.
+        picture_cache: folder for pictures that are not local files (bytes in a table, and remote pictures), and for the features of
+            pictures (`train_tokenizer.pictures`).
         ingested: folder of the stage `ingest` for this catalogue. It is opened instead of the sources if it was made with these keys.
     """
 
