@@ -167,8 +167,8 @@ def test_bundle_and_saved_weights_need_no_package(world, trained: Path, tmp_path
 
 def test_features_are_cached_by_the_bytes_of_the_file(world, trained: Path, monkeypatch, tmp_path) -> None:
     read = []
-    features = PictureEncoder.features
-    monkeypatch.setattr(PictureEncoder, "features", lambda self, image: read.append(image) or features(self, image))
+    features = PictureEncoder.features_by
+    monkeypatch.setattr(PictureEncoder, "features_by", lambda self, name, image: read.append(image) or features(self, name, image))
     with pytest.warns(UserWarning):
         again = train.run(settings(world, tmp_path / "again"))
     assert not read, "a second training computes nothing"
@@ -210,15 +210,15 @@ def test_efficientnet_weights(tmp_path) -> None:
     """The folded network gives the classes of the package: its own classifier on a drawn disc and on noise."""
     encoder = PictureEncoder(("colours", "efficientnet"))
     encoder.load_pretrained()
-    found = encoder.features(picture(1, COLOURS["red"]))
-    assert found.shape == (264 + 1280,) and found.dtype == np.float16 and np.isfinite(found).all()
-    assert np.array_equal(found, encoder.train().features(picture(1, COLOURS["red"]))), "no mode changes the features"
+    colours, found = encoder.features(picture(1, COLOURS["red"]))
+    assert colours.shape == (264,) and found.shape == (1280,) and found.dtype == np.float16 and np.isfinite(found).all()
+    assert np.array_equal(found, encoder.train().features(picture(1, COLOURS["red"]))[1]), "no mode changes the features"
     stored = torch.load(efficientnet.weights_file(), weights_only=True)
     ball = Image.new("RGB", (224, 224), (60, 140, 60))  # a tennis ball on grass
     yy, xx = np.mgrid[:224, :224]
     pixels = np.array(ball)
     pixels[(yy - 112) ** 2 + (xx - 112) ** 2 < 60**2] = (205, 225, 60)
-    features = torch.from_numpy(encoder.features(Image.fromarray(pixels))[264:].astype(np.float32))
+    features = torch.from_numpy(encoder.features(Image.fromarray(pixels))[1].astype(np.float32))
     best = (stored["_fc.weight"] @ features + stored["_fc.bias"]).topk(10).indices.tolist()
     assert 852 in best, "class 852 of ImageNet is the tennis ball"
 

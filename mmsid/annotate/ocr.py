@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
-from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -58,27 +56,16 @@ def _line(text: str, score: float, corners: np.ndarray) -> Line:
 def _engine() -> Any:
     if not hasattr(_engines, "engine"):
         check_installed("ocr")
-        with _quiet():
-            from rapidocr import RapidOCR  # an extra
+        from rapidocr import RapidOCR  # an extra
 
-            _engines.engine = RapidOCR(
-                params={
-                    "Global.log_level": "critical",
-                    "Global.use_cls": False,  # pictures stand upright
-                    "Global.text_score": _MIN_SCORE,
-                    "Det.limit_side_len": _SHORTER_SIDE,
-                    "EngineConfig.onnxruntime.intra_op_num_threads": 1,  # pictures are read in several threads
-                    "EngineConfig.onnxruntime.inter_op_num_threads": 1,
-                }
-            )
+        _engines.engine = RapidOCR(
+            params={
+                "Global.log_level": "critical",
+                "Global.use_cls": False,  # pictures stand upright
+                "Global.text_score": _MIN_SCORE,
+                "Det.limit_side_len": _SHORTER_SIDE,
+                "EngineConfig.onnxruntime.intra_op_num_threads": 1,  # pictures are read in several threads
+                "EngineConfig.onnxruntime.inter_op_num_threads": 1,
+            }
+        )
     return _engines.engine
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Undo what the engine does to the level of the root logger."""
-    import logging
-
-    level = logging.getLogger().level
-    yield
-    logging.getLogger().setLevel(level)

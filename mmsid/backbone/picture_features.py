@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from mmsid.artifacts import sha256
 from mmsid.backbone.efficientnet import DIM, EfficientNetLite0, load_pretrained, pixels_of
 
 PictureEncoderName = Literal["colours", "efficientnet"]
@@ -59,11 +60,20 @@ class PictureEncoder(nn.Module):
         if self.efficientnet is not None:
             load_pretrained(self.efficientnet)
 
+    def features(self, picture: Image.Image) -> list[np.ndarray]:
+        """Features of one RGB picture: an array (width,) float16 per encoder."""
+        return [self.features_by(name, picture) for name in self.names]
+
     @torch.inference_mode()
-    def features(self, picture: Image.Image) -> np.ndarray:
-        """Features of one RGB picture, (sum of `widths`,) float16."""
-        parts = [colour_numbers(picture) if name == "colours" else self._by_network(picture) for name in self.names]
-        return np.concatenate(parts).astype(np.float16)
+    def features_by(self, name: PictureEncoderName, picture: Image.Image) -> np.ndarray:
+        """Features of one RGB picture by one of the encoders, (width,) float16."""
+        return (colour_numbers(picture) if name == "colours" else self._by_network(picture)).astype(np.float16)
+
+    def fingerprint(self, name: PictureEncoderName) -> str:
+        """Hash of the weights of one of the encoders."""
+        network = self.efficientnet if name == "efficientnet" else None
+        weights = {} if network is None else network.state_dict()
+        return sha256([[key, sha256(value.cpu().contiguous().numpy().tobytes())] for key, value in weights.items()])
 
     def _by_network(self, picture: Image.Image) -> np.ndarray:
         pixels = pixels_of(picture)[None].to(next(self.parameters()).device, memory_format=torch.channels_last)

@@ -61,7 +61,7 @@ class PictureInput(nn.Module):
         self.register_buffer("projection", torch.zeros(width, settings.dim))
         self.unread: dict[tuple[str, ...], str] = {}
         self._remembered: dict[tuple[str, ...], Tensor] = {}
-        self._cache: FeatureCache | None = None
+        self._caches: dict[PictureEncoderName, FeatureCache] = {}
 
     def vectors(self, items: Sequence[ItemInput]) -> Tensor:
         """(n, dim) float32 on the CPU; zeros for items without a readable picture."""
@@ -89,7 +89,7 @@ class PictureInput(nn.Module):
         sample = {with_picture[place] for place in drawn}
         read, kept = 0, []
         for row in track(with_picture, what="pictures", unit="items"):
-            features = self._features(items[row].pictures)
+            features = self.features(items[row].pictures)
             read += features is not None
             if features is not None and row in sample:
                 kept.append(features)
@@ -104,7 +104,7 @@ class PictureInput(nn.Module):
         key = tuple(map(str, pictures)) if all(isinstance(one, (str, Path)) for one in pictures) else None
         if key is not None and key in self._remembered:
             return self._remembered[key]
-        features = self._features(pictures) if pictures else None
+        features = self.features(pictures) if pictures else None
         vector = torch.zeros(self.settings.dim)
         if features is not None:
             with torch.no_grad():
@@ -118,7 +118,7 @@ class PictureInput(nn.Module):
         parts = ((x - self.mean) / self.deviation).split(self.encoder.widths, -1)
         return torch.cat([nn.functional.normalize(part, dim=-1) for part in parts], -1) / len(parts) ** 0.5
 
-    def _features(self, pictures: tuple[Any, ...]) -> np.ndarray | None:
+    def features(self, pictures: tuple[Any, ...]) -> np.ndarray | None:
         """Mean features (W,) of the pictures that can be read; None if there are none."""
         found, reason = [], ""
         for picture in pictures:
@@ -134,20 +134,22 @@ class PictureInput(nn.Module):
     def _features_of_one(self, picture: Any) -> np.ndarray:
         opener = self.open_picture
         if not isinstance(opener, PictureOpener) or not isinstance(picture, (str, Path)):
-            return self.encoder.features(opener(picture))
-        cache = self._open_cache(opener.cache)
-        data = opener.read(picture)
-        features = cache.get(data)
-        if features is None:
-            features = self.encoder.features(opener.decode(data, picture))
-            cache.put(data, features)
-        return features
+            return np.concatenate(self.encoder.features(opener(picture)))
+        data, image, parts = opener.read(picture), None, []
+        for name, cache in self._open_caches(opener.cache).items():
+            features = cache.get(data)
+            if features is None:
+                image = opener.decode(data, picture) if image is None else image
+                features = self.encoder.features_by(name, image)
+                cache.put(data, features)
+            parts.append(features)
+        return np.concatenate(parts)
 
-    def _open_cache(self, folder: Path) -> FeatureCache:
-        if self._cache is None:
-            weights = [[name, sha256(value.cpu().contiguous().numpy().tobytes())] for name, value in self.encoder.state_dict().items()]
-            self._cache = FeatureCache(folder, sha256([_VERSION, self.settings.encoders, weights]), sum(self.encoder.widths))
-        return self._cache
+    def _open_caches(self, folder: Path) -> dict[PictureEncoderName, FeatureCache]:
+        if not self._caches:
+            for name, width in zip(self.encoder.names, self.encoder.widths, strict=True):
+                self._caches[name] = FeatureCache(folder, sha256([_VERSION, name, self.encoder.fingerprint(name)]), width)
+        return self._caches
 
 
 def _principal_components(x: Tensor, dim: int, size: float) -> Tensor:
