@@ -88,7 +88,7 @@ class Training:
         if not fields:
             raise ConfigError(
                 f"train_tokenizer: no field is left to read; a backbone of kind {backbone.kind!r} reads {', '.join(backbone.fields)}: "
-                "correct use and without"
+                "correct use and without" + (", or name a picture encoder in `pictures`" if "pictures" in (config.use or ()) else "")
             )
         if backbone.kind == "vlm" or pictures is not None:
             _check_pictures(catalog, fields, pictures)
