@@ -64,7 +64,7 @@ def photos_of(seed: int, parsed: argparse.Namespace) -> tuple[dict[str, Any], Tr
     """Configuration, and the photos of fashion9k with the split of benchmarks/fashion9k.py."""
     data = load_yaml(CONFIG, [*parsed.overrides, f"seed={seed}", f"name=seed{seed}", f"runs={parsed.out}"])
     kept = ("runs", "name", "seed", "catalog", "train_captioner")
-    training = stage_configs({key: data[key] for key in kept})["train_captioner"]
+    training = stage_configs({key: data[key] for key in kept}, str(CONFIG))["train_captioner"]
     side, folder = 32, parsed.out / f"photos{seed}"  # pixels of the set are not used here
     photos = catalog_set(training.catalog, training.targets, training.fields, training.caption_template, side, folder, seed)
     return data, training, photos
@@ -109,7 +109,7 @@ def semantic_ids(seed: int, parsed: argparse.Namespace) -> dict[str, dict[str, f
     for name, encoders in ENCODERS.items():
         settings = data["train_tokenizer"] | {"use": ["pictures"], "pictures": list(encoders), "catalog": uncategorised}
         run = {"runs": str(parsed.out), "name": f"sids{seed}_{name}", "seed": seed, "catalog": data["catalog"], "train_tokenizer": settings}
-        configs = stage_configs(run | {"assign": data["assign"] | {"catalog": uncategorised}})
+        configs = stage_configs(run | {"assign": data["assign"] | {"catalog": uncategorised}}, str(CONFIG))
         run_stages(configs)
         sids, sizes = SidTable.load(configs["assign"].out), (settings["codebook_size"],) * settings["num_levels"]
         rows = [sids.row_of[item_id] for item_id in photos.item_ids]
