@@ -59,11 +59,14 @@ class _PendingRequest:
     input: JobInput
     request: Request
     earlier_attempts: list[str]
+    words: Future[list[str]] | None = None  # lines in the pictures, read while the model generates
 
 
 def job_identity(task: Task, generator: Generator, config: JobConfig) -> dict[str, Any]:
     """Everything except picture and text that can change an answer. It is part of every cache key."""
+    checks = {} if task.words is None else {"check_words": True}
     return {
+        **checks,
         "schema_version": SCHEMA_VERSION,
         "what": task.stage,
         "prompt_sha256": task.prompt.sha256,
@@ -150,6 +153,9 @@ class Annotator:
         in_flight: dict[Future, dict[str, _PendingRequest]] = {}
         for batch in batches:
             requests = [pending.request for pending in batch.values()]
+            if self.task.words is not None:
+                for pending in batch.values():
+                    pending.words = self._reader_pool.submit(self.task.words.read, pending.request.pictures)
             in_flight[self._generate_pool.submit(self.generator.generate, requests)] = batch
             if len(in_flight) >= self._max_calls:
                 yield from self._completed(in_flight)
@@ -227,6 +233,8 @@ class Annotator:
             attempts = [*pending.earlier_attempts, error.reason]
             return _Result(key, reason=error.reason, flags=flags, attempts=attempts, rejected=excerpt(answer))
         flags += output_flags(record.texts(), self._instruction)
+        if self.task.words is not None and pending.words is not None:
+            flags += self.task.words.flags(record.texts(), pending.words.result())
         return _Result(key, record.model_dump(), flags=flags, attempts=[*pending.earlier_attempts, "ok"])
 
     def _row(self, one: JobInput, result: _Result) -> dict[str, Any]:

@@ -12,15 +12,18 @@ from functools import partial
 from pathlib import Path
 
 from PIL import Image
+from pydantic import Field
 
 from mmsid.annotate.generator import Generator
 from mmsid.annotate.job import annotate
 from mmsid.annotate.job_config import ModelJobConfig
 from mmsid.annotate.job_inputs import JobInput, Task
+from mmsid.annotate.ocr import check_installed
 from mmsid.annotate.prompts import evidence_json, load_prompt
 from mmsid.annotate.records import Caption, Record, parse_caption
 from mmsid.annotate.server import OpenAIGenerator
-from mmsid.annotate.text_overlays import mask_overlays
+from mmsid.annotate.text_overlays import Box, mask_overlays
+from mmsid.annotate.word_check import WordCheck, small_print
 from mmsid.artifacts import Draft, is_complete, read_manifest, writing
 from mmsid.backbone.packaged_weights import DEMO
 from mmsid.catalog import Item, PictureLimits, load_picture, read_catalog
@@ -29,7 +32,13 @@ from mmsid.ray_pool import Engine
 
 
 class CaptionConfig(ModelJobConfig):
-    """Options of the caption stage. The default prompt is `caption_demo` for the small captioners of mmsid, else `caption`."""
+    """Options of the caption stage. The default prompt is `caption_demo` for the small captioners of mmsid, else `caption`.
+
+    Attributes:
+        check_words: read the words of every picture by OCR (extra `ocr`), and flag captions that claim others (`word_check`).
+    """
+
+    check_words: bool = Field(default=False, exclude_if=lambda check: not check)
 
 
 def run(config: CaptionConfig, generator: Generator | None = None, engine: Engine = "local") -> Path:
@@ -44,7 +53,8 @@ def run(config: CaptionConfig, generator: Generator | None = None, engine: Engin
         ConfigError, CatalogError: model, prompt or catalogue cannot be used.
     """
     prompt = load_prompt(config.prompt or default_prompt("caption", config))
-    task = Task("caption", prompt, Caption, parse_caption, picture_loader(config))
+    words = WordCheck() if config.check_words else None
+    task = Task("caption", prompt, Caption, parse_caption, picture_loader(config), words=words)
     with writing(config.out, stage="caption", config=config, inputs=config.inputs(), resume=True) as draft:
         catalog = read_catalog(config.catalog)
         task = replace(task, integer_ids=catalog.integer_ids)
@@ -104,22 +114,30 @@ def build_generator(config: ModelJobConfig, record: type[Record]) -> Generator:
 def picture_loader(config: ModelJobConfig) -> partial[Image.Image]:
     """A function that loads a picture under the catalogue's limits. It can be pickled and called in any process and folder.
 
+    Raises ConfigError if `mask_overlays` needs the extra `ocr`, which is not installed.
+
     With `mask_overlays` it also shrinks the picture to `max_side` and masks it, in this order: the detector has to see the picture
     at the size that the model reads.
     """
     load = partial(_load, config.catalog.pictures, config.catalog.picture_roots)
-    return partial(_load_masked, load, config.max_side) if config.mask_overlays else load
+    if not config.mask_overlays:
+        return load
+    if config.mask_overlays == "ocr":
+        check_installed("mask_overlays: ocr")
+    return partial(_load_masked, load, config.max_side, small_print if config.mask_overlays == "ocr" else None)
 
 
 def _load(limits: PictureLimits, roots: tuple[Path, Path], path: Path) -> Image.Image:
     return load_picture(path, limits, root=roots)
 
 
-def _load_masked(load: Callable[[Path], Image.Image], max_side: int | None, path: Path) -> Image.Image:
+def _load_masked(
+    load: Callable[[Path], Image.Image], max_side: int | None, locate: Callable[[Image.Image], list[Box]] | None, path: Path
+) -> Image.Image:
     picture = load(path)
     if max_side is not None:
         picture.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
-    return mask_overlays(picture)
+    return mask_overlays(picture, locate)
 
 
 def print_summary(stage: str, draft: Draft, out: Path) -> None:

@@ -57,7 +57,8 @@ class ModelJobConfig(JobConfig):
         dtype: number format of the weights of a model in this process.
         device: of a model in this process: `auto` (cuda, else mps, else cpu), `cpu`, `cuda`, `cuda:1`, `mps`. Not part of the manifest.
         max_new_tokens: longest answer.
-        mask_overlays: paint over lines of small print before the model reads the picture (see `text_overlays`).
+        mask_overlays: paint over lines of small print before the model reads the picture (see `text_overlays`). `ocr` locates the lines by
+            OCR (extra `ocr`) instead of counting strokes.
         picture_tokens: largest number of tokens per picture, for models whose token count depends on the size (Qwen-VL).
         prompt: name of a shipped prompt, or a file. None: the prompt that fits the model.
         server: address and limits of the server; required by `openai`.
@@ -70,7 +71,7 @@ class ModelJobConfig(JobConfig):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
     device: str = Field(default="auto", exclude=True)
     max_new_tokens: int = Field(default=256, ge=1)
-    mask_overlays: bool = False
+    mask_overlays: bool | Literal["ocr"] = False
     picture_tokens: int | None = Field(default=None, ge=1)
     prompt: str | None = None
     server: ServerConfig | None = None

@@ -12,6 +12,7 @@ from PIL import Image
 
 from mmsid.annotate.prompts import Prompt
 from mmsid.annotate.records import Record
+from mmsid.annotate.word_check import WordCheck
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Task:
         load_picture: reads a picture by its path. Raises PictureError.
         any_picture: True uses the first readable picture of an input; False requires every picture to be readable.
         constants: columns with one value in every row.
+        words: check of the record's texts against the words in the pictures; None for none.
         integer_ids: whether item ids become whole numbers in the files, as they are in the user's table.
     """
 
@@ -52,6 +54,7 @@ class Task:
     load_picture: Callable[[Path], Image.Image]
     any_picture: bool = False
     constants: Mapping[str, str] = field(default_factory=dict)
+    words: WordCheck | None = None
     integer_ids: bool = False
 
     @property

@@ -187,6 +187,8 @@ def run(config: AssignConfig, engine: Engine = "local") -> Path:
             draft.counts["overruled"] = len(ids)
         draft.counts.update({"items": len(items), "read": len(encodings.fresh), "behaviour": int((table.source == BEHAVIOUR).sum())})
         draft.extra["collisions"] = metrics["collisions"]
+        if tokenizer.pictures is not None:
+            draft.extra["pictures"] = {"without_picture": sum(not item.pictures for item in items)}
     new = ""
     if published is not None:
         others = "the others unchanged" if moving is None else f"{int(moving.sum()):,} of {int((rows >= 0).sum()):,} published ones moved"

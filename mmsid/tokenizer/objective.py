@@ -92,7 +92,7 @@ class Objective(nn.Module):
         if decoder is not None:
             levels, settings = tokenizer.num_levels, tokenizer.settings
             if reconstruct_from == "states":
-                positions, size = levels + 1, tokenizer.backbone.hidden_size
+                positions, size = levels + 1, tokenizer.content_size
             else:
                 positions, size = levels, settings.code_dim if settings.head == "residual" else settings.codebook_size
             with torch.random.fork_rng(devices=[]):
@@ -123,7 +123,7 @@ class Objective(nn.Module):
         if weights.embedding:
             parts["embedding"] = self._embedding(self.tokenizer.embed(e), labels)
         if weights.reconstruction and self.reconstruction is not None and self.decoder is not None:
-            h = h[..., : self.tokenizer.backbone.hidden_size]
+            h = h[..., : self.tokenizer.content_size]
             vectors = torch.cat([h, e[:, None]], 1) if self.reconstruct_from == "states" else prefixes if residual else s.softmax(-1)
             nll = self.decoder.nll(self.reconstruction(vectors), labels.text_ids, labels.text_mask)
             parts["reconstruction"] = nll.sum() / (labels.text_mask.sum(1) > 0).sum().clamp_min(1)

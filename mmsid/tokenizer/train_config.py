@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from mmsid.accelerator import Precision
 from mmsid.artifacts import manifest_folder
+from mmsid.backbone.picture_features import PictureEncoderName
 from mmsid.catalog import CatalogConfig
 from mmsid.config import StageConfig
 from mmsid.tokenizer import initialization
@@ -53,6 +54,8 @@ class TrainTokenizerConfig(StageConfig):
         behaviour: what the tokenizer reads of an item's behaviour, beside its content: "coengagement" (factorised, from the train
             sequences; no input without sequences), "none", or parquet files of item_id and vector: embeddings of the user's own (two-tower,
             graph). By default "coengagement" for our loss and "none" for that of UniSID. Residual head and balanced start only.
+        pictures: picture encoders whose features join the states of a backbone that sees no pixels: "colours" (264 numbers), "efficientnet"
+            (extra `pictures`), or a list of both; "none" by default.
         align_codes_to: SID folder of an earlier tokenizer of the same sizes. At the end, the codes of each level are permuted to agree
             with it for as many items as possible.
         checkpoint_every: steps between checkpoints.
@@ -88,6 +91,7 @@ class TrainTokenizerConfig(StageConfig):
     warmup: float = Field(0.1, ge=0, lt=1)
     precision: Precision = "auto"
     behaviour: Literal["none", "coengagement"] | tuple[Path, ...] | None = None
+    pictures: tuple[PictureEncoderName, ...] = Field((), exclude_if=lambda pictures: not pictures)
     align_codes_to: Path | None = None
     checkpoint_every: int = Field(50, ge=1)
 
@@ -106,6 +110,18 @@ class TrainTokenizerConfig(StageConfig):
     @classmethod
     def _one_file(cls, value: Any) -> Any:
         return (value,) if isinstance(value, (str, Path)) and value not in ("none", "coengagement") else value
+
+    @field_validator("pictures", mode="before")
+    @classmethod
+    def _one_encoder(cls, value: Any) -> Any:
+        return () if value in ("none", None) else (value,) if isinstance(value, str) else value
+
+    @field_validator("pictures")
+    @classmethod
+    def _encoders_once(cls, value: tuple[PictureEncoderName, ...]) -> tuple[PictureEncoderName, ...]:
+        if len(set(value)) != len(value):
+            raise ValueError(f"pictures names an encoder twice ({', '.join(value)}); name each once")
+        return tuple(sorted(value))
 
     @field_validator("reconstruct", mode="before")
     @classmethod
