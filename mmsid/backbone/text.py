@@ -61,7 +61,7 @@ class TextBackbone(QueryBackbone):
         try:
             text_tokenizer = AutoTokenizer.from_pretrained(folder)
             with no_loading_bar():
-                model = AutoModel.from_pretrained(folder, attn_implementation="sdpa")
+                model = AutoModel.from_pretrained(folder)
         except (OSError, ValueError, SafetensorError) as error:
             raise ConfigError(
                 f"backbone {path!r} cannot be loaded as a text model ({error}); use a folder, a hub id or `minilm`"
