@@ -22,9 +22,9 @@ from transformers import (
 )
 
 TURNS = (
-    "{{%- for m in messages -%}}{start}{{{{ m['role'] }}}}\n{{%- if m['content'] is string -%}}{{{{ m['content'] }}}}{{%- else -%}}"
-    "{{%- for c in m['content'] -%}}{{%- if c['type'] == 'image' -%}}{image}{{%- else -%}}{{{{ c['text'] }}}}{{%- endif -%}}{{%- endfor -%}}"
-    "{{%- endif -%}}{end}\n{{%- endfor -%}}{{%- if add_generation_prompt -%}}{start}assistant\n{{%- endif -%}}"
+    "{{% for m in messages %}}{start}{{{{ m['role'] }}}}\n{{% if m['content'] is string %}}{{{{ m['content'] }}}}{{% else %}}"
+    "{{% for c in m['content'] %}}{{% if c['type'] == 'image' %}}{image}{{% else %}}{{{{ c['text'] }}}}{{% endif %}}{{% endfor %}}{{% endif %}}"
+    "{end}\n{{% endfor %}}{{% if add_generation_prompt %}}{start}assistant\n{{% endif %}}"
 )
 CHATML = {"start": "<|im_start|>", "end": "<|im_end|>"}
 TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -159,10 +159,10 @@ def gemma3(folder: Path) -> str:
     config["text_config"] = {"head_dim": 8, "sliding_window": 512, "query_pre_attn_scalar": 8}
     pictures = Gemma3ImageProcessorPil(size={"height": 32, "width": 32})
     template = (
-        "{{ bos_token }}{%- for m in messages -%}<start_of_turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n"
-        "{%- if m['content'] is string -%}{{ m['content'] }}{%- else -%}{%- for c in m['content'] -%}{%- if c['type'] == 'image' -%}"
-        "<start_of_image>{%- else -%}{{ c['text'] | trim }}{%- endif -%}{%- endfor -%}{%- endif -%}<end_of_turn>\n{%- endfor -%}"
-        "{%- if add_generation_prompt -%}<start_of_turn>model\n{%- endif -%}"
+        "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n"
+        "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for c in m['content'] %}{% if c['type'] == 'image' %}"
+        "<start_of_image>{% else %}{{ c['text'] | trim }}{% endif %}{% endfor %}{% endif %}<end_of_turn>\n{% endfor %}"
+        "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
     )
     return _write(folder, "Gemma3Processor", tokenizer, pictures, template, {"image_seq_length": 4}, config)
 
@@ -188,10 +188,10 @@ def mistral3(folder: Path) -> str:
     config["text_config"] = {"model_type": "mistral", "head_dim": 8, "sliding_window": None}
     pictures = PixtralImageProcessorPil(size={"longest_edge": 1540}, patch_size={"height": 14, "width": 14})
     template = (
-        "{{ bos_token }}{%- for m in messages -%}{%- if m['role'] == 'user' -%}[INST]{%- if m['content'] is string -%}{{ m['content'] }}"
-        "{%- else -%}{%- for c in m['content'] -%}{%- if c['type'] == 'image' -%}[IMG]{%- else -%}{{ c['text'] }}{%- endif -%}{%- endfor -%}"
-        "{%- endif -%}[/INST]{%- elif m['role'] == 'system' -%}{{ m['content'] if m['content'] is string else m['content'][0]['text'] }}"
-        "{%- else -%}{{ m['content'] if m['content'] is string else m['content'][0]['text'] }}{{ eos_token }}{%- endif -%}{%- endfor -%}"
+        "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST]{% for c in m['content'] %}"
+        "{% if c['type'] == 'image' %}[IMG]{% else %}{{ c['text'] }}{% endif %}{% endfor %}[/INST]"
+        "{% elif m['role'] == 'system' %}{{ m['content'][0]['text'] }}\n\n{% else %}{{ m['content'][0]['text'] }}{{ eos_token }}{% endif %}"
+        "{% endfor %}"
     )
     options = {"patch_size": 14, "spatial_merge_size": 2}
     return _write(folder, "PixtralProcessor", tokenizer, pictures, template, options, config)

@@ -16,16 +16,20 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from mmsid.annotate.generator import GenerationFailure, Request
 from mmsid.annotate.prefix_cache import PrefixCache
+from mmsid.annotate.roofline import find_gpu, kv_bytes, model_of, pictures_per_second
 from mmsid.artifacts import file_sha256, sha256
 from mmsid.backbone.chat import ChatFormat
 from mmsid.backbone.devices import torch_device
 from mmsid.backbone.model_files import locate_model
-from mmsid.backbone.model_loading import Dtype, load_weights, resolve_dtype, warn_if_untested
+from mmsid.backbone.model_loading import Dtype, describe_model, load_weights, resolve_dtype, warn_if_untested
 from mmsid.backbone.picture_budget import PictureBudget
 from mmsid.backbone.processors import load_processor, load_tokenizer
-from mmsid.backbone.rows import stack_left
+from mmsid.backbone.rows import stack_rows
 from mmsid.errors import ConfigError, MmsidError
+from mmsid.progress import done
 
+# for the first guess of a batch size: tokens of a picture of 1,024 pixels (Qwen2.5-VL), of a prompt, and bytes of activations per request
+_PICTURE_TOKENS, _PROMPT_TOKENS, _ACTIVATIONS = 1_369, 400, 200_000_000
 # files besides the weights that can change an answer
 _SETTINGS = ("*config.json", "*token*.json", "vocab*", "merges.txt", "chat_template*", "*.jinja", "*.model")
 
@@ -74,6 +78,7 @@ class HuggingFaceGenerator:
         self._settings_sha256 = _files_sha256(self.folder, _SETTINGS)
         self._load_lock, self._model_lock = threading.Lock(), threading.Lock()
         self.prefix_cache = PrefixCache()
+        self._fitting: int | None = None  # largest batch that has fitted the device's memory after an overflow
 
     def __reduce__(self) -> tuple[Any, ...]:
         name = str(Path(self.name).absolute()) if Path(self.name).is_dir() else self.name
@@ -118,7 +123,32 @@ class HuggingFaceGenerator:
         model = load_weights(model_class, self.folder, self.name, resolve_dtype(self.dtype, self.folder, device))
         if self.reads_pictures:
             warn_if_untested(model.config.model_type, self.name)
-        return model.to(device).eval()
+        model = model.to(device).eval()
+        done(describe_model(model, self.name) + self._expected_rate(model))
+        return model
+
+    @functools.cached_property
+    def batch_size(self) -> int:
+        """Requests per call that the job sends if its configuration names none: 16, on a GPU as many as its free memory should hold."""
+        device = torch_device(self.device)
+        if device.type != "cuda":
+            return 16
+        weights = sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
+        free = torch.cuda.mem_get_info(device)[0] - (0 if "model" in self.__dict__ else weights)
+        tokens = (self.picture_tokens or _PICTURE_TOKENS) * self.reads_pictures + _PROMPT_TOKENS + self.max_new_tokens
+        per_request = 2 * kv_bytes(AutoConfig.from_pretrained(self.folder)) * tokens + _ACTIVATIONS
+        fitting = int(0.8 * free / per_request)
+        return max(16, min(256, 1 << max(0, fitting.bit_length() - 1)))
+
+    def _expected_rate(self, model: torch.nn.Module) -> str:
+        """Phrase with the captions per second expected of this GPU; "" where its rates are not known."""
+        gpu = find_gpu(torch.cuda.get_device_name(model.device)) if model.device.type == "cuda" else None
+        if gpu is None:
+            return ""
+        tokens = (self.picture_tokens or _PICTURE_TOKENS) * self.reads_pictures
+        rate = pictures_per_second(model_of(model, self.name), gpu, tokens, concurrent=self.batch_size)
+        what = f"pictures of {tokens} tokens" if tokens else "answers"
+        return f"; the roofline of the {gpu.name} expects {rate:.3g} {what} a second at batch {self.batch_size}"
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -134,8 +164,8 @@ class HuggingFaceGenerator:
     def generate(self, requests: list[Request]) -> list[str | GenerationFailure]:
         """Answer requests in order. Requests with different numbers of pictures run in separate batches.
 
-        A batch that exceeds the device's memory, or that the processor or the model refuses, is halved. A single request that exceeds
-        the memory returns the failure `out_of_memory`, one that is refused (a picture of extreme shape) `model_refused`.
+        A batch that exceeds the device's memory is halved, and later batches are cut to the size that has fitted. A batch that the
+        processor or the model refuses is halved, too. A single request that exceeds the memory returns the failure `out_of_memory`, one that is refused (a picture of extreme shape) `model_refused`.
 
         Raises:
             ConfigError: a text-only model got pictures, or the model cannot be loaded.
@@ -147,8 +177,11 @@ class HuggingFaceGenerator:
         for at, request in enumerate(requests):
             groups.setdefault((len(request.pictures), request.temperature > 0), []).append(at)
         for group in groups.values():
-            for at, answer in zip(group, self._generate_batch([requests[at] for at in group])):
-                answers[at] = answer
+            size = self._fitting or len(group)
+            for start in range(0, len(group), size):
+                part = group[start : start + size]
+                for at, answer in zip(part, self._generate_batch([requests[at] for at in part])):
+                    answers[at] = answer
         return answers
 
     def _load_error(self, error: Exception) -> ConfigError:
@@ -159,6 +192,7 @@ class HuggingFaceGenerator:
             return list(self._generate_once(requests))
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
+            self._fitting = max(1, min(len(requests) // 2, self._fitting or len(requests)))
             failure = GenerationFailure("out_of_memory", "a single request exceeds the device's memory; lower max_side or max_new_tokens")
         except _RefusedError as error:
             failure = GenerationFailure("model_refused", str(error))
@@ -184,13 +218,13 @@ class HuggingFaceGenerator:
         return self.texts(tokens, inputs)
 
     def inputs(self, requests: list[Request]) -> dict[str, torch.Tensor]:
-        """Model inputs of requests: token ids of the chat template, attention mask, pixels. Each request is tokenized alone, then padded."""
+        """Model inputs of requests: token ids of the chat template, attention mask, pixels. Requests are tokenized alone, then padded."""
         rows = []
         for request in requests:
             prompt = self.chat.prompt(request.prompt, len(request.pictures))
             pictures = [picture if self.budget is None else self.budget.fit(picture) for picture in request.pictures]
             rows.append(self.chat.tokens(prompt, pictures))
-        return stack_left(rows, self.chat.pad_token)
+        return stack_rows(rows, self.chat.pad_token, left=True)
 
     @torch.inference_mode()
     def tokens(self, inputs: dict[str, torch.Tensor], requests: list[Request]) -> torch.Tensor:

@@ -33,17 +33,17 @@ class ChatFormat:
         template_arguments: variables of the chat template, added to `TEMPLATE_ARGUMENTS`.
 
     Raises:
-        ConfigError: the model has no chat template, or its template shows no system message.
+        ConfigError: the model has no chat template, or its template shows no system message or does not read an argument.
     """
 
     def __init__(self, processor: Any, name: str, *, system_prompt: str = "", template_arguments: Mapping[str, Any] | None = None) -> None:
         self.processor, self.name, self.system_prompt = processor, name, system_prompt
-        self.template_arguments = {**TEMPLATE_ARGUMENTS, **(template_arguments or {})}
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.reads_pictures = getattr(processor, "image_processor", None) is not None
         self.has_template = bool(getattr(processor, "chat_template", None) or self.tokenizer.chat_template)
         if not self.has_template and type(processor).__name__ not in _PLAIN_PROCESSORS:
             raise ConfigError(f"model {name!r} has no chat template; use an instruction-tuned model")
+        self.template_arguments = self._known_arguments(template_arguments or {})
         controls = {*self.tokenizer.all_special_tokens, getattr(processor, "image_token", None), getattr(processor, "video_token", None)}
         controls = sorted((token for token in controls if token and len(token) > 1), key=len, reverse=True)
         self._controls = re.compile("|".join(map(re.escape, controls))) if controls else None
@@ -105,6 +105,14 @@ class ChatFormat:
     def pad_token(self) -> int:
         """Id of padding; the end token if the model has none."""
         return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id or 0
+
+    def _known_arguments(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The given arguments, and those of the defaults that this template reads."""
+        template = str(getattr(self.processor, "chat_template", None) or self.tokenizer.chat_template or "")
+        known = {key for key in (*TEMPLATE_ARGUMENTS, *given) if re.search(rf"\b{re.escape(key)}\b", template)}
+        if unknown := sorted(given.keys() - known):
+            raise ConfigError(f"the chat template of model {self.name!r} reads no {', '.join(unknown)}; correct template_arguments")
+        return {key: value for key, value in {**TEMPLATE_ARGUMENTS, **given}.items() if key in known}
 
     def _begins(self, prompt: str) -> bool:
         """True if the template has written the first token already (Gemma, Mistral); a second one would disturb the model."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -36,6 +37,14 @@ def locate_model(name: str, revision: str | None = None) -> Path:
         raise ConfigError(f"model {name!r}: no safetensors in {folder}; pickled weights are refused, so convert the model to safetensors")
     check_weight_files(folder)
     return folder
+
+
+def copy_processor(source: Path, target: Path) -> None:
+    """Copy the files of tokenizer, processor and chat template unchanged, the settings of videos included."""
+    weights = {"config.json", "generation_config.json", "model.safetensors.index.json", "manifest.json"}
+    for path in sorted({path for pattern in _SMALL_FILES for path in source.glob(pattern)}):
+        if path.name not in weights:
+            shutil.copyfile(path, target / path.name)
 
 
 def _download(name: str, revision: str | None) -> Path:

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig
 
-from mmsid.backbone.text import no_loading_bar
+from mmsid.backbone.loading_bar import no_loading_bar
 from mmsid.errors import ConfigError
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]

@@ -148,7 +148,12 @@ class QueryBackbone(nn.Module, ABC):
 
     def token_states(self, batch: Batch) -> TokenStates:
         """Run the model with the learnable vectors in place of the placeholder embeddings."""
-        inputs = {key: value for key, value in batch.items() if key not in ("query_mask", "content_mask")}
+        number_format = self.model.get_input_embeddings().weight.dtype
+        inputs = {
+            key: value.to(number_format) if value.is_floating_point() else value
+            for key, value in batch.items()
+            if key not in ("query_mask", "content_mask")
+        }
         mask = batch["query_mask"]
         if not self.causal:
             inputs["attention_mask"] = self._bidirectional_mask(batch)

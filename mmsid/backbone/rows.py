@@ -22,16 +22,17 @@ def per_token_keys(rows: Sequence[Row]) -> list[str]:
     )
 
 
-def stack_left(rows: Sequence[Row], pad_token: int) -> dict[str, Tensor]:
-    """Batch rows for generation: tokens (B, T) padded on the left, `attention_mask` (B, T), and pictures (`stack_pictures`)."""
+def stack_rows(rows: Sequence[Row], pad_token: int, *, left: bool) -> dict[str, Tensor]:
+    """Batch rows: tokens (B, T) and `attention_mask` (B, T), padded on the left (generation) or right; pictures as `stack_pictures`."""
     lengths = [row["input_ids"].shape[1] for row in rows]
     width, keys = max(lengths), per_token_keys(rows)
     batch = {"input_ids": torch.full((len(rows), width), pad_token, dtype=torch.int64)}
     batch |= {key: torch.zeros(len(rows), width, dtype=torch.int64) for key in ("attention_mask", *keys)}
     for at, (row, length) in enumerate(zip(rows, lengths, strict=True)):
-        batch["attention_mask"][at, width - length :] = 1
+        span = slice(width - length, width) if left else slice(length)
+        batch["attention_mask"][at, span] = 1
         for key in ("input_ids", *(key for key in keys if key in row)):
-            batch[key][at, width - length :] = row[key][0]
+            batch[key][at, span] = row[key][0]
     return batch | other_inputs(rows, batch)
 
 

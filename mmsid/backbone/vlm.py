@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedTokenizerBase
 
 from mmsid.backbone.chat import ChatFormat
