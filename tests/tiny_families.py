@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
@@ -23,8 +25,8 @@ from transformers import (
 
 TURNS = (
     "{{% for m in messages %}}{start}{{{{ m['role'] }}}}\n{{% if m['content'] is string %}}{{{{ m['content'] }}}}{{% else %}}"
-    "{{% for c in m['content'] %}}{{% if c['type'] == 'image' %}}{image}{{% else %}}{{{{ c['text'] }}}}{{% endif %}}{{% endfor %}}{{% endif %}}"
-    "{end}\n{{% endfor %}}{{% if add_generation_prompt %}}{start}assistant\n{{% endif %}}"
+    "{{% for c in m['content'] %}}{{% if c['type'] == 'image' %}}{image}{{% else %}}{{{{ c['text'] }}}}{{% endif %}}{{% endfor %}}"
+    "{{% endif %}}{end}\n{{% endfor %}}{{% if add_generation_prompt %}}{start}assistant\n{{% endif %}}"
 )
 CHATML = {"start": "<|im_start|>", "end": "<|im_end|>"}
 TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -195,6 +197,12 @@ def mistral3(folder: Path) -> str:
     )
     options = {"patch_size": 14, "spatial_merge_size": 2}
     return _write(folder, "PixtralProcessor", tokenizer, pictures, template, options, config)
+
+
+def picture(seed: int, width: int, height: int) -> Image.Image:
+    """Sixteen random patches of colour: what a random tower can tell apart."""
+    patches = np.random.default_rng(seed).integers(0, 255, (4, 4, 3), dtype=np.uint8)
+    return Image.fromarray(patches).resize((width, height))
 
 
 FAMILIES = {

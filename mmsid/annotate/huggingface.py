@@ -165,7 +165,8 @@ class HuggingFaceGenerator:
         """Answer requests in order. Requests with different numbers of pictures run in separate batches.
 
         A batch that exceeds the device's memory is halved, and later batches are cut to the size that has fitted. A batch that the
-        processor or the model refuses is halved, too. A single request that exceeds the memory returns the failure `out_of_memory`, one that is refused (a picture of extreme shape) `model_refused`.
+        processor or the model refuses is halved, too. A single request that exceeds the memory returns the failure `out_of_memory`, one
+        that is refused (a picture of extreme shape) `model_refused`.
 
         Raises:
             ConfigError: a text-only model got pictures, or the model cannot be loaded.

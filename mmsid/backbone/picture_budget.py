@@ -15,7 +15,7 @@ from PIL import Image
 
 from mmsid.errors import ConfigError
 
-PROBES = ((1024, 1024), (1200, 800), (800, 1200), (1600, 400), (200, 1600))  # width, height in pixels
+PROBES = ((1024, 1024), (1200, 800), (800, 1200), (1600, 400), (150, 1800), (64, 64))  # width, height in pixels
 _MIN_SIDE = 32
 
 
@@ -87,7 +87,8 @@ def _rungs(image_processor: Any, tokens: int) -> Iterator[dict[str, Any]]:
     if isinstance(patch, int) and merge and longest:  # Qwen-VL: pixels, one token per (patch * merge) ** 2 of them
         for allowed in range(tokens, 0, -1):
             pixels = min(allowed * (patch * merge) ** 2, longest)
-            yield {"size": {"shortest_edge": min(pixels, size.get("shortest_edge") or pixels), "longest_edge": pixels}}
+            # small pictures are enlarged to the shortest edge, rounded up, which must not exceed the budget
+            yield {"size": {"shortest_edge": min(pixels // 4, size.get("shortest_edge") or pixels), "longest_edge": pixels}}
         return
     if patch is not None and longest:  # Pixtral: the longer side; a row of n patches has n + 1 tokens
         step = patch["height"] if isinstance(patch, dict) else int(getattr(patch, "height", None) or patch)
@@ -104,5 +105,5 @@ def _rungs(image_processor: Any, tokens: int) -> Iterator[dict[str, Any]]:
             yield {"size": {"longest_edge": tiles * tile}}
         yield {"do_image_splitting": False}
     elif getattr(image_processor, "max_patches", None):
-        for tiles in range(image_processor.max_patches - 1, 0, -1):
+        for tiles in (tiles for tiles in (9, 6, 4, 3, 2, 1) if tiles < image_processor.max_patches):
             yield {"max_patches": tiles, "min_patches": min(tiles, image_processor.min_patches)}
