@@ -39,6 +39,7 @@ def test_labels_are_the_answers_and_the_prompt_is_that_of_generation(family):
         assert (labels[: len(prompt)] < 0).all() and labels[len(prompt)] >= 0
 
 
+@pytest.mark.slow
 def test_fine_tuning_learns_and_the_saved_model_captions(family, tmp_path):
     catalog = write_catalog(tmp_path / "catalog", items=10)
     config = TrainCaptionerConfig(

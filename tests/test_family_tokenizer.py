@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -61,12 +62,11 @@ def catalogue(folder: Path, count: int = 24) -> CatalogConfig:
     for n in range(count):
         picture(n % 6, 60 + 20 * (n % 3), 90).save(folder / f"{n}.png")
         rows.append({"item_id": f"i{n}", "title": "red shoe " * (1 + n % 4), "image": f"{n}.png", "categories": ["a", "b"][: 1 + n % 2]})
-    import pyarrow as pa
-
     pq.write_table(pa.Table.from_pylist(rows), folder / "items.parquet")
     return CatalogConfig(items=folder / "items.parquet")
 
 
+@pytest.mark.slow
 def test_training_with_lora_saving_and_loading(family, tmp_path):
     config = TrainTokenizerConfig(
         out=tmp_path / "tokenizer", catalog=catalogue(tmp_path), use=("title", "pictures"), num_levels=2, codebook_size=8, steps=2,
