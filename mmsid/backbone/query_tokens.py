@@ -94,6 +94,11 @@ class QueryBackbone(nn.Module, ABC):
         """Device of the weights."""
         return self.queries.device
 
+    @property
+    def number_format(self) -> torch.dtype:
+        """Number format of the frozen weights."""
+        return self.model.get_input_embeddings().weight.dtype
+
     def train(self, mode: bool = True) -> QueryBackbone:
         """Set the mode of LoRA dropout and of subclasses; the frozen model stays in evaluation mode, so that its dropout never runs."""
         super().train(mode)
@@ -148,9 +153,8 @@ class QueryBackbone(nn.Module, ABC):
 
     def token_states(self, batch: Batch) -> TokenStates:
         """Run the model with the learnable vectors in place of the placeholder embeddings."""
-        number_format = self.model.get_input_embeddings().weight.dtype
         inputs = {
-            key: value.to(number_format) if value.is_floating_point() else value
+            key: value.to(self.number_format) if value.is_floating_point() else value
             for key, value in batch.items()
             if key not in ("query_mask", "content_mask")
         }
