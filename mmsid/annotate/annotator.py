@@ -19,7 +19,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 from mmsid.annotate.answer_text import excerpt
-from mmsid.annotate.generator import FINAL, GenerationFailure, Generator, Request
+from mmsid.annotate.generator import DEFAULT_BATCH_SIZE, FINAL, GenerationFailure, Generator, Request
 from mmsid.annotate.job_config import JobConfig
 from mmsid.annotate.job_inputs import JobInput, Task
 from mmsid.annotate.prompts import PLACEHOLDER
@@ -94,6 +94,7 @@ class Annotator:
         self.identity = job_identity(task, generator, config)
         self.work: Counter[str] = Counter()
         self._instruction = task.prompt.text.replace(PLACEHOLDER, "")
+        self.batch_size: int = config.batch_size or getattr(generator, "batch_size", DEFAULT_BATCH_SIZE)
         self._failures: dict[str, _Result] = {}
         self._max_calls = getattr(generator, "max_concurrent_calls", 1)
         self._generate_pool = ThreadPoolExecutor(self._max_calls, "generate")
@@ -123,7 +124,7 @@ class Annotator:
         order = iter(sorted(range(len(inputs)), key=lambda at: (-len(inputs[at].pictures), -len(inputs[at].evidence), at)))
         reading: deque[tuple[int, Future]] = deque()
         while True:
-            for at in islice(order, 2 * self.config.batch_size - len(reading)):
+            for at in islice(order, 2 * self.batch_size - len(reading)):
                 reading.append((at, self._reader_pool.submit(self._prepare, inputs[at])))
             if not reading:
                 return
@@ -268,7 +269,7 @@ class _AnnotationRun:
     def results(self) -> Iterator[None]:
         """Yield once per finished input. The generator's return value is the list of results, in the order of the inputs."""
         reported = 0
-        for _ in self._attempts(self.annotator.config.batch_size, self.annotator.config.retries):
+        for _ in self._attempts(self.annotator.batch_size, self.annotator.config.retries):
             yield from repeat(None, self.finished - reported)
             reported = self.finished
         if reported != len(self.inputs):

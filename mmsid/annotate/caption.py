@@ -14,7 +14,7 @@ from pathlib import Path
 from PIL import Image
 from pydantic import Field
 
-from mmsid.annotate.generator import Generator
+from mmsid.annotate.generator import DEFAULT_BATCH_SIZE, Generator
 from mmsid.annotate.job import annotate
 from mmsid.annotate.job_config import ModelJobConfig
 from mmsid.annotate.job_inputs import JobInput, Task
@@ -97,7 +97,7 @@ def build_generator(config: ModelJobConfig, record: type[Record]) -> Generator:
             revision=config.revision,
             max_new_tokens=config.max_new_tokens,
             schema=record.model_json_schema(),
-            batch_size=config.batch_size,
+            batch_size=config.batch_size or DEFAULT_BATCH_SIZE,
         )
     from mmsid.annotate.huggingface import HuggingFaceGenerator  # the import takes seconds; a server does not need it
 
@@ -108,6 +108,8 @@ def build_generator(config: ModelJobConfig, record: type[Record]) -> Generator:
         device=config.device,
         max_new_tokens=config.max_new_tokens,
         picture_tokens=config.picture_tokens,
+        system_prompt=config.system_prompt,
+        template_arguments=config.template_arguments,
     )
 
 

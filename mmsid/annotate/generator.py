@@ -36,12 +36,16 @@ TRANSIENT = frozenset({"server_timeout", "server_busy", "server_error", "server_
 FINAL = frozenset({"reasoning_only", "model_refused"})
 
 
+DEFAULT_BATCH_SIZE = 16
+
+
 class Generator(Protocol):
     """Answers requests in order, with one text or failure each.
 
-    Two attributes are optional. `max_concurrent_calls` (default 1) is the number of `generate` calls in flight, each in its own
-    thread, so that the next batch is prepared while the current one is generated. `close()` cancels running calls and releases
-    connections; a later `generate` connects again. The Ray engine needs a generator that can be pickled.
+    Three attributes are optional. `batch_size` is the number of requests per call if the configuration names none.
+    `max_concurrent_calls` (default 1) is the number of `generate` calls in flight, each in its own thread, so that the next batch is
+    prepared while the current one is generated. `close()` cancels running calls and releases connections; a later `generate` connects
+    again. The Ray engine needs a generator that can be pickled.
     """
 
     model_id: str

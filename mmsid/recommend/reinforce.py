@@ -24,7 +24,7 @@ from trl import GRPOConfig
 from mmsid.accelerator import make_accelerator
 from mmsid.annotate.readers import read_text_quality
 from mmsid.artifacts import read_json, write_json, writing
-from mmsid.backbone.text import no_loading_bar
+from mmsid.backbone.loading_bar import no_loading_bar
 from mmsid.catalog import Catalog, CatalogConfig, Split, read_catalog, split_histories
 from mmsid.config import Section, StageConfig
 from mmsid.errors import ConfigError, MmsidError

@@ -36,7 +36,7 @@ from mmsid.refine.features import Material, read_features
 from mmsid.refine.item_states import ItemStates, hidden_states, read_states
 from mmsid.refine.loop import Policy, Refinement, Scorer
 from mmsid.refine.outputs import write_moved, write_near_ties, write_sids, write_tokenizer
-from mmsid.refine.policy import BATCH, HeadPolicy, Propose, Reference
+from mmsid.refine.policy import BATCH, ROUNDING, ROUNDING_16_BIT, HeadPolicy, Propose, Reference
 from mmsid.refine.publish import make_table
 from mmsid.refine.reward import SidReward, train_reward
 from mmsid.refine.tracking import RunLog, check_tracker
@@ -240,7 +240,8 @@ class Job:
         else:
             states = lambda rows: self.reference.states[rows]  # noqa: E731
             trained = list(tokenizer.head.parameters())
-        return HeadPolicy(tokenizer.head, states, trained, self.reference)
+        reads_in_16_bit = self.config.trainable == "all" and tokenizer.backbone.number_format != torch.float32
+        return HeadPolicy(tokenizer.head, states, trained, self.reference, ROUNDING_16_BIT if reads_in_16_bit else ROUNDING)
 
     def loop(self, policy: Policy, scorer: Scorer, kind: type[Refinement] = Refinement) -> Refinement:
         """Build the loop without running it; `kind` is a subclass with another estimator."""

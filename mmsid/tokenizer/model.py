@@ -33,6 +33,7 @@ from mmsid.tokenizer.picture_input import PictureInput, PictureSettings
 FORMAT = 2
 _BEHAVIOUR, _PICTURES = "behaviour", "item_pictures"  # keys of a batch that the backbone does not read
 ROUNDING_MARGIN = 1e-4  # relative margin below which rounding could decide; fp32 noise of a whole forward pass is about 1e-6
+ROUNDING_MARGIN_16_BIT = 1e-2  # the same for a backbone in bf16 or fp16, whose states have three digits
 
 
 class TokenizerSettings(Section):
@@ -263,6 +264,11 @@ class ItemTokenizer(nn.Module, ModelHubMixin, library_name="mmsid", tags=["seman
             self.train(was_training)
             self.warn_of_unread_pictures()
 
+    @property
+    def rounding_margin(self) -> float:
+        """Relative margin below which rounding in the backbone's number format could decide a code."""
+        return ROUNDING_MARGIN if self.backbone.number_format == torch.float32 else ROUNDING_MARGIN_16_BIT
+
     def warn_of_unread_pictures(self) -> None:
         """Warn of the items that a vision-language backbone or the picture input has read without their pictures since the last warning."""
         unread: dict[tuple[str, ...], str] = getattr(self.backbone, "unread", {})
@@ -278,7 +284,7 @@ class ItemTokenizer(nn.Module, ModelHubMixin, library_name="mmsid", tags=["seman
     def _encode_tokens(self, tokens: Sequence[Batch]) -> Encoded:
         """Encode a batch. Items whose margin is within rounding error are encoded again, alone and unpadded."""
         *encoded, relative_margin = self._encode_batch(tokens)
-        for i in (relative_margin < ROUNDING_MARGIN).nonzero().flatten().tolist() if len(tokens) > 1 else ():
+        for i in (relative_margin < self.rounding_margin).nonzero().flatten().tolist() if len(tokens) > 1 else ():
             for column, value in zip(encoded, self._encode_batch([tokens[i]]), strict=False):
                 column[i] = value[0]
         return Encoded(*encoded)

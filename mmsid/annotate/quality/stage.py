@@ -20,7 +20,7 @@ from mmsid.annotate.quality.examples import PARTS, Example, Pair, Part, judged_e
 from mmsid.annotate.quality.model import TextModelConfig, build_text_model, encode, score_ids, train_text_model
 from mmsid.annotate.readers import captions_of, interests_of, read_judgements
 from mmsid.artifacts import Draft, read_manifest, write_json, write_table, writing
-from mmsid.backbone.text import no_loading_bar
+from mmsid.backbone.loading_bar import no_loading_bar
 from mmsid.catalog import Catalog, CatalogConfig, Item, read_catalog
 from mmsid.config import StageConfig
 from mmsid.errors import ConfigError, MmsidError
