@@ -98,6 +98,7 @@ def build_generator(config: ModelJobConfig, record: type[Record]) -> Generator:
         device=config.device,
         max_new_tokens=config.max_new_tokens,
         picture_tokens=config.picture_tokens,
+        schema=record.model_json_schema(),
     )
 
 
