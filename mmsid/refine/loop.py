@@ -314,8 +314,9 @@ class Refinement:
         new_all = self.policy.log_prob(rows, tree)
         rounding = getattr(self.policy, "rounding", ROUNDING)
         if first and not torch.allclose(new_all.detach(), old_all, rtol=rounding / 20, atol=rounding):
+            difference = float((new_all.detach() - old_all).abs().max())
             raise MmsidError(
-                f"the policy scores its own samples differently in the first step, by {float((new_all.detach() - old_all).abs().max()):.3g} "
+                f"the policy scores its own samples differently in the first step, by {difference:.3g} "
                 f"nats where rounding explains {rounding}: dropout or a mask differs; this is a bug"
             )
         new = new_all.gather(1, picks)
