@@ -83,7 +83,8 @@ class Annotator:
     """Makes rows from job inputs with a generator and a cache. Leaving the context cancels pending calls.
 
     Attributes:
-        work: number of inputs that were `generated`, found in the cache (`cache_hits`), or equal to another input (`duplicates`).
+        work: number of inputs that were `generated`, found in the cache (`cache_hits`), or equal to another input (`duplicates`), and
+            the notes of the generator.
     """
 
     def __init__(self, task: Task, generator: Generator, config: JobConfig, cache: Cache) -> None:
@@ -93,6 +94,7 @@ class Annotator:
         self._instruction = task.prompt.text.replace(PLACEHOLDER, "")
         self._failures: dict[str, _Result] = {}
         self._max_calls = getattr(generator, "max_concurrent_calls", 1)
+        self._take_notes = getattr(generator, "take_notes", Counter)
         self._generate_pool = ThreadPoolExecutor(self._max_calls, "generate")
         self._reader_pool = ThreadPoolExecutor(config.readers, "read")
 
@@ -178,6 +180,7 @@ class Annotator:
             if len(answers) != len(batch):
                 raise AnnotationError("generator_broken", f"{self.generator.model_id}: {len(batch)} requests, {len(answers)} answers")
             self.work["generated"] += len(batch)
+            self.work.update(self._take_notes())
             results = {key: self._validate(key, pending, answer) for (key, pending), answer in zip(batch.items(), answers)}
             valid = {key: result for key, result in results.items() if result.record is not None}
             self.cache.put({key: {"record": r.record, "flags": r.flags, "attempts": r.attempts} for key, r in valid.items()})

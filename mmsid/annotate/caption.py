@@ -20,6 +20,7 @@ from mmsid.annotate.job_inputs import JobInput, Task
 from mmsid.annotate.prompts import evidence_json, load_prompt
 from mmsid.annotate.records import Caption, Record, parse_caption
 from mmsid.annotate.server import OpenAIGenerator
+from mmsid.annotate.server_checks import server_problems
 from mmsid.annotate.text_overlays import mask_overlays
 from mmsid.artifacts import Draft, is_complete, read_manifest, writing
 from mmsid.backbone.packaged_weights import DEMO
@@ -88,6 +89,8 @@ def build_generator(config: ModelJobConfig, record: type[Record]) -> Generator:
             max_new_tokens=config.max_new_tokens,
             schema=record.model_json_schema(),
             batch_size=config.batch_size,
+            system_prompt=config.system_prompt,
+            template_arguments=config.template_arguments,
         )
     from mmsid.annotate.huggingface import HuggingFaceGenerator  # the import takes seconds; a server does not need it
 
@@ -98,6 +101,8 @@ def build_generator(config: ModelJobConfig, record: type[Record]) -> Generator:
         device=config.device,
         max_new_tokens=config.max_new_tokens,
         picture_tokens=config.picture_tokens,
+        system_prompt=config.system_prompt,
+        template_arguments=config.template_arguments,
     )
 
 
@@ -133,5 +138,7 @@ def print_summary(stage: str, draft: Draft, out: Path) -> None:
         f"{stage}: wrote {counts['in']:,} rows ({counts['ok']:,} ok, {counts['quarantined']:,} quarantined{why}; "
         f"{work.get('generated', 0):,} generations, {work.get('cache_hits', 0):,} from the cache) to {out}"
     )
+    for problem in server_problems(work):
+        warnings.warn(f"{stage}: {problem}", stacklevel=3)
     if alike := draft.extra.get("alike"):
         warnings.warn(f"{stage}: {alike}", stacklevel=3)

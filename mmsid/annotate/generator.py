@@ -39,9 +39,10 @@ FINAL = frozenset({"reasoning_only", "model_refused"})
 class Generator(Protocol):
     """Answers requests in order, with one text or failure each.
 
-    Two attributes are optional. `max_concurrent_calls` (default 1) is the number of `generate` calls in flight, each in its own
+    Three attributes are optional. `max_concurrent_calls` (default 1) is the number of `generate` calls in flight, each in its own
     thread, so that the next batch is prepared while the current one is generated. `close()` cancels running calls and releases
-    connections; a later `generate` connects again. The Ray engine needs a generator that can be pickled.
+    connections; a later `generate` connects again. `take_notes()` returns counts since its last call, which the job adds to the counts of
+    its work in the manifest. The Ray engine needs a generator that can be pickled.
     """
 
     model_id: str

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ class HuggingFaceGenerator:
         device: as `mmsid.backbone.devices.torch_device`; looked up with the first request, on the machine that runs the model.
         max_new_tokens: longest answer.
         picture_tokens: largest number of tokens per picture; the model's own processor shrinks pictures accordingly. None: its default.
+        system_prompt: instruction in the role `system`. template_arguments: variables for the chat template.
 
     Raises:
         ConfigError: the model cannot be found, has no whole safetensors, or is not supported; `picture_tokens` is given, but the
@@ -69,9 +71,12 @@ class HuggingFaceGenerator:
         device: str = "auto",
         max_new_tokens: int = 256,
         picture_tokens: int | None = None,
+        system_prompt: str | None = None,
+        template_arguments: Mapping[str, Any] | None = None,
     ) -> None:
         self.name, self.revision, self.dtype, self.max_new_tokens = str(name), revision, dtype, max_new_tokens
         self.device, self.picture_tokens = device, picture_tokens
+        self.system_prompt, self.template_arguments = system_prompt, dict(template_arguments or {})
         self.folder = _locate(self.name, revision)
         check_weight_files(self.folder)
         self.model_id = f"{_short_name(self.name)}@{_files_sha256(self.folder, ('*.safetensors',))[:12]}"
@@ -83,6 +88,7 @@ class HuggingFaceGenerator:
         name = str(Path(self.name).absolute()) if Path(self.name).is_dir() else self.name
         options = {"revision": self.revision, "dtype": self.dtype, "device": self.device}
         options |= {"max_new_tokens": self.max_new_tokens, "picture_tokens": self.picture_tokens}
+        options |= {"system_prompt": self.system_prompt, "template_arguments": self.template_arguments}
         return functools.partial(HuggingFaceGenerator, **options), (name,)
 
     @functools.cached_property
@@ -104,8 +110,11 @@ class HuggingFaceGenerator:
         tokenizer.padding_side = "left"
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
-        if not getattr(processor, "chat_template", None) and not tokenizer.chat_template:
+        template = getattr(processor, "chat_template", None) or tokenizer.chat_template
+        if not template:
             raise ConfigError(f"model {self.name!r} has no chat template; use an instruction-tuned model")
+        if unknown := [name for name in self.template_arguments if name not in str(template)]:
+            raise ConfigError(f"template_arguments: the chat template of {self.name!r} reads no {', '.join(unknown)}; remove them")
         if self.picture_tokens is not None:
             limit_picture_tokens(getattr(processor, "image_processor", None), self.picture_tokens, self.name)
         return processor
@@ -129,8 +138,9 @@ class HuggingFaceGenerator:
     @property
     def parameters(self) -> dict[str, Any]:
         """Part of the cache key: token limit, dtype, and the hash of tokenizer, processor and template files."""
-        budget = {} if self.picture_tokens is None else {"picture_tokens": self.picture_tokens}
-        return {"max_new_tokens": self.max_new_tokens, "dtype": self.dtype, "settings_sha256": self._settings_sha256, **budget}
+        optional = {name: getattr(self, name) for name in ("picture_tokens", "system_prompt", "template_arguments")}
+        optional = {name: value for name, value in optional.items() if value}
+        return {"max_new_tokens": self.max_new_tokens, "dtype": self.dtype, "settings_sha256": self._settings_sha256, **optional}
 
     def generate(self, requests: list[Request]) -> list[str | GenerationFailure]:
         """Answer requests in order. Requests with different numbers of pictures run in separate batches.
@@ -186,8 +196,9 @@ class HuggingFaceGenerator:
 
     def inputs(self, requests: list[Request]) -> dict[str, torch.Tensor]:
         """Model inputs of requests with equal numbers of pictures: token ids of the chat template, attention mask, pixels."""
-        chats = [[{"role": "user", "content": self._content(request)}] for request in requests]
-        options: dict[str, Any] = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+        chats = [[*self._system(), {"role": "user", "content": self._content(request)}] for request in requests]
+        options: dict[str, Any] = dict(self.template_arguments)
+        options |= {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
         if self.reads_pictures:
             options["processor_kwargs"] = {"padding": True}
         else:
@@ -223,6 +234,12 @@ class HuggingFaceGenerator:
     @property
     def _text_tokenizer(self) -> Any:
         return getattr(self.processor, "tokenizer", self.processor)
+
+    def _system(self) -> list[dict[str, Any]]:
+        if self.system_prompt is None:
+            return []
+        text = [{"type": "text", "text": self.system_prompt}] if self.reads_pictures else self.system_prompt
+        return [{"role": "system", "content": text}]
 
     def _content(self, request: Request) -> Any:
         if not self.reads_pictures:

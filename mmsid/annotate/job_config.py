@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from mmsid.annotate.server import ServerConfig
+from mmsid.annotate.server_config import ServerConfig
 from mmsid.artifacts import is_complete
 from mmsid.backbone.packaged_weights import DEMO
 from mmsid.catalog import CatalogConfig
@@ -60,6 +60,8 @@ class ModelJobConfig(JobConfig):
         mask_overlays: paint over lines of small print before the model reads the picture (see `text_overlays`).
         picture_tokens: largest number of tokens per picture, for models whose token count depends on the size (Qwen-VL).
         prompt: name of a shipped prompt, or a file. None: the prompt that fits the model.
+        system_prompt: instruction in the role `system` before every prompt. None: the default of the model's chat template.
+        template_arguments: variables for the model's chat template, for example `{enable_thinking: false}`.
         server: address and limits of the server; required by `openai`.
     """
 
@@ -73,6 +75,8 @@ class ModelJobConfig(JobConfig):
     mask_overlays: bool = False
     picture_tokens: int | None = Field(default=None, ge=1)
     prompt: str | None = None
+    system_prompt: str | None = Field(default=None, min_length=1)
+    template_arguments: dict[str, Any] = Field(default_factory=dict)
     server: ServerConfig | None = None
 
     def inputs(self) -> dict[str, Path | None]:
