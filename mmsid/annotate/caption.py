@@ -103,6 +103,7 @@ def build_generator(config: ModelJobConfig, record: type[Record]) -> Generator:
         picture_tokens=config.picture_tokens,
         system_prompt=config.system_prompt,
         template_arguments=config.template_arguments,
+        schema=record.model_json_schema(),
     )
 
 

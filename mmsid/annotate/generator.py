@@ -21,6 +21,24 @@ class Request:
     seed: int = 0
 
 
+class Answer(str):
+    """A generator's answer: its text, with what the generator knows about it. A plain `str` is an answer without such knowledge.
+
+    Attributes:
+        log_probability: mean natural log-probability, under the model without constraint, of the tokens that form the answer's texts
+            and numbers. Keys, punctuation, and tokens that a constraint chose instead of the model do not count. None: not known.
+        cut_short: whether the token budget or the longest length of the schema ended a text or a list before the model did.
+    """
+
+    log_probability: float | None
+    cut_short: bool
+
+    def __new__(cls, text: str, *, log_probability: float | None = None, cut_short: bool = False) -> Answer:
+        answer = super().__new__(cls, text)
+        answer.log_probability, answer.cut_short = log_probability, cut_short
+        return answer
+
+
 @dataclass(frozen=True)
 class GenerationFailure:
     """A request without an answer (time-out, out of memory): a short reason code, and a detail for people."""
@@ -39,10 +57,13 @@ FINAL = frozenset({"reasoning_only", "model_refused"})
 class Generator(Protocol):
     """Answers requests in order, with one text or failure each.
 
-    Three attributes are optional. `max_concurrent_calls` (default 1) is the number of `generate` calls in flight, each in its own
-    thread, so that the next batch is prepared while the current one is generated. `close()` cancels running calls and releases
-    connections; a later `generate` connects again. `take_notes()` returns counts since its last call, which the job adds to the counts of
-    its work in the manifest. The Ray engine needs a generator that can be pickled.
+    A text may be an `Answer`, which also holds the model's confidence.
+
+    Four attributes are optional. `constrained` says whether every answer is held to the record's JSON schema. `max_concurrent_calls`
+    (default 1) is the number of `generate` calls in flight, each in its own thread, so that the next batch is prepared while the
+    current one is generated. `close()` cancels running calls and releases connections; a later `generate` connects again.
+    `take_notes()` returns counts since its last call, which the job adds to the counts of its work in the manifest. The Ray engine
+    needs a generator that can be pickled.
     """
 
     model_id: str

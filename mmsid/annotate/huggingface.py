@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,15 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
-    LogitsProcessor,
     LogitsProcessorList,
+    StoppingCriteriaList,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from mmsid.annotate.generator import GenerationFailure, Request
+from mmsid.annotate.decoding import AllDone, AnswerDecoder
+from mmsid.annotate.generator import Answer, GenerationFailure, Request
 from mmsid.annotate.prefix_cache import PrefixCache
+from mmsid.annotate.structured_output import JsonConstraint, UnreadableTokenizerError
 from mmsid.artifacts import file_sha256, sha256
 from mmsid.backbone.devices import torch_device
 from mmsid.backbone.packaged_weights import DEMO, demo_weights
@@ -54,10 +57,12 @@ class HuggingFaceGenerator:
         max_new_tokens: longest answer.
         picture_tokens: largest number of tokens per picture; the model's own processor shrinks pictures accordingly. None: its default.
         system_prompt: instruction in the role `system`. template_arguments: variables for the chat template.
+        schema: JSON schema of the answers. Every answer follows it and ends within `max_new_tokens`. None: free answers.
 
     Raises:
-        ConfigError: the model cannot be found, has no whole safetensors, or is not supported; `picture_tokens` is given, but the
-            processor's token count does not depend on the picture's size; this machine has no such device.
+        ConfigError: the model cannot be found, has no whole safetensors, or is not supported; `max_new_tokens` is too small for the
+            schema; `picture_tokens` is given, but the processor's token count does not depend on the picture's size; this machine has
+            no such device.
     """
 
     max_concurrent_calls = 2  # the inputs of one call are prepared while the model runs the other
@@ -73,9 +78,10 @@ class HuggingFaceGenerator:
         picture_tokens: int | None = None,
         system_prompt: str | None = None,
         template_arguments: Mapping[str, Any] | None = None,
+        schema: dict[str, Any] | None = None,
     ) -> None:
         self.name, self.revision, self.dtype, self.max_new_tokens = str(name), revision, dtype, max_new_tokens
-        self.device, self.picture_tokens = device, picture_tokens
+        self.device, self.picture_tokens, self.schema = device, picture_tokens, schema
         self.system_prompt, self.template_arguments = system_prompt, dict(template_arguments or {})
         self.folder = _locate(self.name, revision)
         check_weight_files(self.folder)
@@ -87,7 +93,7 @@ class HuggingFaceGenerator:
     def __reduce__(self) -> tuple[Any, ...]:
         name = str(Path(self.name).absolute()) if Path(self.name).is_dir() else self.name
         options = {"revision": self.revision, "dtype": self.dtype, "device": self.device}
-        options |= {"max_new_tokens": self.max_new_tokens, "picture_tokens": self.picture_tokens}
+        options |= {"max_new_tokens": self.max_new_tokens, "picture_tokens": self.picture_tokens, "schema": self.schema}
         options |= {"system_prompt": self.system_prompt, "template_arguments": self.template_arguments}
         return functools.partial(HuggingFaceGenerator, **options), (name,)
 
@@ -135,14 +141,36 @@ class HuggingFaceGenerator:
                 raise ConfigError(f"model {self.name!r} in {self.folder}: {name} contains NaN or infinite values; copy the model again")
         return model.to(device).eval()
 
+    @functools.cached_property
+    def constraint(self) -> JsonConstraint | None:
+        """The constraint that holds answers to the schema; None without a schema, or if the tokenizer cannot be read (with a warning)."""
+        if self.schema is None:
+            return None
+        try:
+            return JsonConstraint(self._text_tokenizer, self.schema, self.max_new_tokens)
+        except UnreadableTokenizerError as error:
+            warnings.warn(
+                f"model {self.name!r}: llguidance cannot read its tokenizer ({error}), so its answers are not held to the JSON schema; "
+                "expect more retries and quarantined rows",
+                stacklevel=2,
+            )
+            return None
+        except ValueError as error:
+            raise ConfigError(f"model {self.name!r}: {error}; raise it") from error
+
+    @property
+    def constrained(self) -> bool:
+        """Whether every answer is held to the schema."""
+        return self.constraint is not None
+
     @property
     def parameters(self) -> dict[str, Any]:
-        """Part of the cache key: token limit, dtype, and the hash of tokenizer, processor and template files."""
+        """Part of the cache key: token limit, dtype, schema, and the hash of tokenizer, processor and template files."""
         optional = {name: getattr(self, name) for name in ("picture_tokens", "system_prompt", "template_arguments")}
-        optional = {name: value for name, value in optional.items() if value}
-        return {"max_new_tokens": self.max_new_tokens, "dtype": self.dtype, "settings_sha256": self._settings_sha256, **optional}
+        own = {"max_new_tokens": self.max_new_tokens, "dtype": self.dtype, "settings_sha256": self._settings_sha256}
+        return own | {name: value for name, value in optional.items() if value} | {"json_schema": self.schema}
 
-    def generate(self, requests: list[Request]) -> list[str | GenerationFailure]:
+    def generate(self, requests: list[Request]) -> list[Answer | GenerationFailure]:
         """Answer requests in order. Requests with different numbers of pictures run in separate batches.
 
         A batch that exceeds the device's memory, or that the processor or the model refuses, is halved. A single request that exceeds
@@ -152,8 +180,8 @@ class HuggingFaceGenerator:
             ConfigError: a text-only model got pictures, or the model cannot be loaded.
         """
         with self._load_lock:
-            _ = self.processor, self.model  # loads both once, in whichever thread comes first
-        answers: list[str | GenerationFailure] = [""] * len(requests)
+            _ = self.processor, self.constraint, self.model  # loads them once, in whichever thread comes first
+        answers: list[Answer | GenerationFailure] = [Answer("")] * len(requests)
         groups: dict[tuple[int, bool], list[int]] = {}
         for at, request in enumerate(requests):
             groups.setdefault((len(request.pictures), request.temperature > 0), []).append(at)
@@ -165,7 +193,7 @@ class HuggingFaceGenerator:
     def _load_error(self, error: Exception) -> ConfigError:
         return ConfigError(f"model {self.name!r} in {self.folder} cannot be loaded: {error}")
 
-    def _generate_batch(self, requests: list[Request]) -> list[str | GenerationFailure]:
+    def _generate_batch(self, requests: list[Request]) -> list[Answer | GenerationFailure]:
         try:
             return list(self._generate_once(requests))
         except torch.OutOfMemoryError:
@@ -178,7 +206,7 @@ class HuggingFaceGenerator:
         half = len(requests) // 2
         return self._generate_batch(requests[:half]) + self._generate_batch(requests[half:])
 
-    def _generate_once(self, requests: list[Request]) -> list[str]:
+    def _generate_once(self, requests: list[Request]) -> list[Answer]:
         if requests[0].pictures and not self.reads_pictures:
             raise ConfigError(f"model {self.name!r} reads text only but was given pictures; set pictures: false or name a vision model")
         try:
@@ -189,10 +217,9 @@ class HuggingFaceGenerator:
             raise _RefusedError(f"the processor of {self.name!r} raises {type(error).__name__}: {error}") from error
         with self._model_lock:
             try:
-                tokens = self.tokens(inputs, requests)
+                return self.decode(inputs, requests)
             except (ValueError, IndexError) as error:  # picture tokens that do not fit the picture's features, a prompt that is too long
                 raise _RefusedError(f"the model {self.name!r} raises {type(error).__name__}: {error}") from error
-        return self.texts(tokens, inputs)
 
     def inputs(self, requests: list[Request]) -> dict[str, torch.Tensor]:
         """Model inputs of requests with equal numbers of pictures: token ids of the chat template, attention mask, pixels."""
@@ -208,14 +235,14 @@ class HuggingFaceGenerator:
         return {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
 
     @torch.inference_mode()
-    def tokens(self, inputs: dict[str, torch.Tensor], requests: list[Request]) -> torch.Tensor:
-        """Prompt and answer tokens (B, T), padded on both sides."""
+    def decode(self, inputs: dict[str, torch.Tensor], requests: list[Request]) -> list[Answer]:
+        """The answers to model inputs of `requests`."""
         device, dtype = self.model.device, self.model.dtype
         inputs = {name: value.to(device, dtype if value.is_floating_point() else None) for name, value in inputs.items()}
         if not self.reads_pictures:  # some vision models compute positions differently, so only text models use the prefix cache
             inputs = self.prefix_cache.apply(self.model, inputs)
-        noise = LogitsProcessorList([SeededGumbel(requests)]) if requests[0].temperature > 0 else None
-        return self.model.generate(
+        decoder = AnswerDecoder(requests, self.constraint, self._end_tokens)
+        self.model.generate(
             **inputs,
             max_new_tokens=self.max_new_tokens,
             do_sample=False,
@@ -224,12 +251,16 @@ class HuggingFaceGenerator:
             top_p=None,
             top_k=None,
             pad_token_id=self._text_tokenizer.pad_token_id,
-            logits_processor=noise,
+            logits_processor=LogitsProcessorList([decoder]),
+            stopping_criteria=StoppingCriteriaList([AllDone(decoder)]),
         )
+        return decoder.answers(self._text_tokenizer)
 
-    def texts(self, tokens: torch.Tensor, inputs: dict[str, torch.Tensor]) -> list[str]:
-        """Decoded answers without their prompts."""
-        return self._text_tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    @property
+    def _end_tokens(self) -> set[int]:
+        configured = self.model.generation_config.eos_token_id
+        listed = configured if isinstance(configured, list) else [configured]
+        return {token for token in (*listed, self._text_tokenizer.eos_token_id) if token is not None}
 
     @property
     def _text_tokenizer(self) -> Any:
@@ -250,23 +281,6 @@ class HuggingFaceGenerator:
 
 class _RefusedError(Exception):
     """The processor or the model cannot read a request."""
-
-
-class SeededGumbel(LogitsProcessor):
-    """Turns greedy decoding into sampling: argmax(logits / T + Gumbel noise) is a sample of softmax(logits / T).
-
-    Every row has its own random generator, seeded by its request, so a sample does not depend on the batch.
-    """
-
-    def __init__(self, requests: list[Request]) -> None:
-        self._temperatures = torch.tensor([request.temperature for request in requests])
-        self._generators = [torch.Generator().manual_seed(request.seed) for request in requests]
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        """scores (B, V) -> noisy scores (B, V)."""
-        uniform = torch.stack([torch.rand(scores.shape[1], generator=generator) for generator in self._generators])
-        gumbel = -torch.log(-torch.log(uniform.clamp(1e-9, 1 - 1e-7)))
-        return scores / self._temperatures.to(scores.device)[:, None] + gumbel.to(scores.device, scores.dtype)
 
 
 def _locate(name: str, revision: str | None) -> Path:
