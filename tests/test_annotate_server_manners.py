@@ -101,6 +101,40 @@ def test_a_long_prompt_is_refused_once_under_each_name_and_the_next_row_is_answe
     assert len(server.seen) == 3
 
 
+def spelled(tokens: list[tuple[str, float]]):
+    """A server that gives the log-probability of every token of its answer, if it is asked to."""
+
+    def reply(body, answer):
+        if body.get("logprobs"):
+            answer["choices"][0]["logprobs"] = {
+                "content": [{"token": token, "logprob": value, "bytes": list(token.encode())} for token, value in tokens]
+            }
+        return 200, answer
+
+    return reply
+
+
+def test_log_probabilities_of_the_texts_and_numbers_are_handed_on():
+    tokens = [('{"', -9.0), ("caption", -9.0), ('": "', -9.0), ("a", -0.5), (" café", -1.5), ('", "n": ', -9.0), ("3", -4.0), ("}", -9.0)]
+    with ChatServer(lambda request: "".join(token for token, _ in tokens), dressed=spelled(tokens)) as server:
+        (answer,) = answered(server)
+    assert answer == '{"caption": "a café", "n": 3}'
+    assert answer.log_probability == pytest.approx(-2.0)
+    assert (server.seen[0][1]["logprobs"], server.seen[0][1]["top_logprobs"]) == (True, 1)
+    with ChatServer(lambda request: "plain words", dressed=spelled([("plain", -1.0), (" words", -3.0)])) as server:
+        assert answered(server)[0].log_probability == pytest.approx(-2.0)
+
+
+def test_a_server_that_refuses_log_probabilities_is_asked_without_them_from_then_on():
+    def strict(body, reply):
+        return (422, {"detail": "Unsupported fields: {'logprobs', 'top_logprobs'}"}) if "logprobs" in body else (200, reply)
+
+    with ChatServer(lambda request: request.prompt, dressed=strict) as server:
+        answers = answered(server, ["one", "two", "three"])
+    assert answers == ["one", "two", "three"] and all(answer.log_probability is None for answer in answers)
+    assert ["logprobs" in body for _, body in server.seen] == [True, False, False, False]
+
+
 def test_an_error_that_answers_every_first_request_stops_the_job_with_the_servers_words(tmp_path):
     def broken(body, reply):
         return 500, {"error": {"message": f"content must be a string (request {id(body)}a)"}}
@@ -115,24 +149,29 @@ def test_an_error_that_answers_every_first_request_stops_the_job_with_the_server
     assert len(server.seen) <= 12
 
 
-def test_errors_that_pass_are_waited_for():
+def attempts(server: ChatServer, monkeypatch, number: int) -> None:
+    """Requests follow each other without a pause; after `number` of them the next one would come after its deadline."""
+    monkeypatch.setattr("random.uniform", lambda low, high: 0.0 if len(server.seen) < number else 1_000.0)
+
+
+def test_errors_that_pass_are_waited_for(monkeypatch):
     with ChatServer(lambda request: request.prompt, dressed=refusing(503, "Loading model")) as server:
-        failures = answered(server, ["one"] * 12, treat={"concurrency": 12, "deadline_seconds": 1.0})
+        attempts(server, monkeypatch, 40)
+        failures = answered(server, ["one"] * 12, treat={"concurrency": 12})
         assert {failure.reason for failure in failures} == {"server_error"}
         assert all(failure.detail == "503: Loading model" for failure in failures)
-    assert len(server.seen) > 24
+    assert len(server.seen) >= 40
 
 
 def test_errors_after_the_first_answer_are_failures_of_their_rows(monkeypatch):
-    monkeypatch.setattr("random.uniform", lambda low, high: 0.01)
-
     def poisoned(body, reply):
         return (500, {"error": "CUDA error"}) if body["messages"][0]["content"] == "bad" else (200, reply)
 
     with ChatServer(lambda request: request.prompt, dressed=poisoned) as server:
-        answers = answered(server, ["good", "bad", "good"], treat={"deadline_seconds": 0.5})
+        attempts(server, monkeypatch, 20)
+        answers = answered(server, ["good", "bad", "good"])
     assert (answers[0], answers[1].reason, answers[1].detail, answers[2]) == ("good", "server_error", "500: CUDA error", "good")
-    assert len(server.seen) > 10
+    assert len(server.seen) == 21
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from collections import Counter
 from concurrent.futures import CancelledError
 from typing import Any
 
-from mmsid.annotate.generator import TRANSIENT, GenerationFailure, Request
+from mmsid.annotate.generator import TRANSIENT, Answer, GenerationFailure, Request
 from mmsid.annotate.server_checks import ServerChecks, named, same_model
 from mmsid.annotate.server_config import ServerConfig
 from mmsid.annotate.server_wire import ServerAnswer, error_words, messages, read_answer, retry_after
@@ -94,7 +94,7 @@ class OpenAIGenerator:
         """Counts since the last call: answers per model that answered, over the token limit, and inside and outside the schema."""
         return self._checks.take_notes()
 
-    def generate(self, requests: list[Request]) -> list[str | GenerationFailure]:
+    def generate(self, requests: list[Request]) -> list[Answer | GenerationFailure]:
         """Generate answers in the order of `requests`. Thread-safe."""
         with self._opening:
             if self._loop is None:
@@ -140,7 +140,7 @@ class OpenAIGenerator:
         await asyncio.gather(*running, return_exceptions=True)
         await self._client.close()
 
-    async def _all(self, requests: list[Request]) -> list[str | GenerationFailure]:
+    async def _all(self, requests: list[Request]) -> list[Answer | GenerationFailure]:
         tasks = [asyncio.ensure_future(self._one(request)) for request in requests]
         try:
             return await asyncio.gather(*tasks)
@@ -148,7 +148,7 @@ class OpenAIGenerator:
             for task in tasks:
                 task.cancel()
 
-    async def _one(self, request: Request) -> str | GenerationFailure:
+    async def _one(self, request: Request) -> Answer | GenerationFailure:
         failure = GenerationFailure("server_timeout", "no attempt finished")
         async with self._slots:
             deadline = asyncio.get_running_loop().time() + self.server.deadline_seconds
@@ -159,7 +159,7 @@ class OpenAIGenerator:
                 if isinstance(answer, ServerAnswer):
                     self._consecutive_failures = 0
                     self._checks.add_answer(answer)
-                    return answer.text
+                    return Answer(answer.text, log_probability=answer.log_probability)
                 if answer.reason not in TRANSIENT:
                     return answer
                 failure = answer
@@ -183,18 +183,23 @@ class OpenAIGenerator:
         """Send one request. Failures with a reason in `TRANSIENT` may be retried.
 
         `limit_names` collects the names of the token limit that this request was sent with. A name that the server refuses or ignores
-        is replaced by the other one, for this and all later requests.
+        is replaced by the other one, and log-probabilities that it refuses are left out, for this and all later requests.
         """
         while True:
-            limit = self._checks.limit_name
+            limit, wants = self._checks.limit_name, self._checks.log_probabilities
             limit_names.add(limit)
+            options = {limit: self.max_new_tokens, **({"logprobs": True, "top_logprobs": 1} if wants else {})}
             try:
-                answer = await self._send(body | {limit: self.max_new_tokens}, deadline)
+                answer = await self._send(body | options, deadline)
             except self._openai.APIStatusError as error:
                 status, words = error.status_code, error_words(error.response.text).replace(self._key, "***")
                 self._delay(error.response.headers)
-                if status in (400, 422) and limit in words and self._checks.switch_limit_name(limit_names):
-                    continue
+                if status in (400, 422):
+                    if wants and "logprobs" in words:
+                        self._checks.log_probabilities = False
+                        continue
+                    if limit in words and self._checks.switch_limit_name(limit_names):
+                        continue
                 return await self._failure(status, words)
             if isinstance(answer, ServerAnswer):
                 await self._check_model(answer)

@@ -21,6 +21,7 @@ class ServerChecks:
 
     Attributes:
         limit_name: name under which the token limit is sent.
+        log_probabilities: whether they are asked for; False after the server refused them.
         answered: completions that the server gave so far.
         notes: counts for the manifest: `schema_held`, `schema_broken`, `over_token_limit`, and `answered_by NAME`.
 
@@ -38,6 +39,7 @@ class ServerChecks:
     def __init__(self, model: str, address: str, max_new_tokens: int, schema: dict[str, Any] | None, patience: int) -> None:
         self.model, self.address, self.max_new_tokens, self.patience = model, address, max_new_tokens, patience
         self.limit_name = LIMIT_NAMES[0]
+        self.log_probabilities = True
         self.answered = 0
         self.notes: Counter[str] = Counter()
         self._errors: Counter[str] = Counter()

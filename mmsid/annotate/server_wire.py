@@ -6,6 +6,7 @@ import base64
 import email.utils
 import io
 import json
+import math
 import re
 import time
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any, Literal
 
 from PIL import Image
 
+from mmsid.annotate.answer_text import in_values
 from mmsid.annotate.generator import GenerationFailure, Request
 
 _QUOTED = 300  # characters of a server's error
@@ -20,11 +22,19 @@ _QUOTED = 300  # characters of a server's error
 
 @dataclass(frozen=True)
 class ServerAnswer:
-    """Text of a chat completion, the model that the server says it used, and the tokens that it counted (None: it did not say)."""
+    """A chat completion. None: the server did not say.
+
+    Attributes:
+        text: of the answer.
+        model: name of the model that the server used.
+        tokens: number of tokens that the server counted.
+        log_probability: mean natural log-probability of the answer's tokens, as in `generator.Answer`.
+    """
 
     text: str
     model: str | None = None
     tokens: int | None = None
+    log_probability: float | None = None
 
 
 def messages(request: Request, picture_format: Literal["png", "jpeg"], system: str | None = None) -> list[dict[str, Any]]:
@@ -70,7 +80,24 @@ def read_answer(body: str) -> ServerAnswer | GenerationFailure:
         return GenerationFailure("server_garbled", f"a chat completion without text: {str(content)[:100]}")
     model, usage = data.get("model"), data.get("usage")
     tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
-    return ServerAnswer(content, model if isinstance(model, str) and model else None, tokens if isinstance(tokens, int) else None)
+    return ServerAnswer(
+        content,
+        model=model if isinstance(model, str) and model else None,
+        tokens=tokens if isinstance(tokens, int) else None,
+        log_probability=mean_log_probability(choice.get("logprobs")),
+    )
+
+
+def mean_log_probability(logprobs: Any) -> float | None:
+    """Mean log-probability of the tokens of a JSON answer that belong to its texts and numbers, else of all tokens; None if not given."""
+    try:
+        tokens = [(token["token"], token.get("bytes"), float(token["logprob"])) for token in logprobs["content"]]
+    except (LookupError, TypeError, ValueError, AttributeError):
+        return None
+    pieces = [bytes(data) if data else str(text).encode() for text, data, _ in tokens]
+    inside = in_values(pieces) if b"".join(pieces).lstrip().startswith(b"{") else [True] * len(pieces)
+    counted = [value for (_, _, value), counts in zip(tokens, inside) if counts and math.isfinite(value)]
+    return sum(counted) / len(counted) if counted else None
 
 
 def error_words(body: str) -> str:
