@@ -234,15 +234,20 @@ def test_a_refusal_of_one_row_is_not_taken_for_a_wrong_model():
 
 @pytest.mark.parametrize("json_schema", [False, True])
 def test_the_manifest_counts_the_answers_that_hold_the_schema_and_those_that_do_not(tmp_path, recwarn, json_schema):
-    replies = iter([GOOD, f"Here you are:\n{GOOD}", WIDE, GOOD, "no", GOOD, GOOD, GOOD])
-    with ChatServer(lambda request: next(replies)) as server:
+    replies = iter([GOOD, f"Here you are:\n{GOOD}", WIDE, GOOD[:20], "no", GOOD, GOOD, GOOD, GOOD, GOOD])
+
+    def ended(body, reply):
+        reply["choices"][0]["finish_reason"] = "length" if reply["choices"][0]["message"]["content"] == GOOD[:20] else "stop"
+        return 200, reply
+
+    with ChatServer(lambda request: next(replies), dressed=ended) as server:
         config = interests(server, tmp_path, treat={"json_schema": json_schema, "concurrency": 1}, max_quarantined=1.0)
         work = read_manifest(mine(config))["extra"]["work"]
     assert ("response_format" in server.seen[0][1]) is json_schema
     told = [str(warning.message) for warning in recwarn if "do not fit the JSON schema" in str(warning.message)]
     if json_schema:  # prose around the object, a number out of its bounds and plain text are all outside the schema
-        assert (work["schema_held"], work["schema_broken"]) == (5, 3)
-        assert len(told) == 1 and "3 of 8 answers" in told[0]
+        assert (work["schema_held"], work["schema_broken"], work["schema_cut_off"]) == (5, 3, 1)
+        assert len(told) == 1 and "3 of 8 whole answers" in told[0]
     else:
         assert not {"schema_held", "schema_broken"} & set(work) and not told
 

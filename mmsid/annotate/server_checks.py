@@ -23,7 +23,8 @@ class ServerChecks:
         limit_name: name under which the token limit is sent.
         log_probabilities: whether they are asked for; False after the server refused them.
         answered: completions that the server gave so far.
-        notes: counts for the manifest: `schema_held`, `schema_broken`, `over_token_limit`, and `answered_by NAME`.
+        notes: counts for the manifest: `schema_held`, `schema_broken`, `schema_cut_off` (by the token limit), `over_token_limit`, and
+            `answered_by NAME`.
 
     Args:
         model: name that is asked for.
@@ -70,7 +71,7 @@ class ServerChecks:
         if answer.model is not None:
             self.notes[f"answered_by {answer.model}"] += 1
         if self._schema is not None:
-            self.notes["schema_held" if self._fits(answer.text) else "schema_broken"] += 1
+            self.notes["schema_held" if self._fits(answer.text) else "schema_cut_off" if answer.cut else "schema_broken"] += 1
 
     def take_notes(self) -> Counter[str]:
         """The counts since the last call, without zeros."""
@@ -110,8 +111,9 @@ def server_problems(work: Mapping[str, int]) -> list[str]:
     """What a server did other than it was asked to, from the counts of a job; one sentence each."""
     problems = []
     if broken := work.get("schema_broken", 0):
+        whole = broken + work.get("schema_held", 0)
         problems.append(
-            f"{broken:,} of {broken + work.get('schema_held', 0):,} answers do not fit the JSON schema that was sent (server.json_schema): "
+            f"{broken:,} of {whole:,} whole answers do not fit the JSON schema that was sent (server.json_schema): "
             "the server ignores it, or a part of it. Every row was checked all the same."
         )
     if over := work.get("over_token_limit", 0):

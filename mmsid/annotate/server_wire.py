@@ -28,12 +28,14 @@ class ServerAnswer:
         text: of the answer.
         model: name of the model that the server used.
         tokens: number of tokens that the server counted.
+        cut: whether the token limit ended the answer.
         log_probability: mean natural log-probability of the answer's tokens, as in `generator.Answer`.
     """
 
     text: str
     model: str | None = None
     tokens: int | None = None
+    cut: bool = False
     log_probability: float | None = None
 
 
@@ -84,6 +86,7 @@ def read_answer(body: str) -> ServerAnswer | GenerationFailure:
         content,
         model=model if isinstance(model, str) and model else None,
         tokens=tokens if isinstance(tokens, int) else None,
+        cut=ended == "length",
         log_probability=mean_log_probability(choice.get("logprobs")),
     )
 
