@@ -19,12 +19,13 @@ from PIL import Image
 from pydantic import ValidationError
 
 from mmsid.annotate.answer_text import excerpt
+from mmsid.annotate.confidence import CUT_SHORT, LOW_CONFIDENCE, rounded
 from mmsid.annotate.generator import FINAL, GenerationFailure, Generator, Request
 from mmsid.annotate.job_config import JobConfig
 from mmsid.annotate.job_inputs import JobInput, Task
 from mmsid.annotate.prompts import PLACEHOLDER
 from mmsid.annotate.records import SCHEMA_VERSION
-from mmsid.annotate.text_flags import REFUSAL, evidence_flags, output_flags
+from mmsid.annotate.text_flags import PROMPT_EXAMPLE, REFUSAL, echoes_prompt, evidence_flags, output_flags
 from mmsid.annotate.text_overlays import picture_flags
 from mmsid.artifacts import sha256
 from mmsid.errors import AnnotationError, PictureError
@@ -50,6 +51,11 @@ class _Result:
     flags: list[str] = field(default_factory=list)
     attempts: list[str] = field(default_factory=list)
     rejected: str | None = None
+    log_probability: float | None = None
+
+    def to_cache(self) -> dict[str, Any]:
+        """The cache entry of a valid result."""
+        return {"record": self.record, "flags": self.flags, "attempts": self.attempts, "log_probability": self.log_probability}
 
 
 @dataclass
@@ -135,7 +141,8 @@ class Annotator:
         for key, entry in self.cache.get(keys).items():
             try:
                 record = self.task.record.model_validate(entry["record"]).model_dump()
-                found[key] = _Result(key, record, flags=list(entry["flags"]), attempts=list(entry["attempts"]))
+                kept = {"flags": list(entry["flags"]), "attempts": list(entry["attempts"])}
+                found[key] = _Result(key, record, log_probability=entry.get("log_probability"), **kept)
             except (ValidationError, KeyError, TypeError):
                 continue
         return found
@@ -182,8 +189,7 @@ class Annotator:
             self.work["generated"] += len(batch)
             self.work.update(self._take_notes())
             results = {key: self._validate(key, pending, answer) for (key, pending), answer in zip(batch.items(), answers)}
-            valid = {key: result for key, result in results.items() if result.record is not None}
-            self.cache.put({key: {"record": r.record, "flags": r.flags, "attempts": r.attempts} for key, r in valid.items()})
+            self.cache.put({key: result.to_cache() for key, result in results.items() if result.record is not None})
             yield results
 
     def _prepare(self, one: JobInput) -> _Result | tuple[str, Request]:
@@ -223,14 +229,26 @@ class Annotator:
         if isinstance(answer, GenerationFailure):
             attempts = [*pending.earlier_attempts, answer.reason]
             return _Result(key, reason=answer.reason, flags=flags, attempts=attempts, rejected=excerpt(answer.detail))
+        log_probability = rounded(getattr(answer, "log_probability", None))
+
+        def rejected(reason: str, text: str) -> _Result:
+            attempts = [*pending.earlier_attempts, reason]
+            return _Result(key, reason=reason, flags=flags, attempts=attempts, rejected=text, log_probability=log_probability)
+
         try:
             record = self.task.parse(answer)
         except AnnotationError as error:
             flags += [REFUSAL] if error.reason == REFUSAL else []
-            attempts = [*pending.earlier_attempts, error.reason]
-            return _Result(key, reason=error.reason, flags=flags, attempts=attempts, rejected=excerpt(answer))
+            return rejected(error.reason, excerpt(answer))
+        if echoes_prompt(record.texts(), self._instruction, _unescaped(pending.input.evidence)):
+            return rejected(PROMPT_EXAMPLE, excerpt(answer))
+        uncertain = self.task.confidence.uncertain(log_probability)
+        if uncertain and self.task.confidence.refusal:
+            return rejected(LOW_CONFIDENCE, f"{self.task.confidence.refusal}. It wrote: {excerpt(answer)}")
         flags += output_flags(record.texts(), self._instruction)
-        return _Result(key, record.model_dump(), flags=flags, attempts=[*pending.earlier_attempts, "ok"])
+        flags += [LOW_CONFIDENCE] * uncertain + [CUT_SHORT] * getattr(answer, "cut_short", False)
+        attempts = [*pending.earlier_attempts, "ok"]
+        return _Result(key, record.model_dump(), flags=flags, attempts=attempts, log_probability=log_probability)
 
     def _row(self, one: JobInput, result: _Result) -> dict[str, Any]:
         record = result.record or {}
@@ -244,6 +262,7 @@ class Annotator:
             "flags": result.flags,
             "attempts": result.attempts,
             "rejected": result.rejected,
+            "log_probability": result.log_probability,
             "prompt_sha256": self.task.prompt.sha256,
             "model_id": self.generator.model_id,
             "input_sha256": result.key,

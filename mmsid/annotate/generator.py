@@ -51,7 +51,7 @@ class GenerationFailure:
 TRANSIENT = frozenset({"server_timeout", "server_busy", "server_error", "server_unreachable", "server_garbled", "out_of_memory"})
 
 # Reasons that another attempt with the same settings does not change. A job does not ask these requests again.
-FINAL = frozenset({"reasoning_only", "model_refused"})
+FINAL = frozenset({"reasoning_only", "model_refused", "low_confidence"})
 
 
 class Generator(Protocol):

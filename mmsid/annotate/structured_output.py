@@ -1,4 +1,4 @@
-"""Answers that follow a JSON schema: a token that the schema does not allow at its place is replaced by the best allowed one.
+"""Answers that follow a JSON schema: a token that the schema does not allow at its place is replaced by one that it allows.
 
 The grammar is llguidance's. A row's own choice is checked first and the mask over the vocabulary is computed only where the choice is
 refused, so a model that writes good JSON by itself decodes as without the constraint.
@@ -76,7 +76,7 @@ class ConstrainedAnswer:
         self.complete = self.cut_short = False
 
     def next_token(self, preferred: int, scores: torch.Tensor) -> int:
-        """Accept and return the next token: `preferred` if schema and budget allow it, else the allowed one of the highest score.
+        """Accept and return the next token: `preferred` if schema and budget allow it, else the one that stands in for it.
 
         Args:
             preferred: the model's choice, the argmax of `scores`.
@@ -88,7 +88,7 @@ class ConstrainedAnswer:
         elif preferred < self._constraint.tokenizer.vocab_size and self._matcher.try_consume_tokens([preferred]):
             token = preferred
         else:
-            token = self._best(scores)
+            token = self._instead_of(preferred, scores)
             self._consume(token)
         self.tokens.append(token)
         self.complete = self._matcher.is_stopped()
@@ -101,7 +101,7 @@ class ConstrainedAnswer:
     def _within_budget(self, preferred: int, scores: torch.Tensor) -> int:
         """As `next_token`, but a token after which the record could not be completed any more is replaced by the end of what is open."""
         constraint, outline = self._constraint, self._constraint.outline
-        token = preferred if self._allows(preferred) else self._best(scores)
+        token = preferred if self._allows(preferred) else self._instead_of(preferred, scores)
         left = constraint.max_new_tokens - len(self.tokens) - 1  # after this token
         text, split = _decoded(self._bytes([*self.tokens, token]))
         if outline.cost(outline.rest(text)) + split + SLACK > left:
@@ -119,8 +119,17 @@ class ConstrainedAnswer:
     def _allows(self, token: int) -> bool:
         return token < self._constraint.tokenizer.vocab_size and self._matcher.validate_tokens([token]) == 1
 
-    def _best(self, scores: torch.Tensor) -> int:
-        """The allowed token of the highest score."""
+    def _instead_of(self, refused: int, scores: torch.Tensor) -> int:
+        """The longest allowed beginning of the refused token, else the allowed token of the highest score.
+
+        A model that closes text and record in one token, where the record goes on, thus closes the text.
+        """
+        tokenizer = self._constraint.tokenizer
+        written = tokenizer.decode_bytes([refused]) if refused < tokenizer.vocab_size and not tokenizer.is_special_token(refused) else b""
+        for length in range(len(written) - 1, 0, -1):
+            beginning = tokenizer.tokenize_bytes(written[:length])
+            if len(beginning) == 1 and self._allows(beginning[0]):
+                return beginning[0]
         bias = self._matcher.compute_logit_bias()  # one byte per token, 0 where it is not allowed
         allowed = torch.frombuffer(bytearray(bias), dtype=torch.uint8)[: len(scores)].to(scores.device) > 0
         return int(scores[: len(allowed)].masked_fill(~allowed, -torch.inf).argmax())
