@@ -48,9 +48,9 @@ def test_the_folder_holds_a_whole_model_with_its_tokenizer_and_template(smollm2)
 
 def test_it_answers_questions_alike_alone_and_in_a_batch(smollm2):
     generator = HuggingFaceGenerator(smollm2, max_new_tokens=24)
-    questions = [Request("What is the capital of France? Answer in one sentence."), Request("What is the capital of Italy?")]
+    questions = [Request("What is the capital of France? Answer in one sentence."), Request("Write a long story.")]
     answers = generator.generate(questions)
-    assert "Paris" in answers[0] and "Rome" in answers[1]
+    assert answers[0] == "The capital of France is Paris." and answers[1].startswith("Once upon a time")
     assert [generator.generate([question])[0] for question in questions] == answers
 
 
