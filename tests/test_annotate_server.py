@@ -16,7 +16,9 @@ from pydantic import ValidationError
 from mmsid.annotate.caption import run
 from mmsid.annotate.generator import GenerationFailure, Request
 from mmsid.annotate.records import Caption
-from mmsid.annotate.server import OpenAIGenerator, ServerConfig, read_answer, retry_after
+from mmsid.annotate.server import OpenAIGenerator
+from mmsid.annotate.server_config import ServerConfig
+from mmsid.annotate.server_wire import read_answer, retry_after
 from mmsid.artifacts import is_complete, read_manifest
 from mmsid.errors import AnnotationError, ConfigError
 
@@ -229,7 +231,7 @@ def test_what_goes_over_the_wire(tmp_path):
         (decoded,) = read_request(body).pictures
         assert decoded.size == (100, 67)
         assert not decoded.getexif() and text["text"]
-        assert (body["model"], body["temperature"], body["max_completion_tokens"]) == ("m", 0.5, 256)
+        assert (body["model"], body["temperature"], body["max_tokens"]) == ("m", 0.5, 256)
         assert isinstance(body["seed"], int)
         if treat:
             schema = body["response_format"]["json_schema"]
@@ -298,7 +300,7 @@ def test_server_and_generator_go_together(catalog, tmp_path):
 )
 def test_reading_an_answer(body, expected):
     found = read_answer(body)
-    assert getattr(found, "reason", found) == expected
+    assert (found.reason if isinstance(found, GenerationFailure) else found.text) == expected
 
 
 @pytest.mark.parametrize(

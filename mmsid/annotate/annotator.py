@@ -92,7 +92,8 @@ class Annotator:
     """Makes rows from job inputs with a generator and a cache. Leaving the context cancels pending calls.
 
     Attributes:
-        work: number of inputs that were `generated`, found in the cache (`cache_hits`), or equal to another input (`duplicates`).
+        work: number of inputs that were `generated`, found in the cache (`cache_hits`), or equal to another input (`duplicates`), and
+            the notes of the generator.
     """
 
     def __init__(self, task: Task, generator: Generator, config: JobConfig, cache: Cache) -> None:
@@ -103,6 +104,7 @@ class Annotator:
         self.batch_size: int = config.batch_size or getattr(generator, "batch_size", DEFAULT_BATCH_SIZE)
         self._failures: dict[str, _Result] = {}
         self._max_calls = getattr(generator, "max_concurrent_calls", 1)
+        self._take_notes = getattr(generator, "take_notes", Counter)
         self._generate_pool = ThreadPoolExecutor(self._max_calls, "generate")
         self._reader_pool = ThreadPoolExecutor(config.readers, "read")
 
@@ -192,6 +194,7 @@ class Annotator:
             if len(answers) != len(batch):
                 raise AnnotationError("generator_broken", f"{self.generator.model_id}: {len(batch)} requests, {len(answers)} answers")
             self.work["generated"] += len(batch)
+            self.work.update(self._take_notes())
             results = {key: self._validate(key, pending, answer) for (key, pending), answer in zip(batch.items(), answers)}
             self.cache.put({key: result.to_cache() for key, result in results.items() if result.record is not None})
             yield results

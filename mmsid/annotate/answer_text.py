@@ -6,6 +6,7 @@ Characters are matched by explicit code points, so that the same answer gives th
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from mmsid.errors import AnnotationError
 
@@ -20,6 +21,7 @@ FORBIDDEN_CHARACTERS = "\x00-\x1f\x7f-\x9f\ue000-\uf8ff\ufdd0-\ufdef\ufffe\uffff
 _FORBIDDEN = re.compile(f"[{FORBIDDEN_CHARACTERS}\ud800-\udfff]")
 _REASONING = re.compile(r"\A(?:<think>)?(?:(?!<think>).)*?</think>", re.DOTALL)
 _PROSE = re.compile(r"\A[^\W\d_][^\n{}\[\]`<>]{0,198}\s*(?=[{`])")
+_VALUES = re.compile(rb'"(?P<text>(?:[^"\\]|\\.)*)"(?P<key>\s*:)?|(?P<number>-?\d[\d.]*)', re.DOTALL)
 _FENCE = re.compile(r"\A```(?:json)?[ \t]*\r?\n(?P<body>.*)\r?\n```\Z", re.DOTALL | re.IGNORECASE)
 
 
@@ -63,3 +65,18 @@ def json_part(text: str) -> str:
     body = text if prose is None else text[prose.end() :]
     fenced = _FENCE.match(body)
     return fenced["body"].strip() if fenced and "```" not in fenced["body"] else body
+
+
+def in_values(pieces: Sequence[bytes]) -> list[bool]:
+    """Which tokens of a JSON text, given as bytes, hold characters of a text or a number. Keys, quotes and punctuation are neither."""
+    data = b"".join(pieces)
+    inside = bytearray(len(data))
+    for found in _VALUES.finditer(data):
+        start, end = found.span("number" if found["number"] else "text")
+        if found["key"] is None:
+            inside[start:end] = b"\1" * (end - start)
+    counted, at = [], 0
+    for piece in pieces:
+        counted.append(any(inside[at : at + len(piece)]))
+        at += len(piece)
+    return counted

@@ -24,6 +24,7 @@ from mmsid.annotate.ocr import check_installed
 from mmsid.annotate.prompts import Prompt, evidence_json, item_evidence, load_prompt
 from mmsid.annotate.records import Caption, CaptionWithInterests, Record, parse_caption, parse_caption_with_interests
 from mmsid.annotate.server import OpenAIGenerator
+from mmsid.annotate.server_checks import server_problems
 from mmsid.annotate.text_overlays import Box, mask_overlays
 from mmsid.annotate.word_check import WordCheck, small_print
 from mmsid.artifacts import Draft, is_complete, read_manifest, writing
@@ -137,6 +138,8 @@ def build_generator(config: ModelJobConfig, record: type[Record]) -> Generator:
             max_new_tokens=config.max_new_tokens,
             schema=record.model_json_schema(),
             batch_size=config.batch_size or DEFAULT_BATCH_SIZE,
+            system_prompt=config.system_prompt,
+            template_arguments=config.template_arguments,
         )
     from mmsid.annotate.huggingface import HuggingFaceGenerator  # the import takes seconds; a server does not need it
 
@@ -194,5 +197,7 @@ def print_summary(stage: str, draft: Draft, out: Path) -> None:
         f"{stage}: wrote {counts['in']:,} rows ({counts['ok']:,} ok, {counts['quarantined']:,} quarantined{why}; "
         f"{work.get('generated', 0):,} generations, {work.get('cache_hits', 0):,} from the cache{unsure}) to {out}"
     )
+    for problem in server_problems(work):
+        warnings.warn(f"{stage}: {problem}", stacklevel=3)
     if alike := draft.extra.get("alike"):
         warnings.warn(f"{stage}: {alike}", stacklevel=3)

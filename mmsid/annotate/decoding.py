@@ -5,17 +5,15 @@ A row's choices do not depend on the other rows of its batch.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from transformers import LogitsProcessor, StoppingCriteria
 
+from mmsid.annotate.answer_text import in_values
 from mmsid.annotate.generator import Answer, Request
 from mmsid.annotate.structured_output import ConstrainedAnswer, JsonConstraint
-
-_VALUES = re.compile(rb'"(?P<text>(?:[^"\\]|\\.)*)"(?P<key>\s*:)?|(?P<number>-?\d[\d.]*)', re.DOTALL)
 
 
 class SeededGumbel(LogitsProcessor):
@@ -101,18 +99,3 @@ class AllDone(StoppingCriteria):
     def __call__(self, input_ids: torch.LongTensor, scores: Any, **options: Any) -> torch.BoolTensor:
         """Whether each row is finished, (B,)."""
         return torch.tensor(self._decoder.done, device=input_ids.device)
-
-
-def in_values(pieces: Sequence[bytes]) -> list[bool]:
-    """Which tokens of a JSON text, given as bytes, hold characters of a text or a number. Keys, quotes and punctuation are neither."""
-    data = b"".join(pieces)
-    inside = bytearray(len(data))
-    for found in _VALUES.finditer(data):
-        start, end = found.span("number" if found["number"] else "text")
-        if found["key"] is None:
-            inside[start:end] = b"\1" * (end - start)
-    counted, at = [], 0
-    for piece in pieces:
-        counted.append(any(inside[at : at + len(piece)]))
-        at += len(piece)
-    return counted

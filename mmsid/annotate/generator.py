@@ -62,10 +62,11 @@ class Generator(Protocol):
 
     A text may be an `Answer`, which also holds the model's confidence.
 
-    Four attributes are optional. `batch_size` is the number of requests per call if the configuration names none. `constrained` says
+    Five attributes are optional. `batch_size` is the number of requests per call if the configuration names none. `constrained` says
     whether every answer is held to the record's JSON schema. `max_concurrent_calls` (default 1) is the number of `generate` calls in
     flight, each in its own thread, so that the next batch is prepared while the current one is generated. `close()` cancels running
-    calls and releases connections; a later `generate` connects again. The Ray engine needs a generator that can be pickled.
+    calls and releases connections; a later `generate` connects again. `take_notes()` returns counts since its last call, which the job
+    adds to the counts of its work in the manifest. The Ray engine needs a generator that can be pickled.
     """
 
     model_id: str

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from mmsid.annotate.server import ServerConfig
+from mmsid.annotate.server_config import ServerConfig
 from mmsid.artifacts import is_complete
 from mmsid.backbone.packaged_weights import DEMO
 from mmsid.catalog import CatalogConfig
@@ -62,9 +62,10 @@ class ModelJobConfig(JobConfig):
         mask_overlays: paint over lines of small print before the model reads the picture (see `text_overlays`). `ocr` locates the lines by
             OCR (extra `ocr`) instead of counting strokes.
         picture_tokens: largest number of tokens per picture, for models whose token count depends on its settings or the size.
-        system_prompt: system message before every prompt, of a model in this process.
-        template_arguments: variables of the chat template of a model in this process; `enable_thinking` is false unless it stands here.
         prompt: name of a shipped prompt, or a file. None: the prompt that fits the model.
+        system_prompt: instruction in the role `system` before every prompt; "" for none.
+        template_arguments: variables of the model's chat template. For a model in this process `enable_thinking` is false unless it stands
+            here; a server gets them as `chat_template_kwargs`.
         server: address and limits of the server; required by `openai`.
     """
 
@@ -91,10 +92,8 @@ class ModelJobConfig(JobConfig):
     def _check_server(self) -> ModelJobConfig:
         if (self.generator == "openai") != (self.server is not None):
             raise ValueError("generator: openai and a server: section go together; write both or neither")
-        for key in ("picture_tokens", "system_prompt", "template_arguments") if self.generator == "openai" else ():
-            if getattr(self, key):
-                raise ValueError(
-                    f"{key} does not apply to generator: openai, where the server prepares pictures and chats; "
-                    f"{'set it on the server, or lower max_side' if key == 'picture_tokens' else 'set it on the server, or use the prompt'}"
-                )
+        if self.generator == "openai" and self.picture_tokens:
+            raise ValueError(
+                "picture_tokens does not apply to generator: openai, where the server's own processor decides; set it there, or lower max_side"
+            )
         return self

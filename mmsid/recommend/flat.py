@@ -1,4 +1,4 @@
-"""Flat decoder: a small Hugging Face GPT-2, built from a config, over the SID tokens of a history.
+"""Flat decoder: a causal language model over the SID tokens of a history; a small GPT-2, or a pretrained body.
 
 The token before level l of an item predicts that level (token_recommender.py), so one pass trains all levels of all
 items. GPT-2 is used for its dropout on embeddings and residuals; without it a model of this size overfits a small
@@ -8,53 +8,58 @@ mask over ancestors. The history is computed once per user, and no cache is copi
 
 from __future__ import annotations
 
-from typing import ClassVar
+from dataclasses import dataclass
 
 import torch
-from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
+from transformers import DynamicCache
 
+from mmsid.recommend.language_model import pretrained_body, small_gpt2
 from mmsid.recommend.paths import ItemPaths, PathTrie
 from mmsid.recommend.shape import RecommenderShape
 from mmsid.recommend.token_recommender import TokenRecommender
 
 
+@dataclass(frozen=True)
 class FlatShape(RecommenderShape):
-    """Sizes of the flat decoder."""
+    """Sizes of the flat decoder.
 
-    lr: ClassVar[float] = 1e-3
+    Attributes:
+        language_model: folder or hub id of a causal language model. Its body replaces the GPT-2, and the other sizes, except
+            `max_history`, do not apply.
+    """
+
+    language_model: str | None = None
+
+    @property
+    def lr(self) -> float:
+        """Default learning rate; lower for pretrained weights."""
+        return 1e-3 if self.language_model is None else 1e-4
 
 
 class FlatRecommender(TokenRecommender):
-    """GPT-2 over SID tokens.
+    """Causal language model over SID tokens: a small GPT-2, or the body of a pretrained model.
 
     Attributes:
         language_model: the Hugging Face model. Its `generate` works with `TrieLogitsProcessor`.
+
+    Raises:
+        ConfigError: the pretrained model cannot be used.
     """
 
     def __init__(self, paths: ItemPaths, shape: FlatShape, trie: PathTrie | None = None) -> None:
         super().__init__(paths, shape.max_history, trie)
         self.shape = shape
-        config = GPT2Config(
-            vocab_size=self.begin + 1,
-            n_positions=1 + (shape.max_history + 1) * len(self.sizes),
-            n_embd=shape.d_model,
-            n_layer=shape.layers,
-            n_head=shape.heads,
-            n_inner=shape.hidden,
-            activation_function="relu",
-            embd_pdrop=shape.dropout,
-            resid_pdrop=shape.dropout,
-            attn_pdrop=0.0,  # attention dropout would disable the fused kernel
-            bos_token_id=self.begin,
-            eos_token_id=None,
-            pad_token_id=None,
-        )
-        self.language_model = GPT2LMHeadModel(config)
+        tokens, positions = self.begin + 1, 1 + (shape.max_history + 1) * len(self.sizes)
+        if shape.language_model is not None:
+            self.language_model = pretrained_body(shape.language_model, tokens, positions)
+        else:
+            sizes = {"width": shape.d_model, "layers": shape.layers, "heads": shape.heads, "hidden": shape.hidden, "dropout": shape.dropout}
+            self.language_model = small_gpt2(tokens, positions, **sizes)
 
     def level_table(self, level: int) -> torch.Tensor:
         """Embeddings (K_l, d) of one level's tokens, a view of the tied table."""
         start = self.offsets[level]
-        return self.language_model.transformer.wte.weight[start : start + self.sizes[level]]
+        return self.language_model.get_input_embeddings().weight[start : start + self.sizes[level]]
 
     def forward(self, histories: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
         """Sum of negative log-likelihoods of every item of `histories` (B, T) given the items before it, times `weights` (B, T).
@@ -63,7 +68,7 @@ class FlatRecommender(TokenRecommender):
         """
         real = histories >= 0
         ids, _ = self.sequences(histories)
-        hidden = self.language_model.transformer(ids[:, :-1]).last_hidden_state  # causal: no item position attends to padding
+        hidden = self.language_model.base_model(ids[:, :-1]).last_hidden_state  # causal: no item position attends to padding
         hidden = hidden.unflatten(1, (-1, len(self.sizes)))[real]  # (P, D, d)
         return self.loss(hidden, histories[real], None if weights is None else weights[real])
 
@@ -80,11 +85,11 @@ class FlatSteps:
     """
 
     def __init__(self, model: FlatRecommender, histories: torch.Tensor) -> None:
-        self.model, self.network = model, model.language_model.transformer
+        self.model, self.network = model, model.language_model.base_model
         ids, real = model.sequences(histories)
         self.length = real.sum(1)
         self.cache = DynamicCache(config=model.language_model.config)
-        hidden = self.network(ids, self.cache, use_cache=True).last_hidden_state
+        hidden = self.network(ids, past_key_values=self.cache, use_cache=True).last_hidden_state
         self.last = hidden[torch.arange(len(ids), device=ids.device), self.length - 1][:, None]
         self.history_mask = torch.zeros(real.shape, dtype=hidden.dtype, device=hidden.device).masked_fill_(~real, -torch.inf)
         self.ancestors: list[torch.Tensor] = []
@@ -106,7 +111,7 @@ class FlatSteps:
             masks.append(mask.scatter_(2, ancestor[..., None], 0.0))
         hidden = self.network(
             code + self.model.offsets[level - 1],
-            self.cache,
+            past_key_values=self.cache,
             attention_mask=torch.cat(masks, 2)[:, None],
             position_ids=(self.length + level - 1)[:, None].expand_as(code),
             use_cache=True,

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import GPT2LMHeadModel, LogitsProcessorList, PreTrainedTokenizerFast
+from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerFast
 from trl import GRPOConfig, GRPOTrainer
 
 from mmsid.recommend.trie_constraint import TrieConstraint, TrieLogitsProcessor
@@ -75,7 +75,7 @@ class TrieGRPOTrainer(GRPOTrainer):
         trie: of the paths of all items.
     """
 
-    def __init__(self, policy: GPT2LMHeadModel, rewards: list[Reward], args: GRPOConfig, data: Dataset, trie: Trie) -> None:
+    def __init__(self, policy: PreTrainedModel, rewards: list[Reward], args: GRPOConfig, data: Dataset, trie: Trie) -> None:
         trie, sizes = trie.to(args.device), trie.sizes.tolist()
         self.offsets = [sum(sizes[:level]) for level in range(len(sizes))]
         self.constraint = TrieConstraint.from_trie(trie)

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
+import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from pydantic import Field
-from transformers import GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from trl import GRPOConfig
 
 from mmsid.accelerator import make_accelerator
@@ -193,7 +194,7 @@ class _SeedRun:
     def _model_folder(self, variant: str) -> Path:
         return self.folder / "models" / variant / str(self.seed)
 
-    def _save(self, policy: GPT2LMHeadModel, variant: str) -> None:
+    def _save(self, policy: PreTrainedModel, variant: str) -> None:
         if self.accelerator.is_main_process:
             with no_loading_bar():
                 policy.save_pretrained(self._model_folder(variant))
@@ -210,7 +211,7 @@ class _SeedRun:
         prompts = [" ".join([tokenizer.bos_token, *(words[item] for item in history[:-1][-length:])]) for history in examples]
         return Dataset.from_dict({"prompt": prompts, "target": [int(history[-1]) for history in examples]})
 
-    def _reinforce(self, variant: Variant) -> GPT2LMHeadModel:
+    def _reinforce(self, variant: Variant) -> PreTrainedModel:
         """GRPO from the supervised weights. -> the trained policy."""
         settings, processes = self.config.reinforcement, self.accelerator.num_processes
         batch_size = settings.histories * settings.group
@@ -232,7 +233,7 @@ class _SeedRun:
         )
         trie = Trie.from_codes(self.paths.tokens, self.paths.sizes).to(device)
         with no_loading_bar():
-            policy = GPT2LMHeadModel.from_pretrained(self._model_folder(START)).to(device)
+            policy = AutoModelForCausalLM.from_pretrained(self._model_folder(START), dtype=torch.float32).to(device)
             trainer = TrieGRPOTrainer(policy, self.rewards.functions(weighted=not published), arguments, self._dataset(), trie)
         log = self.folder / "logs" / variant / f"{self.seed}.jsonl"
         log.parent.mkdir(parents=True, exist_ok=True)

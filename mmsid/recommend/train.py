@@ -61,6 +61,8 @@ class ModelConfig(Section):
         hidden: inner width of the feed-forward layers.
         dropout: dropout rate in training.
         max_history: latest items of a history that are read.
+        language_model: folder or hub id of a causal language model, for the flat decoder alone: its body replaces the small GPT-2, and
+            SID tokens replace its words. No other size than `max_history` applies then.
     """
 
     d_model: int | None = Field(default=None, gt=0)
@@ -69,14 +71,22 @@ class ModelConfig(Section):
     hidden: int | None = Field(default=None, gt=0)
     dropout: float | None = Field(default=None, ge=0, lt=1)
     max_history: int | None = Field(default=None, gt=0)
+    language_model: str | None = Field(default=None, min_length=1)
 
     def shape(self, architecture: Architecture = "sid_transformer") -> Shape:
         """Shape of the architecture with these sizes.
 
         Raises:
-            ConfigError: d_model is not a multiple of heads.
+            ConfigError: d_model is not a multiple of heads; language_model with another architecture than `flat` or with other sizes.
         """
-        shape = SHAPES[architecture](**self.model_dump(exclude_none=True))
+        given = self.model_dump(exclude_none=True)
+        if self.language_model is not None:
+            unread = [name for name in given if name not in ("language_model", "max_history")]
+            if architecture != "flat":
+                raise ConfigError(f"model.language_model is read by the flat decoder alone, not by {architecture}; remove it")
+            if unread:
+                raise ConfigError(f"model.language_model sets the sizes of the model; remove {', '.join(unread)}")
+        shape = SHAPES[architecture](**given)
         if shape.d_model % shape.heads:
             raise ConfigError(f"train_recommender.model: d_model {shape.d_model} is not a multiple of heads {shape.heads}; change one")
         return shape
