@@ -33,7 +33,7 @@ class ServeSettings(Section):
     api_key: str | None = Field(None, min_length=16, repr=False)
     captions: bool = True
     queue: int = Field(64, ge=1)
-    batch: int = Field(16, ge=1)
+    batch: int = Field(8, ge=1)
     ads: int = Field(64, ge=1)
     body_bytes: int = Field(16_000_000, ge=1_000)
     seconds: float = Field(30.0, gt=0)

@@ -154,17 +154,21 @@ class Worker:
                 job.result.set_exception(Expired())
             else:
                 live.append(job)
-        appending = [job for job in live if job.kind == "append"]
-        others = [job for job in live if job.kind != "append"]
-        self._append(engine, appending)
+        quick = [job for job in live if job.kind == "recommend" and not job.new_ads()]
+        self._recommend_all(engine, quick, {})  # first, because they take milliseconds
+        self._append(engine, [job for job in live if job.kind == "append"])
+        others = [job for job in live if job.kind != "append" and not job.result.done()]
         encoded = _encoded(engine, others)
         for job in others:
             if job.kind == "encode":
                 _settle(job, lambda job=job: [_of(encoded, ad) for ad in job.ads])
+        self._recommend_all(engine, [job for job in others if job.kind == "recommend"], encoded)
+
+    def _recommend_all(self, engine: Engine, jobs: Sequence[Job], encoded: dict[int, EncodedAd | Exception]) -> None:
+        """Recommend to the histories of jobs, those with equal options together."""
         groups: dict[tuple[Any, ...], list[Job]] = {}
-        for job in others:
-            if job.kind == "recommend":
-                groups.setdefault(tuple(sorted((name, repr(value)) for name, value in job.options.items())), []).append(job)
+        for job in jobs:
+            groups.setdefault(tuple(sorted((name, repr(value)) for name, value in job.options.items())), []).append(job)
         for group in groups.values():
             self._recommend(engine, group, encoded)
 
