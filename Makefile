@@ -17,7 +17,7 @@ test: .venv/installed
 	$(BIN)/python -m pytest
 
 # slow tests, tests with several processes, and tests on the data under MMSID_DATA
-test-all: .venv/installed
+test-all: .venv/installed .venv/torchvision/installed
 	$(BIN)/python -m pytest -m "slow or real_data"
 
 lint: .venv/installed
@@ -30,6 +30,11 @@ lint: .venv/installed
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints-cpu.txt -e '.[dev]'
 	touch $@
+
+# Processors are compared with those of torchvision. It lies in a folder of its own: beside a CPU build of torch, transformers cannot
+# load its models while torchvision is visible (tests/torchvision_schemas.py). Without it, one test is skipped.
+.venv/torchvision/installed: .venv/installed
+	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps --target .venv/torchvision torchvision==0.28.0 && touch $@
 
 clean:
 	rm -rf .venv runs demo build dist *.egg-info

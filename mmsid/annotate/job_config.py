@@ -92,8 +92,8 @@ class ModelJobConfig(JobConfig):
             raise ValueError("generator: openai and a server: section go together; write both or neither")
         for key in ("picture_tokens", "system_prompt", "template_arguments") if self.generator == "openai" else ():
             if getattr(self, key):
+                what, else_ = ("processor", "lower max_side") if key == "picture_tokens" else ("chat template", "write it into the prompt")
                 raise ValueError(
-                    f"{key} does not apply to generator: openai, where the server prepares pictures and chats; "
-                    f"{'set it on the server, or lower max_side' if key == 'picture_tokens' else 'set it on the server, or use the prompt'}"
+                    f"{key} does not apply to generator: openai, where the server's own {what} decides; set it on the server, or {else_}"
                 )
         return self

@@ -312,9 +312,10 @@ class Refinement:
         new_all = self.policy.log_prob(rows, tree)
         rounding = getattr(self.policy, "rounding", ROUNDING)
         if first and not torch.allclose(new_all.detach(), old_all, rtol=rounding / 20, atol=rounding):
+            differs = float((new_all.detach() - old_all).abs().max())
             raise MmsidError(
-                f"the policy scores its own samples differently in the first step, by {float((new_all.detach() - old_all).abs().max()):.3g} "
-                f"nats where rounding explains {rounding}: dropout or a mask differs; this is a bug"
+                f"the policy scores its own samples differently in the first step, by {differs:.3g} nats where "
+                f"rounding explains {rounding}: dropout or a mask differs; this is a bug"
             )
         new = new_all.gather(1, picks)
         gain = self.gain(new, old, advantages)
