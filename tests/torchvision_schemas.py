@@ -12,12 +12,9 @@ from pathlib import Path
 import torch
 
 FOLDER = Path(sys.prefix) / "torchvision"  # made by `make .venv/torchvision/installed`
-_BOX, _SHAPE = (
-    "Tensor input, Tensor rois, float spatial_scale, SymInt pooled_height, SymInt pooled_width",
-    "SymInt batch_size, SymInt channels",
-)
 _GRAD = "float spatial_scale, SymInt pooled_height, SymInt pooled_width"
-_SIZES = f"{_SHAPE}, SymInt height, SymInt width"
+_BOX = f"Tensor input, Tensor rois, {_GRAD}"
+_SIZES = "SymInt batch_size, SymInt channels, SymInt height, SymInt width"
 _CONV = (
     "Tensor weight, Tensor offset, Tensor mask, Tensor bias, SymInt stride_h, SymInt stride_w, SymInt pad_h, SymInt pad_w, "
     "SymInt dilation_h, SymInt dilation_w, SymInt groups, SymInt offset_groups, bool use_mask"

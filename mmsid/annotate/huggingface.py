@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import functools
+import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +59,7 @@ class HuggingFaceGenerator:
     """
 
     max_concurrent_calls = 2  # the inputs of one call are prepared while the model runs the other
+    prepare_threads = min(8, max(1, (os.cpu_count() or 1) // 2))  # resizing a photograph takes longer than a GPU's caption of it
 
     def __init__(
         self,
@@ -220,12 +223,17 @@ class HuggingFaceGenerator:
 
     def inputs(self, requests: list[Request]) -> dict[str, torch.Tensor]:
         """Model inputs of requests: token ids of the chat template, attention mask, pixels. Requests are tokenized alone, then padded."""
-        rows = []
-        for request in requests:
-            prompt = self.chat.prompt(request.prompt, len(request.pictures))
-            pictures = [picture if self.budget is None else self.budget.fit(picture) for picture in request.pictures]
-            rows.append(self.chat.tokens(prompt, pictures))
+        if self.prepare_threads == 1 or not any(request.pictures for request in requests):
+            rows = [self._row(request) for request in requests]
+        else:
+            with ThreadPoolExecutor(self.prepare_threads) as pool:
+                rows = list(pool.map(self._row, requests))
         return stack_rows(rows, self.chat.pad_token, left=True)
+
+    def _row(self, request: Request) -> dict[str, torch.Tensor]:
+        """Tokens and pixels of one request."""
+        pictures = [picture if self.budget is None else self.budget.fit(picture) for picture in request.pictures]
+        return self.chat.tokens(self.chat.prompt(request.prompt, len(pictures)), pictures)
 
     @torch.inference_mode()
     def tokens(self, inputs: dict[str, torch.Tensor], requests: list[Request]) -> torch.Tensor:
