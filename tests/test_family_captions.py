@@ -4,7 +4,7 @@ import pytest
 import torch
 from annotate_stub import caption_config, rows_of, write_catalog
 from PIL import Image
-from tiny_families import FAMILIES, picture, qwen3_vl
+from tiny_families import FAMILIES, mllama, picture, qwen3_vl
 from transformers import AutoConfig
 
 from mmsid.annotate.caption import run as run_caption
@@ -39,6 +39,16 @@ def test_answers_do_not_depend_on_the_batch_and_depend_on_the_picture(family):
     again = [Request("Describe.", (picture(seed, 200, 120),)) for seed in range(6)]
     logits = [generator.model(**generator.inputs([request])).logits[0, -1] for request in again]
     assert all(not torch.allclose(logits[0], other, atol=1e-3) for other in logits[1:])
+
+
+def test_a_family_with_cross_attention_captions_alone_as_in_a_batch(tmp_path):
+    generator = HuggingFaceGenerator(mllama(tmp_path / "mllama"), max_new_tokens=8)
+    with pytest.warns(UserWarning, match="tests do not cover"):
+        alone = [generator.generate([request])[0] for request in requests()]
+    assert generator.generate(requests()) == alone and len(set(alone)) == len(alone)
+    other = Request(requests()[0].prompt, (picture(7, 200, 120),))
+    logits = [generator.model(**generator.inputs([request])).logits[0, -1] for request in (requests()[0], other)]
+    assert not torch.allclose(*logits, atol=1e-3)
 
 
 def test_a_budget_holds_for_every_size_and_the_smallest_count_is_named(family):
