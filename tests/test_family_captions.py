@@ -1,10 +1,12 @@
 """Captions by eight families of vision-language models with random weights and their real processors: batches, sizes, picture budgets."""
 
+import shutil
+
 import pytest
 import torch
 from annotate_stub import caption_config, rows_of, write_catalog
 from PIL import Image
-from tiny_families import FAMILIES, mllama, picture, qwen3_vl
+from tiny_families import FAMILIES, mllama, picture, qwen3_vl, smolvlm
 from transformers import AutoConfig
 
 from mmsid.annotate.caption import run as run_caption
@@ -14,6 +16,7 @@ from mmsid.backbone.chat import ChatFormat
 from mmsid.backbone.model_loading import TESTED_FAMILIES
 from mmsid.backbone.picture_budget import PictureBudget, count_tokens
 from mmsid.backbone.processors import load_processor
+from mmsid.backbone.vlm import VlmBackbone
 from mmsid.errors import ConfigError
 
 SIZES = ((1500, 1000), (600, 900), (64, 64), (200, 2000))
@@ -124,6 +127,34 @@ def test_a_system_prompt_is_rendered_or_refused(thinking, tmp_path):
     (folder / "chat_template.jinja").write_text("{% for m in messages if m['role'] == 'user' %}{{ m['content'][-1]['text'] }}{% endfor %}")
     with pytest.raises(ConfigError, match="shows no system message"):
         ChatFormat(load_processor(folder), "x", system_prompt="You write JSON.")
+
+
+def test_a_family_without_chats_is_refused_before_its_weights_are_read(tmp_path):
+    folder = tmp_path / "model"
+    qwen3_vl(folder)
+    (folder / "chat_template.jinja").unlink()
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-8] + bytes(8))
+    with pytest.raises(ConfigError, match="has no chat template; use an instruction-tuned model"):
+        HuggingFaceGenerator(folder).generate(requests()[:1])
+
+
+def test_a_missing_package_of_a_processor_is_named_before_the_weights_are_downloaded(tmp_path, monkeypatch):
+    folder = smolvlm(tmp_path / "model")
+    monkeypatch.setattr("transformers.models.smolvlm.processing_smolvlm.num2words", None)
+    asked = []
+
+    def download(name, revision, allow_patterns):
+        asked.append(allow_patterns)
+        assert "*.safetensors" not in allow_patterns
+        small = tmp_path / "snapshot"
+        shutil.copytree(folder, small, ignore=shutil.ignore_patterns("*.safetensors"), dirs_exist_ok=True)
+        return str(small)
+
+    monkeypatch.setattr("mmsid.backbone.model_files.snapshot_download", download)
+    for load in (HuggingFaceGenerator, VlmBackbone):
+        with pytest.raises(ConfigError, match=r"'some/model' needs a package that is not installed: .*pip install num2words"):
+            load("some/model")
+    assert len(asked) == 2
 
 
 def test_an_untested_family_gets_a_warning(tmp_path, monkeypatch):
