@@ -7,11 +7,10 @@ export TOKENIZERS_PARALLELISM := false
 # without byte code on disk every process of the tests compiles torch and transformers again, 20 s each
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all lint docs clean
 
 demo: .venv/installed
-	$(BIN)/mmsid demo-catalog demo/catalog --items 1200 --users 1500 --seed 0
-	$(BIN)/mmsid run configs/demo.yaml
+	$(BIN)/mmsid demo
 
 test: .venv/installed
 	$(BIN)/python -m pytest
@@ -23,6 +22,11 @@ test-all: .venv/installed .venv/torchvision/installed
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# the site of docs/ in site/, built without the network; any dead link or unknown name is an error
+docs: .venv/installed
+	$(BIN)/python scripts/configuration_page.py --check
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # --no-compile: byte-compiling all of torch and transformers takes longer than compiling the imported modules
 .venv/installed: pyproject.toml constraints-cpu.txt
@@ -37,4 +41,4 @@ lint: .venv/installed
 	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps --target .venv/torchvision torchvision==0.28.0 && touch $@
 
 clean:
-	rm -rf .venv runs demo build dist *.egg-info
+	rm -rf .venv runs demo build dist site *.egg-info

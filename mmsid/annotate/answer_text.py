@@ -13,11 +13,11 @@ _LINE_BREAKS = re.compile("[ ]*[\t\n\v\f\r\x85\u2028\u2029]+\\s*")
 # Format characters that change how a text is displayed or that carry hidden text: zero-width space, direction marks and overrides, word
 # joiner, byte order mark, annotation anchors, language tags. ZWJ, ZWNJ, soft hyphen and variation selectors belong to words and emoji.
 _FORMAT = re.compile("[\u061c\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]")
-_FORBIDDEN = re.compile(
-    "[\x00-\x1f\x7f-\x9f\ud800-\udfff\ue000-\uf8ff\ufdd0-\ufdef\ufffe\uffff\U000f0000-\U0010ffff"
-    + "".join(f"{chr(plane + 0xFFFE)}{chr(plane + 0xFFFF)}" for plane in range(0x10000, 0xF0000, 0x10000))
-    + "]"
+# Control characters, private use and noncharacters, as the inside of a character class. Surrogates are forbidden as well.
+FORBIDDEN_CHARACTERS = "\x00-\x1f\x7f-\x9f\ue000-\uf8ff\ufdd0-\ufdef\ufffe\uffff\U000f0000-\U0010ffff" + "".join(
+    f"{chr(plane + 0xFFFE)}{chr(plane + 0xFFFF)}" for plane in range(0x10000, 0xF0000, 0x10000)
 )
+_FORBIDDEN = re.compile(f"[{FORBIDDEN_CHARACTERS}\ud800-\udfff]")
 _REASONING = re.compile(r"\A(?:<think>)?(?:(?!<think>).)*?</think>", re.DOTALL)
 _PROSE = re.compile(r"\A[^\W\d_][^\n{}\[\]`<>]{0,198}\s*(?=[{`])")
 _FENCE = re.compile(r"\A```(?:json)?[ \t]*\r?\n(?P<body>.*)\r?\n```\Z", re.DOTALL | re.IGNORECASE)

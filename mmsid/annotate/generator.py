@@ -21,6 +21,24 @@ class Request:
     seed: int = 0
 
 
+class Answer(str):
+    """A generator's answer: its text, with what the generator knows about it. A plain `str` is an answer without such knowledge.
+
+    Attributes:
+        log_probability: mean natural log-probability, under the model without constraint, of the tokens that form the answer's texts
+            and numbers. Keys, punctuation, and tokens that a constraint chose instead of the model do not count. None: not known.
+        cut_short: whether the token budget or the longest length of the schema ended a text or a list before the model did.
+    """
+
+    log_probability: float | None
+    cut_short: bool
+
+    def __new__(cls, text: str, *, log_probability: float | None = None, cut_short: bool = False) -> Answer:
+        answer = super().__new__(cls, text)
+        answer.log_probability, answer.cut_short = log_probability, cut_short
+        return answer
+
+
 @dataclass(frozen=True)
 class GenerationFailure:
     """A request without an answer (time-out, out of memory): a short reason code, and a detail for people."""
@@ -33,7 +51,7 @@ class GenerationFailure:
 TRANSIENT = frozenset({"server_timeout", "server_busy", "server_error", "server_unreachable", "server_garbled", "out_of_memory"})
 
 # Reasons that another attempt with the same settings does not change. A job does not ask these requests again.
-FINAL = frozenset({"reasoning_only", "model_refused"})
+FINAL = frozenset({"reasoning_only", "model_refused", "low_confidence"})
 
 
 DEFAULT_BATCH_SIZE = 16
@@ -42,10 +60,12 @@ DEFAULT_BATCH_SIZE = 16
 class Generator(Protocol):
     """Answers requests in order, with one text or failure each.
 
-    Three attributes are optional. `batch_size` is the number of requests per call if the configuration names none.
-    `max_concurrent_calls` (default 1) is the number of `generate` calls in flight, each in its own thread, so that the next batch is
-    prepared while the current one is generated. `close()` cancels running calls and releases connections; a later `generate` connects
-    again. The Ray engine needs a generator that can be pickled.
+    A text may be an `Answer`, which also holds the model's confidence.
+
+    Four attributes are optional. `batch_size` is the number of requests per call if the configuration names none. `constrained` says
+    whether every answer is held to the record's JSON schema. `max_concurrent_calls` (default 1) is the number of `generate` calls in
+    flight, each in its own thread, so that the next batch is prepared while the current one is generated. `close()` cancels running
+    calls and releases connections; a later `generate` connects again. The Ray engine needs a generator that can be pickled.
     """
 
     model_id: str

@@ -8,17 +8,20 @@ from __future__ import annotations
 import functools
 import os
 import threading
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, LogitsProcessor, LogitsProcessorList
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, LogitsProcessorList, StoppingCriteriaList
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from mmsid.annotate.generator import GenerationFailure, Request
+from mmsid.annotate.decoding import AllDone, AnswerDecoder
+from mmsid.annotate.generator import Answer, GenerationFailure, Request
+from mmsid.annotate.gpu_limits import PICTURE_TOKENS, expected_rate, fitting_batch
 from mmsid.annotate.prefix_cache import PrefixCache
-from mmsid.annotate.roofline import find_gpu, kv_bytes, model_of, pictures_per_second
+from mmsid.annotate.structured_output import JsonConstraint, UnreadableTokenizerError
 from mmsid.artifacts import file_sha256, sha256
 from mmsid.backbone.chat import ChatFormat
 from mmsid.backbone.devices import torch_device
@@ -29,11 +32,6 @@ from mmsid.backbone.processors import load_processor, load_tokenizer
 from mmsid.backbone.rows import stack_rows
 from mmsid.errors import ConfigError, MmsidError
 from mmsid.progress import done
-
-# for the first guess of a batch size: tokens of a picture of 1,024 pixels (Qwen2.5-VL), of a prompt, and bytes of activations per request
-_PICTURE_TOKENS, _PROMPT_TOKENS, _ACTIVATIONS = 1_369, 400, 200_000_000
-# files besides the weights that can change an answer
-_SETTINGS = ("*config.json", "*token*.json", "vocab*", "merges.txt", "chat_template*", "*.jinja", "*.model")
 
 
 class HuggingFaceGenerator:
@@ -52,10 +50,12 @@ class HuggingFaceGenerator:
         picture_tokens: largest number of tokens per picture; the model's own processor shrinks pictures accordingly. None: its default.
         system_prompt: system message before every prompt; "" for none.
         template_arguments: variables of the chat template, such as `enable_thinking`, which is False by default.
+        schema: JSON schema of the answers. Every answer follows it and ends within `max_new_tokens`. None: free answers.
 
     Raises:
-        ConfigError: the model cannot be found, has no whole safetensors, or is not supported; its processor cannot keep to
-            `picture_tokens`; its chat template shows no system message; this machine has no such device.
+        ConfigError: the model cannot be found, has no whole safetensors, or is not supported; `max_new_tokens` is too small for the
+            schema; its processor cannot keep to `picture_tokens`; its chat template shows no system message; this machine has no such
+            device.
     """
 
     max_concurrent_calls = 2  # the inputs of one call are prepared while the model runs the other
@@ -72,9 +72,10 @@ class HuggingFaceGenerator:
         picture_tokens: int | None = None,
         system_prompt: str = "",
         template_arguments: dict[str, Any] | None = None,
+        schema: dict[str, Any] | None = None,
     ) -> None:
         self.name, self.revision, self.dtype, self.max_new_tokens = str(name), revision, dtype, max_new_tokens
-        self.device, self.picture_tokens = device, picture_tokens
+        self.device, self.picture_tokens, self.schema = device, picture_tokens, schema
         self.system_prompt, self.template_arguments = system_prompt, dict(template_arguments or {})
         self.folder = locate_model(self.name, revision)
         self.model_id = f"{_short_name(self.name)}@{_files_sha256(self.folder, ('*.safetensors',))[:12]}"
@@ -86,7 +87,7 @@ class HuggingFaceGenerator:
     def __reduce__(self) -> tuple[Any, ...]:
         name = str(Path(self.name).absolute()) if Path(self.name).is_dir() else self.name
         options = {"revision": self.revision, "dtype": self.dtype, "device": self.device}
-        options |= {"max_new_tokens": self.max_new_tokens, "picture_tokens": self.picture_tokens}
+        options |= {"max_new_tokens": self.max_new_tokens, "picture_tokens": self.picture_tokens, "schema": self.schema}
         options |= {"system_prompt": self.system_prompt, "template_arguments": self.template_arguments}
         return functools.partial(HuggingFaceGenerator, **options), (name,)
 
@@ -127,44 +128,55 @@ class HuggingFaceGenerator:
         if self.reads_pictures:
             warn_if_untested(model.config.model_type, self.name)
         model = model.to(device).eval()
-        done(describe_model(model, self.name) + self._expected_rate(model))
+        self.__dict__["model"] = model  # the batch size counts its memory
+        done(describe_model(model, self.name) + expected_rate(model, self._expected_picture_tokens, self.batch_size))
         return model
 
     @functools.cached_property
     def batch_size(self) -> int:
         """Requests per call that the job sends if its configuration names none: 16, on a GPU as many as its free memory should hold."""
-        device = torch_device(self.device)
-        if device.type != "cuda":
-            return 16
-        weights = sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
-        free = torch.cuda.mem_get_info(device)[0] - (0 if "model" in self.__dict__ else weights)
-        tokens = (self.picture_tokens or _PICTURE_TOKENS) * self.reads_pictures + _PROMPT_TOKENS + self.max_new_tokens
-        per_request = 2 * kv_bytes(AutoConfig.from_pretrained(self.folder)) * tokens + _ACTIVATIONS
-        fitting = int(0.8 * free / per_request)
-        return max(16, min(256, 1 << max(0, fitting.bit_length() - 1)))
+        tokens = self._expected_picture_tokens + self.max_new_tokens
+        return fitting_batch(self.folder, torch_device(self.device), tokens, loaded="model" in self.__dict__)
 
-    def _expected_rate(self, model: torch.nn.Module) -> str:
-        """Phrase with the captions per second expected of this GPU; "" where its rates are not known."""
-        gpu = find_gpu(torch.cuda.get_device_name(model.device)) if model.device.type == "cuda" else None
-        if gpu is None:
-            return ""
-        tokens = (self.picture_tokens or _PICTURE_TOKENS) * self.reads_pictures
-        rate = pictures_per_second(model_of(model, self.name), gpu, tokens, concurrent=self.batch_size)
-        what = f"pictures of {tokens} tokens" if tokens else "answers"
-        return f"; the roofline of the {gpu.name} expects {rate:.3g} {what} a second at batch {self.batch_size}"
+    @property
+    def _expected_picture_tokens(self) -> int:
+        return (self.picture_tokens or PICTURE_TOKENS) if self.reads_pictures else 0
+
+    @functools.cached_property
+    def constraint(self) -> JsonConstraint | None:
+        """The constraint that holds answers to the schema; None without a schema, or if the tokenizer cannot be read (with a warning)."""
+        if self.schema is None:
+            return None
+        try:
+            return JsonConstraint(self.chat.tokenizer, self.schema, self.max_new_tokens)
+        except UnreadableTokenizerError as error:
+            warnings.warn(
+                f"model {self.name!r}: llguidance cannot read its tokenizer ({error}), so its answers are not held to the JSON schema; "
+                "expect more retries and quarantined rows",
+                stacklevel=2,
+            )
+            return None
+        except ValueError as error:
+            raise ConfigError(f"model {self.name!r}: {error}; raise it") from error
+
+    @property
+    def constrained(self) -> bool:
+        """Whether every answer is held to the schema."""
+        return self.constraint is not None
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """Part of the cache key: token limit, dtype, picture budget, chat settings, hash of tokenizer, processor and template files."""
+        """Part of the cache key: token limit, dtype, schema, picture budget, chat settings, hash of the settings files."""
         settings = {
             "picture_tokens": self.picture_tokens,
             "system_prompt": self.system_prompt,
             "template_arguments": self.template_arguments,
         }
         given = {key: value for key, value in settings.items() if value}
-        return {"max_new_tokens": self.max_new_tokens, "dtype": self.dtype, "settings_sha256": self._settings_sha256, **given}
+        own = {"max_new_tokens": self.max_new_tokens, "dtype": self.dtype, "settings_sha256": self._settings_sha256}
+        return {**own, **given, "json_schema": self.schema}
 
-    def generate(self, requests: list[Request]) -> list[str | GenerationFailure]:
+    def generate(self, requests: list[Request]) -> list[Answer | GenerationFailure]:
         """Answer requests in order. Requests with different numbers of pictures run in separate batches.
 
         A batch that exceeds the device's memory is halved, and later batches are cut to the size that has fitted. A batch that the
@@ -175,8 +187,8 @@ class HuggingFaceGenerator:
             ConfigError: a text-only model got pictures, or the model cannot be loaded.
         """
         with self._load_lock:
-            _ = self.model  # loads it once, in whichever thread comes first
-        answers: list[str | GenerationFailure] = [""] * len(requests)
+            _ = self.model, self.constraint  # loads it once, in whichever thread comes first
+        answers: list[Answer | GenerationFailure] = [Answer("")] * len(requests)
         groups: dict[tuple[int, bool], list[int]] = {}
         for at, request in enumerate(requests):
             groups.setdefault((len(request.pictures), request.temperature > 0), []).append(at)
@@ -191,7 +203,7 @@ class HuggingFaceGenerator:
     def _load_error(self, error: Exception) -> ConfigError:
         return ConfigError(f"model {self.name!r} in {self.folder} cannot be loaded: {error}")
 
-    def _generate_batch(self, requests: list[Request]) -> list[str | GenerationFailure]:
+    def _generate_batch(self, requests: list[Request]) -> list[Answer | GenerationFailure]:
         try:
             return list(self._generate_once(requests))
         except torch.OutOfMemoryError:
@@ -205,7 +217,7 @@ class HuggingFaceGenerator:
         half = len(requests) // 2
         return self._generate_batch(requests[:half]) + self._generate_batch(requests[half:])
 
-    def _generate_once(self, requests: list[Request]) -> list[str]:
+    def _generate_once(self, requests: list[Request]) -> list[Answer]:
         if requests[0].pictures and not self.reads_pictures:
             raise ConfigError(f"model {self.name!r} reads text only but was given pictures; set pictures: false or name a vision model")
         try:
@@ -216,10 +228,9 @@ class HuggingFaceGenerator:
             raise _RefusedError(f"the processor of {self.name!r} raises {type(error).__name__}: {error}") from error
         with self._model_lock:
             try:
-                tokens = self.tokens(inputs, requests)
+                return self.decode(inputs, requests)
             except (ValueError, IndexError) as error:  # picture tokens that do not fit the picture's features, a prompt that is too long
                 raise _RefusedError(f"the model {self.name!r} raises {type(error).__name__}: {error}") from error
-        return self.texts(tokens, inputs)
 
     def inputs(self, requests: list[Request]) -> dict[str, torch.Tensor]:
         """Model inputs of requests: token ids of the chat template, attention mask, pixels. Requests are tokenized alone, then padded."""
@@ -236,14 +247,14 @@ class HuggingFaceGenerator:
         return self.chat.tokens(self.chat.prompt(request.prompt, len(pictures)), pictures)
 
     @torch.inference_mode()
-    def tokens(self, inputs: dict[str, torch.Tensor], requests: list[Request]) -> torch.Tensor:
-        """Prompt and answer tokens (B, T), padded on both sides."""
+    def decode(self, inputs: dict[str, torch.Tensor], requests: list[Request]) -> list[Answer]:
+        """The answers to model inputs of `requests`."""
         device, dtype = self.model.device, self.model.dtype
         inputs = {name: value.to(device, dtype if value.is_floating_point() else None) for name, value in inputs.items()}
         if not self.reads_pictures:  # some vision models compute positions differently, so only text models use the prefix cache
             inputs = self.prefix_cache.apply(self.model, inputs)
-        noise = LogitsProcessorList([SeededGumbel(requests)]) if requests[0].temperature > 0 else None
-        return self.model.generate(
+        decoder = AnswerDecoder(requests, self.constraint, self._end_tokens)
+        self.model.generate(
             **inputs,
             max_new_tokens=self.max_new_tokens,
             do_sample=False,
@@ -252,37 +263,20 @@ class HuggingFaceGenerator:
             top_p=None,
             top_k=None,
             pad_token_id=self.chat.pad_token,
-            logits_processor=noise,
+            logits_processor=LogitsProcessorList([decoder]),
+            stopping_criteria=StoppingCriteriaList([AllDone(decoder)]),
         )
-
-    def texts(self, tokens: torch.Tensor, inputs: dict[str, torch.Tensor]) -> list[str]:
-        """Decoded answers without their prompts."""
-        return self._text_tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        return decoder.answers(self.chat.tokenizer)
 
     @property
-    def _text_tokenizer(self) -> Any:
-        return getattr(self.processor, "tokenizer", self.processor)
+    def _end_tokens(self) -> set[int]:
+        configured = self.model.generation_config.eos_token_id
+        listed = configured if isinstance(configured, list) else [configured]
+        return {token for token in (*listed, self.chat.tokenizer.eos_token_id) if token is not None}
 
 
 class _RefusedError(Exception):
     """The processor or the model cannot read a request."""
-
-
-class SeededGumbel(LogitsProcessor):
-    """Turns greedy decoding into sampling: argmax(logits / T + Gumbel noise) is a sample of softmax(logits / T).
-
-    Every row has its own random generator, seeded by its request, so a sample does not depend on the batch.
-    """
-
-    def __init__(self, requests: list[Request]) -> None:
-        self._temperatures = torch.tensor([request.temperature for request in requests])
-        self._generators = [torch.Generator().manual_seed(request.seed) for request in requests]
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        """scores (B, V) -> noisy scores (B, V)."""
-        uniform = torch.stack([torch.rand(scores.shape[1], generator=generator) for generator in self._generators])
-        gumbel = -torch.log(-torch.log(uniform.clamp(1e-9, 1 - 1e-7)))
-        return scores / self._temperatures.to(scores.device)[:, None] + gumbel.to(scores.device, scores.dtype)
 
 
 def _short_name(name: str) -> str:

@@ -206,7 +206,8 @@ class _Job:
         entries = {}
         for row in valid.to_pylist():
             record = {name: _from_column(self.task.record, name, row[name]) for name in self.task.record.model_fields}
-            entries[row["input_sha256"]] = {"record": record, "flags": row["flags"], "attempts": row["attempts"]}
+            kept = {name: row[name] for name in ("flags", "attempts", "log_probability")}
+            entries[row["input_sha256"]] = {"record": record, **kept}
         self.cache.put(entries)
 
     def _digest(self, inputs: Sequence[JobInput]) -> str:

@@ -59,7 +59,8 @@ class ModelJobConfig(JobConfig):
             less than 400 MB in float32 stay so), and float32 elsewhere.
         device: of a model in this process: `auto` (cuda, else mps, else cpu), `cpu`, `cuda`, `cuda:1`, `mps`. Not part of the manifest.
         max_new_tokens: longest answer.
-        mask_overlays: paint over lines of small print before the model reads the picture (see `text_overlays`).
+        mask_overlays: paint over lines of small print before the model reads the picture (see `text_overlays`). `ocr` locates the lines by
+            OCR (extra `ocr`) instead of counting strokes.
         picture_tokens: largest number of tokens per picture, for models whose token count depends on its settings or the size.
         system_prompt: system message before every prompt, of a model in this process.
         template_arguments: variables of the chat template of a model in this process; `enable_thinking` is false unless it stands here.
@@ -74,7 +75,7 @@ class ModelJobConfig(JobConfig):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = Field(default="auto", exclude=True)
     max_new_tokens: int = Field(default=256, ge=1)
-    mask_overlays: bool = False
+    mask_overlays: bool | Literal["ocr"] = False
     picture_tokens: int | None = Field(default=None, ge=1)
     system_prompt: str = ""
     template_arguments: dict[str, Any] = Field(default_factory=dict)

@@ -10,8 +10,10 @@ from pathlib import Path
 import pyarrow as pa
 from PIL import Image
 
+from mmsid.annotate.confidence import ANY_MODEL, Confidence
 from mmsid.annotate.prompts import Prompt
 from mmsid.annotate.records import Record
+from mmsid.annotate.word_check import WordCheck
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class Task:
         load_picture: reads a picture by its path. Raises PictureError.
         any_picture: True uses the first readable picture of an input; False requires every picture to be readable.
         constants: columns with one value in every row.
+        words: check of the record's texts against the words in the pictures; None for none.
+        confidence: which answers the model is not sure of, and what becomes of them.
         integer_ids: whether item ids become whole numbers in the files, as they are in the user's table.
     """
 
@@ -52,11 +56,13 @@ class Task:
     load_picture: Callable[[Path], Image.Image]
     any_picture: bool = False
     constants: Mapping[str, str] = field(default_factory=dict)
+    words: WordCheck | None = None
+    confidence: Confidence = ANY_MODEL
     integer_ids: bool = False
 
     @property
     def schema(self) -> pa.Schema:
-        """Columns of a row: identity, the record's fields (lists as JSON), status, provenance."""
+        """Columns of a row: identity, the record's fields (lists as JSON), status, confidence, provenance."""
         text = [pa.field(name, pa.string()) for name in (*self.record.model_fields, *self.constants)]
         return pa.schema(
             [
@@ -68,6 +74,7 @@ class Task:
                 pa.field("flags", pa.list_(pa.string())),
                 pa.field("attempts", pa.list_(pa.string())),
                 pa.field("rejected", pa.string()),
+                pa.field("log_probability", pa.float64()),
                 *(pa.field(name, pa.string()) for name in ("prompt_sha256", "model_id", "input_sha256")),
             ]
         )

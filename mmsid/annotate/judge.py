@@ -10,16 +10,15 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from mmsid.annotate.caption import build_generator, picture_loader, print_summary
+from mmsid.annotate.caption import build_generator, is_small_captioner, picture_loader, print_summary, provenance
 from mmsid.annotate.generator import Generator
 from mmsid.annotate.job import annotate
 from mmsid.annotate.job_config import ModelJobConfig
 from mmsid.annotate.job_inputs import JobInput, Task
-from mmsid.annotate.prompts import evidence_json, load_prompt
+from mmsid.annotate.prompts import evidence_json, item_evidence, load_prompt
 from mmsid.annotate.readers import ItemInterests, captions_of, interests_of
 from mmsid.annotate.records import Judgement, parse_judgement
-from mmsid.artifacts import is_complete, read_manifest, writing
-from mmsid.backbone.packaged_weights import DEMO
+from mmsid.artifacts import read_manifest, writing
 from mmsid.catalog import Item, read_catalog
 from mmsid.errors import ConfigError
 
@@ -54,8 +53,10 @@ def run(config: JudgeConfig, generator: Generator | None = None) -> Path:
         ArtifactError: `interests` or `captions` is not a finished folder of its stage.
         ConfigError: the model cannot judge, the interests were mined from behaviour, or the prompt has no placeholder for evidence.
     """
-    if generator is None:
-        _check_model(config.model)
+    if generator is None and is_small_captioner(config.model):
+        raise ConfigError(
+            f"judge.model: {config.model} is a small captioner, which cannot judge texts; name a language model (folder or hub id)"
+        )
     source = read_manifest(config.interests, "interests")["extra"].get("source")
     if source == "coengagement":
         raise ConfigError(
@@ -71,8 +72,9 @@ def run(config: JudgeConfig, generator: Generator | None = None) -> Path:
         task = replace(task, integer_ids=catalog.integer_ids)
         captions, interests = captions_of(catalog, config.captions), interests_of(catalog, config.interests)
         inputs = [one for item in catalog.items for one in _job_inputs(item, interests, captions)]
-        annotate(inputs, len(inputs), task, generator or build_generator(config, Judgement), config, draft)
-        draft.extra.update(catalog_sha256=catalog.sha256, prompt=prompt.name, prompt_sha256=prompt.sha256)
+        generator = generator or build_generator(config, Judgement)
+        annotate(inputs, len(inputs), task, generator, config, draft)
+        draft.extra.update(catalog_sha256=catalog.sha256, **provenance(prompt, generator))
     print_summary("judge", draft, config.out)
     return config.out
 
@@ -81,13 +83,8 @@ def _job_inputs(item: Item, interests: Mapping[str, ItemInterests], captions: Ma
     """One input per descriptor, in the order of the interests."""
     if item.item_id not in interests:
         return [JobInput(item.item_id, reason="no_interests")]
-    text = {"title": item.title, "description": item.description, "caption": captions.get(item.item_id, "")}
+    text = item_evidence(item, captions.get(item.item_id, ""))
     if not any(text.values()):
         return [JobInput(item.item_id, reason="no_evidence")]
     found = interests[item.item_id].descriptors
     return [JobInput(item.item_id, at, evidence=evidence_json(**text, descriptor=one.descriptor)) for at, one in enumerate(found)]
-
-
-def _check_model(model: str | Path) -> None:
-    if str(model) == DEMO or (is_complete(Path(model)) and read_manifest(Path(model))["stage"] == "train_captioner"):
-        raise ConfigError(f"judge.model: {model} is a small captioner, which cannot judge texts; name a language model (folder or hub id)")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mmsid.artifacts import sha256
+from mmsid.catalog import Item
 from mmsid.catalog.prompt_injection import visible
 from mmsid.errors import ConfigError
 
@@ -66,14 +67,23 @@ def load_prompt(name: str | Path) -> Prompt:
     return Prompt(text=text, sha256=sha256(text), name=str(name))
 
 
-def evidence_json(*, title: str = "", description: str = "", caption: str = "", descriptor: str | None = None) -> str:
+def item_evidence(item: Item, caption: str = "") -> dict[str, str]:
+    """What is written about an item: title, description, caption, categories from root to leaf, attributes. Absent parts are empty."""
+    attributes = "; ".join(f"{name}: {', '.join(labels)}" for name, labels in sorted(item.attributes.items()) if labels)
+    texts = {"title": item.title, "description": item.description, "caption": caption}
+    return texts | {"categories": " > ".join(item.categories), "attributes": attributes}
+
+
+def evidence_json(
+    *, title: str = "", description: str = "", caption: str = "", categories: str = "", attributes: str = "", descriptor: str | None = None
+) -> str:
     """One item's text as a JSON object with sorted keys and fields of at most 4,000 characters; `descriptor` only for the judge.
 
     Angle brackets, backticks and bars (also full-width ones) and invisible characters are written as JSON escapes. An advertiser's
     text therefore cannot close the marker lines around it, open a chat role, contain a special token such as `<image>`, or carry
     hidden instructions.
     """
-    fields = {"title": title, "description": description, "caption": caption}
+    fields = {"title": title, "description": description, "caption": caption, "categories": categories, "attributes": attributes}
     if descriptor is not None:
         fields["descriptor"] = descriptor
     text = json.dumps({name: value[:_MAX_FIELD_CHARS] for name, value in fields.items()}, sort_keys=True, ensure_ascii=False)

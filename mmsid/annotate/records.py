@@ -61,10 +61,13 @@ class Interest(Record):
     confidence: Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
 
 
+Descriptors = Annotated[list[Interest], Field(min_length=1, max_length=8)]
+
+
 class Interests(Record):
     """Interests of one item (DCIM): 1 to 8 descriptors, the best supported first, and a summary of 1 to 400 characters."""
 
-    descriptors: Annotated[list[Interest], Field(min_length=1, max_length=8)]
+    descriptors: Descriptors
     summary: SummaryText
 
     @model_validator(mode="after")
@@ -76,6 +79,25 @@ class Interests(Record):
 
     def texts(self) -> list[str]:
         return [interest.descriptor for interest in self.descriptors] + [self.summary]
+
+
+class CaptionWithInterests(Caption):
+    """Caption of one picture and the interests of its item, from one request (`caption.with_interests`)."""
+
+    descriptors: Descriptors
+    summary: SummaryText
+
+    @model_validator(mode="after")
+    def _same_rules(self) -> CaptionWithInterests:
+        self.interests()
+        return self
+
+    def interests(self) -> Interests:
+        """The interests alone."""
+        return Interests(descriptors=self.descriptors, summary=self.summary)
+
+    def texts(self) -> list[str]:
+        return [self.caption, *self.interests().texts()]
 
 
 class Judgement(Record):
@@ -98,6 +120,11 @@ def parse_caption(text: str) -> Caption:
 def parse_interests(text: str) -> Interests:
     """Parse `{"descriptors": [{"descriptor", "confidence"}, ...], "summary": "..."}`. Raises AnnotationError with a reason code."""
     return _parse(Interests, text)
+
+
+def parse_caption_with_interests(text: str) -> CaptionWithInterests:
+    """Parse the fields of a caption and of interests in one object. Raises AnnotationError with a reason code."""
+    return _parse(CaptionWithInterests, text)
 
 
 def parse_judgement(text: str) -> Judgement:

@@ -1,4 +1,4 @@
-"""Generator for OpenAI-compatible servers (vLLM, SGLang, hosted), through the official client (extra `serve`).
+"""Generator for OpenAI-compatible servers (vLLM, SGLang, hosted), through the official client (extra `openai`).
 
 A request is retried until its deadline with exponential back-off and full jitter (Brooker, "Exponential Backoff And Jitter", 2015).
 A `Retry-After` header delays all requests. A request that still fails becomes a `GenerationFailure`: its row is quarantined, and
@@ -81,7 +81,7 @@ class OpenAIGenerator:
         batch_size: number of requests per `generate` call.
 
     Raises:
-        ConfigError: the extra `serve` is not installed; from `generate`: the server refuses the key or has no such model.
+        ConfigError: the extra `openai` is not installed; from `generate`: the server refuses the key or has no such model.
         AnnotationError: from `generate`, reason `server_gone`: the server stopped answering; `cancelled`: `close()` was called.
     """
 
@@ -98,7 +98,7 @@ class OpenAIGenerator:
         try:
             import openai
         except ImportError as error:
-            raise ConfigError("generator: openai needs the official client; install it with: pip install 'mmsid[serve]'") from error
+            raise ConfigError("generator: openai needs the official client; install it with: pip install 'mmsid[openai]'") from error
         self._openai = openai
         self.model, self.server, self.max_new_tokens = model, server, max_new_tokens
         self.model_id = f"{model}@{revision or 'server'}"

@@ -1,7 +1,7 @@
 """Flags of generated and given text: sensitive traits, refusals, prompt echoes, instructions, hidden characters.
 
 The prompts forbid sensitive traits (health, faith, politics, sexuality, ethnicity). The detectors match words, not meanings: a flag
-marks a row for review and does not reject it.
+marks a row for review and does not reject it. `echoes_prompt` finds answers that say nothing about the item; they are rejected.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from mmsid.catalog.annotations import SENSITIVE
 from mmsid.catalog.prompt_injection import has_instruction, visible
 
 PROMPT_ECHO = "prompt_echo"
+PROMPT_EXAMPLE = "prompt_example"  # the reason of an answer that `echoes_prompt`
 REFUSAL = "refusal"
 INSTRUCTION_IN_EVIDENCE = "instruction_in_evidence"
 HIDDEN_TEXT = "hidden_text_in_evidence"
@@ -49,6 +50,10 @@ _REFUSAL = re.compile(
 )
 
 
+_WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
+_PLACEHOLDER = re.compile(r"[<\[{][^<>\[\]{}]*[>\]}]")
+
+
 def refuses(text: str) -> bool:
     """True if the text begins like a model's refusal ("I'm sorry, ...", "As an AI ...")."""
     return bool(_REFUSAL.match(normalise(text)))
@@ -71,6 +76,24 @@ def output_flags(texts: list[str], prompt: str) -> list[str]:
     return flags
 
 
+def echoes_prompt(texts: list[str], prompt: str, evidence: str) -> bool:
+    """True if a text is nothing but a placeholder, or words that stand in the prompt and not in the evidence.
+
+    Weak models repeat the prompt's examples ("trail running in wet weather"), its placeholders ("<text>") and its rules ("health").
+
+    Args:
+        texts: the texts of one record.
+        prompt: the prompt without the evidence.
+        evidence: the item's text that was put into it.
+    """
+    prompt, evidence = _words(prompt), _words(evidence)
+    for text in texts:
+        words = _words(text)
+        if not words.strip() or _PLACEHOLDER.fullmatch(text.strip()) or (words in prompt and words not in evidence):
+            return True
+    return False
+
+
 def evidence_flags(texts: list[str]) -> list[str]:
     """Flags of an advertiser's texts.
 
@@ -78,6 +101,11 @@ def evidence_flags(texts: list[str]) -> list[str]:
     """
     flags = [INSTRUCTION_IN_EVIDENCE] if any(has_instruction(part) for part in texts) else []
     return flags + ([HIDDEN_TEXT] if any(visible(part) != part for part in texts) else [])
+
+
+def _words(text: str) -> str:
+    """The words of a text in the form of `normalise`, between single spaces, without punctuation."""
+    return f" {' '.join(_WORD.findall(normalise(text)))} "
 
 
 def _echoes(text: str, prompt: str) -> bool:

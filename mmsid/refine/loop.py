@@ -55,7 +55,9 @@ class LoopConfig(Section):
     Attributes:
         rounds: largest number of rounds; step_kl and the learning rate fall linearly over them.
         group: paths scored per item and round.
+        epochs: passes over the paths of a round, at most; `step_kl` may end them earlier.
         batch: items per minibatch, over all processes; a group is never split.
+        lr: learning rate of the first round.
         clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
         kl: coefficient of the exact KL to the reference. Above 0, items move only as far as their reward pays for it.
         moving: share of the items that are optimised per round, at most 2,048 items: only their trees are held.
@@ -312,10 +314,10 @@ class Refinement:
         new_all = self.policy.log_prob(rows, tree)
         rounding = getattr(self.policy, "rounding", ROUNDING)
         if first and not torch.allclose(new_all.detach(), old_all, rtol=rounding / 20, atol=rounding):
-            differs = float((new_all.detach() - old_all).abs().max())
+            difference = float((new_all.detach() - old_all).abs().max())
             raise MmsidError(
-                f"the policy scores its own samples differently in the first step, by {differs:.3g} nats where "
-                f"rounding explains {rounding}: dropout or a mask differs; this is a bug"
+                f"the policy scores its own samples differently in the first step, by {difference:.3g} "
+                f"nats where rounding explains {rounding}: dropout or a mask differs; this is a bug"
             )
         new = new_all.gather(1, picks)
         gain = self.gain(new, old, advantages)

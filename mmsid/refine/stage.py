@@ -20,7 +20,8 @@ from torch import Tensor
 from mmsid.accelerator import make_accelerator
 from mmsid.annotate.readers import read_text_quality
 from mmsid.artifacts import Draft, write_json, writing
-from mmsid.catalog import Catalog, Split, co_engagement, load_picture, read_catalog, split_histories
+from mmsid.catalog import Catalog, Split, co_engagement, read_catalog, split_histories
+from mmsid.catalog.picture_opener import PictureOpener
 from mmsid.errors import ArtifactError
 from mmsid.progress import done
 from mmsid.quantize import fuse
@@ -97,8 +98,7 @@ class Job:
         self, config: RefineConfig, accelerator: Accelerator, catalog: Catalog, split: Split, draft: Draft, quick: QuickRecommender | None
     ) -> None:
         self.config, self.accelerator, self.catalog, self.draft, self.quick = config, accelerator, catalog, draft, quick
-        self.split, limits, root = split, config.catalog.pictures, config.catalog.picture_roots
-        self.open_picture = lambda path: load_picture(path, limits, root)
+        self.split, self.open_picture = split, PictureOpener.of(config.catalog)
         self.tokenizer = ItemTokenizer.from_pretrained(tokenizer_folder(config.tokenizer), open_picture=self.open_picture)
         self.tokenizer.to(accelerator.device).eval()
         self.inputs, _ = load_inputs(catalog, config.captions, config.interests, self.tokenizer.settings.use or None)

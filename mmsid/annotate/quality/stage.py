@@ -32,10 +32,12 @@ class TextQualityConfig(StageConfig):
     """Configuration of `text_quality`.
 
     Attributes:
+        catalog: the items.
         interests: a finished `interests` folder. None, or interests mined from co-engagement: q is 1 for every item.
         captions: a finished `caption` folder. Its captions are part of the evidence; pictures are not.
         judgements: a finished `judge` folder of these interests.
         truth: truth.parquet of a demo catalogue. It takes precedence over `judgements`.
+        model: the model that scores a descriptor, and its training.
         calibrate: share of the items that calibrate the scores.
         held_out: share of the items that are evaluated.
         repeats: bad examples of each kind per good one of a `fit` item (with `truth`).
