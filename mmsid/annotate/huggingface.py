@@ -33,6 +33,9 @@ from mmsid.backbone.rows import stack_rows
 from mmsid.errors import ConfigError, MmsidError
 from mmsid.progress import done
 
+# files besides the weights that can change an answer
+_SETTINGS = ("*config.json", "*token*.json", "vocab*", "merges.txt", "chat_template*", "*.jinja", "*.model")
+
 
 class HuggingFaceGenerator:
     """Batched generation, greedy or sampled with a seed per request.
