@@ -16,7 +16,7 @@ test: .venv/installed
 	$(BIN)/python -m pytest
 
 # slow tests, tests with several processes, tests on the data under MMSID_DATA, and tests with SmolLM2
-test-all: .venv/installed
+test-all: .venv/installed .venv/torchvision/installed
 	$(BIN)/python -m pytest -m "slow or real_data or real_model"
 
 lint: .venv/installed
@@ -34,6 +34,11 @@ docs: .venv/installed
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints-cpu.txt -e '.[dev]'
 	touch $@
+
+# Processors are compared with those of torchvision. It lies in a folder of its own: beside a CPU build of torch, transformers cannot
+# load its models while torchvision is visible (tests/torchvision_schemas.py). Without it, one test is skipped.
+.venv/torchvision/installed: .venv/installed
+	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps --target .venv/torchvision torchvision==0.28.0 && touch $@
 
 clean:
 	rm -rf .venv runs demo build dist site *.egg-info

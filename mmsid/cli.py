@@ -31,6 +31,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -410,6 +411,15 @@ def _guarded(action: Callable[[], None]) -> None:
         action()
     except MmsidError as error:
         print(f"mmsid: {error}", file=sys.stderr)
+        raise SystemExit(1) from error
+    except ModuleNotFoundError as error:
+        if "Could not import module" not in str(error) or find_spec("torchvision") is None:
+            raise
+        print(
+            f"mmsid: transformers cannot load its models ({str(error).splitlines()[0]}); the installed torchvision probably does not fit "
+            "the installed torch: pip uninstall torchvision (mmsid does not need it), or install the build that fits",
+            file=sys.stderr,
+        )
         raise SystemExit(1) from error
 
 

@@ -1,10 +1,12 @@
 """Captions by eight families of vision-language models with random weights and their real processors: batches, sizes, picture budgets."""
 
+import shutil
+
 import pytest
 import torch
 from annotate_stub import caption_config, rows_of, write_catalog
 from PIL import Image
-from tiny_families import FAMILIES, picture, qwen3_vl
+from tiny_families import FAMILIES, mllama, picture, qwen3_vl, smolvlm
 from transformers import AutoConfig
 
 from mmsid.annotate.caption import run as run_caption
@@ -14,6 +16,7 @@ from mmsid.backbone.chat import ChatFormat
 from mmsid.backbone.model_loading import TESTED_FAMILIES
 from mmsid.backbone.picture_budget import PictureBudget, count_tokens
 from mmsid.backbone.processors import load_processor
+from mmsid.backbone.vlm import VlmBackbone
 from mmsid.errors import ConfigError
 
 SIZES = ((1500, 1000), (600, 900), (64, 64), (200, 2000))
@@ -39,6 +42,16 @@ def test_answers_do_not_depend_on_the_batch_and_depend_on_the_picture(family):
     again = [Request("Describe.", (picture(seed, 200, 120),)) for seed in range(6)]
     logits = [generator.model(**generator.inputs([request])).logits[0, -1] for request in again]
     assert all(not torch.allclose(logits[0], other, atol=1e-3) for other in logits[1:])
+
+
+def test_a_family_with_cross_attention_captions_alone_as_in_a_batch(tmp_path):
+    generator = HuggingFaceGenerator(mllama(tmp_path / "mllama"), max_new_tokens=8)
+    with pytest.warns(UserWarning, match="tests do not cover"):
+        alone = [generator.generate([request])[0] for request in requests()]
+    assert generator.generate(requests()) == alone and len(set(alone)) == len(alone)
+    other = Request(requests()[0].prompt, (picture(7, 200, 120),))
+    logits = [generator.model(**generator.inputs([request])).logits[0, -1] for request in (requests()[0], other)]
+    assert not torch.allclose(*logits, atol=1e-3)
 
 
 def test_a_budget_holds_for_every_size_and_the_smallest_count_is_named(family):
@@ -114,6 +127,34 @@ def test_a_system_prompt_is_rendered_or_refused(thinking, tmp_path):
     (folder / "chat_template.jinja").write_text("{% for m in messages if m['role'] == 'user' %}{{ m['content'][-1]['text'] }}{% endfor %}")
     with pytest.raises(ConfigError, match="shows no system message"):
         ChatFormat(load_processor(folder), "x", system_prompt="You write JSON.")
+
+
+def test_a_family_without_chats_is_refused_before_its_weights_are_read(tmp_path):
+    folder = tmp_path / "model"
+    qwen3_vl(folder)
+    (folder / "chat_template.jinja").unlink()
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-8] + bytes(8))
+    with pytest.raises(ConfigError, match="has no chat template; use an instruction-tuned model"):
+        HuggingFaceGenerator(folder).generate(requests()[:1])
+
+
+def test_a_missing_package_of_a_processor_is_named_before_the_weights_are_downloaded(tmp_path, monkeypatch):
+    folder = smolvlm(tmp_path / "model")
+    monkeypatch.setattr("transformers.models.smolvlm.processing_smolvlm.num2words", None)
+    asked = []
+
+    def download(name, revision, allow_patterns):
+        asked.append(allow_patterns)
+        assert "*.safetensors" not in allow_patterns
+        small = tmp_path / "snapshot"
+        shutil.copytree(folder, small, ignore=shutil.ignore_patterns("*.safetensors"), dirs_exist_ok=True)
+        return str(small)
+
+    monkeypatch.setattr("mmsid.backbone.model_files.snapshot_download", download)
+    for load in (HuggingFaceGenerator, VlmBackbone):
+        with pytest.raises(ConfigError, match=r"'some/model' needs a package that is not installed: .*pip install num2words"):
+            load("some/model")
+    assert len(asked) == 2
 
 
 def test_an_untested_family_gets_a_warning(tmp_path, monkeypatch):

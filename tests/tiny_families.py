@@ -16,6 +16,7 @@ from transformers import (
     Gemma3ImageProcessorPil,
     GotOcr2ImageProcessorPil,
     LlavaOnevisionImageProcessorPil,
+    MllamaImageProcessorPil,
     PixtralImageProcessorPil,
     PreTrainedTokenizerFast,
     Qwen2VLImageProcessorPil,
@@ -60,6 +61,8 @@ def _write(
         for name, weight in model.named_parameters():
             if weight.dim() >= 2 and weight.std() < 0.1:
                 weight.normal_(0, 0.2 if "vis" not in name else 0.15)
+            if name.endswith("gate"):
+                weight.fill_(1.0)  # Mllama begins with closed gates of its cross-attention
     model.generation_config.pad_token_id, model.generation_config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -197,6 +200,21 @@ def mistral3(folder: Path) -> str:
     )
     options = {"patch_size": 14, "spatial_merge_size": 2}
     return _write(folder, "PixtralProcessor", tokenizer, pictures, template, options, config)
+
+
+def mllama(folder: Path) -> str:
+    """Llama 3.2 Vision reads pictures by cross-attention: captions only, no backbone of a tokenizer."""
+    special = {"image_token": "<|image|>", "header_token": "<|start_header_id|>", "python_token": "<|python_tag|>"}
+    tokenizer = words(special, pad="<|pad|>", end="<|eot_id|>", begin="<|begin_of_text|>")
+    tiles = [[1, 1], [1, 2], [1, 3], [1, 4], [2, 1], [2, 2], [3, 1], [4, 1]]
+    vision = {"hidden_size": 32, "num_hidden_layers": 2, "num_global_layers": 1, "attention_heads": 4, "intermediate_size": 64}
+    vision |= {"vision_output_dim": 64, "image_size": 32, "patch_size": 8, "intermediate_layers_indices": [0]}
+    config = {"model_type": "mllama", "image_token_index": tokenizer.convert_tokens_to_ids("<|image|>")}
+    config |= {"vision_config": vision | {"max_num_tiles": 4, "supported_aspect_ratios": tiles}}
+    config["text_config"] = {"cross_attention_layers": [1], "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0}}
+    pictures = MllamaImageProcessorPil(size={"height": 32, "width": 32}, max_image_tiles=4)
+    template = "{{ bos_token }}" + TURNS.format(image="<|image|>", start="<|start_header_id|>", end="<|eot_id|>")
+    return _write(folder, "MllamaProcessor", tokenizer, pictures, template, {}, config)
 
 
 def picture(seed: int, width: int, height: int) -> Image.Image:

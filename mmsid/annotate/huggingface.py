@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import functools
+import os
 import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from mmsid.annotate.decoding import AllDone, AnswerDecoder
 from mmsid.annotate.generator import Answer, GenerationFailure, Request
+from mmsid.annotate.gpu_limits import PICTURE_TOKENS, expected_rate, fitting_batch
 from mmsid.annotate.prefix_cache import PrefixCache
-from mmsid.annotate.roofline import find_gpu, kv_bytes, model_of, pictures_per_second
 from mmsid.annotate.structured_output import JsonConstraint, UnreadableTokenizerError
 from mmsid.artifacts import file_sha256, sha256
 from mmsid.backbone.chat import ChatFormat
@@ -31,8 +33,6 @@ from mmsid.backbone.rows import stack_rows
 from mmsid.errors import ConfigError, MmsidError
 from mmsid.progress import done
 
-# for the first guess of a batch size: tokens of a picture of 1,024 pixels (Qwen2.5-VL), of a prompt, and bytes of activations per request
-_PICTURE_TOKENS, _PROMPT_TOKENS, _ACTIVATIONS = 1_369, 400, 200_000_000
 # files besides the weights that can change an answer
 _SETTINGS = ("*config.json", "*token*.json", "vocab*", "merges.txt", "chat_template*", "*.jinja", "*.model")
 
@@ -62,6 +62,7 @@ class HuggingFaceGenerator:
     """
 
     max_concurrent_calls = 2  # the inputs of one call are prepared while the model runs the other
+    prepare_threads = min(8, max(1, (os.cpu_count() or 1) // 2))  # resizing a photograph takes longer than a GPU's caption of it
 
     def __init__(
         self,
@@ -130,31 +131,19 @@ class HuggingFaceGenerator:
         if self.reads_pictures:
             warn_if_untested(model.config.model_type, self.name)
         model = model.to(device).eval()
-        done(describe_model(model, self.name) + self._expected_rate(model))
+        self.__dict__["model"] = model  # the batch size counts its memory
+        done(describe_model(model, self.name) + expected_rate(model, self._expected_picture_tokens, self.batch_size))
         return model
 
     @functools.cached_property
     def batch_size(self) -> int:
         """Requests per call that the job sends if its configuration names none: 16, on a GPU as many as its free memory should hold."""
-        device = torch_device(self.device)
-        if device.type != "cuda":
-            return 16
-        weights = sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
-        free = torch.cuda.mem_get_info(device)[0] - (0 if "model" in self.__dict__ else weights)
-        tokens = (self.picture_tokens or _PICTURE_TOKENS) * self.reads_pictures + _PROMPT_TOKENS + self.max_new_tokens
-        per_request = 2 * kv_bytes(AutoConfig.from_pretrained(self.folder)) * tokens + _ACTIVATIONS
-        fitting = int(0.8 * free / per_request)
-        return max(16, min(256, 1 << max(0, fitting.bit_length() - 1)))
+        tokens = self._expected_picture_tokens + self.max_new_tokens
+        return fitting_batch(self.folder, torch_device(self.device), tokens, loaded="model" in self.__dict__)
 
-    def _expected_rate(self, model: torch.nn.Module) -> str:
-        """Phrase with the captions per second expected of this GPU; "" where its rates are not known."""
-        gpu = find_gpu(torch.cuda.get_device_name(model.device)) if model.device.type == "cuda" else None
-        if gpu is None:
-            return ""
-        tokens = (self.picture_tokens or _PICTURE_TOKENS) * self.reads_pictures
-        rate = pictures_per_second(model_of(model, self.name), gpu, tokens, concurrent=self.batch_size)
-        what = f"pictures of {tokens} tokens" if tokens else "answers"
-        return f"; the roofline of the {gpu.name} expects {rate:.3g} {what} a second at batch {self.batch_size}"
+    @property
+    def _expected_picture_tokens(self) -> int:
+        return (self.picture_tokens or PICTURE_TOKENS) if self.reads_pictures else 0
 
     @functools.cached_property
     def constraint(self) -> JsonConstraint | None:
@@ -248,12 +237,17 @@ class HuggingFaceGenerator:
 
     def inputs(self, requests: list[Request]) -> dict[str, torch.Tensor]:
         """Model inputs of requests: token ids of the chat template, attention mask, pixels. Requests are tokenized alone, then padded."""
-        rows = []
-        for request in requests:
-            prompt = self.chat.prompt(request.prompt, len(request.pictures))
-            pictures = [picture if self.budget is None else self.budget.fit(picture) for picture in request.pictures]
-            rows.append(self.chat.tokens(prompt, pictures))
+        if self.prepare_threads == 1 or not any(request.pictures for request in requests):
+            rows = [self._row(request) for request in requests]
+        else:
+            with ThreadPoolExecutor(self.prepare_threads) as pool:
+                rows = list(pool.map(self._row, requests))
         return stack_rows(rows, self.chat.pad_token, left=True)
+
+    def _row(self, request: Request) -> dict[str, torch.Tensor]:
+        """Tokens and pixels of one request."""
+        pictures = [picture if self.budget is None else self.budget.fit(picture) for picture in request.pictures]
+        return self.chat.tokens(self.chat.prompt(request.prompt, len(pictures)), pictures)
 
     @torch.inference_mode()
     def decode(self, inputs: dict[str, torch.Tensor], requests: list[Request]) -> list[Answer]:

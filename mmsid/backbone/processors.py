@@ -39,7 +39,8 @@ def load_processor(folder: str | Path, name: str = "") -> Any:
         processor_class = _processor_class(Path(folder), model_type)
         if processor_class is None:
             return load_tokenizer(folder, name)
-        if "image_processor" not in processor_class.get_attributes():
+        parts = set(processor_class.get_attributes())
+        if "image_processor" not in parts or parts - {"image_processor", "tokenizer", "video_processor"}:
             return AutoProcessor.from_pretrained(folder)
         return _images_only(processor_class).from_pretrained(folder)
     except ImportError as error:
@@ -109,7 +110,9 @@ def _images_only(processor_class: type) -> type:
         @classmethod
         def from_args_and_dict(cls, args: Any, processor_dict: dict[str, Any], **kwargs: Any) -> Any:
             known = _parameters(processor_class)
-            return cls(*args, **{key: value for key, value in processor_dict.items() if key in known})
+            processor = cls(*args, **{key: value for key, value in processor_dict.items() if key in known})
+            processor.chat_template = processor.chat_template or processor_dict.get("chat_template")
+            return processor
 
     ImagesOnly.__name__ = ImagesOnly.__qualname__ = processor_class.__name__
     return ImagesOnly

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 Row = Mapping[str, Tensor]
+CROSS_ATTENTION = "cross_attention_mask"  # of Mllama
 
 
 def per_token_keys(rows: Sequence[Row]) -> list[str]:
@@ -33,7 +34,14 @@ def stack_rows(rows: Sequence[Row], pad_token: int, *, left: bool) -> dict[str, 
         batch["attention_mask"][at, span] = 1
         for key in ("input_ids", *(key for key in keys if key in row)):
             batch[key][at, span] = row[key][0]
+    if left and any(CROSS_ATTENTION in row for row in rows):  # (1, T, pictures, tiles), the only input besides ids that grows with T
+        rows = [{key: _to_the_right(value, width) if key == CROSS_ATTENTION else value for key, value in row.items()} for row in rows]
     return batch | other_inputs(rows, batch)
+
+
+def _to_the_right(mask: Tensor, width: int) -> Tensor:
+    """Pad axis 1 on the left to `width`."""
+    return torch.cat([mask.new_zeros(mask.shape[0], width - mask.shape[1], *mask.shape[2:]), mask], 1)
 
 
 def other_inputs(rows: Sequence[Row], known: Mapping[str, Tensor]) -> dict[str, Tensor]:
