@@ -25,7 +25,7 @@ from mmsid.annotate.prompts import Prompt, evidence_json, item_evidence, load_pr
 from mmsid.annotate.records import Caption, CaptionWithInterests, Record, parse_caption, parse_caption_with_interests
 from mmsid.annotate.server import OpenAIGenerator
 from mmsid.annotate.server_checks import server_problems
-from mmsid.annotate.text_overlays import Box, mask_overlays
+from mmsid.annotate.text_overlays import mask_overlays
 from mmsid.annotate.word_check import WordCheck, small_print
 from mmsid.artifacts import Draft, is_complete, read_manifest, writing
 from mmsid.backbone.packaged_weights import DEMO
@@ -77,7 +77,7 @@ def run(config: CaptionConfig, generator: Generator | None = None, engine: Engin
     """
     prompt = load_prompt(config.prompt or default_prompt("caption_with_interests" if config.with_interests else "caption", config))
     words = WordCheck() if config.check_words else None
-    record, parse = (CaptionWithInterests, parse_caption_with_interests) if config.with_interests else (Caption, parse_caption)
+    record, parse = record_of(config)
     task = Task("caption", prompt, record, parse, picture_loader(config), words=words, confidence=confidence_of(config))
     generator = generator or build_generator(config, record)
     with writing(config.out, stage="caption", config=config, inputs=config.inputs(), resume=True) as draft:
@@ -116,6 +116,11 @@ def default_prompt(stage: str, config: ModelJobConfig) -> str:
 def is_small_captioner(model: str | Path) -> bool:
     """True for `demo` and for a folder of stage `train_captioner`: models that know the prompts of their training only."""
     return str(model) == DEMO or (is_complete(Path(model)) and read_manifest(Path(model))["stage"] == "train_captioner")
+
+
+def record_of(config: CaptionConfig) -> tuple[type[Record], Callable[[str], Record]]:
+    """The record that the model writes, and the function that reads it."""
+    return (CaptionWithInterests, parse_caption_with_interests) if config.with_interests else (Caption, parse_caption)
 
 
 def confidence_of(config: ModelJobConfig) -> Confidence:
@@ -169,20 +174,24 @@ def picture_loader(config: ModelJobConfig) -> partial[Image.Image]:
         return load
     if config.mask_overlays == "ocr":
         check_installed("mask_overlays: ocr")
-    return partial(_load_masked, load, config.max_side, small_print if config.mask_overlays == "ocr" else None)
+    return partial(_load_masked, load, config)
 
 
 def _load(limits: PictureLimits, roots: tuple[Path, Path], path: Path) -> Image.Image:
     return load_picture(path, limits, root=roots)
 
 
-def _load_masked(
-    load: Callable[[Path], Image.Image], max_side: int | None, locate: Callable[[Image.Image], list[Box]] | None, path: Path
-) -> Image.Image:
-    picture = load(path)
-    if max_side is not None:
-        picture.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
-    return mask_overlays(picture, locate)
+def _load_masked(load: Callable[[Path], Image.Image], config: ModelJobConfig, path: Path) -> Image.Image:
+    return masked(load(path), config)
+
+
+def masked(picture: Image.Image, config: ModelJobConfig) -> Image.Image:
+    """The picture without small print, at most `max_side` wide and high, if `mask_overlays` is set; else unchanged."""
+    if not config.mask_overlays:
+        return picture
+    if config.max_side is not None:
+        picture.thumbnail((config.max_side, config.max_side), Image.Resampling.LANCZOS)
+    return mask_overlays(picture, small_print if config.mask_overlays == "ocr" else None)
 
 
 def print_summary(stage: str, draft: Draft, out: Path) -> None:

@@ -94,6 +94,6 @@ class ModelJobConfig(JobConfig):
             raise ValueError("generator: openai and a server: section go together; write both or neither")
         if self.generator == "openai" and self.picture_tokens:
             raise ValueError(
-                "picture_tokens does not apply to generator: openai, where the server's own processor decides; set it there, or lower max_side"
+                "picture_tokens does not apply to openai, where the server's own processor decides; set it there or lower max_side"
             )
         return self

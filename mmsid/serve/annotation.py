@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from mmsid.annotate.annotator import Annotator
-from mmsid.annotate.caption import build_generator
+from mmsid.annotate.caption import CaptionConfig, build_generator, confidence_of, masked, record_of
 from mmsid.annotate.generator import Generator
 from mmsid.annotate.interests import InterestsConfig
 from mmsid.annotate.job_inputs import JobInput, Task
-from mmsid.annotate.prompts import Prompt, evidence_json
-from mmsid.annotate.records import Caption, Interests, parse_caption, parse_interests
-from mmsid.annotate.text_overlays import mask_overlays
+from mmsid.annotate.prompts import Prompt, evidence_json, item_evidence
+from mmsid.annotate.records import Interests, parse_interests
 from mmsid.catalog import CatalogConfig
 from mmsid.catalog.annotations import SENSITIVE
 from mmsid.config import build
@@ -66,6 +65,8 @@ class AdAnnotator:
         what = "captions" if stage == "caption" else stage
         if settings is None:
             self.notes.append(f"no {what}: the bundle has no settings of the stage {stage}")
+        elif settings["generator"] == "captions":
+            return None  # the answers of the caption stage hold them
         elif settings["source"] != "llm":
             self.notes.append(f"no {what}: those of the catalogue were mined from logs, which a new ad does not have")
         elif settings["generator"] != "huggingface":
@@ -83,10 +84,10 @@ class AdAnnotator:
         summaries, notes = [""] * len(ads), [[] for _ in ads]
         for row, result in self._ask("caption", ads, [at for at, text in enumerate(captions) if not text], captions, notes):
             captions[row] = result["caption"]
+            if "descriptors" in result and not mined[row]:  # one answer held both (`caption.with_interests`)
+                mined[row], summaries[row] = _interests(result)
         for row, result in self._ask("interests", ads, [at for at, found in enumerate(mined) if not found], captions, notes):
-            found = json.loads(result["descriptors"])
-            mined[row] = tuple(sorted(((one["descriptor"], one["confidence"]) for one in found), key=lambda one: -one[1]))
-            summaries[row] = result["summary"]
+            mined[row], summaries[row] = _interests(result)
         return [AdTexts(*parts) for parts in zip(captions, mined, summaries, map(tuple, notes), strict=True)]
 
     def _ask(
@@ -111,6 +112,12 @@ class AdAnnotator:
                 yield row, result
 
 
+def _interests(row: Mapping[str, Any]) -> tuple[tuple[tuple[str, float], ...], str]:
+    """Descriptors with their confidences, the best supported first, and the summary."""
+    found = json.loads(row["descriptors"])
+    return tuple(sorted(((one["descriptor"], one["confidence"]) for one in found), key=lambda one: -one[1])), row["summary"]
+
+
 class _Stage:
     """One annotation stage of a bundle: model, prompt and settings."""
 
@@ -119,10 +126,10 @@ class _Stage:
         prompt = Prompt(settings["prompt"]["text"], settings["prompt"]["sha256"], settings["prompt"]["name"])
         unread = CatalogConfig(items=Path("unread"))
         given = {**settings["settings"], "model": model, "catalog": unread, "out": Path("unread")}
-        self.config = build(InterestsConfig, given, source=str(folder / FILE_NAME), section=stage)
+        self.config = build(CaptionConfig if stage == "caption" else InterestsConfig, given, source=str(folder / FILE_NAME), section=stage)
         self.stage, self.fields = stage, settings["fields"]
-        record, parse = (Caption, parse_caption) if stage == "caption" else (Interests, parse_interests)
-        self.task = Task(stage, prompt, record, parse, self._picture, any_picture=True)
+        record, parse = (Interests, parse_interests) if isinstance(self.config, InterestsConfig) else record_of(self.config)
+        self.task = Task(stage, prompt, record, parse, self._picture, any_picture=True, confidence=confidence_of(self.config))
         self.generator: Generator = build_generator(self.config, record)
         self.cache = _LatestAnswers()
         self._ads: Sequence[Ad] = ()
@@ -140,8 +147,7 @@ class _Stage:
                     return end.value
 
     def _input(self, place: int, ad: Ad, caption: str) -> JobInput:
-        texts = {"title": ad.item.title, "description": ad.item.description, "caption": caption}
-        texts = {name: text for name, text in texts.items() if name in self.fields}
+        texts = {name: text for name, text in item_evidence(ad.item, caption).items() if name in self.fields}
         pictures = tuple((place, at) for at in range(len(ad.pictures))) if "picture" in self.fields else ()
         if self.stage == "caption" and not pictures:
             return JobInput(str(place), reason="no_picture")
@@ -151,11 +157,7 @@ class _Stage:
 
     def _picture(self, key: tuple[int, int]) -> Any:
         picture = self._ads[key[0]].pictures[key[1]].copy()
-        if not self.config.mask_overlays:
-            return picture
-        if self.config.max_side is not None:
-            picture.thumbnail((self.config.max_side, self.config.max_side))
-        return mask_overlays(picture)
+        return masked(picture, self.config)
 
 
 class _LatestAnswers:

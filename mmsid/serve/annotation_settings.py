@@ -39,7 +39,7 @@ def annotation_settings(folder: Path, stage: str) -> tuple[dict[str, Any], dict[
         "settings": {name: value for name, value in config.items() if name not in _LEFT_OUT and name != "generator"},
         "source": source,
     }
-    if source != "llm":
+    if source != "llm" or config["generator"] == "captions":  # `captions`: the caption stage gives the interests, too
         return found, None
     found["prompt"] = _prompt(folder, config.get("prompt") or extra["prompt"], extra["prompt_sha256"])
     found["fields"] = _fields(stage, config, found["prompt"])
@@ -66,10 +66,10 @@ def _prompt(folder: Path, name: str, expected: str) -> dict[str, str]:
 
 
 def _fields(stage: str, config: Mapping[str, Any], prompt: Mapping[str, str]) -> list[str]:
-    """What the model reads of an ad, out of "picture", "title", "description" and "caption"."""
-    texts = "{{evidence}}" in prompt["text"]
+    """What the model reads of an ad, out of "picture", "title", "description", "categories", "attributes" and "caption"."""
+    texts = ["title", "description", "categories", "attributes"] if "{{evidence}}" in prompt["text"] else []
     if stage == "caption":
-        return ["picture", *(["title", "description"] if texts else [])]
+        return ["picture", *texts]
     pictures = not texts if config.get("pictures") is None else config["pictures"]
     captions = ["caption"] if texts and config.get("captions") else []
-    return [*(["picture"] if pictures else []), *(["title", "description"] if texts else []), *captions]
+    return [*(["picture"] if pictures else []), *texts, *captions]
