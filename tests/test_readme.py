@@ -51,7 +51,7 @@ DEMO = [
     "refine.gate.draws=50",
 ]
 SMALL = {
-    "mmsid demo": ["--items", "150", "--users", "120", *DEMO],
+    "mmsid demo ": ["--items", "150", "--users", "120", *DEMO],
     "train_reward.py": QUALITY,
     "train_recommender_rl.py": [
         "train_recommender_rl.schedule={epochs: 2}",
@@ -156,7 +156,7 @@ def test_commands_and_snippets_run(tmp_path):
             continue
         if "ad.jpg" in command and not (tmp_path / "ad.jpg").exists():
             shutil.copyfile(sorted((tmp_path / "demo" / "catalog" / "images").glob("*.jpg"))[0], tmp_path / "ad.jpg")
-        small = next((overrides for part, overrides in SMALL.items() if part in command), [])
+        small = next((overrides for part, overrides in SMALL.items() if part in f"{command} "), [])
         call([*shlex.split(command.replace("/tmp/ads", str(tmp_path / "ads"))), *small], command)
     for snippet in blocks("python"):
         call([sys.executable, "-c", PREPARED.get(snippet.split("\n")[0], "") + snippet], snippet)
