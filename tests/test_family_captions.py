@@ -79,7 +79,7 @@ def test_control_tokens_in_a_text_neither_end_the_turn_nor_announce_a_picture(fa
 @pytest.mark.slow
 def test_the_caption_stage_finishes_without_refusing_a_picture(family, tmp_path):
     config = caption_config(write_catalog(tmp_path / "catalog", items=5), tmp_path / "caption", model=family, max_quarantined=1.0)
-    rows = rows_of(run_caption(config.model_copy(update={"max_new_tokens": 4, "retries": 0})))
+    rows = rows_of(run_caption(config.model_copy(update={"max_new_tokens": 64, "retries": 0})))
     assert len(rows) == 6 and not {row["reason"] for row in rows} & {"model_refused", "out_of_memory"}
 
 

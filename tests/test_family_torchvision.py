@@ -49,6 +49,7 @@ def test_tokens_and_pixels_are_those_of_the_complete_processors(tmp_path):
     assert found.stdout.split() == list(FAMILIES)
 
 
+@pytest.mark.slow
 def test_a_torchvision_that_does_not_fit_torch_is_named_with_its_remedy(tmp_path):
     package, record = tmp_path / "torchvision", tmp_path / "torchvision-0.28.0.dist-info"
     package.mkdir(), record.mkdir()
