@@ -240,6 +240,26 @@ def test_requests_that_wait_are_worked_on_together(bundle, tmp_path):
         assert all(answers[n]["results"][0]["title"] == f"x{n}" for n in range(7))
 
 
+def test_recommendations_for_known_ids_do_not_wait_behind_ads(bundle, tmp_path):
+    """Ten ads wait, two of them at a time; a recommendation that was sent last is answered second."""
+    with serving(bundle, tmp_path, batch=2) as client:
+        engine, gate, order = client.app.state.service.engine, threading.Event(), []
+        encode, recommend = engine.encode, engine.recommend
+        engine.encode = lambda ads: (order.append(f"encode {len(ads)}") if ads else None, gate.wait(20), encode(ads))[2]
+        engine.recommend = lambda *given, **options: (order.append("recommend"), recommend(*given, **options))[1]
+        threads = [threading.Thread(target=client.post, args=("/encode",), kwargs={"json": {"title": f"x{n}"}}) for n in range(10)]
+        threads.append(threading.Thread(target=client.post, args=("/recommend",), kwargs={"json": {"histories": [["i0"]]}}))
+        threads[0].start()
+        until(lambda: order == ["encode 1"])
+        for thread in threads[1:]:
+            thread.start()
+        until(lambda: client.app.state.service.worker.waiting == 10)
+        gate.set()
+        for thread in threads:
+            thread.join(20)
+        assert order[:3] == ["encode 1", "recommend", "encode 2"] and sum(int(one.split()[1]) for one in order if "encode" in one) == 10
+
+
 def test_one_ad_that_breaks_the_engine_does_not_break_the_others(bundle, tmp_path):
     with serving(bundle, tmp_path) as client:
         engine = client.app.state.service.engine

@@ -21,7 +21,7 @@ class ServeSettings(Section):
             to a loopback name and of the service's own page are answered.
         captions: write captions and interests.
         queue: requests that wait or are worked on; a further one is answered 429.
-        batch: requests that are worked on together at most.
+        batch: requests with ads that are worked on together at most.
         ads: ads, or histories, of one request.
         body_bytes: longest body of a request.
         seconds: time limit of one request, waiting included.

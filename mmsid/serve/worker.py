@@ -1,4 +1,4 @@
-"""One thread that owns the engine and drains a bounded queue: requests that wait are worked on together."""
+"""One thread that owns the engine and drains a bounded queue: requests that wait are worked on together, quick ones first."""
 
 from __future__ import annotations
 
@@ -45,6 +45,11 @@ class Job:
     options: dict[str, Any] = field(default_factory=dict)
     result: Future[list[Any]] = field(default_factory=Future)
 
+    @property
+    def is_quick(self) -> bool:
+        """Whether no model has to read an ad for it."""
+        return self.kind == "recommend" and not self.new_ads()
+
     def new_ads(self) -> list[Ad]:
         """The ads of the job that must be encoded."""
         if self.kind == "append":
@@ -58,7 +63,7 @@ class Worker:
     Args:
         make_engine: makes the engine, in the thread.
         size: jobs that wait at most.
-        batch: jobs that are worked on together at most.
+        batch: jobs with ads that are worked on together at most. Recommendations for known ids do not wait for others.
         observe: is called with the number of jobs of every batch.
     """
 
@@ -66,7 +71,8 @@ class Worker:
         self._make_engine, self._batch, self._observe = make_engine, batch, observe
         self._queue: queue.Queue[Job | None] = queue.Queue(size)
         self._ready: Future[Engine] = Future()
-        self._stopping = False
+        self._waiting: list[Job] = []  # taken from the queue, not worked on yet
+        self._stopping = self._ended = False
         self._thread = threading.Thread(target=self._run, name="mmsid-engine", daemon=True)
 
     def start(self) -> Engine:
@@ -76,8 +82,8 @@ class Worker:
 
     @property
     def waiting(self) -> int:
-        """Jobs in the queue."""
-        return self._queue.qsize()
+        """Jobs that are not worked on yet."""
+        return self._queue.qsize() + len(self._waiting)
 
     @property
     def alive(self) -> bool:
@@ -129,21 +135,29 @@ class Worker:
             engine.close()
 
     def _next(self) -> list[Job] | None:
-        """The jobs that wait, at least one; None when the worker stops."""
-        first = self._queue.get()
-        if first is None:
+        """The next jobs, at least one: all that take milliseconds, and the first `batch` others. None when the worker stops."""
+        self._take(wait=not self._waiting)
+        while not self._waiting and not self._ended:
+            self._take(wait=True)
+        if not self._waiting:
             return None
-        jobs = [first]
-        while len(jobs) < self._batch:
+        quick = [job for job in self._waiting if job.is_quick]
+        others = [job for job in self._waiting if not job.is_quick]
+        self._waiting = others[self._batch :]
+        return [*quick, *others[: self._batch]]
+
+    def _take(self, wait: bool) -> None:
+        """Take what is in the queue; with `wait`, at least one entry."""
+        while not self._ended:
             try:
-                job = self._queue.get_nowait()
+                job = self._queue.get(block=wait)
             except queue.Empty:
-                break
+                return
+            wait = False
             if job is None:
-                self._queue.put(None)  # after this batch
-                break
-            jobs.append(job)
-        return jobs
+                self._ended = True
+            else:
+                self._waiting.append(job)
 
     def _work(self, engine: Engine, jobs: Sequence[Job]) -> None:
         live = []
@@ -154,10 +168,9 @@ class Worker:
                 job.result.set_exception(Expired())
             else:
                 live.append(job)
-        quick = [job for job in live if job.kind == "recommend" and not job.new_ads()]
-        self._recommend_all(engine, quick, {})  # first, because they take milliseconds
+        self._recommend_all(engine, [job for job in live if job.is_quick], {})
         self._append(engine, [job for job in live if job.kind == "append"])
-        others = [job for job in live if job.kind != "append" and not job.result.done()]
+        others = [job for job in live if job.kind != "append" and not job.is_quick]
         encoded = _encoded(engine, others)
         for job in others:
             if job.kind == "encode":
