@@ -32,6 +32,13 @@ def test_annotation_finds_the_same_rows_without_ray(tmp_path):
 
 
 @pytest.mark.slow
+def test_constrained_decoding_gives_the_answers_of_bare_generate(tmp_path):
+    found = run("constrained_decoding", "--ads", "20", out=tmp_path / "constrained_decoding.json")
+    assert all(found[kind]["constrained_differ_from_bare"] == 0 and found[kind]["cut_short"] == 0 for kind in ("captions", "interests"))
+    assert found["captions"]["valid"] == {"bare": 20, "free": 20, "constrained": 20}
+
+
+@pytest.mark.slow
 def test_a_refinement_step_beside_a_supervised_one(tmp_path):
     assert run("refine_step", "--items", "64", "--repeats", "1", out=tmp_path / "refine_step.json")
 
