@@ -6,7 +6,8 @@ Per seed: a captioner is trained on 80 % of the photos (split by picture hash, a
 Semantic IDs without titles are made in four ways: by mmsid from the captions, by mmsid from the pixels with the captioner as backbone, and
 by RQ-KMeans on caption embeddings and on features of the frozen vision tower. Metrics:
 
-- accuracy of the captions per field, beside the majority class and a linear probe on the frozen tower, which is fitted on the 80 %;
+- accuracy of the captions per field, beside the majority class and linear probes that are fitted on the 80 %: on the frozen tower, and on
+  264 colour numbers;
 - V-measure of the SID prefixes per category depth, colliding share of the raw codes, perplexity per level;
 - R@10 of photos with the same full title but other bytes, by the longest common SID prefix (expectation over ties) and by the embedding.
 
@@ -23,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -37,6 +39,7 @@ from mmsid.annotate.captioner.training import tower_states
 from mmsid.annotate.readers import read_captions
 from mmsid.artifacts import read_json, read_tensors, write_json
 from mmsid.backbone.embed import embed_texts
+from mmsid.backbone.picture_features import colour_numbers
 from mmsid.catalog import read_catalog
 from mmsid.catalog.tables import read_table_rows
 from mmsid.config import StageConfig, load_yaml
@@ -115,6 +118,10 @@ def measure(captioned: dict[str, StageConfig], pixels: dict[str, StageConfig], s
             field: linear_probe(features[train], train_values[field], features[held], truth[field]) for field in training.fields
         },
         "majority": {field: majority_accuracy(train_values[field], truth[field]) for field in training.fields},
+    }
+    colours = np.stack([colour_numbers(Image.fromarray(np.array(picture))) for picture in photos.pictures])
+    figures["linear probe on colour numbers"] = {
+        field: linear_probe(colours[train], train_values[field], colours[held], truth[field]) for field in training.fields
     }
     spaces = {"captions": embed_texts(texts, what="caption embeddings"), "pixels": unit_variance(features)}
     tokenizer = captioned["train_tokenizer"]
@@ -207,7 +214,10 @@ def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
         return f"{figure['mean']:.{digits}f} ± {figure['std']:.{digits}f}"
 
     lines = []
-    for rows in (("caption", "linear probe", "majority"), tuple(row for row in results if row.startswith(("mmsid", "RQ")))):
+    for rows in (
+        ("caption", "linear probe", "linear probe on colour numbers", "majority"),
+        tuple(row for row in results if row.startswith(("mmsid", "RQ"))),
+    ):
         columns = list(dict.fromkeys(figure for row in rows for figure in results[row]))
         lines += ["| held-out photos | " + " | ".join(columns) + " |", "|" + "---|" * (len(columns) + 1)]
         lines += [f"| {row} | " + " | ".join(cell(results[row].get(column)) for column in columns) + " |" for row in rows]

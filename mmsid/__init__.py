@@ -26,7 +26,10 @@ _EXPORTS = {
     "baselines": "mmsid.api",
     "bundle": "mmsid.api",
     "caption": "mmsid.api",
+    "export_sids": "mmsid.api",
     "ingest": "mmsid.api",
+    "initialize_sid_rows": "mmsid.export.text_model",
+    "inspect_sids": "mmsid.api",
     "interests": "mmsid.api",
     "judge": "mmsid.api",
     "load_bundle": "mmsid.tokenizer.bundle",
@@ -49,7 +52,9 @@ if TYPE_CHECKING:
     from mmsid.api import baselines as baselines
     from mmsid.api import bundle as bundle
     from mmsid.api import caption as caption
+    from mmsid.api import export_sids as export_sids
     from mmsid.api import ingest as ingest
+    from mmsid.api import inspect_sids as inspect_sids
     from mmsid.api import interests as interests
     from mmsid.api import judge as judge
     from mmsid.api import quantize_vectors as quantize_vectors
@@ -66,6 +71,7 @@ if TYPE_CHECKING:
     from mmsid.catalog import Catalog as Catalog
     from mmsid.catalog import Item as Item
     from mmsid.errors import MmsidError as MmsidError
+    from mmsid.export.text_model import initialize_sid_rows as initialize_sid_rows
     from mmsid.recommend.recommender import Recommendations as Recommendations
     from mmsid.recommend.recommender import Recommender as Recommender
     from mmsid.recommend.trie_constraint import TrieLogitsProcessor as TrieLogitsProcessor

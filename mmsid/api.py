@@ -87,7 +87,8 @@ def interests(out: PathLike, catalog: CatalogSettings, *, engine: Engine = "loca
         settings: keys of `InterestsConfig`: `model`, or `generator="coengagement"`, and `captions`, a finished caption folder.
 
     Raises:
-        As `caption`.
+        ConfigError, CatalogError, ArtifactError: invalid settings, catalogue or folders.
+        AnnotationError: too many rows failed.
     """
     return _run("interests", out, catalog, settings, engine)
 
@@ -189,7 +190,8 @@ def refine_tokenizer(out: PathLike, catalog: CatalogSettings, tokenizer: PathLik
     Args:
         out: folder to write: `tokenizer/` and `sids/` (refined, or unchanged if the gate refuses), `gate.json`, `log.jsonl`.
         catalog: keys of the `catalog:` section with `sequences` or `events`, or the path of its items table.
-        tokenizer, sids: the start: a tokenizer folder and the SID folder that it assigned.
+        tokenizer: the start: a tokenizer folder.
+        sids: SID folder that this tokenizer assigned.
         settings: keys of `RefineConfig`.
 
     Raises:
@@ -242,12 +244,73 @@ def write_report(out: PathLike, catalog: CatalogSettings, run: PathLike, **setti
     return _run("report", out, catalog, {"run": run, **settings})
 
 
-def bundle(out: PathLike, tokenizer: PathLike, sids: PathLike) -> Path:
-    """Copy a tokenizer and the Semantic IDs that it assigned into one model folder; `load_bundle(out)` reads it.
+def bundle(
+    out: PathLike,
+    tokenizer: PathLike | None = None,
+    sids: PathLike | None = None,
+    *,
+    run: PathLike | None = None,
+    recommender: PathLike | None = None,
+    captions: PathLike | None = None,
+    interests: PathLike | None = None,
+) -> Path:
+    """Copy everything that turns a new ad into codes and recommendations into one folder: tokenizer, Semantic IDs, embeddings, the
+    recommender, the settings of captions and interests, and titles and thumbnails of the items. `load_bundle(out)` reads it.
+
+    Args:
+        run: folder of a run; its recommender decides which Semantic IDs are taken. Give it, or `tokenizer` and `sids`.
+        recommender, captions, interests: folders; by default those of the run that `sids` is in.
 
     Raises:
-        ArtifactError: another tokenizer assigned the Semantic IDs, or a file is missing.
+        ArtifactError: another tokenizer assigned the Semantic IDs, the recommender does not fit them, or a file is missing.
+        ConfigError: neither `run` nor both of `tokenizer` and `sids` are given.
     """
-    from mmsid.tokenizer.bundle import write_bundle
+    from mmsid.serve.bundling import bundle_run
 
-    return write_bundle(Path(tokenizer), Path(sids), Path(out))
+    given = {"tokenizer": tokenizer, "sids": sids, "run": run, "recommender": recommender, "captions": captions, "interests": interests}
+    return bundle_run(Path(out), **{name: None if path is None else Path(path) for name, path in given.items()})
+
+
+def inspect_sids(path: PathLike, *, catalog: CatalogSettings | None = None, **settings: Any) -> dict[str, Any]:
+    """Audit a mapping of items to Semantic IDs: a SID folder of mmsid, or a file of another project.
+
+    Args:
+        path: SID folder, `sids.parquet`, index.json, a table with ids and codes, or a matrix of codes (`.npy`).
+        catalog: keys of the `catalog:` section, the path of its items table, or a folder of `ingest`: histories and categories.
+        settings: arguments of `mmsid.inspection.audit.inspect_sids`: `histories`, `vectors`, `against` (an older mapping), `page` (an HTML
+            file to write), `id_column`, `code_columns`, `codebook_sizes`.
+
+    Returns:
+        The figures, ready for JSON.
+    Raises:
+        ArtifactError, CatalogError: a file cannot be read, or does not belong to the others.
+    """
+    from mmsid.inspection.audit import inspect_sids as run
+
+    return run(path, catalog=_catalog_config(catalog), **settings)
+
+
+def export_sids(sids: PathLike, out: PathLike, format: str, *, catalog: CatalogSettings | None = None, **settings: Any) -> Path:
+    """Write Semantic IDs in the format of one consumer.
+
+    Args:
+        sids: SID folder, or its sids.parquet.
+        out: folder to write.
+        format: "flashrec", "nvidia", "minionerec" (needs `catalog`) or "huggingface" (needs `model` or `tokenizer`).
+        settings: `model`, `tokenizer` (folders or hub names), `name` (of the data set for minionerec).
+
+    Raises:
+        ConfigError, CatalogError, ArtifactError: an argument does not belong to the format, or a folder cannot be read.
+    """
+    from mmsid.export.export import export_sids as run
+
+    return run(sids, out, format, catalog=_catalog_config(catalog), **settings)  # type: ignore[arg-type]
+
+
+def _catalog_config(catalog: CatalogSettings | None) -> Any:
+    from mmsid.catalog import CatalogConfig
+
+    if catalog is None or isinstance(catalog, CatalogConfig):
+        return catalog
+    given = catalog_settings(catalog) if isinstance(catalog, (str, Path)) else catalog
+    return build(CatalogConfig, dict(given), source="mmsid", section="catalog")

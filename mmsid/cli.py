@@ -1,5 +1,6 @@
 """The `mmsid` command. It parses arguments and calls the stages; it computes nothing itself.
 
+mmsid demo                                           draw ads and users, run everything, append new ads; explains what happens
 mmsid run CONFIG [key=value ...] [--redo STAGE]      every stage of the configuration in order; a second call resumes
 mmsid STAGE --config CONFIG [key=value ...] [--redo] one stage; also `accelerate launch scripts/STAGE.py --config CONFIG`
                                                      ingest, caption, interests, assign, recommend: `--engine ray`
@@ -13,15 +14,24 @@ mmsid demo-catalog OUT --items N --users M --seed S  draw the demo catalogue
 mmsid churn OLD NEW [--out REPORT.json]              compare two SID folders of one catalogue
 mmsid quantize VECTORS [--codebook-size K] [--num-levels L] [--method M] [--out DIR]   Semantic IDs from ready-made vectors (parquet,
                                                      .npy, saved datasets); proposes K and L; --behaviour FILE fuses a second file
-mmsid bundle OUT --tokenizer T --sids S              tokenizer and Semantic IDs as one model folder, ready to upload
+mmsid inspect FILE [--against OLD] [--out PAGE.html] look into a mapping of items to Semantic IDs, of mmsid or another project
+mmsid export SIDS --format F --out OUT               Semantic IDs for FlashRec, NVIDIA, MiniOneRec, or a Hugging Face model
+mmsid bundle OUT --run RUN                           one folder that turns a new ad into codes and recommendations, ready to upload;
+                                                     or --tokenizer T --sids S
+mmsid encode BUNDLE --image FILE --title TEXT        caption, interests, Semantic ID and nearest ads of a new ad; also a folder of
+                                                     pictures, or --table FILE; --json
+mmsid serve BUNDLE [--port P]                        HTTP service with a page: encode, recommend, append new ads (extra `serve`)
 mmsid bench --dataset D --suite S [suite.key=value]  compare SID methods and recommenders in one table; a second call resumes
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -101,13 +111,17 @@ def _catalog(arguments: list[str]) -> None:
     from mmsid.catalog import describe, read_catalog, split_histories, summary
     from mmsid.catalog.ingest import problems
 
-    data = load_yaml(parsed.config, parsed.overrides)
-    configs = stage_configs({"name": parsed.config.stem, **data}, source=str(parsed.config))
-    run_stages({INGEST: configs[INGEST]})
-    config = configs[INGEST].catalog.model_copy(update={"ingested": configs[INGEST].out})
+    config = _ingested(parsed.config, parsed.overrides)
     catalog = read_catalog(config)
     show(summary(describe(catalog, split_histories(catalog, config.split))))
-    show(problems.text(problems.problems(configs[INGEST].out)).rstrip())
+    show(problems.text(problems.problems(config.ingested)).rstrip())
+
+
+def _ingested(path: Path, overrides: Sequence[str] = ()) -> Any:
+    """Settings of the catalogue of a configuration, after its stage ingest."""
+    configs = stage_configs({"name": path.stem, **load_yaml(path, overrides)}, source=str(path))
+    run_stages({INGEST: configs[INGEST]})
+    return configs[INGEST].catalog.model_copy(update={"ingested": configs[INGEST].out})
 
 
 def _init(arguments: list[str]) -> None:
@@ -128,6 +142,20 @@ def _init(arguments: list[str]) -> None:
     out.write_text(text, encoding="utf-8")
     stage_configs(load_yaml(out), source=str(out))
     done(f"init: wrote {out}; look at it, then `mmsid catalog --config {out}` and `mmsid run {out}`")
+
+
+def _demo(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="mmsid demo", description="Draw ads and users in the working folder, run the whole pipeline, append new ads."
+    )
+    parser.add_argument("--items", type=int, help="ads (default 1200)")
+    parser.add_argument("--users", type=int, help="users (default 1500)")
+    parser.add_argument("--seed", type=int, help="of the drawn catalogue (default 0)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides of configs/demo.yaml")
+    given = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
+    from mmsid.demo.run import run_demo
+
+    run_demo(**given)
 
 
 def _demo_catalog(arguments: list[str]) -> None:
@@ -194,15 +222,135 @@ def _quantize(arguments: list[str]) -> None:
     show((config.out / REPORT).read_text(encoding="utf-8").rstrip())
 
 
-def _bundle(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="mmsid bundle", description="Copy a tokenizer and its Semantic IDs into one model folder.")
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--tokenizer", type=Path, required=True, help="runs/NAME/train_tokenizer, or runs/NAME/refine/tokenizer")
-    parser.add_argument("--sids", type=Path, required=True, help="runs/NAME/assign, or runs/NAME/refine/sids")
-    parsed = parser.parse_args(arguments)
-    from mmsid.tokenizer.bundle import write_bundle
+def _inspect(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="mmsid inspect", description="Look into a mapping of items to Semantic IDs.")
+    parser.add_argument("file", type=Path, help="SID folder, sids.parquet, index.json, table with ids and codes, or .npy")
+    parser.add_argument("--against", type=Path, metavar="OLD", help="older mapping of the same items: what changed")
+    parser.add_argument("--histories", type=Path, metavar="FILE", help="user_id and items, or user_id, item_id and timestamp")
+    parser.add_argument("--vectors", type=Path, metavar="FILE", help="item_id and vector (parquet), or a matrix (.npy)")
+    parser.add_argument("--config", type=Path, help="YAML with the catalogue: histories, categories, equal contents")
+    parser.add_argument("--id-column", metavar="NAME", help="default: item_id, or another usual name")
+    parser.add_argument("--code-columns", metavar="NAME,NAME", help="default: codes or another usual name, or numbered columns")
+    parser.add_argument("--codebook-size", metavar="K[,K]", help="codes per level; default: 1 + the largest code")
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    parser.add_argument("--out", type=Path, metavar="PAGE.html", help="also write a page")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parsed = parser.parse_intermixed_args(arguments)
+    from mmsid.inspection import inspect_sids
+    from mmsid.inspection.tables import audit_text
 
-    write_bundle(parsed.tokenizer, parsed.sids, parsed.out)
+    sizes = None
+    if parsed.codebook_size is not None:
+        try:
+            sizes = [int(size) for size in parsed.codebook_size.split(",")]
+        except ValueError as error:
+            raise ConfigError(
+                f"--codebook-size is {parsed.codebook_size!r}; give a number, or one per level such as 256,256,256"
+            ) from error
+    audit = inspect_sids(
+        parsed.file,
+        id_column=parsed.id_column,
+        code_columns=parsed.code_columns.split(",") if parsed.code_columns else None,
+        codebook_sizes=sizes,
+        histories=parsed.histories,
+        vectors=parsed.vectors,
+        catalog=None if parsed.config is None else _ingested(parsed.config, parsed.overrides),
+        against=parsed.against,
+        page=parsed.out,
+    )
+    show(json.dumps(audit, indent=1, ensure_ascii=False) if parsed.json else audit_text(audit).rstrip())
+    if parsed.out is not None and not parsed.json:
+        done(f"inspect: wrote {parsed.out}, open it in a browser")
+
+
+def _export(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="mmsid export", description="Write Semantic IDs in the format of one consumer.")
+    parser.add_argument("sids", type=Path, help="SID folder, or its sids.parquet")
+    parser.add_argument("--format", required=True, help="flashrec, nvidia, minionerec or huggingface")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--model", metavar="MODEL", help="Hugging Face model that gets the SID tokens; written to OUT")
+    parser.add_argument("--tokenizer", metavar="TOKENIZER", help="text tokenizer that gets the SID tokens; default: that of the model")
+    parser.add_argument("--config", type=Path, help="YAML with the catalogue: texts and histories for minionerec")
+    parser.add_argument("--name", help="minionerec: name of the data set; default: the name of OUT")
+    parser.add_argument("--redo", action="store_true", help="write a finished folder again; the old one stays until then")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parsed = parser.parse_intermixed_args(arguments)
+    from mmsid.export.export import export_sids
+
+    catalog = None if parsed.config is None else _ingested(parsed.config, parsed.overrides)
+    with rewriting(parsed.out) if parsed.redo else contextlib.nullcontext():
+        export_sids(
+            parsed.sids,
+            parsed.out,
+            parsed.format,
+            model=parsed.model,
+            tokenizer=parsed.tokenizer,
+            catalog=catalog,
+            name=parsed.name,
+        )
+
+
+def _bundle(arguments: list[str]) -> None:
+    description = "Copy everything that turns a new ad into codes and recommendations into one folder."
+    parser = argparse.ArgumentParser(prog="mmsid bundle", description=description)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--run", type=Path, help="folder of a run, for example runs/demo: its recommender, and the SIDs that fit it")
+    parser.add_argument("--tokenizer", type=Path, help="runs/NAME/train_tokenizer, or runs/NAME/refine/tokenizer")
+    parser.add_argument("--sids", type=Path, help="runs/NAME/assign, or runs/NAME/refine/sids")
+    parser.add_argument("--recommender", type=Path, help="default: that of the run, if it fits the SIDs")
+    parser.add_argument("--captions", type=Path, help="caption folder whose model and prompt are taken; default: that of the run")
+    parser.add_argument("--interests", type=Path, help="interests folder whose model and prompt are taken; default: that of the run")
+    parsed = vars(parser.parse_args(arguments))
+    from mmsid.serve.bundling import bundle_run
+
+    bundle_run(parsed.pop("out"), **parsed)
+
+
+def _encode(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="mmsid encode", description="Caption, interests, Semantic ID and nearest ads of new ads.")
+    parser.add_argument("bundle", type=Path, help="folder of `mmsid bundle`")
+    parser.add_argument("--image", type=Path, action="append", default=[], metavar="PATH", help="a picture, or a folder of pictures")
+    parser.add_argument("--title")
+    parser.add_argument("--description")
+    parser.add_argument("--category", action="append", dest="categories", metavar="NAME", help="from root to leaf; may be repeated")
+    parser.add_argument("--attribute", action="append", default=[], metavar="NAME=LABEL", help="may be repeated")
+    parser.add_argument("--caption", help="caption of the picture; without it the bundle's model writes one")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="ads: item_id, title, description, image, categories, attributes, ...")
+    parser.add_argument("--k", type=int, default=5, help="number of nearest ads (5)")
+    parser.add_argument("--json", action="store_true", help="one JSON object per line and ad")
+    parser.add_argument("--no-caption", action="store_true", help="write no captions and interests; read the given texts only")
+    parsed = parser.parse_args(arguments)
+    if parsed.k < 0:
+        raise ConfigError(f"--k is {parsed.k}, expected 0 or more")
+    texts = {name: getattr(parsed, name) for name in ("title", "description", "categories", "caption") if getattr(parsed, name)}
+    attributes: dict[str, list[str]] = {}
+    for pair in parsed.attribute:
+        name, sign, label = pair.partition("=")
+        if not (name and sign and label):
+            raise ConfigError(f"--attribute {pair!r} is not of the form NAME=LABEL, for example material=oak")
+        attributes.setdefault(name, []).append(label)
+    if attributes:
+        texts["attributes"] = attributes
+    from mmsid.serve.encode import run
+
+    options = {"k": parsed.k, "captions": not parsed.no_caption, "as_json": parsed.json}
+    counts = run(parsed.bundle, parsed.image, parsed.table, texts, **options)
+    if not counts["ok"]:
+        raise SystemExit(1)
+
+
+def _serve(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="mmsid serve", description="Serve a bundle by HTTP, with a page at /. Needs the extra `serve`.")
+    parser.add_argument("bundle", type=Path, help="folder of `mmsid bundle`")
+    parser.add_argument("--host", default="127.0.0.1", help="address to bind; any but loopback needs a key in MMSID_API_KEY")
+    parser.add_argument("--port", type=int, default=8765)
+    parser.add_argument("--state", type=Path, metavar="FILE", help="sqlite file of appended items; default: BUNDLE.items.sqlite beside it")
+    parser.add_argument("--no-caption", action="store_true", help="write no captions and interests")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a key of ServeSettings, for example queue=128")
+    parsed = parser.parse_args(arguments)
+    from mmsid.serve.server import serve
+
+    serve(parsed.bundle, parsed.host, parsed.port, parsed.state, captions=not parsed.no_caption, overrides=parsed.set)
 
 
 def main_bench(
@@ -264,16 +412,30 @@ def _guarded(action: Callable[[], None]) -> None:
     except MmsidError as error:
         print(f"mmsid: {error}", file=sys.stderr)
         raise SystemExit(1) from error
+    except ModuleNotFoundError as error:
+        if "Could not import module" not in str(error) or find_spec("torchvision") is None:
+            raise
+        print(
+            f"mmsid: transformers cannot load its models ({str(error).splitlines()[0]}); the installed torchvision probably does not fit "
+            "the installed torch: pip uninstall torchvision (mmsid does not need it), or install the build that fits",
+            file=sys.stderr,
+        )
+        raise SystemExit(1) from error
 
 
 _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "run": _run,
     "catalog": _catalog,
     "init": _init,
+    "demo": _demo,
     "demo-catalog": _demo_catalog,
     "churn": _churn,
     "quantize": _quantize,
+    "inspect": _inspect,
+    "export": _export,
     "bundle": _bundle,
+    "encode": _encode,
+    "serve": _serve,
     "bench": _bench,
 }
 

@@ -41,7 +41,12 @@ class Section(BaseModel):
 
 
 class StageConfig(Section):
-    """Keys of every stage: the output folder and the random seed."""
+    """Keys of every stage: the output folder and the random seed.
+
+    Attributes:
+        out: folder that the stage writes. A run sets it to runs/NAME/STAGE.
+        seed: random seed. A run sets it to the seed at its top.
+    """
 
     out: Path
     seed: int = 0
@@ -76,12 +81,14 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 def load_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Read a YAML mapping, apply dotted overrides, and replace environment variables.
 
+    A path that begins with `configs/` and does not exist names a configuration that mmsid ships.
+
     Raises:
         ConfigError: the file is missing, is not YAML, is not a mapping, or an override has no `=`.
     """
     path = Path(path)
     if not path.is_file():
-        raise ConfigError(f"configuration {path} does not exist (looked in {Path.cwd()}); give the path of a YAML file")
+        path = _shipped(path)
     try:
         data = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
     except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
@@ -93,6 +100,15 @@ def load_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
     for override in overrides:
         apply_override(data, override, source=str(path))
     return _expand(data, source=str(path))
+
+
+def _shipped(path: Path) -> Path:
+    """The file of the same name that mmsid ships, for a path that begins with `configs/`."""
+    roots = (Path(__file__).parents[1], Path(__file__).parent)  # a checkout, an installed package
+    found = [root / path for root in roots if path.parts[:1] == ("configs",) and ".." not in path.parts and (root / path).is_file()]
+    if not found:
+        raise ConfigError(f"configuration {path} does not exist (looked in {Path.cwd()}); give the path of a YAML file")
+    return found[0]
 
 
 def apply_override(data: dict[str, Any], override: str, *, source: str) -> None:

@@ -44,7 +44,14 @@ ON_RAY = ("ingest", "caption", "interests", "assign", "recommend")  # stages tha
 
 
 class RunHeader(Section):
-    """The keys at the top of a run's YAML that are not stages."""
+    """The keys at the top of a run's YAML that are not stages.
+
+    Attributes:
+        name: name of the run; its stages write to `runs`/`name`.
+        runs: folder of all runs. Its `.cache` is shared by them.
+        seed: random seed of all stages that do not set their own.
+        catalog: the section `catalog`. Every stage reads it.
+    """
 
     name: str
     runs: Path = Path("runs")
@@ -78,7 +85,7 @@ def stage_configs(data: Mapping[str, Any], source: str) -> dict[str, StageConfig
     for stage, section in sections.items():
         if not isinstance(section, dict):
             raise ConfigError(f"{source}: section {stage} is {section!r}, expected keys below it (or nothing for the defaults)")
-        cls = _config_class(stage)
+        cls = config_class(stage)
         catalog = {"picture_cache": header.runs / ".cache" / "pictures", **header.catalog} if reads else {}
         if reads and stage != INGEST:
             catalog["ingested"] = folders[INGEST]
@@ -152,12 +159,13 @@ def run_stage(stage: str, settings: Mapping[str, Any], engine: str = "local") ->
         ConfigError: a key is unknown, missing or of the wrong type.
         ArtifactError: the folder was finished with other settings or other inputs.
     """
-    config = build(_config_class(stage), dict(settings), source=f"mmsid stage {stage}", section=stage)
+    config = build(config_class(stage), dict(settings), source=f"mmsid stage {stage}", section=stage)
     run_stages({stage: config}, engine=engine)
     return config.out
 
 
-def _config_class(stage: str) -> type[StageConfig]:
+def config_class(stage: str) -> type[StageConfig]:
+    """Configuration class of a stage."""
     return _imported(_STAGES[stage][0])
 
 

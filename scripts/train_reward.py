@@ -4,7 +4,7 @@ text reads the catalogue, `runs/<name>/interests/`, `caption/`, and `judge/` or 
 `runs/<name>/text_quality/`: q per descriptor and per item, the model, held-out accuracy and calibration.
 sid reads the catalogue, `runs/<name>/train_tokenizer/` and `assign/`, with the keys of `sid_reward:` or else of `refine:`. It writes
 `runs/<name>/sid_reward/`: the model and its held-out report, for inspection only, because `train_rl.py` fits its own model.
-Command: accelerate launch scripts/train_reward.py --part text --config configs/demo.yaml
+Command: accelerate launch scripts/train_reward.py --part text --config configs/demo_recommender_rl.yaml
 Differences from DeepInterestGR (arXiv 2604.20861): there a judge labels every descriptor. Here a small model learns from some labels,
 scores all descriptors, and is not published if its held-out accuracy is too low. The paper has no reward for codes.
 """

@@ -47,3 +47,10 @@ def test_a_refinement_step_beside_a_supervised_one(tmp_path):
 def test_refinement_of_a_large_catalogue_is_measured(tmp_path):
     (size,) = run("refine_scale", "--items", "2000", "--rounds", "1", out=tmp_path / "refine_scale.json")["sizes"]
     assert size["items"] == 2000 and size["peak_gib"] > 0 and {"nearest_items", "reference", "round"} <= size["seconds"].keys()
+
+
+@pytest.mark.slow
+def test_words_in_drawn_ads(tmp_path):
+    pytest.importorskip("rapidocr", reason="the extra `ocr` is not installed")
+    found = run("picture_words", "--ads", "6", "--posters", "0", "--photos", "0", out=tmp_path / "words.json")["drawn ads"]
+    assert found["prices read"] == found["exchanged facts flagged"] == 1 and found["true captions flagged"] == 0

@@ -151,11 +151,14 @@ def test_lora_changes_projections_of_the_language_model_only(photographs, tmp_pa
 
 def test_lora_labels_are_the_answer_tokens(tmp_path):
     from mmsid.annotate.captioner.lora import conversation_batch
+    from mmsid.backbone.chat import ChatFormat
 
     tokens = train_text_tokenizer(["Describe this ad as JSON.", '{"caption": "red mug"}'], 400)
     processor = build_processor(TINY, tokens)
     pictures = [Image.new("RGB", (48, 48))] * 2
-    batch = conversation_batch(processor, pictures, ["Describe."] * 2, ['{"caption": "red mug"}', '{"caption": "a very red mug"}'])
+    batch = conversation_batch(
+        ChatFormat(processor, "tiny"), pictures, ["Describe."] * 2, ['{"caption": "red mug"}', '{"caption": "a very red mug"}']
+    )
     labelled = [tokens.decode(row[row != -100]) for row in batch["labels"]]
     assert labelled == ['{"caption": "red mug"}<end>', '{"caption": "a very red mug"}<end>']
     assert processor.tokenizer.padding_side == "left"

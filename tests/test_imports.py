@@ -6,7 +6,8 @@ from pathlib import Path
 import mmsid
 
 PACKAGE = Path(mmsid.__file__).parent
-LEVEL = {"cli": 6, "api": 6, "stages": 5, "report": 4, "recommend": 4, "refine": 4, "tokenizer": 3, "annotate": 3}
+LEVEL = {"cli": 7, "api": 7, "demo": 6, "stages": 5, "inspection": 5, "serve": 5, "report": 4, "export": 4, "recommend": 4, "refine": 4}
+LEVEL |= {"tokenizer": 3, "annotate": 3}
 LEVEL |= {"unchanged": 3, "sids": 2, "quantize": 2, "backbone": 2, "catalog": 2}
 LEVEL |= {
     "artifacts": 1,

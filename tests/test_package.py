@@ -21,6 +21,8 @@ def test_wheel_contains_prompts_configs_fonts_and_weights(tmp_path):
     expected |= {f"mmsid/configs/{path.name}" for path in (ROOT / "configs").glob("*.yaml")}
     expected |= {"mmsid/annotate/weights/demo_captioner/model.safetensors", "mmsid/annotate/weights/demo_captioner/README.md"}
     expected |= {str(path.relative_to(ROOT)) for path in (ROOT / "mmsid/catalog/demo/fonts").glob("*.ttf")}
-    expected |= {str(path.relative_to(ROOT)) for path in (ROOT / "mmsid/report").iterdir() if path.suffix in (".j2", ".css", ".js")}
+    for package in ("report", "serve"):
+        assets = (path for path in (ROOT / "mmsid" / package).iterdir() if path.suffix in (".j2", ".html", ".css", ".js"))
+        expected |= {str(path.relative_to(ROOT)) for path in assets}
     assert expected <= names, f"missing: {sorted(expected - names)}"
     assert wheel.stat().st_size < 25_000_000

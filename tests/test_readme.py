@@ -1,20 +1,25 @@
-"""Every command and Python snippet of README and docs runs, with small settings. `make demo` and `make test` run in `.ci/run`."""
+"""Every command and Python snippet of README, CONTRIBUTING and docs runs, with small settings, except those in `NOT_RUN`.
+
+YAML blocks are checked in test_docs.py. Pages below docs/experiments record what was run at their time, and are not run again.
+"""
 
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from export_parts import tiny_language_model
 from test_quantize_vectors import write_vectors
 
 from mmsid.config import load_yaml
 from mmsid.stages import stage_configs
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
 
 
@@ -26,27 +31,34 @@ LINES = [
     line.split("  #")[0].strip() for block in blocks("bash") for line in block.splitlines() if line.strip() and not line.startswith("#")
 ]
 COMMANDS = list(dict.fromkeys(LINES))
-FIRST = ("mmsid run configs/demo.yaml", "mmsid bundle")  # in this order, before the other commands
+NOT_RUN = {  # start of a command -> why it is not run here
+    "pip install ": "the tests run in an environment that has mmsid",
+    "make ": ".ci/run calls make, and make builds a virtual environment of its own",
+    ".venv/bin/": "development commands of CONTRIBUTING.md: .ci/run calls them through make",
+    "python scripts/configuration_page.py": "writes a page of the checkout; test_configuration_reference.py compares it",
+}
+FIRST = ("mmsid demo", "mmsid bundle", "accelerate launch scripts/train_reward.py")  # in this order, before the other commands
 QUALITY = ["text_quality.model.steps=150", "text_quality.least_accuracy=0.6", "text_quality.most_calibration_error=0.5"]
+DEMO = [
+    "train_tokenizer.steps=2",
+    "train_tokenizer.decoder_steps=2",
+    "train_tokenizer.codebook_size=16",
+    "baselines.codebook_size=16",
+    "refine.top_m=3",
+    "refine.loop.rounds=2",
+    "train_recommender.seeds=[0]",
+    "train_recommender.schedule.epochs=1",
+    "refine.gate.draws=50",
+]
 SMALL = {
+    "mmsid demo": ["--items", "150", "--users", "120", *DEMO],
     "train_reward.py": QUALITY,
     "train_recommender_rl.py": [
         "train_recommender_rl.schedule={epochs: 2}",
         "train_recommender_rl.reinforcement={steps: 3, histories: 4, group: 4}",
     ],
     "mmsid stability": ["stability.max_items=20"],
-    "configs/demo.yaml": [
-        "train_tokenizer.steps=2",
-        "train_tokenizer.decoder_steps=2",
-        "train_tokenizer.codebook_size=16",
-        "baselines.codebook_size=16",
-        "refine.top_m=3",
-        "refine.loop.rounds=2",
-        "train_recommender.seeds=[0]",
-        "train_recommender.schedule.epochs=1",
-        "refine.gate.draws=50",
-        *QUALITY,
-    ],
+    "configs/demo.yaml": DEMO,
     "configs/captioner_demo.yaml": [
         "train_captioner.drawn.cards=64",
         "train_captioner.drawn.held_out=8",
@@ -86,12 +98,17 @@ os.symlink("demo/catalog", "data")
 
 
 def test_readme_and_docs_name_existing_files():
-    assert "make demo" in COMMANDS and "make test" in COMMANDS and len(COMMANDS) >= 20
+    assert "mmsid demo" in COMMANDS and "`make demo`" in TEXT and "`make test`" in TEXT and len(COMMANDS) >= 20
     for path in re.findall(r"(?:configs|scripts|benchmarks|prompts)/[\w./-]*\w", TEXT):
         assert (ROOT / path).exists(), f"README or docs name {path}, which does not exist"
     for page in PAGES:
         for link in re.findall(r"\]\(([\w./-]+)\)", page.read_text(encoding="utf-8")):
             assert (page.parent / link).exists(), f"{page.name} links to {link}, which does not exist"
+
+
+def test_every_command_that_is_not_run_has_a_reason_and_exists():
+    for start, reason in NOT_RUN.items():
+        assert len(reason) > 20 and any(command.startswith(start) for command in COMMANDS), f"remove {start!r} from NOT_RUN"
 
 
 def test_readme_has_at_most_160_lines():
@@ -116,12 +133,29 @@ def test_commands_and_snippets_run(tmp_path):
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, f"{shown}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
 
-    call(shlex.split("mmsid demo-catalog demo/catalog --items 150 --users 120 --seed 0"), "demo-catalog")
+    def serve(command: list[str]) -> None:
+        """Start the service, run all curl commands against it, and stop it."""
+        served = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+        try:
+            assert any("serves runs/demo/bundle" in line for line in served.stderr), "the service did not start"
+            for line in COMMANDS:
+                if line.startswith("curl ") and shutil.which("curl"):
+                    call([*shlex.split(line), "--silent", "--show-error", "--fail-with-body"], line)
+        finally:
+            served.terminate()
+        assert served.wait(60) == 0
+
     write_vectors(tmp_path)
+    tiny_language_model(tmp_path / "models" / "lm")
     ordered = sorted(COMMANDS, key=lambda command: next((at for at, part in enumerate(FIRST) if command.startswith(part)), len(FIRST)))
     for command in ordered:
-        if command.startswith("make "):
+        if command.startswith((*NOT_RUN, "curl ")):
             continue
+        if command.startswith("mmsid serve"):
+            serve(shlex.split(command))
+            continue
+        if "ad.jpg" in command and not (tmp_path / "ad.jpg").exists():
+            shutil.copyfile(sorted((tmp_path / "demo" / "catalog" / "images").glob("*.jpg"))[0], tmp_path / "ad.jpg")
         small = next((overrides for part, overrides in SMALL.items() if part in command), [])
         call([*shlex.split(command.replace("/tmp/ads", str(tmp_path / "ads"))), *small], command)
     for snippet in blocks("python"):

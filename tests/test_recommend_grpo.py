@@ -22,6 +22,7 @@ from trl import GRPOConfig
 
 from mmsid.artifacts import read_manifest, write_table, writing
 from mmsid.catalog.demo import write_demo_catalog
+from mmsid.catalog.demo.new_ads import write_new_ads
 from mmsid.errors import ArtifactError, MmsidError
 from mmsid.recommend.beam_search import beam_item_scores, beam_search
 from mmsid.recommend.flat import FlatShape
@@ -249,6 +250,7 @@ def test_pipeline_from_demo_ads_to_a_reinforced_recommender_on_two_processes(tmp
         return finished.stderr
 
     write_demo_catalog(tmp_path / "demo" / "catalog", items=90, users=80, seed=0)
+    write_new_ads(tmp_path / "demo" / "catalog", tmp_path / "demo" / "known")
     for stage in ("caption", "interests", "baselines"):
         call(
             "scripts/" + stage + ".py",
@@ -258,7 +260,7 @@ def test_pipeline_from_demo_ads_to_a_reinforced_recommender_on_two_processes(tmp
             "baselines.methods=[random,balanced_rq]",
         )
     quality = ["text_quality.model.steps=150", "text_quality.least_accuracy=0.6", "text_quality.most_calibration_error=0.5"]
-    call("scripts/train_reward.py", "--part", "text", "--config", "configs/demo.yaml", *quality)
+    call("scripts/train_reward.py", "--part", "text", "--config", "configs/demo_recommender_rl.yaml", *quality)
     assert 0 < read_manifest(tmp_path / "runs/demo/text_quality", "text_quality")["extra"]["mean_q"] < 1
     section = "train_recommender_rl."
     small = [section + "schedule={epochs: 2}", section + "reinforcement={steps: 3, histories: 4, group: 4}"]

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -83,7 +86,10 @@ def test_all_users_of_the_catalogue_are_answered_from_their_whole_histories(trai
     expected = Recommender.from_pretrained(folder / "recommender").recommend(histories, k=5)
     rows = rows_of(out)
     assert pq.read_table(out / "recommendations/part-00000.parquet").schema.names == SCHEMA.names
-    assert [row["user_id"] for row in rows] == users and [row["item_ids"] for row in rows] == expected.item_ids
+    order = {row["user_id"]: place for place, row in enumerate(rows)}
+    assert len(rows) == len(order) == len(users)
+    rows = [rows[order[user]] for user in users]
+    assert [row["item_ids"] for row in rows] == expected.item_ids
     assert np.allclose([row["scores"] for row in rows], expected.scores, atol=1e-5)
     assert [row["sources"] for row in rows] == [["|".join(names) for names in user] for user in expected.sources]
     assert not any(set(row["item_ids"]) & set(history) for row, history in zip(rows, histories, strict=True))
@@ -164,19 +170,50 @@ def test_users_of_an_event_log_are_answered(trained, recommend, tmp_path):
     pq.write_table(pa.table(columns), tmp_path / "events.parquet")
     out = recommend("recommend.shard_rows=40", catalog={"sequences": None, "events": str(tmp_path / "events.parquet"), "max_users": 7})
     expected = {row["user_id"]: row["item_ids"] for row in rows_of(recommend(name="sequences"))}
-    assert {row["user_id"]: row["item_ids"] for row in rows_of(out)} == expected and len(expected) == USERS
-    assert counts_of(out)["users_without_known_items"] == 1 and len(list((out / "recommendations").iterdir())) == 3
+    *rows, stranger = rows_of(out)
+    assert {row["user_id"]: row["item_ids"] for row in rows} == expected and len(expected) == USERS
+    assert (stranger["user_id"], stranger["status"], len(stranger["item_ids"])) == ("stranger", "empty_history", 40)
+    assert counts_of(out)["empty_history"] == 1 and len(list((out / "recommendations").iterdir())) == 3
+
+
+@pytest.mark.parametrize("text", [" ".join, json.dumps, ",".join])
+def test_a_table_of_other_column_names_and_texts_is_read_by_every_stage_alike(trained, recommend, tmp_path, text):
+    users, histories = histories_of(trained[0])
+    rows = {"customer_id": users, "history": [text(history) for history in histories]}
+    pq.write_table(pa.table(rows), tmp_path / "log.parquet")
+    expected = {row["user_id"]: row["item_ids"] for row in rows_of(recommend(name="plain"))}
+    out = recommend(name="catalogue", catalog={"sequences": str(tmp_path / "log.parquet")})
+    assert {row["user_id"]: row["item_ids"] for row in rows_of(out)} == expected
+    pa.csv.write_csv(pa.table(rows), tmp_path / "log.csv")
+    out = recommend("--users", tmp_path / "log.csv", name="file")
+    assert {row["user_id"]: row["item_ids"] for row in rows_of(out)} == expected and counts_of(out)["unknown_ids"] == 0
+
+
+def test_the_users_of_an_ingested_catalogue_are_not_read_from_their_table_again(trained, recommend, tmp_path):
+    folder, _ = trained
+    log = tmp_path / "log.parquet"
+    shutil.copy(folder / "data/sequences.parquet", log)
+    catalog = {"items": str(folder / "data/items.parquet"), "sequences": str(log)}
+    settings = {"name": "run", "runs": str(tmp_path / "runs"), "catalog": catalog}
+    (tmp_path / "ingest.yaml").write_text(yaml.safe_dump(settings | {"ingest": {}}))
+    main(["ingest", "--config", str(tmp_path / "ingest.yaml")])
+    expected = rows_of(recommend(name="other"))
+    status = log.stat()
+    log.write_bytes(b"x" * status.st_size)
+    os.utime(log, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert rows_of(recommend(catalog={"sequences": str(log)})) == expected
 
 
 def test_only_and_seen_items(trained, recommend, tmp_path):
     folder, numbers = trained
-    _, histories = histories_of(folder)
+    histories = dict(zip(*histories_of(folder), strict=True))
     pq.write_table(pa.table({"item_id": [*list(numbers)[:12], "unknown"]}), tmp_path / "only.parquet")
     rows = rows_of(recommend(f"recommend.only={tmp_path / 'only.parquet'}"))
-    for row, history in zip(rows, histories, strict=True):
-        assert set(row["item_ids"]) == set(list(numbers)[:12]) - set(history)
+    for row in rows:
+        assert set(row["item_ids"]) == set(list(numbers)[:12]) - set(histories[row["user_id"]])
     with_seen = rows_of(recommend("recommend.exclude_seen=false", "recommend.k=40", name="seen"))
-    assert all(set(history) <= set(row["item_ids"]) for row, history in zip(with_seen, histories, strict=True))
+    assert len(rows) == len(with_seen) == USERS
+    assert all(set(histories[row["user_id"]]) <= set(row["item_ids"]) for row in with_seen)
 
 
 def files_of(out) -> dict[str, bytes]:
@@ -243,14 +280,14 @@ def test_mistakes_are_refused_with_their_remedy(trained, recommend, tmp_path, ca
     moved = SidTable.from_codes(table.item_ids[::-1], table.codes, (8, 8), tokenizer_sha256=table.tokenizer_sha256)
     write_sids(tmp_path / "moved", moved, numbers)
     (tmp_path / "only.csv").write_text("item_id\nwho\n")
-    pq.write_table(pa.table({"user": ["a"], "items": [["x"]]}), tmp_path / "users.parquet")
+    pq.write_table(pa.table({"person": ["a"], "items": [["x"]]}), tmp_path / "users.parquet")
     for arguments, section, words in (
         ((), {"sids": str(tmp_path / "moved")}, "give known items other codes"),
         ((), {"recommender": str(tmp_path)}, "not a recommender folder"),
         ((), {"only": str(tmp_path / "only.csv")}, "knows none of the 1 ids (first: 'who'"),
         ((), {"catalog": {"sequences": None}}, "the catalogue has no users; name a table of users: --users FILE"),
         (("--users", tmp_path / "none.csv"), {}, "recommend.users: "),
-        (("--users", tmp_path / "users.parquet"), {}, "no column 'user_id' (catalog.fields.user_id); found: user, items"),
+        (("--users", tmp_path / "users.parquet"), {}, "no column 'user_id' (catalog.fields.user_id); found: person, items"),
         (("--k", "0"), {}, "recommend.k is 0"),
     ):
         with pytest.raises(SystemExit):

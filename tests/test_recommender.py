@@ -19,6 +19,7 @@ from mmsid.catalog import CatalogConfig, read_catalog, split_histories
 from mmsid.catalog.item import Item
 from mmsid.errors import ArtifactError, CatalogError, MmsidError
 from mmsid.recommend.hybrid import fit_hybrid
+from mmsid.recommend.recommender import UnlistedItems
 from mmsid.recommend.sid_transformer import SidTransformerShape
 from mmsid.recommend.training import Schedule, table_paths
 from mmsid.sids import write_sid_folder
@@ -248,3 +249,22 @@ def test_a_damaged_folder_is_refused(trained, recommender, tmp_path):
     path.write_bytes(content)
     with pytest.raises(ArtifactError, match=r"ranker.safetensors has sha256"):
         Recommender.from_pretrained(tmp_path / "damaged")
+
+
+def test_a_history_may_hold_items_that_are_not_listed(trained, recommender):
+    """The content of an unlisted item counts as that of a listed one without interactions, and it is never recommended."""
+    _, histories, _ = trained
+    table = grown(recommender, ["fresh"])
+    unlisted = UnlistedItems([NEW], table.align(["fresh"]), vectors_of([40]))
+    mixed = [[*histories[0][:2], "fresh"], ["fresh"], histories[3], ["fresh", "nobody"]]
+    before = recommender.recommend(mixed, k=8, unlisted=unlisted)
+    assert before.status == ["personal"] * 4 and before.unknown_ids == [0, 0, 0, 1]
+    assert not any("fresh" in items for items in before.item_ids)
+    plain = recommender.recommend(histories[3:4], k=8)
+    assert before.item_ids[2] == plain.item_ids[0] and before.item_ids[1] == before.item_ids[3]
+    recommender.add_items([NEW], table, vectors_of([40]))
+    after = recommender.recommend(mixed, k=8)
+    for user in (0, 1, 3):
+        assert before.item_ids[user] == after.item_ids[user] and np.allclose(before.scores[user], after.scores[user], atol=1e-4)
+    with pytest.raises(CatalogError, match="knows 'fresh' already"):
+        recommender.recommend(mixed, k=8, unlisted=unlisted)

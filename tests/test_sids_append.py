@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mmsid.errors import MmsidError
-from mmsid.sids.append import append_codes
+from mmsid.sids.append import GrowingSids, append_codes
 
 NEW = [-1, -1]
 
@@ -93,3 +93,23 @@ def test_row_order_has_no_effect_and_two_appends_differ_only_for_contested_sids(
     uncontested = np.array([sum(np.array_equal(raw[row], raw[other]) for other in by_hash.values()) == 1 for row in range(count)])
     unchanged = uncontested & (once == raw).all(1) & (twice == raw).all(1)
     assert unchanged.sum() >= 0.8 * uncontested.sum() > 0, "uncontested raw SIDs are kept, except for a few taken by displaced items"
+
+
+def test_a_growing_table_gives_what_repeated_appends_to_the_whole_table_give():
+    rng = np.random.default_rng(1)
+    count, sizes = 90, (3, 4, 5)
+    hashes = [f"{rng.integers(0, 50):03}" for _ in range(count)]
+    raw_of = {content: rng.integers(0, sizes) for content in hashes}
+    scores_of = {content: np.log(rng.dirichlet(np.ones(5))) for content in hashes}
+    raw, retired = np.stack([raw_of[content] for content in hashes]), np.array([[0, 0, 0], [1, 1, 1]])
+    whole, growing = np.full((count, 3), -1), None
+    for start in range(0, count, 30):
+        rows = np.arange(start, start + 30)
+        names = hashes[: start + 30]
+        functions = (lambda rows, _, names=names: np.stack([scores_of[names[row]] for row in rows]), lambda row: [])
+        whole[: start + 30] = append_codes("relocate", raw[: start + 30], names, whole[: start + 30], sizes, *functions, retired)
+        if growing is None:
+            growing = GrowingSids("relocate", whole[:30], hashes[:30], sizes, retired)
+            continue
+        assert np.array_equal(growing.append(raw[rows], [hashes[row] for row in rows], *functions, rows), whole[rows])
+    assert not {tuple(codes) for codes in whole.tolist()} & {tuple(codes) for codes in retired.tolist()}

@@ -127,7 +127,6 @@ def test_exports_and_back(tmp_path):
         "index.json",
         "intrinsic.json",
         "sids.parquet",
-        "tokens.txt",
         "trie.safetensors",
     ]
     index = json.loads((tmp_path / "sids" / "index.json").read_text())
@@ -137,7 +136,6 @@ def test_exports_and_back(tmp_path):
         "i2": ["<a_0>", "<b_2>"],
         "i3": ["<a_2>", "<b_3>", "<c_0>"],
     }
-    assert (tmp_path / "sids" / "tokens.txt").read_text().split() == table.vocabulary()
     assert table.vocabulary() == ["<a_0>", "<a_1>", "<a_2>", "<b_0>", "<b_1>", "<b_2>", "<b_3>", "<c_0>", "<c_1>"]
     back = import_index_json(tmp_path / "sids" / "index.json", codebook_sizes=(3, 4))
     assert np.array_equal(back.codes, table.codes) and np.array_equal(back.suffix, table.suffix) and back.item_ids == table.item_ids

@@ -115,7 +115,7 @@ def test_assign_policies(world, trained: Path, tmp_path) -> None:
         out = assign.run(assign.AssignConfig(out=tmp_path / policy, collisions=policy, **common))
         tables[policy] = SidTable.load(out)
         names = {path.name for path in out.iterdir()}
-        assert {"index.json", "tokens.txt", "trie.safetensors", "intrinsic.json", "embeddings.safetensors"} <= names
+        assert {"index.json", "trie.safetensors", "intrinsic.json", "embeddings.safetensors"} <= names
         assert "scores.f32" not in names
     assert len(np.unique(tables["relocate"].codes, axis=0)) == 64
     assert np.array_equal(tables["none"].codes, tables["relocate"].raw_codes)

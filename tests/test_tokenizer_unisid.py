@@ -86,6 +86,8 @@ def test_suite_rows_differ_by_one_key() -> None:
         own = {key: value for key, value in keys.items() if key not in base} if name.startswith("unisid_") else keys
         if name.startswith("pixels"):
             assert own.keys() == {"use", "backbone"}, f"{name} changes {own}; pictures need a vision-language backbone"
+        elif name == "titles_colours_efficientnet":
+            assert own == chosen["titles_alone"] | chosen["colours_efficientnet"]
         elif name not in ("ours", "unisid", "suffix", "colliding"):
             assert len(own) == 1, f"{name} changes {own}"
             inner = next(iter(own.values()))

@@ -20,7 +20,7 @@ from pydantic import ValidationError
 
 from mmsid.annotate.answer_text import excerpt
 from mmsid.annotate.confidence import CUT_SHORT, LOW_CONFIDENCE, rounded
-from mmsid.annotate.generator import FINAL, GenerationFailure, Generator, Request
+from mmsid.annotate.generator import DEFAULT_BATCH_SIZE, FINAL, GenerationFailure, Generator, Request
 from mmsid.annotate.job_config import JobConfig
 from mmsid.annotate.job_inputs import JobInput, Task
 from mmsid.annotate.prompts import PLACEHOLDER
@@ -65,11 +65,14 @@ class _PendingRequest:
     input: JobInput
     request: Request
     earlier_attempts: list[str]
+    words: Future[list[str]] | None = None  # lines in the pictures, read while the model generates
 
 
 def job_identity(task: Task, generator: Generator, config: JobConfig) -> dict[str, Any]:
     """Everything except picture and text that can change an answer. It is part of every cache key."""
+    checks = {} if task.words is None else {"check_words": True}
     return {
+        **checks,
         "schema_version": SCHEMA_VERSION,
         "what": task.stage,
         "prompt_sha256": task.prompt.sha256,
@@ -98,6 +101,7 @@ class Annotator:
         self.identity = job_identity(task, generator, config)
         self.work: Counter[str] = Counter()
         self._instruction = task.prompt.text.replace(PLACEHOLDER, "")
+        self.batch_size: int = config.batch_size or getattr(generator, "batch_size", DEFAULT_BATCH_SIZE)
         self._failures: dict[str, _Result] = {}
         self._max_calls = getattr(generator, "max_concurrent_calls", 1)
         self._take_notes = getattr(generator, "take_notes", Counter)
@@ -128,7 +132,7 @@ class Annotator:
         order = iter(sorted(range(len(inputs)), key=lambda at: (-len(inputs[at].pictures), -len(inputs[at].evidence), at)))
         reading: deque[tuple[int, Future]] = deque()
         while True:
-            for at in islice(order, 2 * self.config.batch_size - len(reading)):
+            for at in islice(order, 2 * self.batch_size - len(reading)):
                 reading.append((at, self._reader_pool.submit(self._prepare, inputs[at])))
             if not reading:
                 return
@@ -159,6 +163,9 @@ class Annotator:
         in_flight: dict[Future, dict[str, _PendingRequest]] = {}
         for batch in batches:
             requests = [pending.request for pending in batch.values()]
+            if self.task.words is not None:
+                for pending in batch.values():
+                    pending.words = self._reader_pool.submit(self.task.words.read, pending.request.pictures)
             in_flight[self._generate_pool.submit(self.generator.generate, requests)] = batch
             if len(in_flight) >= self._max_calls:
                 yield from self._completed(in_flight)
@@ -246,6 +253,8 @@ class Annotator:
         if uncertain and self.task.confidence.refusal:
             return rejected(LOW_CONFIDENCE, f"{self.task.confidence.refusal}. It wrote: {excerpt(answer)}")
         flags += output_flags(record.texts(), self._instruction)
+        if self.task.words is not None and pending.words is not None:
+            flags += self.task.words.flags(record.texts(), pending.words.result())
         flags += [LOW_CONFIDENCE] * uncertain + [CUT_SHORT] * getattr(answer, "cut_short", False)
         attempts = [*pending.earlier_attempts, "ok"]
         return _Result(key, record.model_dump(), flags=flags, attempts=attempts, log_probability=log_probability)
@@ -282,7 +291,7 @@ class _AnnotationRun:
     def results(self) -> Iterator[None]:
         """Yield once per finished input. The generator's return value is the list of results, in the order of the inputs."""
         reported = 0
-        for _ in self._attempts(self.annotator.config.batch_size, self.annotator.config.retries):
+        for _ in self._attempts(self.annotator.batch_size, self.annotator.config.retries):
             yield from repeat(None, self.finished - reported)
             reported = self.finished
         if reported != len(self.inputs):

@@ -13,18 +13,20 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from mmsid.annotate.confidence import ANY_MODEL, DEMO_MODEL, LOW_CONFIDENCE, Confidence
-from mmsid.annotate.generator import Generator
+from mmsid.annotate.generator import DEFAULT_BATCH_SIZE, Generator
 from mmsid.annotate.job import annotate
 from mmsid.annotate.job_config import ModelJobConfig
 from mmsid.annotate.job_inputs import JobInput, Task
+from mmsid.annotate.ocr import check_installed
 from mmsid.annotate.prompts import Prompt, evidence_json, item_evidence, load_prompt
 from mmsid.annotate.records import Caption, CaptionWithInterests, Record, parse_caption, parse_caption_with_interests
 from mmsid.annotate.server import OpenAIGenerator
 from mmsid.annotate.server_checks import server_problems
 from mmsid.annotate.text_overlays import mask_overlays
+from mmsid.annotate.word_check import WordCheck, small_print
 from mmsid.artifacts import Draft, is_complete, read_manifest, writing
 from mmsid.backbone.packaged_weights import DEMO
 from mmsid.catalog import Item, PictureLimits, load_picture, read_catalog
@@ -36,11 +38,13 @@ class CaptionConfig(ModelJobConfig):
     """Options of the caption stage. The default prompt is `caption_demo` for the small captioners of mmsid, else `caption`.
 
     Attributes:
+        check_words: read the words of every picture by OCR (extra `ocr`), and flag captions that claim others (`word_check`).
         with_interests: ask the model for caption and interests in one answer, so that it reads every picture once. The default prompt is
             then `caption_with_interests`, which also gives the item's text, and `max_new_tokens` is 512. Stage `interests` takes the
             interests over with `generator: captions`. The small captioners of mmsid cannot do it.
     """
 
+    check_words: bool = Field(default=False, exclude_if=lambda check: not check)
     with_interests: bool = False
 
     @model_validator(mode="after")
@@ -72,8 +76,9 @@ def run(config: CaptionConfig, generator: Generator | None = None, engine: Engin
         ConfigError, CatalogError: model, prompt or catalogue cannot be used.
     """
     prompt = load_prompt(config.prompt or default_prompt("caption_with_interests" if config.with_interests else "caption", config))
-    record, parse = (CaptionWithInterests, parse_caption_with_interests) if config.with_interests else (Caption, parse_caption)
-    task = Task("caption", prompt, record, parse, picture_loader(config), confidence=confidence_of(config))
+    words = WordCheck() if config.check_words else None
+    record, parse = record_of(config)
+    task = Task("caption", prompt, record, parse, picture_loader(config), words=words, confidence=confidence_of(config))
     generator = generator or build_generator(config, record)
     with writing(config.out, stage="caption", config=config, inputs=config.inputs(), resume=True) as draft:
         catalog = read_catalog(config.catalog)
@@ -113,6 +118,11 @@ def is_small_captioner(model: str | Path) -> bool:
     return str(model) == DEMO or (is_complete(Path(model)) and read_manifest(Path(model))["stage"] == "train_captioner")
 
 
+def record_of(config: CaptionConfig) -> tuple[type[Record], Callable[[str], Record]]:
+    """The record that the model writes, and the function that reads it."""
+    return (CaptionWithInterests, parse_caption_with_interests) if config.with_interests else (Caption, parse_caption)
+
+
 def confidence_of(config: ModelJobConfig) -> Confidence:
     """How sure the configured model has to be of its answers."""
     return DEMO_MODEL if config.server is None and str(config.model) == DEMO else ANY_MODEL
@@ -132,7 +142,7 @@ def build_generator(config: ModelJobConfig, record: type[Record]) -> Generator:
             revision=config.revision,
             max_new_tokens=config.max_new_tokens,
             schema=record.model_json_schema(),
-            batch_size=config.batch_size,
+            batch_size=config.batch_size or DEFAULT_BATCH_SIZE,
             system_prompt=config.system_prompt,
             template_arguments=config.template_arguments,
         )
@@ -154,22 +164,34 @@ def build_generator(config: ModelJobConfig, record: type[Record]) -> Generator:
 def picture_loader(config: ModelJobConfig) -> partial[Image.Image]:
     """A function that loads a picture under the catalogue's limits. It can be pickled and called in any process and folder.
 
+    Raises ConfigError if `mask_overlays` needs the extra `ocr`, which is not installed.
+
     With `mask_overlays` it also shrinks the picture to `max_side` and masks it, in this order: the detector has to see the picture
     at the size that the model reads.
     """
     load = partial(_load, config.catalog.pictures, config.catalog.picture_roots)
-    return partial(_load_masked, load, config.max_side) if config.mask_overlays else load
+    if not config.mask_overlays:
+        return load
+    if config.mask_overlays == "ocr":
+        check_installed("mask_overlays: ocr")
+    return partial(_load_masked, load, config)
 
 
 def _load(limits: PictureLimits, roots: tuple[Path, Path], path: Path) -> Image.Image:
     return load_picture(path, limits, root=roots)
 
 
-def _load_masked(load: Callable[[Path], Image.Image], max_side: int | None, path: Path) -> Image.Image:
-    picture = load(path)
-    if max_side is not None:
-        picture.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
-    return mask_overlays(picture)
+def _load_masked(load: Callable[[Path], Image.Image], config: ModelJobConfig, path: Path) -> Image.Image:
+    return masked(load(path), config)
+
+
+def masked(picture: Image.Image, config: ModelJobConfig) -> Image.Image:
+    """The picture without small print, at most `max_side` wide and high, if `mask_overlays` is set; else unchanged."""
+    if not config.mask_overlays:
+        return picture
+    if config.max_side is not None:
+        picture.thumbnail((config.max_side, config.max_side), Image.Resampling.LANCZOS)
+    return mask_overlays(picture, small_print if config.mask_overlays == "ocr" else None)
 
 
 def print_summary(stage: str, draft: Draft, out: Path) -> None:

@@ -54,16 +54,19 @@ TRANSIENT = frozenset({"server_timeout", "server_busy", "server_error", "server_
 FINAL = frozenset({"reasoning_only", "model_refused", "low_confidence"})
 
 
+DEFAULT_BATCH_SIZE = 16
+
+
 class Generator(Protocol):
     """Answers requests in order, with one text or failure each.
 
     A text may be an `Answer`, which also holds the model's confidence.
 
-    Four attributes are optional. `constrained` says whether every answer is held to the record's JSON schema. `max_concurrent_calls`
-    (default 1) is the number of `generate` calls in flight, each in its own thread, so that the next batch is prepared while the
-    current one is generated. `close()` cancels running calls and releases connections; a later `generate` connects again.
-    `take_notes()` returns counts since its last call, which the job adds to the counts of its work in the manifest. The Ray engine
-    needs a generator that can be pickled.
+    Five attributes are optional. `batch_size` is the number of requests per call if the configuration names none. `constrained` says
+    whether every answer is held to the record's JSON schema. `max_concurrent_calls` (default 1) is the number of `generate` calls in
+    flight, each in its own thread, so that the next batch is prepared while the current one is generated. `close()` cancels running
+    calls and releases connections; a later `generate` connects again. `take_notes()` returns counts since its last call, which the job
+    adds to the counts of its work in the manifest. The Ray engine needs a generator that can be pickled.
     """
 
     model_id: str

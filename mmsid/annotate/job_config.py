@@ -22,7 +22,8 @@ class JobConfig(StageConfig):
     can be resumed with other values.
 
     Attributes:
-        batch_size: requests per call of the generator.
+        batch_size: requests per call of the generator. None: 16, or as many as the free memory of a GPU should hold (16 to 256). A batch
+            that exceeds the memory is halved, and the job goes on with the smaller size.
         temperature: of the first attempt; 0 is greedy decoding.
         retries: further attempts after an invalid answer.
         retry_temperature: of the further attempts; a greedy retry would return the same answer.
@@ -34,7 +35,7 @@ class JobConfig(StageConfig):
         ray: resources of the engine `ray`.
     """
 
-    batch_size: int = Field(default=16, ge=1, exclude=True)
+    batch_size: int | None = Field(default=None, ge=1, exclude=True)
     temperature: float = Field(default=0.0, ge=0.0)
     retries: int = Field(default=1, ge=0, le=10)
     retry_temperature: float = Field(default=0.7, gt=0.0)
@@ -54,14 +55,17 @@ class ModelJobConfig(JobConfig):
         generator: `huggingface`, or `openai`. For `openai`, `model` is the name on the server and `revision` names its weights.
         model: `demo`, a folder, or a hub id.
         revision: git revision of a hub model.
-        dtype: number format of the weights of a model in this process.
+        dtype: number format of the weights of a model in this process. `auto` is bfloat16 on a GPU that computes in it (checkpoints of
+            less than 400 MB in float32 stay so), and float32 elsewhere.
         device: of a model in this process: `auto` (cuda, else mps, else cpu), `cpu`, `cuda`, `cuda:1`, `mps`. Not part of the manifest.
         max_new_tokens: longest answer.
-        mask_overlays: paint over lines of small print before the model reads the picture (see `text_overlays`).
-        picture_tokens: largest number of tokens per picture, for models whose token count depends on the size (Qwen-VL).
+        mask_overlays: paint over lines of small print before the model reads the picture (see `text_overlays`). `ocr` locates the lines by
+            OCR (extra `ocr`) instead of counting strokes.
+        picture_tokens: largest number of tokens per picture, for models whose token count depends on its settings or the size.
         prompt: name of a shipped prompt, or a file. None: the prompt that fits the model.
-        system_prompt: instruction in the role `system` before every prompt. None: the default of the model's chat template.
-        template_arguments: variables for the model's chat template, for example `{enable_thinking: false}`.
+        system_prompt: instruction in the role `system` before every prompt; "" for none.
+        template_arguments: variables of the model's chat template. For a model in this process `enable_thinking` is false unless it stands
+            here; a server gets them as `chat_template_kwargs`.
         server: address and limits of the server; required by `openai`.
     """
 
@@ -69,14 +73,14 @@ class ModelJobConfig(JobConfig):
     generator: Literal["huggingface", "openai"] = "huggingface"
     model: str | Path = DEMO
     revision: str | None = None
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = Field(default="auto", exclude=True)
     max_new_tokens: int = Field(default=256, ge=1)
-    mask_overlays: bool = False
+    mask_overlays: bool | Literal["ocr"] = False
     picture_tokens: int | None = Field(default=None, ge=1)
-    prompt: str | None = None
-    system_prompt: str | None = Field(default=None, min_length=1)
+    system_prompt: str = ""
     template_arguments: dict[str, Any] = Field(default_factory=dict)
+    prompt: str | None = None
     server: ServerConfig | None = None
 
     def inputs(self) -> dict[str, Path | None]:
@@ -88,9 +92,8 @@ class ModelJobConfig(JobConfig):
     def _check_server(self) -> ModelJobConfig:
         if (self.generator == "openai") != (self.server is not None):
             raise ValueError("generator: openai and a server: section go together; write both or neither")
-        if self.generator == "openai" and self.picture_tokens is not None:
+        if self.generator == "openai" and self.picture_tokens:
             raise ValueError(
-                "picture_tokens does not apply to generator: openai, where the server's own processor decides; "
-                "set it on the server, or lower max_side"
+                "picture_tokens does not apply to openai, where the server's own processor decides; set it there or lower max_side"
             )
         return self

@@ -13,6 +13,7 @@ from PIL import Image
 from mmsid.annotate.confidence import ANY_MODEL, Confidence
 from mmsid.annotate.prompts import Prompt
 from mmsid.annotate.records import Record
+from mmsid.annotate.word_check import WordCheck
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Task:
         load_picture: reads a picture by its path. Raises PictureError.
         any_picture: True uses the first readable picture of an input; False requires every picture to be readable.
         constants: columns with one value in every row.
+        words: check of the record's texts against the words in the pictures; None for none.
         confidence: which answers the model is not sure of, and what becomes of them.
         integer_ids: whether item ids become whole numbers in the files, as they are in the user's table.
     """
@@ -54,6 +56,7 @@ class Task:
     load_picture: Callable[[Path], Image.Image]
     any_picture: bool = False
     constants: Mapping[str, str] = field(default_factory=dict)
+    words: WordCheck | None = None
     confidence: Confidence = ANY_MODEL
     integer_ids: bool = False
 

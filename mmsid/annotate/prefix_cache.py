@@ -7,6 +7,7 @@ are padded between the prefix and the rest, under a mask; positions count unmask
 from __future__ import annotations
 
 import copy
+import inspect
 
 import torch
 from transformers import DynamicCache
@@ -53,7 +54,7 @@ class PrefixCache:
         return {
             "input_ids": torch.cat([prefix, padded], 1),
             "attention_mask": torch.cat([torch.ones_like(prefix), attended], 1).to(inputs["attention_mask"].dtype),
-            "past_key_values": cache,
+            _cache_argument(model): cache,
         }
 
     def _matches(self, rows: list[torch.Tensor]) -> bool:
@@ -68,10 +69,15 @@ class PrefixCache:
         length = min(int(same.int().cumprod(0).sum()), shortest - 1)
         if not self._supported or len(rows) == 1 or length < MIN_PREFIX:
             return False
-        cache = model(input_ids=rows[0][None, :length], use_cache=True).past_key_values
+        cache = getattr(model(input_ids=rows[0][None, :length], use_cache=True), _cache_argument(model))
         self._supported = isinstance(cache, DynamicCache) and all(type(layer) is DynamicLayer for layer in cache.layers)
         if not self._supported:
             return False
         self._ids, self._cache = rows[0][:length].cpu(), cache
         self.computed += 1
         return True
+
+
+def _cache_argument(model: torch.nn.Module) -> str:
+    """Name of the cache in calls and outputs of the model: `cache`, or `past_key_values` before transformers 5.20."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"

@@ -7,11 +7,12 @@ shipped captioner reads no words and does not need masking (benchmarks/robustnes
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 from PIL import Image
 
+Box = tuple[int, int, int, int]  # top, bottom, left, right, with exclusive ends
 MASKED = "overlay_masked"
 FLAGS = "mmsid_flags"  # key in `Image.info` of the flags of a picture
 CONTRAST = 48  # grey levels between neighbouring pixels at the edge of a stroke
@@ -20,10 +21,14 @@ MAX_HEIGHT = 0.2  # of the picture; a higher band is a texture
 MIN_HEIGHT = 3  # pixels
 
 
-def mask_overlays(picture: Image.Image) -> Image.Image:
-    """The picture (RGB) with its lines of small print painted over and `.info[FLAGS]` set; the same object if there are none."""
+def mask_overlays(picture: Image.Image, locate: Callable[[Image.Image], list[Box]] | None = None) -> Image.Image:
+    """The picture (RGB) with its lines of small print painted over and `.info[FLAGS]` set; the same object if there are none.
+
+    Args:
+        locate: finds the boxes of the lines; by default `text_bands`.
+    """
     pixels = np.asarray(picture)
-    bands = text_bands(pixels)
+    bands = text_bands(pixels) if locate is None else locate(picture)
     if not bands:
         return picture
     painted = pixels.copy()
@@ -39,7 +44,7 @@ def picture_flags(pictures: Iterable[Image.Image]) -> list[str]:
     return list(dict.fromkeys(flag for picture in pictures for flag in picture.info.get(FLAGS, ())))
 
 
-def text_bands(pixels: np.ndarray) -> list[tuple[int, int, int, int]]:
+def text_bands(pixels: np.ndarray) -> list[Box]:
     """Boxes of lines of small print: (H, W, 3) uint8 -> (top, bottom, left, right) with exclusive ends, from top to bottom."""
     grey = pixels.astype(np.int32) @ np.array([77, 150, 29], dtype=np.int32) >> 8
     steps = np.diff(grey, axis=1)

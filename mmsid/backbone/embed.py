@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from transformers import AutoModel, AutoTokenizer
 
+from mmsid.backbone.loading_bar import no_loading_bar
 from mmsid.backbone.packaged_weights import minilm_path
-from mmsid.backbone.text import no_loading_bar
 from mmsid.progress import track
 
 _DIM = 384

@@ -24,6 +24,8 @@ class LoraSettings(Section):
 
     Attributes:
         r: rank; 0 switches LoRA off, and the backbone stays frozen.
+        alpha: the adapter is scaled by alpha / r.
+        dropout: dropout rate at the input of the adapter.
         targets: name endings of the adapted linear layers; default: the attention projections.
         last_layers: adapt the last n layers only. None adapts all.
     """

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from mmsid.backbone.rows import other_inputs, per_token_keys
+
 Batch = dict[str, Tensor]
 
 
@@ -92,6 +94,11 @@ class QueryBackbone(nn.Module, ABC):
         """Device of the weights."""
         return self.queries.device
 
+    @property
+    def number_format(self) -> torch.dtype:
+        """Number format of the frozen weights."""
+        return self.model.get_input_embeddings().weight.dtype
+
     def train(self, mode: bool = True) -> QueryBackbone:
         """Set the mode of LoRA dropout and of subclasses; the frozen model stays in evaluation mode, so that its dropout never runs."""
         super().train(mode)
@@ -131,12 +138,7 @@ class QueryBackbone(nn.Module, ABC):
             "query_mask": torch.zeros(size, dtype=torch.bool),
             "content_mask": torch.zeros(size, dtype=torch.bool),
         }
-        per_token = {
-            key
-            for row in encoded
-            for key, value in row.items()
-            if key not in batch and value.shape == row["input_ids"].shape and not value.is_floating_point()
-        }
+        per_token = set(per_token_keys(encoded))
         for key in sorted(per_token):
             batch[key] = torch.full(size, self.extra_fill.get(key, 0), dtype=torch.int64)
         for i, (row, length) in enumerate(zip(encoded, lengths, strict=True)):
@@ -147,13 +149,15 @@ class QueryBackbone(nn.Module, ABC):
             batch["query_mask"][i, length : length + self.num_queries] = True
             for key in per_token & row.keys():
                 batch[key][i, :length] = row[key][0]
-        for key in sorted({key for row in encoded for key in row} - batch.keys()):
-            batch[key] = _stack_pictures([row[key] for row in encoded if key in row])
-        return batch
+        return batch | other_inputs(encoded, batch)
 
     def token_states(self, batch: Batch) -> TokenStates:
         """Run the model with the learnable vectors in place of the placeholder embeddings."""
-        inputs = {key: value for key, value in batch.items() if key not in ("query_mask", "content_mask")}
+        inputs = {
+            key: value.to(self.number_format) if value.is_floating_point() else value
+            for key, value in batch.items()
+            if key not in ("query_mask", "content_mask")
+        }
         mask = batch["query_mask"]
         if not self.causal:
             inputs["attention_mask"] = self._bidirectional_mask(batch)
@@ -216,16 +220,9 @@ class QueryBackbone(nn.Module, ABC):
         self.model.eval()
         states = self.model(input_ids=ids, attention_mask=torch.ones_like(ids), **extra).last_hidden_state
         self.model.train(training)
-        return bool((states[0, :2] - states[1, :2]).abs().max() < 1e-5)
+        tolerance = max(1e-5, 4 * torch.finfo(states.dtype).eps * float(states.abs().max()))
+        return bool((states[0, :2] - states[1, :2]).abs().max() < tolerance)
 
     def probe_fill(self) -> dict[str, int]:
         """Extra per-token inputs and their values at query tokens that make the model causal there."""
         return {}
-
-
-def _stack_pictures(parts: list[Tensor]) -> Tensor:
-    """Concatenate pixel inputs along the first axis; a second axis of pictures per item (idefics3) is zero-padded to the longest."""
-    if parts[0].dim() >= 4 and len({part.shape[1] for part in parts}) > 1:
-        longest = max(part.shape[1] for part in parts)
-        parts = [torch.cat([part, part.new_zeros(part.shape[0], longest - part.shape[1], *part.shape[2:])], 1) for part in parts]
-    return torch.cat(parts, 0)

@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerBase
-from transformers.utils import logging
 
+from mmsid.backbone.devices import torch_device
+from mmsid.backbone.loading_bar import no_loading_bar
+from mmsid.backbone.model_loading import Dtype, resolve_dtype
 from mmsid.backbone.packaged_weights import MINILM, resolve
 from mmsid.backbone.query_tokens import BackboneInput, Batch, QueryBackbone
 from mmsid.backbone.weight_files import check_weight_files
 from mmsid.errors import ConfigError
 
 _OFFSET_BY_PADDING = {"roberta", "xlm-roberta", "camembert", "mpnet"}  # position ids start at padding_idx + 1
-
-
-@contextlib.contextmanager
-def no_loading_bar() -> Iterator[None]:
-    """Switch off the weight-loading progress bar of transformers."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def hidden_size_of(path: str) -> int:
@@ -49,19 +38,21 @@ class TextBackbone(QueryBackbone):
     Args:
         path: "minilm", or a folder or hub id of an encoder (BERT, MPNet, ...) or a causal model (Qwen, Llama, ...).
         max_length: maximum number of content tokens; content and query tokens must fit the positions of the model.
+        dtype: number format of the weights, see `mmsid.backbone.model_loading.resolve_dtype`.
+
     Raises:
         ConfigError: the model cannot be loaded, or `max_length` is too large.
     """
 
     look_ahead = 64
 
-    def __init__(self, path: str = MINILM, *, num_levels: int = 3, max_length: int = 128, seed: int = 0) -> None:
+    def __init__(self, path: str = MINILM, *, num_levels: int = 3, max_length: int = 128, dtype: Dtype = "auto", seed: int = 0) -> None:
         folder = resolve(path)
         check_weight_files(folder)
         try:
             text_tokenizer = AutoTokenizer.from_pretrained(folder)
             with no_loading_bar():
-                model = AutoModel.from_pretrained(folder, attn_implementation="sdpa")
+                model = AutoModel.from_pretrained(folder, dtype=resolve_dtype(dtype, folder, torch_device()))
         except (OSError, ValueError, SafetensorError) as error:
             raise ConfigError(
                 f"backbone {path!r} cannot be loaded as a text model ({error}); use a folder, a hub id or `minilm`"

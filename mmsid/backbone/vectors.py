@@ -43,6 +43,11 @@ class VectorBackbone(nn.Module):
         """Device of the weights."""
         return self.queries.device
 
+    @property
+    def number_format(self) -> torch.dtype:
+        """Number format of the content: float32."""
+        return torch.float32
+
     def tokens_of(self, items: Sequence[BackboneInput]) -> list[Batch]:
         """`vector` (1, H) of each item. An item counts as one token: `input_ids` (1, 1).
 

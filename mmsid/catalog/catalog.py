@@ -39,7 +39,7 @@ class Catalog:
             whose interactions were sorted), `timestamp_of_other_unit` (times in another unit than most), `user_in_several_rows` (users
             whose rows were merged), `repeated_row` (rows dropped that repeat another one of their user), `duplicate_event` (events that
             repeat user, item and time), `repeated_item` (interactions with an item that the user has engaged with before), and the
-            codes of `mmsid.catalog.events`. `vector_of_unknown_item` counts the vectors of items that the catalogue does not have.
+            codes of `mmsid.catalog.logs.events`. `vector_of_unknown_item` counts the vectors of items that the catalogue does not have.
         vectors: vectors of the items in their order, the families beside each other; None if the configuration names none.
         notes: facts on the sources for the user, one line each.
         not_read: columns of the items table that no field refers to.

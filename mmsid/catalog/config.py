@@ -181,8 +181,13 @@ class CatalogConfig(Section):
         vectors: parquet files with a vector per item, one file per family of vectors (`mmsid.catalog.vectors`).
         clean_text: remove instructions to models, hidden characters and repeated keywords (`prompt_injection`) from titles and
             descriptions. Such texts are recorded among the item's problems in any case.
+        fields: which column of the tables holds which field of an item.
+        pictures: limits on pictures and downloads.
+        split: which interactions are train, valid and test.
         max_items, max_users: keep at most this many. They are chosen by content hash, so row order and ids do not matter.
-        picture_cache: folder for pictures that are not local files: bytes in a table, and remote pictures.
+        picture_cache: folder for pictures that are not local files: bytes in a table, and remote pictures; also for the
+            features of pictures (`train_tokenizer.pictures`). A run uses `.cache/pictures` in
+            its folder of runs. Otherwise the default is the environment variable MMSID_PICTURE_CACHE, else `~/.cache/mmsid/pictures`.
         ingested: folder of the stage `ingest` for this catalogue. It is opened instead of the sources if it was made with these keys.
     """
 

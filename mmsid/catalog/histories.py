@@ -87,6 +87,9 @@ class Histories(Sequence[UserHistory]):
         rows: (E,) int64, item rows, in time order per user.
         timestamps: (E,), or None.
         weights: (E,) float64 weights of the events, or None where all are 1.
+        without_items: (V,) texts, ids of the other users of the log, who have no known item. Set by the functions that read logs.
+            Slices and selections do not keep it.
+        integer_user_ids: whether the log holds whole numbers as user ids. Set and kept like `without_items`.
     """
 
     def __init__(
@@ -101,7 +104,8 @@ class Histories(Sequence[UserHistory]):
         if len(offsets) != len(user_ids) + 1 or any(len(each) != offsets[-1] for each in (rows, timestamps, weights) if each is not None):
             raise ValueError(f"{len(user_ids)} users, {len(offsets)} offsets up to {offsets[-1:]} and {len(rows)} rows do not fit together")
         self.user_ids, self.offsets, self.rows, self.timestamps, self.weights = user_ids, offsets, rows, timestamps, weights
-        self.integer_user_ids = False  # set by `read_histories`; slices do not keep it
+        self.without_items = pa.array([], pa.large_string())
+        self.integer_user_ids = False
 
     @classmethod
     def of(cls, users: Iterable[UserHistory]) -> Histories:
@@ -201,15 +205,17 @@ class Histories(Sequence[UserHistory]):
         return again
 
     def save(self, folder: Path) -> None:
-        """Write offsets.npy, rows.npy, user_ids.arrow and, if there are any, timestamps.npy and weights.npy into `folder`."""
+        """Write offsets.npy, rows.npy, user_ids.arrow and, if there are any, timestamps.npy, weights.npy and without_items.arrow."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for name in _ARRAYS:
             if (values := getattr(self, name)) is not None:
                 np.save(folder / f"{name}.npy", values, allow_pickle=False)
-        table = pa.table({"user_id": self.user_ids})
-        with pa.ipc.new_file(folder / "user_ids.arrow", table.schema) as file:
-            file.write_table(table)
+        for name, ids in (("user_ids", self.user_ids), ("without_items", self.without_items)):
+            table = pa.table({"user_id": ids})
+            if len(ids) or name == "user_ids":
+                with pa.ipc.new_file(folder / f"{name}.arrow", table.schema) as file:
+                    file.write_table(table)
 
     @classmethod
     def open(cls, folder: Path) -> Histories:
@@ -219,9 +225,15 @@ class Histories(Sequence[UserHistory]):
             path = folder / f"{name}.npy"
             found = name in ("offsets", "rows") or path.is_file()
             arrays.append(np.asarray(np.load(path, mmap_mode="r", allow_pickle=False)) if found else None)
-        column = pa.ipc.open_file(pa.memory_map(str(folder / "user_ids.arrow"))).read_all()["user_id"]
-        ids = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
-        return cls(ids, *arrays)
+        found = cls(_ids(folder / "user_ids.arrow"), *arrays)
+        if (without := folder / "without_items.arrow").is_file():
+            found.without_items = _ids(without)
+        return found
+
+
+def _ids(path: Path) -> pa.Array:
+    column = pa.ipc.open_file(pa.memory_map(str(path))).read_all()["user_id"]
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
 def _offsets(lengths: np.ndarray) -> np.ndarray:

@@ -60,13 +60,21 @@ def load_picture(reference: str | Path | bytes, limits: PictureLimits, root: Roo
     Raises:
         PictureError: the picture cannot be used; `.reason` is a key of `picture_sources.reasons.REASONS`.
     """
+    return decode_picture(picture_bytes(reference, limits, root), limits, reference)
+
+
+def picture_bytes(reference: str | Path | bytes, limits: PictureLimits, root: Roots = None) -> bytes:
+    """The bytes of a picture file, not decoded. Arguments and errors as for `load_picture`."""
     kind = reference_kind(reference)
     if kind in ("web", "store"):
         raise refusal("not_downloaded", reference)
     if kind == "path":
-        data = read_file(find_file(local_path(reference), limits, root), limits, reference)[0]
-    else:
-        data = inline_bytes(reference, limits.max_bytes)
+        return read_file(find_file(local_path(reference), limits, root), limits, reference)[0]
+    return inline_bytes(reference, limits.max_bytes)
+
+
+def decode_picture(data: bytes, limits: PictureLimits, reference: str | Path | bytes) -> Image.Image:
+    """Decode the bytes of a picture file as `load_picture` does. `reference` is used in messages only."""
     return decode_isolated(data, limits, reference) if limits.isolate else decode(data, limits, reference)
 
 

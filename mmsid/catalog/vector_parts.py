@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from mmsid.catalog.times import is_number
+from mmsid.catalog.logs.times import is_number
 from mmsid.errors import CatalogError
 
 ITEM_ID, VECTOR = "item_id", "vector"

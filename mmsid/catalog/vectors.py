@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mmsid.catalog.columns import id_texts, no_known_id, rows_of
-from mmsid.catalog.times import is_number
+from mmsid.catalog.logs.times import is_number
 from mmsid.errors import CatalogError
 
 ID, VECTOR, INTERACTIONS = "item_id", "vector", "interactions"

@@ -70,7 +70,8 @@ class EmbeddingSource:
 
     def _queries(self, batch: HistoryBatch, decay: float) -> np.ndarray:
         """User vectors float32 (B, D)."""
-        return batch.memo(("embedding", decay), lambda: np.asarray(batch.weights(decay) @ self.embeddings, dtype=np.float32))
+        unlisted = None if batch.unlisted is None else batch.unlisted.embeddings
+        return batch.memo(("embedding", decay), lambda: np.asarray(batch.weighted_sum(decay, self.embeddings, unlisted), dtype=np.float32))
 
 
 def fit_centroids(embeddings: np.ndarray) -> np.ndarray | None:

@@ -5,6 +5,7 @@ selection of the best items from sparse or listed scores. Nothing has the shape 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,22 +16,45 @@ from mmsid.recommend.sparse_rows import history_weights
 RECENT = 200  # items of a history that the sources read, the most recent ones
 
 
+@dataclass(frozen=True)
+class UnlistedRows:
+    """Content of U items that occur in histories and are not in the catalogue. They are read, and never proposed.
+
+    Attributes:
+        tokens: int64 (U, D), their paths.
+        words, labels: (U, V) each, their term vectors.
+        embeddings: (U, E), or None if the sources read no embeddings.
+    """
+
+    tokens: np.ndarray
+    words: sparse.csr_matrix
+    labels: sparse.csr_matrix
+    embeddings: np.ndarray | None
+
+
 class HistoryBatch:
     """B histories over N catalogue rows.
 
     Args:
-        histories: item rows in time order, one array per user.
+        histories: item rows in time order, one array per user. Row N + u is the unlisted item u.
         num_items: N.
         exclude_seen: items of a history (all of it, not only the recent part) are not proposed to its user.
         allowed: (N,) bool, items that may be proposed; None: all.
+        unlisted: content of the U items that are not in the catalogue; None: there are none.
     """
 
     def __init__(
-        self, histories: Sequence[np.ndarray], num_items: int, *, exclude_seen: bool = True, allowed: np.ndarray | None = None
+        self,
+        histories: Sequence[np.ndarray],
+        num_items: int,
+        *,
+        exclude_seen: bool = True,
+        allowed: np.ndarray | None = None,
+        unlisted: UnlistedRows | None = None,
     ) -> None:
         whole = [np.asarray(history, dtype=np.int64) for history in histories]
         self.histories = [history[-RECENT:] for history in whole]
-        self.num_items, self.allowed = num_items, allowed
+        self.num_items, self.allowed, self.unlisted = num_items, allowed, unlisted
         self.excluded = [np.unique(history) if exclude_seen else history[:0] for history in whole]
         self._memo: dict[Hashable, Any] = {}
 
@@ -38,12 +62,20 @@ class HistoryBatch:
         return len(self.histories)
 
     def weights(self, decay: float) -> sparse.csr_matrix:
-        """Recency weights float32 (B, N): decay^k for the item k steps back; decay 0 reads the last item alone.
+        """Recency weights float32 (B, N + U): decay^k for the item k steps back; decay 0 reads the last item alone.
 
         The weights of repeated items add up.
         """
         histories = [history[-1:] for history in self.histories] if decay == 0 else self.histories
-        return self.memo(("weights", decay), lambda: history_weights(histories, self.num_items, decay or 1.0).astype(np.float32))
+        width = self.num_items + (0 if self.unlisted is None else len(self.unlisted.tokens))
+        return self.memo(("weights", decay), lambda: history_weights(histories, width, decay or 1.0).astype(np.float32))
+
+    def weighted_sum(self, decay: float, listed: Any, unlisted: Any) -> Any:
+        """Sum of the vectors of each history by recency weight: (N, V) of the catalogue and (U, V) of the unlisted items -> (B, V)."""
+        weights = self.weights(decay)
+        if self.unlisted is None:
+            return weights @ listed
+        return weights[:, : self.num_items] @ listed + weights[:, self.num_items :] @ unlisted
 
     def memo(self, key: Hashable, compute: Callable[[], Any]) -> Any:
         """The value computed for this key, once per batch."""

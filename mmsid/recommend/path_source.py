@@ -129,7 +129,18 @@ class PathSource:
 
     def _states(self, batch: HistoryBatch) -> torch.Tensor:
         """States (B, d) after the histories."""
-        return batch.memo("states", lambda: self.model.last_states(pad_histories(batch.histories, self.model.shape.max_history)))
+        return batch.memo("states", lambda: self._last_states(batch))
+
+    def _last_states(self, batch: HistoryBatch) -> torch.Tensor:
+        histories = pad_histories(batch.histories, self.model.shape.max_history)
+        if batch.unlisted is None:
+            return self.model.last_states(histories)
+        listed = histories.clamp(0, batch.num_items - 1)
+        vectors = self.model.item_vectors(listed)
+        codes = torch.from_numpy(batch.unlisted.tokens) + torch.tensor(self.model.offsets)
+        place = histories >= batch.num_items
+        vectors[place] = self.model.codes(codes[histories[place] - batch.num_items]).sum(-2)
+        return self.model.encoder.last(vectors, histories)
 
     def _nodes_above(self, node_of: torch.Tensor, items: np.ndarray) -> torch.Tensor:
         """Bool (nodes,) of one depth: True where some item of the mask (N,) lies below."""

@@ -19,7 +19,8 @@ from pydantic import Field
 from mmsid.artifacts import CHECKSUMS, read_table, write_table, writing
 from mmsid.catalog import CatalogConfig, Item, read_catalog
 from mmsid.catalog.columns import read_columns
-from mmsid.catalog.sources.locate import Source, named_files
+from mmsid.catalog.logs.columns import sequence_fields
+from mmsid.catalog.sources.locate import named_files
 from mmsid.catalog.tables import Cells, read_table_rows, require_column
 from mmsid.config import StageConfig
 from mmsid.errors import ArtifactError, CatalogError, ConfigError
@@ -49,11 +50,13 @@ class RecommendConfig(StageConfig):
     """Configuration of the stage.
 
     Attributes:
+        catalog: the items and the users with their histories.
         recommender: folder of the recommender.
         sids: SID folder in use now, of the same tokenizer. It may have more items than the recommender: those of the catalogue are
             added. Items that it lacks are not recommended.
-        users: table (.parquet, .jsonl, .csv) with the columns of `catalog.sequences`, one row per request: a user id may occur several
-            times. Default: all users of the catalogue (`catalog.max_users` does not apply).
+        users: table with the columns of `catalog.sequences`, or common names of them, one row per request: a user id may occur several
+            times. Default: all users of the catalogue (`catalog.max_users` does not apply). Those whose log holds no known item come
+            last, with an empty history.
         k: items per user; fewer where fewer qualify.
         only: table with a column `item_id`: the items that may be recommended. Default: all.
         exclude_seen: do not recommend items of the user's own history.
@@ -71,16 +74,12 @@ class RecommendConfig(StageConfig):
     shard_rows: int = Field(5000, ge=1)
     ray: RayConfig = Field(default=RayConfig(), exclude=True)
 
-    @property
-    def users_source(self) -> Source | tuple[Source, ...] | None:
-        """The table of users, by default that of the catalogue."""
-        return self.users or self.catalog.users_file
-
     def inputs(self) -> dict[str, Path | None]:
         """The recommender, the Semantic IDs with their embeddings, the catalogue, and the tables of users and of items."""
         sids = self.sids if self.sids.suffix == ".parquet" else self.sids / FILE_NAME
         found = {"recommender": self.recommender / CHECKSUMS, "sids": sids, "embeddings": embeddings_file(self.sids)}
-        return found | self.catalog.without_users().inputs() | named_files("users", self.users_source) | {"only": self.only}
+        catalog = self.catalog.without_users() if self.users else self.catalog
+        return found | catalog.inputs() | named_files("users", self.users) | {"only": self.only}
 
 
 def run(config: RecommendConfig, engine: Engine = "local") -> Path:
@@ -94,24 +93,23 @@ def run(config: RecommendConfig, engine: Engine = "local") -> Path:
         CatalogError: the catalogue, the users or `only` cannot be read, or no id of `only` is known.
         ConfigError: there are no users, or Ray cannot be used.
     """
-    source = config.users_source
-    if source is None:
+    if config.users is None and config.catalog.users_file is None:
         raise ConfigError("recommend: the catalogue has no users; name a table of users: --users FILE (recommend.users)")
-    from_events = source == config.catalog.events
     table = SidTable.load(config.sids)
     recommender = Recommender.from_pretrained(config.recommender, sids=table)
-    catalog = read_catalog(config.catalog.model_copy(update={"max_users": None}) if from_events else config.catalog.without_users())
+    catalog = read_catalog(config.catalog.without_users() if config.users else config.catalog.model_copy(update={"max_users": None}))
     with_sids, known = set(table.item_ids), set(recommender.item_ids)
     new = [item for item in catalog.items if item.item_id in with_sids and item.item_id not in known]
     only = None if config.only is None else _read_only(config.only, known.union(item.item_id for item in new))
-    integer_users = catalog.integer_user_ids if from_events else _has_integer_users(config)
-    settings = (config.k, config.exclude_seen, table.integer_ids, integer_users)
-    service = _Service(config.recommender.absolute(), config.sids.absolute(), new, only, *settings)
-    if from_events:
+    if config.users is None:
+        integer_users = catalog.integer_user_ids
         total, shards = users_of_catalog(catalog, config.shard_rows)
     else:
-        key = "recommend.users" if config.users else "catalog.sequences"
-        total, shards = users_of_file(source, config.catalog.fields, config.shard_rows, config_key=key)
+        fields = sequence_fields(config.users, config.catalog, "recommend.users")
+        integer_users = _has_integers(config.users, fields.user_id)
+        total, shards = users_of_file(config.users, fields, config.shard_rows, known, config_key="recommend.users")
+    settings = (config.k, config.exclude_seen, table.integer_ids, integer_users)
+    service = _Service(config.recommender.absolute(), config.sids.absolute(), new, only, *settings)
     with writing(config.out, stage="recommend", config=config, inputs=config.inputs(), resume=True) as draft:
         files = _Shards(draft.path / SHARDS, shards, total)
         if engine == "ray":
@@ -123,8 +121,6 @@ def run(config: RecommendConfig, engine: Engine = "local") -> Path:
         write_table(draft.path / PROBLEMS_FILE, pa.Table.from_pylist(files.problems, schema=PROBLEMS))
         draft.counts |= {"in": total, "ok": files.users, "quarantined": len(files.problems), **files.counts}
         draft.counts |= {"added_items": len(new), "items_without_sids": sum(item.item_id not in with_sids for item in catalog.items)}
-        if from_events:
-            draft.counts["users_without_known_items"] = catalog.problems["user_without_items"]
     _report(config, draft.counts)
     return config.out
 
@@ -249,10 +245,8 @@ class _Shards:
         self.counts["unknown_ids"] += sum(table["unknown_ids"].to_pylist())
 
 
-def _has_integer_users(config: RecommendConfig) -> bool:
-    name = config.catalog.fields.user_id
-    found = read_columns(config.users_source, [name], config_key="recommend.users").table
-    return name in found.column_names and holds_integers(found[name].type)
+def _has_integers(users: Path, column: str) -> bool:
+    return holds_integers(read_columns(users, [column], config_key="recommend.users").table[column].type)
 
 
 def _read_only(path: Path, known: set[str]) -> list[str]:

@@ -6,6 +6,7 @@ arrive later are added without training and can be recommended at once.
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -20,7 +21,7 @@ from mmsid.catalog.item import Item
 from mmsid.catalog.records import read_record
 from mmsid.errors import ArtifactError, CatalogError, MmsidError
 from mmsid.recommend.embedding_source import unit_rows
-from mmsid.recommend.history_batch import HistoryBatch
+from mmsid.recommend.history_batch import HistoryBatch, UnlistedRows
 from mmsid.recommend.hybrid import BATCH_SIZE, FittedHybrid, rank
 from mmsid.recommend.recommender_card import recommender_card
 from mmsid.recommend.recommender_files import RecommenderState, load_state, path_tokens, read_embeddings, save_state
@@ -53,6 +54,21 @@ class Recommendations:
 
     def __len__(self) -> int:
         return len(self.item_ids)
+
+
+@dataclass(frozen=True)
+class UnlistedItems:
+    """Items that occur in histories and are not part of the recommender, such as ads of another shop. They are never recommended.
+
+    Attributes:
+        items: `mmsid.Item` objects or dictionaries with ids that the recommender does not know.
+        sids: SID table that contains them, of the tokenizer of the recommender.
+        embeddings: (n, D) of the items, if the recommender uses embeddings.
+    """
+
+    items: Sequence[Item | Mapping[str, Any]]
+    sids: SidTable
+    embeddings: np.ndarray | torch.Tensor | None = None
 
 
 class Recommender:
@@ -118,6 +134,11 @@ class Recommender:
         return self._state.table.item_ids
 
     @property
+    def sids(self) -> SidTable:
+        """Semantic IDs of all items, in the order of `item_ids`."""
+        return self._state.table
+
+    @property
     def tokenizer_sha256(self) -> str:
         return self._state.table.tokenizer_sha256
 
@@ -126,7 +147,13 @@ class Recommender:
         return _sids_sha256(self._state.table)
 
     def recommend(
-        self, histories: Sequence[Sequence[str]], k: int = 10, *, exclude_seen: bool = True, only: Collection[str] | None = None
+        self,
+        histories: Sequence[Sequence[str]],
+        k: int = 10,
+        *,
+        exclude_seen: bool = True,
+        only: Collection[str] | None = None,
+        unlisted: UnlistedItems | None = None,
     ) -> Recommendations:
         """Recommend items to users.
 
@@ -137,8 +164,10 @@ class Recommender:
             k: number of items per user; fewer are returned where fewer qualify.
             exclude_seen: do not recommend items of the user's own history.
             only: ids of the items that may be recommended; None: all.
+            unlisted: content of ids in the histories that the recommender does not know.
 
         Raises:
+            CatalogError, ArtifactError: `unlisted`, as `add_items`.
             MmsidError: k is below 1, or `histories` is no list of lists of ids.
         """
         if k < 1:
@@ -146,13 +175,18 @@ class Recommender:
         if isinstance(histories, str) or any(isinstance(history, str) for history in histories):
             raise MmsidError("histories holds texts, expected one list of item ids per user; wrap the history of one user as [[...]]")
         allowed = self._allowed(only)
-        rows = [np.array([self._row_of[item] for item in history if item in self._row_of], dtype=np.int64) for history in histories]
+        row_of, content = self._row_of, None
+        if unlisted is not None and len(unlisted.items):
+            ids, content = self._unlisted_rows(unlisted)
+            row_of = ChainMap({item_id: len(row_of) + place for place, item_id in enumerate(ids)}, row_of)
+        rows = [np.array([row_of[item] for item in history if item in row_of], dtype=np.int64) for history in histories]
         unknown = [len(history) - len(known) for history, known in zip(histories, rows, strict=True)]
         result = Recommendations(*([None] * len(rows) for _ in range(4)), unknown_ids=unknown)
         personal = [user for user, known in enumerate(rows) if len(known)]
         for start in range(0, len(personal), BATCH_SIZE):
             users = personal[start : start + BATCH_SIZE]
-            batch = HistoryBatch([rows[user] for user in users], len(self._row_of), exclude_seen=exclude_seen, allowed=allowed)
+            chosen = [rows[user] for user in users]
+            batch = HistoryBatch(chosen, len(self._row_of), exclude_seen=exclude_seen, allowed=allowed, unlisted=content)
             self._rank(batch, users, k, result)
         for user, history in enumerate(histories):
             if not len(rows[user]):
@@ -265,6 +299,16 @@ class Recommender:
         allowed = np.zeros(len(self._row_of), dtype=bool)
         allowed[[self._row_of[item] for item in only if item in self._row_of]] = True
         return allowed & ~self._state.withdrawn
+
+    def _unlisted_rows(self, unlisted: UnlistedItems) -> tuple[list[str], UnlistedRows]:
+        """Ids and content of unlisted items."""
+        items = [_as_item(item, f"unlisted item {place}") for place, item in enumerate(unlisted.items)]
+        self._check_ids(items)
+        self._check_tokenizer(unlisted.sids)
+        vectors = self._check_embeddings(unlisted.embeddings, len(items))
+        state, ids = self._state, [item.item_id for item in items]
+        tokens = path_tokens(unlisted.sids.align(ids), state.sources.path.paths.sizes)
+        return ids, UnlistedRows(tokens, *state.vectorizers.transform(items), None if vectors is None else unit_rows(vectors))
 
     # --- checks
 

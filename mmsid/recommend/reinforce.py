@@ -25,7 +25,7 @@ from trl import GRPOConfig
 from mmsid.accelerator import make_accelerator
 from mmsid.annotate.readers import read_text_quality
 from mmsid.artifacts import read_json, write_json, writing
-from mmsid.backbone.text import no_loading_bar
+from mmsid.backbone.loading_bar import no_loading_bar
 from mmsid.catalog import Catalog, CatalogConfig, Split, read_catalog, split_histories
 from mmsid.config import Section, StageConfig
 from mmsid.errors import ConfigError, MmsidError
@@ -54,6 +54,8 @@ class ReinforcementConfig(Section):
 
     Attributes:
         steps: optimiser steps; each samples `group` rollouts for each of `histories` users.
+        histories: users per step.
+        group: rollouts per user.
         lr: peak learning rate.
         kl: weight of the KL divergence from the supervised weights.
         prefix_weight, quality_weight: weights of these parts of the reward; the exact hit has weight 1 (rewards.py).
@@ -72,11 +74,13 @@ class TrainRecommenderRLConfig(StageConfig):
     """Configuration of the stage.
 
     Attributes:
+        catalog: the items and the users with their histories.
         sids: SID folder (or a sids.parquet).
         text_quality: a finished `text_quality` folder. Without one the quality of every item is 1, which the manifest records.
         seeds: of supervised training and reinforcement. Default: the run's seed.
         variants: normalisations of the advantage that are trained.
         model, schedule: of supervised training of the flat decoder.
+        reinforcement: settings of GRPO.
         beam: beams of the search that ranks items.
     """
 

@@ -62,7 +62,8 @@ class TermSource:
         return {f"{self.name} {decay}": found[place] for place, decay in enumerate(self.decays)}
 
     def _profile(self, batch: HistoryBatch, decay: float) -> sparse.csr_matrix:
-        return batch.memo((self.name, decay), lambda: (batch.weights(decay) @ self.vectors).tocsr())
+        unlisted = None if batch.unlisted is None else getattr(batch.unlisted, self.name)
+        return batch.memo((self.name, decay), lambda: batch.weighted_sum(decay, self.vectors, unlisted).tocsr())
 
     def _postings(self, vectors: sparse.csr_matrix) -> sparse.csr_matrix:
         """Inverted index (V, n) of the items of `vectors` (n, V)."""

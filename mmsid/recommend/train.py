@@ -55,6 +55,12 @@ class ModelConfig(Section):
     """Sizes of the recommender. None uses the default of the architecture. The sizes apply to all variants.
 
     Attributes:
+        d_model: width; a multiple of `heads`.
+        layers: transformer layers; of the encoder and of the decoder each for `tiger`.
+        heads: attention heads per layer.
+        hidden: inner width of the feed-forward layers.
+        dropout: dropout rate in training.
+        max_history: latest items of a history that are read.
         language_model: folder or hub id of a causal language model, for the flat decoder alone: its body replaces the small GPT-2, and
             SID tokens replace its words. No other size than `max_history` applies then.
     """
@@ -90,11 +96,14 @@ class TrainRecommenderConfig(StageConfig):
     """Configuration of the stage.
 
     Attributes:
+        catalog: the items and the users with their histories.
         variants: name -> SID folder (or a sids.parquet).
         seeds: recommender seeds; each variant is trained once per seed. Default: the run's seed.
         architecture: `sid_transformer` (used to compare tokenizers), `flat` (a decoder over SID tokens), `tiger` (an
             encoder-decoder over SID tokens), or `hybrid` (candidates of a SID transformer, of embeddings, co-engagement and words,
             ranked together).
+        model: sizes of the recommender.
+        schedule: training schedule of the recommender.
         recommender: variant whose hybrid recommender is kept in `out`/recommender, trained with the first seed, and shown as a row
             of its own. True: `ours_refined` if it is a variant, else `ours`, else the first one. False: none.
         classical_baselines: add popularity, item-kNN, TF-IDF kNN and the classical hybrid.

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
 
 from mmsid.catalog import Catalog, Fields
+from mmsid.catalog.logs.list_cells import SEPARATORS
 from mmsid.catalog.sources.locate import Source
 from mmsid.catalog.tables import Cells, Table, require_column, table_pieces
 from mmsid.errors import CatalogError
 
+_SAMPLE = 1000  # rows by which the separator of text cells is chosen
 PROBLEMS = pa.schema({"row": pa.int64(), "user_id": pa.string(), "reason": pa.string()})
 
 
@@ -32,27 +34,55 @@ class Users:
     problems: list[dict[str, Any]] = field(default_factory=list)
 
 
-def users_of_file(path: Source | Sequence[Source], fields: Fields, rows: int, *, config_key: str) -> tuple[int, Iterator[Users]]:
+def users_of_file(
+    path: Source | Sequence[Source], fields: Fields, rows: int, known: Collection[str], *, config_key: str
+) -> tuple[int, Iterator[Users]]:
     """Number of rows of a table of users, and its users in shards of `rows` rows.
 
     The table has the columns `fields.user_id` and `fields.sequence`, as `catalog.sequences`. Histories are sorted by the times in
-    `fields.timestamps`, if the table has this column. A missing history counts as empty.
+    `fields.timestamps`, if the table has this column. A missing history counts as empty. Histories in text cells are split at the
+    separator of `fields.list_separator`, or, where this key is not set, at the one that makes most ids of the first rows `known`.
 
     Raises:
         CatalogError: the file is unreadable or empty, or a column is absent. Shards may raise it, too.
     """
     selected = [name for name in (fields.user_id, fields.sequence, fields.timestamps) if name is not None]
     total, pieces = table_pieces(path, selected, rows, config_key=config_key)
-    return total, (_users(table, fields) for table in pieces)
+    return total, _shards(pieces, fields, known)
 
 
 def users_of_catalog(catalog: Catalog, rows: int) -> tuple[int, Iterator[Users]]:
-    """Number of users of a catalogue, and its users in shards of `rows` users."""
-    item_ids, histories = catalog.item_ids, catalog.histories
-    parts = (histories[start : start + rows] for start in range(0, len(histories), rows))
-    return len(histories), (
-        Users([user.user_id for user in part], [tuple(item_ids[row] for row in user.rows) for user in part]) for part in parts
-    )
+    """Number of users of a catalogue, and its users in shards of `rows` users. Users without a known item have an empty history."""
+    item_ids, histories, others = catalog.item_ids, catalog.histories, catalog.histories.without_items
+
+    def shards() -> Iterator[Users]:
+        for start in range(0, len(histories) + len(others), rows):
+            part = histories[start : start + rows]
+            users = Users([user.user_id for user in part], [tuple(item_ids[row] for row in user.rows) for user in part])
+            users.ids += others.slice(max(start - len(histories), 0), rows - len(part)).to_pylist()
+            users.histories += [()] * (len(users.ids) - len(part))
+            yield users
+
+    return len(histories) + len(others), shards()
+
+
+def _shards(pieces: Iterator[Table], fields: Fields, known: Collection[str]) -> Iterator[Users]:
+    for number, table in enumerate(pieces):
+        if number == 0 and "list_separator" not in fields.model_fields_set:
+            fields = fields.model_copy(update={"list_separator": _separator(table, fields, known)})
+        yield _users(table, fields)
+
+
+def _separator(table: Table, fields: Fields, known: Collection[str]) -> str:
+    """The separator that makes most ids known in the text cells of the first rows."""
+    cells = [row.get(fields.sequence) for place, row in enumerate(table.rows[:_SAMPLE]) if table.textual(place)]
+    texts = [cell for cell in cells if isinstance(cell, str) and not cell.lstrip().startswith("[")]
+
+    def share(separator: str) -> float:
+        parts = [part.strip() for text in texts for part in text.split(None if separator == " " else separator)]
+        return sum(part in known for part in parts) / max(len(parts), 1)
+
+    return max((fields.list_separator, *SEPARATORS), key=share)
 
 
 def _users(table: Table, fields: Fields) -> Users:

@@ -23,8 +23,10 @@ class RefineConfig(StageConfig):
     """Configuration of the stage.
 
     Attributes:
+        catalog: the items, and the logs that the reward and the gate read.
         tokenizer: folder of `train_tokenizer`, or of an earlier `refine`.
         sids: folder of `assign` for that tokenizer: the codes that the gate compares with.
+        captions, interests: annotation folders of this catalogue, needed if the tokenizer reads these fields.
         behaviour: the user's own behaviour vectors. A tokenizer that was trained with such files needs them; one that was trained on
             content alone learns to read them instead of co-engagement.
         text_quality: finished `text_quality` folder. The quality q of an item multiplies the advantages of its group, so that items with
@@ -36,6 +38,11 @@ class RefineConfig(StageConfig):
         start_entropy: mean entropy in nats of the start's policy over an item's tree. The distributions of policy and reference are
             flattened by one temperature until it is reached: a trained tokenizer is nearly deterministic and would not explore.
         collisions: collision policy of the published codes; must be the policy that `sids` was published with.
+        batch_size: items per forward pass of the tokenizer.
+        evidence: how the logs are read.
+        reward: the learned reward.
+        loop: policy optimisation.
+        gate: margins of the acceptance gate.
         log_with: tracker that accelerate feeds beside `log.jsonl`; its files are in `trackers/` of the folder.
     """
 

@@ -23,18 +23,18 @@ _RANKED = {"ndcg": "NDCG@10", "hit_rate": "HR@50", "coverage": "coverage@10"}  #
 
 
 class GateConfig(Section):
-    """Smallest changes that count. Relative ones are shares of the value before refinement. The module docstring defines the margins.
+    """Margins of the acceptance gate. Relative ones are shares of the value before refinement. The module docstring defines the margins.
 
     Attributes:
         level_weights: weights of the prefix lengths in the target.
         confidence: smallest share of bootstrap draws over held-out users in which the target must gain.
         draws: number of bootstrap draws.
-        raw_collisions, published_collisions: absolute growth of the share of items that share codes.
-        least_perplexity, lift: relative fall.
-        reconstruction: relative growth of the variance of content and behaviour vectors that the codes do not explain; behaviour is
+        raw_collisions, published_collisions: allowed absolute growth of the share of items that share codes.
+        least_perplexity, lift: allowed relative fall of the smallest perplexity of a level, and of the co-engagement lift.
+        reconstruction: allowed relative growth of the variance of content and behaviour vectors that the codes do not explain; behaviour is
             weighted as suits the held-out users best.
-        flip_rate: absolute growth of the share of items whose raw codes change under noise.
-        ndcg, hit_rate, coverage: relative fall of NDCG@10, HR@50 and coverage of the quick recommender.
+        flip_rate: allowed absolute growth of the share of items whose raw codes change under noise.
+        ndcg, hit_rate, coverage: allowed relative fall of NDCG@10, HR@50 and coverage of the quick recommender.
         standard_errors: factor of the standard error of a difference, where it is known.
         quick_seeds: runs of the quick recommender per table; the standard error is known from 2 runs on.
         more_seeds: further runs where only the quick recommender refuses, because a standard error from two runs is itself uncertain.

@@ -56,7 +56,7 @@ def read_states(
     tokenizer: ItemTokenizer, inputs: Sequence[ItemInput], batch_size: int, accelerator: Accelerator
 ) -> tuple[ItemStates, Tensor]:
     """SID states and EMB states (N, H) of N items; each process computes its share."""
-    device, width, behaviour = accelerator.device, tokenizer.backbone.hidden_size, tokenizer.behaviour
+    device, width, behaviour = accelerator.device, tokenizer.content_size, tokenizer.behaviour
     order = sorted(range(len(inputs)), key=lambda row: (len(inputs[row].text), len(inputs[row].pictures)))
     starts = range(0, len(order), batch_size)[accelerator.process_index :: accelerator.num_processes]
     content = torch.zeros(len(order), tokenizer.num_levels, width, device=device)

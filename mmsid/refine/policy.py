@@ -27,6 +27,8 @@ from mmsid.tokenizer.heads import CodeHead, ResidualHead
 Propose = Callable[[NDArray, Codes], Codes]
 BATCH = 512  # items per piece in loops over the whole catalogue; bounds memory use, changes no result
 TEMPERATURE_ITEMS = 4096  # items whose trees choose the exploring temperature
+ROUNDING = 2e-2  # nats; float32 states on a GPU differ by thousandths, dropout or a wrong mask by far more
+ROUNDING_16_BIT = 0.5  # nats, for a backbone in bf16 or fp16
 
 
 @dataclass(frozen=True)
@@ -219,6 +221,7 @@ class HeadPolicy:
         states: item rows (B,) -> SID states (B, L, ...): cached, or computed by the backbone with gradient.
         parameters: weights that the optimiser moves.
         reference: its temperature is used for scoring.
+        rounding: nats by which log-probabilities may differ between two passes over the same items in other batches.
     """
 
     def __init__(
@@ -227,7 +230,9 @@ class HeadPolicy:
         states: Callable[[Tensor], Tensor],
         parameters: Sequence[Tensor],
         reference: Reference,
+        rounding: float = ROUNDING,
     ) -> None:
+        self.rounding = rounding
         self.head, self.states, self.parameters, self.reference = head, states, list(parameters), reference
 
     def tree(self, rows: Tensor, table: Codes) -> PathTree:

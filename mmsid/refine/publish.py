@@ -16,7 +16,7 @@ from mmsid.refine.policy import BATCH
 from mmsid.sids.collisions import Policy, resolve
 from mmsid.sids.table import BEHAVIOUR, CONTENT, SidTable
 from mmsid.tokenizer.inputs import ItemInput
-from mmsid.tokenizer.model import ROUNDING_MARGIN, ItemTokenizer
+from mmsid.tokenizer.model import ItemTokenizer
 from mmsid.tokenizer.publish import HeadScores
 
 ScoresOf = Callable[[np.ndarray], Tensor]
@@ -32,7 +32,7 @@ def raw_codes(tokenizer: ItemTokenizer, states: Tensor | ItemStates, inputs: Seq
     greedy = [head.greedy(head.project(piece)) for piece in states.split(BATCH)]
     codes, margin, relative = (torch.cat(column).cpu() for column in zip(*greedy, strict=True))
     again: dict[int, Tensor] = {}
-    for row in (relative < ROUNDING_MARGIN).nonzero().flatten().tolist():
+    for row in (relative < tokenizer.rounding_margin).nonzero().flatten().tolist():
         encoded = tokenizer.encode([inputs[row]])
         codes[row], margin[row], again[row] = encoded.raw_codes[0], encoded.margin[0], encoded.scores[0]
 

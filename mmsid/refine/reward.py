@@ -34,7 +34,12 @@ class RewardConfig(Section):
         distance_weight: weight of the distance expert in r; below 1 because the distances of a wrong start are themselves wrong and would
             veto its correction (docs/experiments/reward_model.md).
         candidates: candidate codes per item, half drawn from the reference policy, half uniformly from its tree.
-        tie: pairs whose evidence differs by less are left out; `test_tie` in the held-out report.
+        tie: pairs whose evidence differs by less are left out of the fit.
+        test_tie: the same in the held-out report.
+        steps: optimiser steps of the fit.
+        batch: pairs per step.
+        lr: peak learning rate.
+        weight_decay: weight decay of AdamW.
         folds: cross-validation folds over items.
         test_candidates: candidate codes per item in the held-out report.
         least_gain: pair accuracy on held-out users by which the model must exceed the distance expert.

@@ -20,7 +20,8 @@ from torch import Tensor
 from mmsid.accelerator import make_accelerator
 from mmsid.annotate.readers import read_text_quality
 from mmsid.artifacts import Draft, write_json, writing
-from mmsid.catalog import Catalog, Split, co_engagement, load_picture, read_catalog, split_histories
+from mmsid.catalog import Catalog, Split, co_engagement, read_catalog, split_histories
+from mmsid.catalog.picture_opener import PictureOpener
 from mmsid.errors import ArtifactError
 from mmsid.progress import done
 from mmsid.quantize import fuse
@@ -35,7 +36,7 @@ from mmsid.refine.features import Material, read_features
 from mmsid.refine.item_states import ItemStates, hidden_states, read_states
 from mmsid.refine.loop import Policy, Refinement, Scorer
 from mmsid.refine.outputs import write_moved, write_near_ties, write_sids, write_tokenizer
-from mmsid.refine.policy import BATCH, HeadPolicy, Propose, Reference
+from mmsid.refine.policy import BATCH, ROUNDING, ROUNDING_16_BIT, HeadPolicy, Propose, Reference
 from mmsid.refine.publish import make_table
 from mmsid.refine.reward import SidReward, train_reward
 from mmsid.refine.tracking import RunLog, check_tracker
@@ -97,8 +98,7 @@ class Job:
         self, config: RefineConfig, accelerator: Accelerator, catalog: Catalog, split: Split, draft: Draft, quick: QuickRecommender | None
     ) -> None:
         self.config, self.accelerator, self.catalog, self.draft, self.quick = config, accelerator, catalog, draft, quick
-        self.split, limits, root = split, config.catalog.pictures, config.catalog.picture_roots
-        self.open_picture = lambda path: load_picture(path, limits, root)
+        self.split, self.open_picture = split, PictureOpener.of(config.catalog)
         self.tokenizer = ItemTokenizer.from_pretrained(tokenizer_folder(config.tokenizer), open_picture=self.open_picture)
         self.tokenizer.to(accelerator.device).eval()
         self.inputs, _ = load_inputs(catalog, config.captions, config.interests, self.tokenizer.settings.use or None)
@@ -240,7 +240,8 @@ class Job:
         else:
             states = lambda rows: self.reference.states[rows]  # noqa: E731
             trained = list(tokenizer.head.parameters())
-        return HeadPolicy(tokenizer.head, states, trained, self.reference)
+        reads_in_16_bit = self.config.trainable == "all" and tokenizer.backbone.number_format != torch.float32
+        return HeadPolicy(tokenizer.head, states, trained, self.reference, ROUNDING_16_BIT if reads_in_16_bit else ROUNDING)
 
     def loop(self, policy: Policy, scorer: Scorer, kind: type[Refinement] = Refinement) -> Refinement:
         """Build the loop without running it; `kind` is a subclass with another estimator."""

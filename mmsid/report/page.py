@@ -6,13 +6,9 @@ text nodes only, and a content security policy forbids every other script and al
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from mmsid.artifacts import is_complete, read_json, write_text
 from mmsid.catalog import CatalogConfig, read_catalog
@@ -20,6 +16,7 @@ from mmsid.errors import ArtifactError
 from mmsid.report.catalogue import catalogue_section
 from mmsid.report.charts import SINGLE_SEED_NOTE, difference_charts, gate_marks, metric_charts, metric_names, seed_count
 from mmsid.report.explore import embedded_json, explore
+from mmsid.report.render import page_style, policy_hash, template
 from mmsid.report.run_folder import manifests, sid_folders
 from mmsid.sids.folder import INTRINSIC
 from mmsid.sids.intrinsic_table import intrinsic_columns
@@ -97,23 +94,16 @@ def _refinement(run: Path) -> dict[str, Any] | None:
 
 
 def _render(page: Mapping[str, Any]) -> str:
-    environment = Environment(
-        loader=PackageLoader("mmsid.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
     explored = dict(page["explored"] or {})
     pictures = explored.pop("thumbnails", {})
-    style = (HERE / "page.css").read_text(encoding="utf-8")
+    style = page_style()
     script = "\n".join((HERE / name).read_text(encoding="utf-8") for name in SCRIPTS)
-    return environment.get_template("page.html.j2").render(
+    return template("mmsid.report", "page.html.j2").render(
         **page,
         style=style,
         script=script,
-        style_hash=_policy_hash(style),
-        script_hash=_policy_hash(script),
+        style_hash=policy_hash(style),
+        script_hash=policy_hash(script),
         data=embedded_json(explored or None),
         pictures=embedded_json(pictures),
     )
-
-
-def _policy_hash(source: str) -> str:
-    return "sha256-" + base64.b64encode(hashlib.sha256(source.encode()).digest()).decode("ascii")

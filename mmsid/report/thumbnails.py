@@ -6,6 +6,8 @@ import base64
 import io
 from collections.abc import Sequence
 
+from PIL import Image
+
 from mmsid.catalog import CatalogConfig, Item, load_picture
 from mmsid.errors import PictureError
 from mmsid.progress import track
@@ -27,9 +29,10 @@ def thumbnails(items: list[Item], order: Sequence[int], config: CatalogConfig) -
     found: dict[int, str] = {}
     left = MAX_CHARACTERS
     for row in track(rows, what="report: thumbnails", unit="pictures"):
-        picture = _thumbnail(items[row], config)
-        if picture is None:
+        data = item_thumbnail(items[row], config)
+        if data is None:
             continue
+        picture = base64.b64encode(data).decode("ascii")
         left -= len(picture)
         if left < 0:
             break
@@ -37,14 +40,19 @@ def thumbnails(items: list[Item], order: Sequence[int], config: CatalogConfig) -
     return found
 
 
-def _thumbnail(item: Item, config: CatalogConfig) -> str | None:
+def item_thumbnail(item: Item, config: CatalogConfig) -> bytes | None:
+    """WebP thumbnail of the item's first picture that can be decoded, None if there is none."""
     for path in item.images:
         try:
-            picture = load_picture(path, config.pictures, config.picture_roots)
+            return thumbnail(load_picture(path, config.pictures, config.picture_roots))
         except PictureError:  # a picture that passed the header checks can still fail when it is decoded
             continue
-        picture.thumbnail((SIZE, SIZE))
-        data = io.BytesIO()
-        picture.save(data, format="WEBP", quality=QUALITY, method=4)
-        return base64.b64encode(data.getvalue()).decode("ascii")
     return None
+
+
+def thumbnail(picture: Image.Image) -> bytes:
+    """WebP of a picture, at most SIZE px wide and high. The picture itself stays as it is."""
+    small, data = picture.copy(), io.BytesIO()
+    small.thumbnail((SIZE, SIZE))
+    small.save(data, format="WEBP", quality=QUALITY, method=4)
+    return data.getvalue()

@@ -46,39 +46,93 @@ def append_codes(
         MmsidError: the policy is `suffix` (a single published item would need a new suffix), or there are more distinct items than
             SIDs.
     """
-    if policy == "suffix":
-        raise MmsidError(
-            "items cannot be appended under the collision policy 'suffix': a published item without a suffix would need one when a new "
-            "item gets the same codes; publish with 'relocate'"
-        )
     raw_codes, published = np.asarray(raw_codes, dtype=np.int64), np.asarray(published, dtype=np.int64)
-    new = np.flatnonzero(published[:, 0] < 0)
+    old, new = np.flatnonzero(published[:, 0] >= 0), np.flatnonzero(published[:, 0] < 0)
+    growing = GrowingSids(policy, published[old], [content_hashes[row] for row in old], codebook_sizes, retired)
     codes = published.copy()
-    if policy == "none" or not len(new):
-        codes[new] = raw_codes[new]
-        return codes
-    known: dict[str, list[int]] = {}
-    for row in np.flatnonzero(published[:, 0] >= 0):
-        found = known.setdefault(content_hashes[row], published[row].tolist())
-        known[content_hashes[row]] = min(found, published[row].tolist())  # independent of the row order
-    rows, inverse, raw = distinct_items(raw_codes[new], [content_hashes[row] for row in new])
-    rows = new[rows]
-    taken = published[published[:, 0] >= 0] if retired is None else np.concatenate([published[published[:, 0] >= 0], retired])
-    space = _TakenSids(taken, tuple(int(size) for size in codebook_sizes))
-    assigned, colliding = np.full_like(raw, -1), []
-    for index, row in enumerate(rows):
-        if (shared := known.get(content_hashes[row])) is not None:
-            assigned[index] = shared
-        elif space.take(raw[index]):
-            assigned[index] = raw[index]
-        else:
-            colliding.append(index)
-    space.check_capacity(len(colliding))
-    for index in colliding:
-        assigned[index] = _best_free_sid(int(rows[index]), raw[index, :-1], space, last_scores, prefix_candidates)
-        space.take(assigned[index])
-    codes[new] = assigned[inverse]
+    codes[new] = growing.append(raw_codes[new], [content_hashes[row] for row in new], last_scores, prefix_candidates, new)
     return codes
+
+
+class GrowingSids:
+    """Published codes to which new items are appended again and again. An append costs time for its own items only.
+
+    Args:
+        policy, codebook_sizes, retired: as `append_codes`.
+        codes: (N, L) of the published items.
+        content_hashes: N strings.
+
+    Raises:
+        MmsidError: the policy is `suffix`.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        codes: np.ndarray,
+        content_hashes: Sequence[str],
+        codebook_sizes: Sequence[int],
+        retired: np.ndarray | None = None,
+    ) -> None:
+        if policy == "suffix":
+            raise MmsidError(
+                "items cannot be appended under the collision policy 'suffix': a published item without a suffix would need one when a new "
+                "item gets the same codes; publish with 'relocate'"
+            )
+        self.policy = policy
+        codes = np.asarray(codes, dtype=np.int64)
+        self._known: dict[str, list[int]] = {}
+        self._remember(content_hashes, codes)
+        taken = codes if retired is None else np.concatenate([codes, retired])
+        self._space = _TakenSids(taken, tuple(int(size) for size in codebook_sizes))
+
+    def take(self, codes: np.ndarray, content_hashes: Sequence[str]) -> None:
+        """Add items (n, L) whose codes were assigned earlier."""
+        self._remember(content_hashes, codes)
+        for row in codes:
+            self._space.take(row)
+
+    def append(
+        self,
+        raw_codes: np.ndarray,
+        content_hashes: Sequence[str],
+        last_scores: LastScores,
+        prefix_candidates: PrefixCandidates,
+        rows: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """Codes (n, L) int64 of new items from their raw codes (n, L).
+
+        Args:
+            rows: (n,) row numbers by which the functions know the items; by default 0 to n - 1.
+
+        Raises:
+            MmsidError: there are more distinct items than SIDs. Nothing is added then.
+        """
+        raw_codes = np.asarray(raw_codes, dtype=np.int64)
+        if self.policy == "none" or not len(raw_codes):
+            return raw_codes.copy()
+        rows = np.arange(len(raw_codes)) if rows is None else rows
+        first, inverse, raw = distinct_items(raw_codes, list(content_hashes))
+        unknown = [place for place in first if content_hashes[place] not in self._known]
+        self._space.check_capacity(len(unknown))
+        assigned, colliding = np.full_like(raw, -1), []
+        for index, place in enumerate(first):
+            if (shared := self._known.get(content_hashes[place])) is not None:
+                assigned[index] = shared
+            elif self._space.take(raw[index]):
+                assigned[index] = raw[index]
+            else:
+                colliding.append(index)
+        for index in colliding:
+            assigned[index] = _best_free_sid(int(rows[first[index]]), raw[index, :-1], self._space, last_scores, prefix_candidates)
+            self._space.take(assigned[index])
+        codes = assigned[inverse]
+        self._remember(content_hashes, codes)
+        return codes
+
+    def _remember(self, content_hashes: Sequence[str], codes: np.ndarray) -> None:
+        for content, row in zip(content_hashes, codes.tolist(), strict=True):
+            self._known[content] = min(self._known.get(content, row), row)  # independent of the row order
 
 
 def _best_free_sid(

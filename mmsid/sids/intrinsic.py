@@ -34,6 +34,7 @@ def intrinsic_metrics(
     content_hashes: Sequence[str] | np.ndarray | None = None,
     seed: int = 0,
     decoded: np.ndarray | None = None,
+    retrieval_pairs: int = 20_000,
 ) -> dict[str, Any]:
     """Compute all intrinsic metrics of a table's published codes, ready for JSON. Rows of every argument are rows of the table.
 
@@ -44,6 +45,7 @@ def intrinsic_metrics(
         content_hashes: N strings, or integers (N,); separates exact duplicates from collisions.
         seed: of the category shuffle and of the nearest-neighbour queries.
         decoded: (N, D') vectors decoded from the published codes, in any space; used for retrieval by codes.
+        retrieval_pairs: pairs that retrieval is measured on, at most; each costs a pass over all items. 0: no retrieval figures.
     Returns:
         Always: published, raw (bucket metrics; with_suffix if the table has suffixes), levels, joint_entropy (nats),
         effective_capacity, min_perplexity, max_gini, changed (raw to published codes, per level and any), margin_median.
@@ -86,15 +88,16 @@ def intrinsic_metrics(
         pairs = pairs[pairs[:, 0] != pairs[:, 1]]
         if len(pairs):
             metrics["coengagement"] = _coengagement_metrics(codes, pairs)
-            metrics["retrieval_prefix"] = prefix_recall(codes, pairs)
-            if decoded is not None:
-                metrics["retrieval_decoded"] = retrieval_recall(decoded, pairs)
+            if retrieval_pairs:
+                metrics["retrieval_prefix"] = prefix_recall(codes, pairs, max_pairs=retrieval_pairs)
+            if decoded is not None and retrieval_pairs:
+                metrics["retrieval_decoded"] = retrieval_recall(decoded, pairs, max_pairs=retrieval_pairs)
     if categories is not None:
         metrics["categories"] = category_agreement(codes, categories, seed)
     if embeddings is not None and len(table) > 1:
         metrics["neighbour_lcp"] = nearest_neighbour_lcp(codes, embeddings, seed=seed)
-        if held_out_pairs is not None and len(pairs):
-            metrics["retrieval"] = retrieval_recall(embeddings, pairs)
+        if held_out_pairs is not None and len(pairs) and retrieval_pairs:
+            metrics["retrieval"] = retrieval_recall(embeddings, pairs, max_pairs=retrieval_pairs)
     return metrics
 
 

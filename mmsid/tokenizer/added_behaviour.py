@@ -88,7 +88,7 @@ def _content_size(head: CodeHead, states: Tensor) -> float:
 
 def _widened(tokenizer: ItemTokenizer, behaviour: BehaviourSettings) -> tuple[TokenizerSettings, CodeHead]:
     """Settings and head with a behaviour input; the coordinates of behaviour are 0 in all weights."""
-    old, dim, place = tokenizer.head, behaviour.dim, tokenizer.backbone.hidden_size
+    old, dim, place = tokenizer.head, behaviour.dim, tokenizer.content_size
     kept, changes = old.state_dict(), {"behaviour": behaviour}
     if isinstance(old, ResidualHead):
         changes["code_dim"] = tokenizer.settings.code_dim + dim

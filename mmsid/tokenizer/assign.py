@@ -49,6 +49,7 @@ class AssignConfig(StageConfig):
 
     Attributes:
         tokenizer: a tokenizer folder.
+        catalog: the items, and the logs that behaviour is read from.
         captions, interests: annotation folders of this catalogue, needed if the tokenizer reads these fields.
         collisions: policy for items with equal raw codes.
         append: an earlier SID folder of the same tokenizer. Its items keep their codes; codes of removed items stay reserved in
@@ -61,6 +62,7 @@ class AssignConfig(StageConfig):
             then encoded twice. At 4, 1 % of the clean drawn ads lose their title.
         allow_missing_annotations: encode items that were never captioned (or mined) although the tokenizer was trained with captions (or
             interests). Their codes differ from those that captions would give.
+        batch_size: items per forward pass.
         ray: options of `--engine ray`; not part of the manifest.
     """
 
@@ -185,6 +187,8 @@ def run(config: AssignConfig, engine: Engine = "local") -> Path:
             draft.counts["overruled"] = len(ids)
         draft.counts.update({"items": len(items), "read": len(encodings.fresh), "behaviour": int((table.source == BEHAVIOUR).sum())})
         draft.extra["collisions"] = metrics["collisions"]
+        if tokenizer.pictures is not None:
+            draft.extra["pictures"] = {"without_picture": sum(not item.pictures for item in items)}
     new = ""
     if published is not None:
         others = "the others unchanged" if moving is None else f"{int(moving.sum()):,} of {int((rows >= 0).sum()):,} published ones moved"

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from mmsid.backbone.lora import LoraSettings
+from mmsid.backbone.model_loading import Dtype
 from mmsid.backbone.query_tokens import QueryBackbone
 from mmsid.backbone.text import TextBackbone, hidden_size_of
 from mmsid.backbone.vectors import VectorBackbone
@@ -26,6 +27,9 @@ class BackboneSettings(Section):
         path: "minilm", "demo" (with `kind: vlm`), a folder or a hub id. Saved tokenizers store this reference, not the weights.
         max_length: text tokens per item at most.
         max_pictures: pictures per item at most (`kind: vlm`).
+        picture_tokens: tokens per picture at most (`kind: vlm`). None: 256, or the least that the family can do.
+        dtype: number format of the frozen weights. `auto` is bfloat16 on a GPU that computes in it (checkpoints of less than 400 MB in
+            float32 stay so), and float32 elsewhere.
         instruction: prompt before the pictures and the text of an item (`kind: vlm`).
         states: input of the heads, one state per query token ("tokens"), or the mean content state for all of them ("pooled", an
             ablation of the query tokens).
@@ -37,6 +41,8 @@ class BackboneSettings(Section):
     path: str = "minilm"
     max_length: int = Field(96, ge=1)
     max_pictures: int = Field(1, ge=0)
+    picture_tokens: int | None = Field(None, ge=1)
+    dtype: Dtype = "auto"
     instruction: str = INSTRUCTION
     states: Literal["tokens", "pooled"] = "tokens"
     lora: LoraSettings = LoraSettings()
@@ -86,8 +92,9 @@ def build_backbone(
     """
     if settings.kind == "vectors":
         return VectorBackbone(settings.widths, num_levels=num_levels, rank=settings.lora.r, seed=seed)
-    common = {"num_levels": num_levels, "max_length": settings.max_length, "seed": seed}
+    common = {"num_levels": num_levels, "max_length": settings.max_length, "dtype": settings.dtype, "seed": seed}
     if settings.kind == "text":
         return TextBackbone(settings.path, **common)
-    pictures = {"max_pictures": settings.max_pictures, "open_picture": open_picture, "instruction": settings.instruction}
+    pictures = {"max_pictures": settings.max_pictures, "picture_tokens": settings.picture_tokens, "open_picture": open_picture}
+    pictures["instruction"] = settings.instruction
     return VlmBackbone(settings.path, **pictures, **common)

@@ -39,9 +39,13 @@ class BaselinesConfig(StageConfig):
     """Configuration of `baselines`.
 
     Attributes:
+        catalog: the items, and the logs that co-engagement is read from.
         captions, interests, use, max_length: the text that MiniLM embeds, as for the tokenizer.
         methods: the methods to run.
+        num_levels: L, codes per item.
+        codebook_size: K, codes per level.
         start: behaviour vectors and their weight, as for the tokenizer.
+        collisions: policy for items with equal raw codes.
     """
 
     renamed_keys: ClassVar[dict[str, str]] = {"arms": "methods"}

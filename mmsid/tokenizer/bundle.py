@@ -2,12 +2,14 @@
 
 `ItemTokenizer.from_pretrained(folder)` loads it, its model card gives the quality of the SIDs, and `sids/` contains them. The manifest
 lists a version and the hash of every file, so that files of different versions are never mixed. It contains no path of the machine.
+Further parts, such as a recommender, are written by `mmsid.serve.bundling`.
 """
 
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -24,11 +26,11 @@ from mmsid.tokenizer.model_card import published_card
 from mmsid.tokenizer.published_sids import RETIRED
 from mmsid.tokenizer.trained_annotations import RECORD, trained_annotations
 
-FORMAT = 1
+FORMAT = 2
 _QUERIES = 256  # embeddings compared at once: limits memory
 SIDS = "sids"
 CARD = "README.md"
-_PARTS = (FILE_NAME, INTRINSIC, "index.json", "tokens.txt", "trie.safetensors", "embeddings.safetensors")
+_PARTS = (FILE_NAME, INTRINSIC, "index.json", "trie.safetensors", "embeddings.safetensors")
 
 
 @dataclass(frozen=True)
@@ -39,13 +41,17 @@ class Bundle:
         tokenizer: encodes new items.
         table: published codes of N items.
         embeddings: (N, D) item embeddings, rows of unit length, in the order of `table`.
-        version: 12 hex digits that identify the pair.
+        version: 12 hex digits that identify the contents.
+        folder: of the bundle.
+        parts: names of the further parts in it, out of "recommender", "annotation" and "items".
     """
 
     tokenizer: ItemTokenizer
     table: SidTable
     embeddings: Tensor
     version: str
+    folder: Path = field(default=Path(), compare=False)
+    parts: tuple[str, ...] = ()
 
     def neighbours(self, embedding: Tensor, k: int = 10) -> list[list[tuple[str, float]]]:
         """The k nearest published items of each embedding by cosine: (n, D) -> n lists of (item id, similarity), nearest first."""
@@ -60,8 +66,25 @@ class Bundle:
         return found
 
 
-def write_bundle(tokenizer: Path, sids: Path, out: Path) -> Path:
-    """Combine a tokenizer folder and a SID folder into the bundle `out`.
+@dataclass(frozen=True)
+class BundlePart:
+    """A further part of a bundle.
+
+    Attributes:
+        name: of the part.
+        sha256: hash of what the part is made from.
+        write: writes the files of the part into a folder.
+        described: one line for the model card.
+    """
+
+    name: str
+    sha256: str
+    write: Callable[[Path], None]
+    described: str
+
+
+def write_bundle(tokenizer: Path, sids: Path, out: Path, parts: Sequence[BundlePart] = ()) -> Path:
+    """Combine a tokenizer folder, a SID folder and further parts into the bundle `out`.
 
     Raises:
         ArtifactError: the SIDs were made by another tokenizer, or a file is missing.
@@ -69,7 +92,7 @@ def write_bundle(tokenizer: Path, sids: Path, out: Path) -> Path:
     tokenizer, sids = Path(tokenizer), Path(sids)
     model, table = ItemTokenizer.from_pretrained(tokenizer), SidTable.load(sids)
     _check_pair(model.sha256(), table, str(tokenizer), str(sids))
-    version = sha256([FORMAT, model.sha256(), file_sha256(sids / FILE_NAME)])[:12]
+    version = sha256([FORMAT, model.sha256(), file_sha256(sids / FILE_NAME), [[part.name, part.sha256] for part in parts]])[:12]
     with writing(out, stage="bundle", config={"format": FORMAT, "version": version}) as draft:
         (draft.path / SIDS).mkdir()
         for name in _PARTS:
@@ -80,20 +103,26 @@ def write_bundle(tokenizer: Path, sids: Path, out: Path) -> Path:
             shutil.copyfile(sids / RETIRED, draft.path / SIDS / RETIRED)
         has_card = (tokenizer / CARD).is_file()
         card = (tokenizer / CARD).read_text(encoding="utf-8") if has_card else f"# Item tokenizer\n\n{model.describe()}\n"
-        write_text(draft.path / CARD, card.rstrip() + "\n\n" + published_card(version, table, read_json(sids / INTRINSIC)))
+        contents = "".join(f"- {part.described}\n" for part in parts)
+        contents = f"\n## Further contents\n\n{contents}" if contents else ""
+        write_text(draft.path / CARD, card.rstrip() + "\n\n" + published_card(version, table, read_json(sids / INTRINSIC)) + contents)
         model.save_pretrained(draft.path)
+        for part in parts:
+            part.write(draft.path)
         files = [path for path in sorted(draft.path.rglob("*")) if path.is_file() and path.name != "draft.json"]
         draft.extra.update(
             {
                 "version": version,
                 "tokenizer_sha256": model.sha256(),
                 "catalog_sha256": table.catalog_sha256,
+                "parts": [part.name for part in parts],
                 RECORD: trained_annotations(tokenizer, model.settings.use),
                 "files": {path.relative_to(draft.path).as_posix(): file_sha256(path) for path in files},
             }
         )
         draft.counts.update({"items": len(table)})
-    done(f"bundle: wrote version {version}, {len(table):,} Semantic IDs and their tokenizer, to {out}")
+    more = "".join(f", {part.name}" for part in parts)
+    done(f"bundle: wrote version {version}, {len(table):,} Semantic IDs and their tokenizer{more}, to {out}")
     return Path(out)
 
 
@@ -114,7 +143,7 @@ def load_bundle(folder: str | Path) -> Bundle:
     tokenizer, table = ItemTokenizer.from_pretrained(folder), SidTable.load(folder / SIDS)
     _check_pair(tokenizer.sha256(), table, str(folder), str(folder / SIDS))
     embeddings = read_tensors(folder / SIDS / "embeddings.safetensors")["embeddings"]
-    return Bundle(tokenizer, table, embeddings, extra["version"])
+    return Bundle(tokenizer, table, embeddings, extra["version"], folder, tuple(extra.get("parts", ())))
 
 
 def _check_pair(tokenizer_sha256: str, table: SidTable, tokenizer: str, sids: str) -> None:

@@ -14,7 +14,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from mmsid.catalog import CatalogConfig, load_picture
+from mmsid.catalog import CatalogConfig
+from mmsid.catalog.picture_opener import PictureOpener
 from mmsid.disk import reserve
 from mmsid.progress import track
 from mmsid.ray_pool import RayConfig, Worker, map_on_actors, ray_cluster
@@ -55,8 +56,7 @@ class CatalogEncoder:
 
     def load(self) -> ItemTokenizer:
         """Load the tokenizer onto the GPU, if there is one."""
-        limits, root = self.catalog.pictures, self.catalog.picture_roots
-        tokenizer = ItemTokenizer.from_pretrained(self.tokenizer, open_picture=lambda path: load_picture(path, limits, root))
+        tokenizer = ItemTokenizer.from_pretrained(self.tokenizer, open_picture=PictureOpener.of(self.catalog))
         return tokenizer.to("cuda" if torch.cuda.is_available() else "cpu")
 
     def encode(self, tokenizer: ItemTokenizer, items: Sequence[ItemInput], trusted: Sequence[ItemInput] | None) -> EncodedBatches:

@@ -32,6 +32,7 @@ from mmsid.tokenizer.model import ItemTokenizer
 from mmsid.tokenizer.ridge import ridge
 
 MIN_CROSS_ENTROPY = 0.25  # nats; cross-entropy of the target codes after initialization, a probability of about 0.78 each
+LENGTH_ROWS = 512  # items on which the length of content states is measured
 RIDGE_ROWS = 20_000  # states kept for the closed-form solutions: more rows cost RAM and hardly change them
 CONTENT_READINGS = 0.2  # share of the items whose content reading joins the behaviour readings in the codebooks
 SINKHORN_EPSILON = 0.03  # entropic regularisation, relative to the mean squared residual
@@ -110,23 +111,45 @@ def read_behaviour(
 
 @torch.no_grad()
 def read_states(tokenizer: ItemTokenizer, inputs: Sequence[ItemInput], batch_size: int, seed: int) -> ContentStates:
-    """Run the backbone once over all items, in batches of similar text length."""
+    """Read the content of all items once, in batches of similar text length."""
     tokenizer.eval()
     kept = np.sort(np.random.default_rng(seed).permutation(len(inputs))[:RIDGE_ROWS])
     index_of = {int(row): index for index, row in enumerate(kept)}
-    pooled = np.zeros((len(inputs), tokenizer.backbone.hidden_size), np.float32)
-    states = torch.zeros(len(kept), tokenizer.num_levels + 1, tokenizer.backbone.hidden_size)
+    pooled = np.zeros((len(inputs), tokenizer.content_size), np.float32)
+    states = torch.zeros(len(kept), tokenizer.num_levels + 1, tokenizer.content_size)
     order = sorted(range(len(inputs)), key=lambda row: len(inputs[row].text))
     for start in track(range(0, len(order), batch_size), what="initial states", unit="batches"):
         rows = order[start : start + batch_size]
-        batch = tokenizer.backbone.collate([inputs[row] for row in rows])
-        output = tokenizer.backbone.read({key: value.to(tokenizer.device) for key, value in batch.items()})
+        batch = tokenizer.collate([inputs[row] for row in rows])
+        output = tokenizer.content({key: value.to(tokenizer.device) for key, value in batch.items()})
         pooled[rows] = output.pooled.cpu().numpy()
         for i, row in enumerate(rows):
             if row in index_of:
                 states[index_of[row]] = output.states[i].cpu()
     tokenizer.warn_of_unread_pictures()
     return ContentStates(pooled, kept, states)
+
+
+@torch.no_grad()
+def start_pictures(tokenizer: ItemTokenizer, inputs: Sequence[ItemInput], seed: int) -> dict[str, int] | None:
+    """Read the pictures of all items and fit the picture input in place, to the length of the backbone's content states.
+
+    Returns:
+        Numbers of items (`picture_input.COUNTS`); None for a tokenizer without picture input.
+    """
+    if tokenizer.pictures is None:
+        return None
+    tokenizer.eval()
+    drawn = np.sort(np.random.default_rng([seed, 29]).permutation(len(inputs))[:LENGTH_ROWS])
+    pooled = []
+    for start in range(0, len(drawn), 32):
+        batch = tokenizer.backbone.collate([inputs[row] for row in drawn[start : start + 32]])
+        pooled.append(tokenizer.backbone.read({key: value.to(tokenizer.device) for key, value in batch.items()}).pooled.cpu())
+    states = torch.cat(pooled)
+    if tokenizer.settings.backbone.kind != "text":  # `unit_content` subtracts the mean of these
+        states = states - states.mean(0)
+    length = float(states.square().sum(1).mean().sqrt())
+    return tokenizer.pictures.fit(inputs, length or 1.0, seed)
 
 
 def unit_content(pooled: np.ndarray, *, centre: bool) -> np.ndarray:

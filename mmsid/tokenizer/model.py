@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mmsid.artifacts import read_json, read_weights, sha256, verify_file, write_json, write_tensors
 from mmsid.backbone.lora import add_lora, load_lora, save_lora
-from mmsid.backbone.query_tokens import BackboneInput, Batch, QueryBackbone
+from mmsid.backbone.query_tokens import BackboneInput, Batch, QueryBackbone, QueryStates
 from mmsid.backbone.vlm import open_as_is
 from mmsid.catalog import Item
 from mmsid.config import Section
@@ -28,9 +28,12 @@ from mmsid.tokenizer.backbones import BackboneSettings, build_backbone
 from mmsid.tokenizer.behaviour import FULL_TRUST, BehaviourInput, BehaviourSettings, ItemBehaviour
 from mmsid.tokenizer.heads import CodeHead, make_head
 from mmsid.tokenizer.inputs import ALL_FIELDS, FieldName, ItemInput, record_input
+from mmsid.tokenizer.picture_input import PictureInput, PictureSettings
 
 FORMAT = 2
+_BEHAVIOUR, _PICTURES = "behaviour", "item_pictures"  # keys of a batch that the backbone does not read
 ROUNDING_MARGIN = 1e-4  # relative margin below which rounding could decide; fp32 noise of a whole forward pass is about 1e-6
+ROUNDING_MARGIN_16_BIT = 1e-2  # the same for a backbone in bf16 or fp16, whose states have three digits
 
 
 class TokenizerSettings(Section):
@@ -39,6 +42,7 @@ class TokenizerSettings(Section):
     Attributes:
         code_dim: dimension of the code space of the residual head.
         behaviour: behaviour input of the head, set by training or refinement; None for none.
+        pictures: picture input beside the backbone (`picture_input`); None for none.
         use: the item fields that the tokenizer was trained on; new items are encoded from the same fields.
     """
 
@@ -49,6 +53,7 @@ class TokenizerSettings(Section):
     code_dim: int = Field(448, ge=1)
     embedding_dim: int = Field(448, ge=1)
     behaviour: BehaviourSettings | None = None
+    pictures: PictureSettings | None = None
     use: tuple[FieldName, ...] = ()
     seed: int = 0
 
@@ -79,6 +84,7 @@ class ItemTokenizer(nn.Module, ModelHubMixin, library_name="mmsid", tags=["seman
         self._warned_of_unread = 0
         self.backbone = build_backbone(settings.backbone, settings.num_levels, settings.seed, open_picture)
         self.backbone_sha256 = fingerprint(self.backbone.model)
+        self.pictures = None if settings.pictures is None else PictureInput(settings.pictures, open_picture)
         if saved is not None:
             self._check_backbone(saved)
         if saved is not None and (saved / "adapter").is_dir():
@@ -92,13 +98,13 @@ class ItemTokenizer(nn.Module, ModelHubMixin, library_name="mmsid", tags=["seman
             torch.manual_seed(settings.seed + 1)
             self.head: CodeHead = make_head(
                 settings.head,
-                self.backbone.hidden_size,
+                self.content_size,
                 settings.num_levels,
                 settings.codebook_size,
                 settings.code_dim,
                 settings.behaviour,
             )
-            self.emb_head = nn.Linear(self.backbone.hidden_size, settings.embedding_dim)
+            self.emb_head = nn.Linear(self.content_size, settings.embedding_dim)
 
     def _check_backbone(self, saved: Path) -> None:
         trained_on = read_json(saved / "config.json")["backbone_sha256"]
@@ -126,6 +132,11 @@ class ItemTokenizer(nn.Module, ModelHubMixin, library_name="mmsid", tags=["seman
         return self.codebook_size + (0 if self.settings.behaviour is None else self.settings.behaviour.dim)
 
     @property
+    def content_size(self) -> int:
+        """H, the size of a state: that of the backbone, and of the picture input if there is one."""
+        return self.backbone.hidden_size + (0 if self.settings.pictures is None else self.settings.pictures.dim)
+
+    @property
     def behaviour(self) -> BehaviourInput | None:
         """The behaviour input of the head, if there is one."""
         return getattr(self.head, "behaviour", None)
@@ -136,30 +147,39 @@ class ItemTokenizer(nn.Module, ModelHubMixin, library_name="mmsid", tags=["seman
         return self.backbone.queries.device
 
     def tokens_of(self, items: Sequence[ItemInput]) -> list[Batch]:
-        """Model inputs of each item without query tokens; with the row `behaviour` (1, M + 1) if the tokenizer has a behaviour input."""
+        """Model inputs of each item without query tokens; with the rows `behaviour` (1, M + 1) and `item_pictures` (1, dim) of a tokenizer
+        that has such inputs."""
         tokens = self.backbone.tokens_of(items)
+        if self.pictures is not None:
+            for row, vector in zip(tokens, self.pictures.vectors(items), strict=True):
+                row[_PICTURES] = vector[None]
         if self.settings.behaviour is not None:
             for row, item in zip(tokens, items, strict=True):
                 known = item.behaviour if item.behaviour is not None else np.zeros(self.settings.behaviour.dim + 1, np.float32)
-                row["behaviour"] = torch.from_numpy(known)[None]
+                row[_BEHAVIOUR] = torch.from_numpy(known)[None]
         return tokens
 
     def collate(self, items: Sequence[ItemInput], pad_to: int | None = None) -> Batch:
         """Batch of model inputs for `hidden`; see `QueryBackbone.collate`."""
         return self.backbone.stack(self.tokens_of(items), pad_to)
 
+    def content(self, batch: Batch) -> QueryStates:
+        """States of the query tokens (B, L + 1, H), and the mean content state (B, H), both with the pictures of the picture input."""
+        output = self.backbone.read({key: value for key, value in batch.items() if key not in (_BEHAVIOUR, _PICTURES)})
+        return output if self.pictures is None else self.pictures.beside(output, batch[_PICTURES])
+
     def hidden(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """States of the SID tokens (B, L, H) and of the EMB token (B, H), each plus the mean content state; with gradient.
 
         With a behaviour input, the item's behaviour follows every SID state: (B, L, H + M + 1).
         """
-        output = self.backbone.read({key: value for key, value in batch.items() if key != "behaviour"})
+        output = self.content(batch)
         states = output.states
         if self.settings.backbone.states == "pooled":
             states = output.pooled[:, None].expand_as(states)
         h = states[:, :-1]
         if self.settings.behaviour is not None:
-            h = torch.cat([h, batch["behaviour"].to(h)[:, None].expand(-1, self.num_levels, -1)], -1)
+            h = torch.cat([h, batch[_BEHAVIOUR].to(h)[:, None].expand(-1, self.num_levels, -1)], -1)
         return h, states[:, -1]
 
     def embed(self, e: Tensor) -> Tensor:
@@ -191,7 +211,7 @@ class ItemTokenizer(nn.Module, ModelHubMixin, library_name="mmsid", tags=["seman
             MmsidError: the weights give NaN or infinite states.
         """
         fields = self.settings.use or ALL_FIELDS
-        reads_pictures = self.settings.backbone.kind == "vlm" and "pictures" in fields
+        reads_pictures = (self.settings.backbone.kind == "vlm" or self.pictures is not None) and "pictures" in fields
         inputs = [record_input(item, fields, reads_pictures, f"item {row}") for row, item in enumerate(items)]
         if behaviour is not None:
             inputs = self._given_behaviour(behaviour, interactions, len(inputs)).added_to(inputs)
@@ -244,9 +264,16 @@ class ItemTokenizer(nn.Module, ModelHubMixin, library_name="mmsid", tags=["seman
             self.train(was_training)
             self.warn_of_unread_pictures()
 
+    @property
+    def rounding_margin(self) -> float:
+        """Relative margin below which rounding in the backbone's number format could decide a code."""
+        return ROUNDING_MARGIN if self.backbone.number_format == torch.float32 else ROUNDING_MARGIN_16_BIT
+
     def warn_of_unread_pictures(self) -> None:
-        """Warn of the items that a vision-language backbone has read without their pictures since the last warning."""
+        """Warn of the items that a vision-language backbone or the picture input has read without their pictures since the last warning."""
         unread: dict[tuple[str, ...], str] = getattr(self.backbone, "unread", {})
+        if self.pictures is not None:
+            unread = unread | {("", *pictures): reason for pictures, reason in self.pictures.unread.items()}
         new = list(unread.items())[self._warned_of_unread :]
         self._warned_of_unread = len(unread)
         if new:
@@ -257,7 +284,7 @@ class ItemTokenizer(nn.Module, ModelHubMixin, library_name="mmsid", tags=["seman
     def _encode_tokens(self, tokens: Sequence[Batch]) -> Encoded:
         """Encode a batch. Items whose margin is within rounding error are encoded again, alone and unpadded."""
         *encoded, relative_margin = self._encode_batch(tokens)
-        for i in (relative_margin < ROUNDING_MARGIN).nonzero().flatten().tolist() if len(tokens) > 1 else ():
+        for i in (relative_margin < self.rounding_margin).nonzero().flatten().tolist() if len(tokens) > 1 else ():
             for column, value in zip(encoded, self._encode_batch([tokens[i]]), strict=False):
                 column[i] = value[0]
         return Encoded(*encoded)
@@ -320,7 +347,7 @@ class ItemTokenizer(nn.Module, ModelHubMixin, library_name="mmsid", tags=["seman
         """Load a tokenizer from a folder or a hub id.
 
         Args:
-            open_picture: opens the pictures of an item (`kind: vlm`).
+            open_picture: opens the pictures of an item, for a tokenizer that reads pictures.
             hub: options of the download (`revision`, `token`, ...).
 
         Raises:
@@ -354,11 +381,12 @@ class ItemTokenizer(nn.Module, ModelHubMixin, library_name="mmsid", tags=["seman
         s = self.settings
         fields = ", ".join(s.use) or "any text"
         behaviour = "none" if s.behaviour is None else f"{s.behaviour.source}, {s.behaviour.dim} dimensions"
+        pictures = "" if s.pictures is None else f" Picture input: {' and '.join(s.pictures.encoders)}, {s.pictures.dim} dimensions."
         return (
             f"Backbone {s.backbone.describe()}, "
             f"{s.head} head, {s.num_levels} levels of {s.codebook_size} codes, "
             f"code space of size {s.code_dim}, embedding of size {s.embedding_dim}. "
-            f"Input fields: {fields}. Behaviour input: {behaviour}. "
+            f"Input fields: {fields}. Behaviour input: {behaviour}.{pictures} "
             f"`ItemTokenizer.from_pretrained(folder).encode(items)` gives raw codes and embedding."
         )
 

@@ -18,7 +18,15 @@ from mmsid.tokenizer.reconstruction import FrozenDecoder, ReconstructionHead
 
 
 class LossWeights(Section):
-    """Weight of each loss; a loss of weight 0 is not computed."""
+    """Weight of each loss; a loss of weight 0 is not computed.
+
+    Attributes:
+        codes: cross-entropy of the SID head with the target codes.
+        regression: distance of the projected states from the fused vectors of content and behaviour.
+        contrast: contrastive loss at every level, on the vectors of the code prefixes (residual head) or on the logits (parallel head).
+        embedding: contrastive loss (InfoNCE) on the item embedding.
+        reconstruction: cross-entropy of a language model that writes the item's text from its states.
+    """
 
     codes: float = Field(1.0, ge=0)
     regression: float = Field(1.0, ge=0)
@@ -84,7 +92,7 @@ class Objective(nn.Module):
         if decoder is not None:
             levels, settings = tokenizer.num_levels, tokenizer.settings
             if reconstruct_from == "states":
-                positions, size = levels + 1, tokenizer.backbone.hidden_size
+                positions, size = levels + 1, tokenizer.content_size
             else:
                 positions, size = levels, settings.code_dim if settings.head == "residual" else settings.codebook_size
             with torch.random.fork_rng(devices=[]):
@@ -115,7 +123,7 @@ class Objective(nn.Module):
         if weights.embedding:
             parts["embedding"] = self._embedding(self.tokenizer.embed(e), labels)
         if weights.reconstruction and self.reconstruction is not None and self.decoder is not None:
-            h = h[..., : self.tokenizer.backbone.hidden_size]
+            h = h[..., : self.tokenizer.content_size]
             vectors = torch.cat([h, e[:, None]], 1) if self.reconstruct_from == "states" else prefixes if residual else s.softmax(-1)
             nll = self.decoder.nll(self.reconstruction(vectors), labels.text_ids, labels.text_mask)
             parts["reconstruction"] = nll.sum() / (labels.text_mask.sum(1) > 0).sum().clamp_min(1)

@@ -48,9 +48,12 @@ class QuantizeConfig(StageConfig):
         id_column, vector_column: default: `item_id`, and `vector` or the only column with lists of numbers.
         behaviour: a file of `item_id` and `vector`, for example two-tower or graph embeddings, which is fused with the vectors as
             [vector ; behaviour_weight x behaviour], both of norm 1. Items without a row are read by their vector alone.
+        behaviour_weight: weight of the behaviour vectors beside the others.
+        method: quantizer: `balanced_rq` (residual k-means with evenly used codes), `rq_kmeans` or `rq_vae`.
         codebook_size, num_levels: default: proposed from the number of items (`mmsid.quantize.sizes`).
         fit_rows: vectors that the codebooks are fitted on; default: 256 per code, at least 100,000, at most 1 GB. If that is all of them,
             the codes of `balanced_rq` are the balanced ones of the fit; otherwise every vector gets its nearest codes.
+        collisions: policy for items with equal raw codes.
         array_sha256: hash of vectors that were passed from Python instead of files.
     """
 

@@ -18,7 +18,9 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from mmsid.backbone.text import no_loading_bar
+from mmsid.backbone.devices import torch_device
+from mmsid.backbone.loading_bar import no_loading_bar
+from mmsid.backbone.model_loading import resolve_dtype
 from mmsid.backbone.weight_files import check_weight_files
 from mmsid.errors import ConfigError
 from mmsid.progress import track
@@ -41,7 +43,7 @@ class FrozenDecoder(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str) -> FrozenDecoder:
-        """Load a causal language model from a folder or a hub id.
+        """Load a causal language model from a folder or a hub id, in bf16 on a GPU (`mmsid.backbone.model_loading.resolve_dtype`).
 
         Raises:
             ConfigError: the model cannot be loaded.
@@ -49,7 +51,10 @@ class FrozenDecoder(nn.Module):
         check_weight_files(path)
         try:
             with no_loading_bar():
-                return cls(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), AutoTokenizer.from_pretrained(path))
+                return cls(
+                    AutoModelForCausalLM.from_pretrained(path, dtype=resolve_dtype("auto", path, torch_device())),
+                    AutoTokenizer.from_pretrained(path),
+                )
         except (OSError, ValueError, SafetensorError) as error:
             raise ConfigError(
                 f"train_tokenizer.decoder {path!r} cannot be loaded as a causal language model ({error}); "

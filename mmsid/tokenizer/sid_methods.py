@@ -38,9 +38,12 @@ class MethodSpec(Section):
     """Settings of a SID method.
 
     Attributes:
+        method: how the codes are made.
         space: the vectors that the quantizer is fitted on; unused by `random` and `category_path`.
         collisions: collision policy. `random` has no collisions; `category_path` has no scores to relocate by and needs `suffix`
             (items numbered within their path) or `none`.
+        num_levels: L, codes per item.
+        behaviour_weight: weight of the behaviour vectors beside the text, in the space `fused`.
         codebook_size: codes per level; `category_path` has as many as there are names at a depth.
     """
 

@@ -36,10 +36,14 @@ class StabilityConfig(StageConfig):
     """Configuration of `stability`.
 
     Attributes:
+        tokenizer: a tokenizer folder.
+        catalog: the items.
+        captions, interests: annotation folders of this catalogue, needed if the tokenizer reads these fields.
         max_items: size of the sample, evenly spaced over the catalogue's content order.
         caption_dropout: share of a caption's words that are removed at random; at least one word stays.
         jpeg_quality: pictures are saved again at this quality.
         crop: pictures are cropped to this share of width and height around the centre, and scaled back.
+        batch_size: items per forward pass.
     """
 
     execution_keys: ClassVar[tuple[str, ...]] = ("batch_size",)

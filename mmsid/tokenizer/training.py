@@ -15,7 +15,8 @@ from accelerate import Accelerator
 from safetensors import safe_open
 
 from mmsid.artifacts import Draft, read_tensors, write_json, write_tensors
-from mmsid.catalog import Catalog, Split, adjacent_pairs, load_picture
+from mmsid.catalog import Catalog, Split, adjacent_pairs
+from mmsid.catalog.picture_opener import PictureOpener
 from mmsid.errors import ConfigError, MmsidError
 from mmsid.progress import track
 from mmsid.quantize import fuse
@@ -30,6 +31,8 @@ from mmsid.tokenizer.inputs import FieldName, ItemInput, annotated_inputs, read_
 from mmsid.tokenizer.model import ItemTokenizer, TokenizerSettings
 from mmsid.tokenizer.model_card import model_card
 from mmsid.tokenizer.objective import Labels, Objective
+from mmsid.tokenizer.picture_input import COUNTS as PICTURE_COUNTS
+from mmsid.tokenizer.picture_input import PictureSettings
 from mmsid.tokenizer.reconstruction import FrozenDecoder, train_decoder
 from mmsid.tokenizer.text_limit import cut_texts
 from mmsid.tokenizer.train_config import TrainTokenizerConfig
@@ -41,8 +44,20 @@ MEASURED_ROWS = 512  # items on which the figures are measured if the head is no
 OnStep = Callable[[int, dict[str, float]], None]
 
 
-def _check_pictures(catalog: Catalog, fields: Sequence[FieldName]) -> None:
-    """Raise ConfigError if a vision-language model would be trained without a picture."""
+def _check_pictures(catalog: Catalog, fields: Sequence[FieldName], pictures: PictureSettings | None) -> None:
+    """Raise ConfigError if a vision-language model or a picture input would be trained without a picture."""
+    if pictures is not None:
+        if "pictures" not in fields:
+            raise ConfigError(
+                f"train_tokenizer.pictures is {', '.join(pictures.encoders)}, but train_tokenizer.without names pictures; set pictures to "
+                "none, or remove pictures from without"
+            )
+        if not any(item.images for item in catalog.items):
+            raise ConfigError(
+                f"train_tokenizer.pictures is {', '.join(pictures.encoders)}, but none of the {len(catalog.items):,} items has a picture; "
+                "set catalog.fields.image, or set pictures to none"
+            )
+        return
     if "pictures" not in fields:
         raise ConfigError(
             f"train_tokenizer: backbone.kind is 'vlm', but the tokenizer reads {', '.join(fields)} and no pictures; add pictures to "
@@ -66,22 +81,24 @@ class Training:
         annotations = read_annotations(catalog.items, config.captions, config.interests)
         mined = annotations.interests
         backbone = config.backbone.fitted_to(catalog)
-        fields = tuple(name for name in readable_fields(config.use, mined) if name in backbone.fields and name not in config.without)
+        use = config.use if config.use is None or not config.pictures else (*config.use, "pictures")
+        readable = {*backbone.fields, *(("pictures",) if config.pictures else ())} - set(config.without)
+        fields = tuple(name for name in readable_fields(use, mined) if name in readable)
+        pictures = PictureSettings(encoders=config.pictures) if config.pictures else None
         if not fields:
             raise ConfigError(
                 f"train_tokenizer: no field is left to read; a backbone of kind {backbone.kind!r} reads {', '.join(backbone.fields)}: "
-                "correct use and without"
+                "correct use and without" + (", or name a picture encoder in `pictures`" if "pictures" in (config.use or ()) else "")
             )
-        if backbone.kind == "vlm":
-            _check_pictures(catalog, fields)
+        if backbone.kind == "vlm" or pictures is not None:
+            _check_pictures(catalog, fields, pictures)
         self.inputs: list[ItemInput] = annotated_inputs(catalog, annotations, fields)[0]
         draft.extra[RECORD] = coverage_record(list(annotations.coverage.values()))
         start = config.resolved_start()
         behaviour = initialization.read_behaviour(catalog, split, start, config.seed, config.resolved_behaviour())
         if config.resolved_head() == "residual":
             self.inputs = behaviour.items.added_to(self.inputs)
-        limits, root = config.catalog.pictures, config.catalog.picture_roots
-        width = backbone.hidden_size() + behaviour.items.vectors.shape[1]
+        width = backbone.hidden_size() + (0 if pictures is None else pictures.dim) + behaviour.items.vectors.shape[1]
         settings = TokenizerSettings(
             backbone=backbone,
             head=config.resolved_head(),
@@ -90,10 +107,13 @@ class Training:
             code_dim=width + config.num_levels,  # one coordinate per level for the prices of its codes
             embedding_dim=width,
             behaviour=self._behaviour_settings(behaviour, start.window),
+            pictures=pictures,
             use=fields,
             seed=config.seed,
         )
-        self.tokenizer = ItemTokenizer(settings, lambda path: load_picture(path, limits, root))
+        self.tokenizer = ItemTokenizer(settings, PictureOpener.of(config.catalog))
+        if self.tokenizer.pictures is not None:
+            self.tokenizer.pictures.encoder.load_pretrained()
         if self.tokenizer.behaviour is not None and behaviour.factors is not None:
             self.tokenizer.behaviour.item_ids = catalog.item_ids
         self.tokenizer.to(accelerator.device)
@@ -151,6 +171,7 @@ class Training:
                 train_decoder(
                     self.texts, prompt_length=config.num_levels + 1, steps=config.decoder_steps, seed=config.seed
                 ).save_pretrained(folder / "decoder")
+            pictures = initialization.start_pictures(self.tokenizer, self.inputs, config.seed)
             codes = torch.zeros(len(self.inputs), config.num_levels, dtype=torch.int64)
             fused = torch.zeros(len(self.inputs), 0)
             if start.mode == "balanced":
@@ -159,11 +180,16 @@ class Training:
                 codes, fused = initialization.balanced_start(self.tokenizer, content, space, behaviour.items, config.seed)
             write_tensors(folder / "initial.safetensors", self.tokenizer.trained_state())
             weight = torch.ones(()) if self.tokenizer.behaviour is None else self.tokenizer.behaviour.value[0, 0].detach().clone()
-            write_tensors(folder / "start.safetensors", {"codes": codes, "fused": fused, "behaviour_weight": weight})
+            start_tensors = {"codes": codes, "fused": fused, "behaviour_weight": weight}
+            if pictures is not None:
+                start_tensors["pictures"] = torch.tensor(list(pictures.values()))
+            write_tensors(folder / "start.safetensors", start_tensors)
         self.accelerator.wait_for_everyone()
         self.tokenizer.load_state_dict(read_tensors(folder / "initial.safetensors"), strict=False)
         started = read_tensors(folder / "start.safetensors")
         self.codes, self.fused, self.behaviour_weight = started["codes"], started["fused"], float(started["behaviour_weight"])
+        if "pictures" in started:
+            self.draft.extra["pictures"] = dict(zip(PICTURE_COUNTS, started["pictures"].tolist(), strict=True))
         if self.reconstruct == "off":
             return None
         return FrozenDecoder.from_pretrained(config.decoder or str(folder / "decoder"))

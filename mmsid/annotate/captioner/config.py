@@ -25,7 +25,18 @@ DEMO_TEMPLATE = "a {color} {pattern} {product} by {brand}, priced {price}, headl
 
 
 class Phase(Section):
-    """Steps, batch size and learning rates of one training phase. A phase with 0 steps is skipped."""
+    """Steps, batch size and learning rates of one training phase.
+
+    Attributes:
+        steps: optimiser steps. A phase with 0 steps is skipped.
+        batch_size: pictures per step.
+        muon_lr: peak learning rate of Muon, which trains the hidden weight matrices.
+        adamw_lr: peak learning rate of AdamW, which trains all other weights.
+        warmup_steps: steps over which the learning rates rise linearly.
+        weight_decay: weight decay of both optimisers.
+        final_rate: share of the peak learning rate that is left at the end.
+        clip: largest norm of the gradient.
+    """
 
     steps: int
     batch_size: int = 48
@@ -58,6 +69,7 @@ class DrawnSource(Section):
         cards: for training, from combinations of product, colour and pattern that are not held out.
         held_out: for evaluation, from held-out combinations.
         seen: for evaluation, other cards of training combinations.
+        seed: random seed of the cards.
     """
 
     cards: int = 100_000
@@ -67,7 +79,14 @@ class DrawnSource(Section):
 
 
 class LoraSection(Section):
-    """Low-rank adapters on the language model of a hub VLM. `target` is a regex over module names."""
+    """Low-rank adapters on the language model of a hub VLM.
+
+    Attributes:
+        rank: rank of the adapters.
+        alpha: the adapters are scaled by alpha / rank.
+        dropout: dropout rate at the input of the adapters.
+        target: regular expression over the names of the modules that get an adapter.
+    """
 
     rank: int = 8
     alpha: int = 16
@@ -80,17 +99,25 @@ class TrainCaptionerConfig(StageConfig):
 
     Attributes:
         source: `catalog` trains on the pictures of `catalog`, `drawn` on freshly drawn demo cards.
+        drawn: how many cards are drawn (`source: drawn`).
+        catalog: items whose pictures are trained on (`source: catalog`).
+        targets: texts that the captioner learns to write (`source: catalog`).
         caption_template: writes the training captions from `fields`, see `CaptionTemplate`.
         fields: fields that become label heads of the vision tower.
         digit_fields: fields that are two-digit numbers. Each becomes two labels, one per digit.
         dense: label -> element of a drawn card, on whose patches the label is also predicted. Not used for catalogues.
+        caption_prompt, interests_prompt: name of a shipped prompt, or a file.
         interest_share: share of the batches that train the interests prompt, where the pictures have interests.
+        sizes: sizes of a model that is trained from scratch.
+        augment: augmentation of the training pictures.
         vision_warmup: phase that trains the vision tower on labels.
         captioning: phase that trains the language model while the tower is fixed.
         joint: phase that trains all weights, with the label loss at `label_weight`.
-        checkpoint_seconds: time between two checkpoints.
+        label_weight: weight of the label loss in `joint`.
+        checkpoint_seconds: time in seconds between two checkpoints.
         evaluate_pictures: largest number of pictures per evaluation set.
         base_model: path or hub id of an image-text-to-text model. Only `captioning` runs, on LoRA adapters.
+        lora: adapters on `base_model`.
     """
 
     execution_keys: ClassVar[tuple[str, ...]] = ("checkpoint_seconds",)

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 
 from mmsid.annotate.captioner.template import CaptionTemplate
+from mmsid.backbone.chat import ChatFormat
+from mmsid.backbone.rows import stack_rows
 from mmsid.progress import track
 
 
@@ -84,14 +86,15 @@ def generate_texts(
     from PIL import Image
 
     model.eval()
-    conversation = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
-    prompt_text = processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+    chat = ChatFormat(processor, "captioner")
+    prompt_text = chat.prompt(prompt, 1)
     texts: list[str] = []
     begun = time.monotonic()
     for start in track(range(0, len(pictures), batch_size), "generate", unit="batches"):
         images = [Image.fromarray(np.asarray(picture)) for picture in pictures[start : start + batch_size]]
-        inputs = processor(text=[prompt_text] * len(images), images=images, return_tensors="pt", padding=True).to(model.device)
-        output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        inputs = stack_rows([chat.tokens(prompt_text, [image]) for image in images], chat.pad_token, left=True)
+        inputs = {key: value.to(model.device, model.dtype if value.is_floating_point() else None) for key, value in inputs.items()}
+        output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=chat.pad_token)
         texts += processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return texts, len(pictures) / max(1e-9, time.monotonic() - begun)
 

@@ -9,15 +9,20 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from PIL import Image
-from safetensors import SafetensorError
 from torch import nn
 
 from mmsid.annotate.captioner.config import TrainCaptionerConfig
 from mmsid.annotate.captioner.data import PictureSet, caption_record
 from mmsid.annotate.captioner.training import run_phase
 from mmsid.annotate.prompts import load_prompt
-from mmsid.backbone.weight_files import check_weight_files
+from mmsid.backbone.chat import ChatFormat
+from mmsid.backbone.model_files import copy_processor, locate_model
+from mmsid.backbone.model_loading import load_weights, resolve_dtype, warn_if_untested
+from mmsid.backbone.processors import load_processor
+from mmsid.backbone.rows import per_token_keys, stack_rows
 from mmsid.errors import ConfigError
+
+IGNORED = -100  # label that the loss leaves out
 
 
 class _AnswerLoss(nn.Module):
@@ -31,34 +36,27 @@ class _AnswerLoss(nn.Module):
         return self.model(**batch, use_cache=False).loss
 
 
-def conversation_batch(processor: Any, pictures: list[Image.Image], prompts: list[str], answers: list[str]) -> dict[str, torch.Tensor]:
-    """Model inputs and `labels` of conversations with one prompt and one answer each.
+def conversation_batch(chat: ChatFormat, pictures: list[Image.Image], prompts: list[str], answers: list[str]) -> dict[str, torch.Tensor]:
+    """Model inputs and `labels` of conversations with one picture, one prompt and one answer each.
 
-    Labels are -100 on the prompt, the picture and the padding. The answer begins where the prompt, rendered with the generation prompt of
-    the chat template, ends.
+    Labels are -100 on the prompt, the picture and the padding. The tokens of the answer follow those of the prompt, as in generation.
+
+    Raises:
+        ConfigError: the chat template shows no answer of an assistant.
     """
-    prompt_texts, full_texts = [], []
-    for prompt, answer in zip(prompts, answers, strict=True):
-        user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}
-        reply = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
-        before = processor.apply_chat_template([user], add_generation_prompt=True, tokenize=False)
-        full = processor.apply_chat_template([user, reply], tokenize=False)
-        if not full.startswith(before):
-            # The template has no generation prompt, or trims it. The answer then ends with the end-of-sequence token.
-            full = before + answer + (processor.tokenizer.eos_token or "")
-        prompt_texts.append(before)
-        full_texts.append(full)
-    tokenizer = processor.tokenizer
-    padding_side, tokenizer.padding_side = tokenizer.padding_side, "right"
-    try:
-        batch = processor(text=full_texts, images=pictures, return_tensors="pt", padding=True)
-        prompts_only = processor(text=prompt_texts, images=pictures, return_tensors="pt", padding=True)
-    finally:
-        tokenizer.padding_side = padding_side
-    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-    for row, length in enumerate(prompts_only["attention_mask"].sum(1).tolist()):
-        labels[row, :length] = -100
-    return {key: value for key, value in batch.items() if isinstance(value, torch.Tensor)} | {"labels": labels}
+    rows = []
+    for picture, prompt, answer in zip(pictures, prompts, answers, strict=True):
+        before, ending = chat.answer(prompt, 1, answer)
+        row = chat.tokens(before, [picture])
+        added = chat.tokenizer(ending, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        for key in per_token_keys([row]):
+            value = 1 if key == "token_type_ids" and not chat.has_template else 0  # PaliGemma attends to type 1 causally
+            row[key] = torch.cat([row[key], torch.full_like(added, value)], 1)
+        labels = torch.cat([torch.full_like(row["input_ids"], IGNORED), added], 1)
+        rows.append(row | {"input_ids": torch.cat([row["input_ids"], added], 1), "labels": labels})
+    batch = stack_rows(rows, chat.pad_token, left=False)
+    batch["labels"].masked_fill_(batch["attention_mask"] == 0, IGNORED)
+    return batch
 
 
 def fine_tune(
@@ -70,20 +68,19 @@ def fine_tune(
         The model, its processor, and the figures of the phase.
 
     Raises:
-        ConfigError: the base model cannot be loaded, or `lora.target` matches none of its layers.
+        ConfigError: the base model cannot be loaded, its chat template shows no answer, or `lora.target` matches none of its layers.
     """
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForImageTextToText
 
-    check_weight_files(config.base_model)
-    try:
-        processor = AutoProcessor.from_pretrained(config.base_model)
-        base = AutoModelForImageTextToText.from_pretrained(config.base_model, use_safetensors=True)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ConfigError(
-            f"train_captioner.base_model {config.base_model!r} cannot be loaded ({str(error)[:200]}); give a folder or hub id of an "
-            "image-text-to-text model with safetensors weights"
-        ) from error
+    name = str(config.base_model)
+    folder = locate_model(name)
+    processor = load_processor(folder, name)
+    chat = ChatFormat(processor, name)
+    chat.answer("Describe the picture.", 1, "a picture")  # a template without an answer is refused before the weights are read
+    dtype = resolve_dtype("auto", folder, accelerator.device)
+    base = load_weights(AutoModelForImageTextToText, folder, name, dtype, "train_captioner.base_model")
+    warn_if_untested(base.config.model_type, name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         lora = config.lora
@@ -107,7 +104,7 @@ def fine_tune(
             chosen, prompt = rng.choice(rows, config.captioning.batch_size), caption_prompt
             answers = [caption_record(train.captions[row]) for row in chosen]
         pictures = [Image.fromarray(np.asarray(train.pictures[row])) for row in chosen]
-        return conversation_batch(processor, pictures, [prompt] * len(chosen), answers)
+        return conversation_batch(chat, pictures, [prompt] * len(chosen), answers)
 
     objective = _AnswerLoss(model)
     figures = run_phase(config.captioning, "LoRA", objective, [model], batch_at, accelerator, seed=(config.seed, 1), use_muon=False)
@@ -115,5 +112,5 @@ def fine_tune(
     model = model.merge_and_unload().eval()
     if accelerator.is_main_process:
         model.save_pretrained(draft)
-        processor.save_pretrained(draft)
+        copy_processor(folder, draft)
     return model, processor, {"captioning": figures}

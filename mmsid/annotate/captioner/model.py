@@ -44,7 +44,17 @@ _JSON_SPAN = r'(?:"?[\[{}\],: ]*"[a-z_]+": *[\[{]*(?:[0-9.]+)?)+"?|"[\]}]+|[\]}]
 
 
 class ModelSizes(Section):
-    """Sizes of the small VLM. The defaults are those of the packaged demo captioner (1.5 M parameters)."""
+    """Sizes of the small VLM. The defaults are those of the packaged demo captioner (1.5 M parameters).
+
+    Attributes:
+        image_size: side of a picture in px; pictures are scaled to squares.
+        patch_size: side of a patch in px.
+        tower_hidden, tower_layers, tower_heads, tower_intermediate: width, layers, attention heads and inner width of the vision tower.
+        text_hidden, text_layers, text_heads, text_intermediate: the same of the language model.
+        vocabulary: largest number of text tokens.
+        max_positions: longest sequence of picture and text tokens.
+        activation: activation function of both parts, by its name in transformers.
+    """
 
     image_size: int = 96
     patch_size: int = 12

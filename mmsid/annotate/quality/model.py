@@ -28,8 +28,8 @@ from transformers import (
 from transformers.modeling_outputs import SequenceClassifierOutput
 from trl import RewardConfig, RewardTrainer
 
+from mmsid.backbone.loading_bar import no_loading_bar
 from mmsid.backbone.packaged_weights import minilm_path
-from mmsid.backbone.text import no_loading_bar
 from mmsid.backbone.weight_files import check_weight_files
 from mmsid.config import Section
 from mmsid.errors import ConfigError

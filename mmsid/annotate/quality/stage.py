@@ -20,7 +20,7 @@ from mmsid.annotate.quality.examples import PARTS, Example, Pair, Part, judged_e
 from mmsid.annotate.quality.model import TextModelConfig, build_text_model, encode, score_ids, train_text_model
 from mmsid.annotate.readers import captions_of, interests_of, read_judgements
 from mmsid.artifacts import Draft, read_manifest, write_json, write_table, writing
-from mmsid.backbone.text import no_loading_bar
+from mmsid.backbone.loading_bar import no_loading_bar
 from mmsid.catalog import Catalog, CatalogConfig, Item, read_catalog
 from mmsid.config import StageConfig
 from mmsid.errors import ConfigError, MmsidError
@@ -32,10 +32,12 @@ class TextQualityConfig(StageConfig):
     """Configuration of `text_quality`.
 
     Attributes:
+        catalog: the items.
         interests: a finished `interests` folder. None, or interests mined from co-engagement: q is 1 for every item.
         captions: a finished `caption` folder. Its captions are part of the evidence; pictures are not.
         judgements: a finished `judge` folder of these interests.
         truth: truth.parquet of a demo catalogue. It takes precedence over `judgements`.
+        model: the model that scores a descriptor, and its training.
         calibrate: share of the items that calibrate the scores.
         held_out: share of the items that are evaluated.
         repeats: bad examples of each kind per good one of a `fit` item (with `truth`).

@@ -27,6 +27,7 @@ MIN_LENGTH = 5
 MEAN_LENGTH = 9
 MIN_ITEMS = 60  # long histories would exhaust a smaller catalogue
 _SHARES = np.array([3.0, 2.0, 1.0])
+_FEWEST = 3  # items of a user that is ranked: one to train on, one to validate, one to test
 _MAX_CELLS = 8_000_000  # users x items of one chunk
 _TEMPLATES = {
     "picture": ((0.5, ("color", "pattern")), (0.3, ("brand", "price_tier")), (0.2, ("headline", "color"))),
@@ -263,8 +264,13 @@ def _discounts(depth: int) -> np.ndarray:
     return 1 / np.log2(np.arange(depth) + 2)
 
 
-def best_achievable(model: UserModel, sequences: Sequences) -> dict[str, dict]:
+def best_achievable(model: UserModel, sequences: Sequences, known: np.ndarray | None = None) -> dict[str, dict]:
     """Best achievable ranking figures at the last item (test) and the second last item (valid) of every user.
+
+    Args:
+        known: (N,) bool, the items that can be recommended; default: all. The targets are then the last two of them in each sequence.
+            The oracle sees the other items in the histories, so its figures remain an upper bound. Users with fewer than three are
+            left out.
 
     The oracle knows the model, every item's facts and popularity, and each user's interests, weights and history, but not the active
     slot. It filters the slot exactly and ranks unseen items by p(next item | interests, history). Given these, the next item is
@@ -280,19 +286,27 @@ def best_achievable(model: UserModel, sequences: Sequences) -> dict[str, dict]:
         `without_pictures`: expected, for the oracle with the picture facts of items averaged.
         `one_ranking_for_all`: expected, for the best ranking common to all users (seen items masked), an upper bound for popularity.
     """
-    users, num_items = len(model.members), model.appeal.shape[1]
+    num_items = model.appeal.shape[1]
+    known = np.ones(num_items, dtype=bool) if known is None else np.asarray(known, dtype=bool)
+    counted = known[sequences.items] & (sequences.items >= 0)
+    ranked = np.flatnonzero(counted.sum(axis=1) >= _FEWEST)
+    users = len(ranked)
     figures = {}
     for part, offset in (("valid", 2), ("test", 1)):
-        ends = sequences.lengths - offset
+        ends = (counted & (counted[:, ::-1].cumsum(axis=1)[:, ::-1] == offset)).argmax(axis=1)
         parts: dict[str, list[np.ndarray]] = {}
         overall = np.zeros(num_items)
-        for rows in _chunks(users, num_items):
+        for chunk in _chunks(users, num_items):
+            rows = ranked[chunk]
             belief = filter_active_slot(model, sequences, rows, ends[rows])
             overall += predictive(model.appeal, model.members[rows], belief._replace(unseen=np.ones_like(belief.unseen))).sum(axis=0)
-        for rows in _chunks(users, num_items):
+        for chunk in _chunks(users, num_items):
+            rows = ranked[chunk]
             members, target = model.members[rows], sequences.items[rows, ends[rows]]
-            belief = filter_active_slot(model, sequences, rows, ends[rows])
-            revealed = filter_active_slot(model, sequences, rows, ends[rows], reveal_active=True)
+            belief, revealed = (
+                found._replace(unseen=found.unseen & known)
+                for found in (filter_active_slot(model, sequences, rows, ends[rows], reveal_active=each) for each in (False, True))
+            )
             probability, given_active = predictive(model.appeal, members, belief), predictive(model.appeal, members, revealed)
             gains = {
                 "expected": expected_gains(probability, probability),

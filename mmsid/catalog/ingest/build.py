@@ -27,12 +27,12 @@ from mmsid.catalog.ingest.merging import merged_groups
 from mmsid.catalog.ingest.on_ray import inspected_on_ray
 from mmsid.catalog.ingest.rows import PictureMemory, part_rows
 from mmsid.catalog.ingest.writing import CatalogWriter
-from mmsid.catalog.item_ids import ROUNDED
+from mmsid.catalog.logs.item_ids import ROUNDED
+from mmsid.catalog.logs.read import read_histories
 from mmsid.catalog.picture_sources.downloads import Downloader
 from mmsid.catalog.picture_sources.inspection import inspect_pictures
 from mmsid.catalog.pictures import InspectedPicture
 from mmsid.catalog.sources import OpenedTable, open_table
-from mmsid.catalog.user_logs import read_histories
 from mmsid.catalog.vectors import ItemVectors, concatenated, read_vectors
 from mmsid.errors import CatalogError
 from mmsid.progress import track
@@ -226,6 +226,9 @@ def _ordered(
     order = order[: config.max_items]
     place = np.full(len(kept), -1, dtype=np.int64)
     place[number[order]] = np.arange(len(order))
-    histories = sorted_by_content(histories.mapped(place), index.content_texts(order))[: config.max_users]
+    everyone = pa.concat_arrays([histories.user_ids, histories.without_items])
+    known = histories.mapped(place)
+    histories = sorted_by_content(known, index.content_texts(order))[: config.max_users]
+    histories.without_items = everyone.filter(pc.invert(pc.is_in(everyone, known.user_ids))).sort()
     built.history_problems["repeated_item"] += int(histories.repeated().sum())
     return order, histories

@@ -19,8 +19,8 @@ from mmsid.catalog.history_order import update_hash
 from mmsid.catalog.ingest.built import Built
 from mmsid.catalog.ingest.index import RowIndex
 from mmsid.catalog.ingest.rows import PART_SCHEMA, with_problems
-from mmsid.catalog.item_ids import ROUNDED
 from mmsid.catalog.item_table import SCHEMA, lengths, texts
+from mmsid.catalog.logs.item_ids import ROUNDED
 from mmsid.catalog.picture_sources.reasons import REASONS
 from mmsid.catalog.vectors import ItemVectors
 from mmsid.errors import CatalogError

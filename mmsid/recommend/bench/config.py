@@ -25,7 +25,11 @@ KINDS = ("sids", "published", "tokenizer", "refine", "classical", "sasrec", "fus
 
 
 class PublishedConfig(Section):
-    """Published SIDs: a parquet file with `item_id` and one column of SID strings per set."""
+    """Published SIDs of other projects.
+
+    Attributes:
+        sids: parquet file with `item_id` and one column of SID strings per set, or the `index.json` of other projects.
+    """
 
     sids: Path
 
@@ -35,6 +39,7 @@ class DatasetConfig(Section):
 
     Attributes:
         name: name of the results file.
+        catalog: keys of the section `catalog`.
         captions, interests: finished annotation folders, if there are any.
         use: the fields that tokenizers and baselines read.
         num_levels, codebook_size: defaults of all arms.
@@ -145,7 +150,11 @@ class ArmConfig(Section):
 
 
 class TrialConfig(Section):
-    """One point of the tuning grid: overrides of the `model` and `schedule` of the suite."""
+    """One point of the tuning grid.
+
+    Attributes:
+        model, schedule: overrides of the keys of the same name of the suite.
+    """
 
     model: dict[str, Any] = Field(default_factory=dict)
     schedule: dict[str, Any] = Field(default_factory=dict)
@@ -155,6 +164,7 @@ class SuiteConfig(Section):
     """Arms and selection rules.
 
     Attributes:
+        arms: name -> method of the comparison.
         seeds: the first seed is used for screening and tuning, all seeds for the selected arms. A seed applies to tokenizer and
             recommender.
         claims: arms of which a claim is made; they always get all seeds.

@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from mmsid.catalog.columns import Columns, read_columns
 from mmsid.catalog.config import CatalogConfig
-from mmsid.catalog.item_ids import ItemIds, in_column
+from mmsid.catalog.logs.item_ids import ItemIds, in_column
 from mmsid.errors import CatalogError
 
 _LIKE_IDS = ("id", "asin", "sku", "code", "key", "isbn", "gtin", "ean", "mpn", "item", "product", "handle", "name")

@@ -8,11 +8,11 @@ import numpy as np
 import pyarrow as pa
 
 from mmsid.catalog.config import CatalogConfig
-from mmsid.catalog.events import read_events
 from mmsid.catalog.histories import Histories
-from mmsid.catalog.item_ids import MOST_UNKNOWN, ItemIds
-from mmsid.catalog.log_columns import open_log
-from mmsid.catalog.sequences import read_sequences
+from mmsid.catalog.logs.columns import open_log
+from mmsid.catalog.logs.events import read_events
+from mmsid.catalog.logs.item_ids import MOST_UNKNOWN, ItemIds
+from mmsid.catalog.logs.sequences import read_sequences
 from mmsid.id_columns import holds_integers
 
 

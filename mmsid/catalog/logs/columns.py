@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from mmsid.catalog.columns import Columns, read_columns
-from mmsid.catalog.config import CatalogConfig
+from mmsid.catalog.config import CatalogConfig, Fields
+from mmsid.catalog.sources.locate import Source
 from mmsid.errors import CatalogError
 
 _OTHER_ITEMS = (
@@ -79,6 +80,17 @@ def open_log(config: CatalogConfig, notes: list[str]) -> LogColumns:
     if unread:
         notes.append(f"{first.path}: not read: {', '.join(unread)}{_advice(unread, per_user, config)}")
     return LogColumns(columns, **found)
+
+
+def sequence_fields(source: Source, config: CatalogConfig, config_key: str) -> Fields:
+    """The fields of a table with one row per user, with its columns of common names instead of absent defaults.
+
+    Raises:
+        CatalogError: the table is unreadable, a column is absent, or several columns could be meant.
+    """
+    finder = _Finder(read_columns(source, [], config_key=config_key), config)
+    found = {field: finder.find(field, required=True) for field in ("user_id", "sequence")}
+    return config.fields.model_copy(update=found)
 
 
 def _advice(unread: Iterable[str], per_user: bool, config: CatalogConfig) -> str:

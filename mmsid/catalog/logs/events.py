@@ -16,10 +16,10 @@ import pyarrow.compute as pc
 from mmsid.catalog.columns import Columns
 from mmsid.catalog.config import CatalogConfig
 from mmsid.catalog.histories import Histories
-from mmsid.catalog.item_ids import Encoded, ItemIds, encode
-from mmsid.catalog.log_columns import LogColumns
-from mmsid.catalog.log_hints import other_column
-from mmsid.catalog.times import Field, read_numbers, read_times
+from mmsid.catalog.logs.columns import LogColumns
+from mmsid.catalog.logs.hints import other_column
+from mmsid.catalog.logs.item_ids import Encoded, ItemIds, encode
+from mmsid.catalog.logs.times import Field, read_numbers, read_times
 from mmsid.errors import CatalogError
 
 _WITHOUT = ("event_without_user", "event_without_item", "event_without_time", "event_without_type", "event_without_weight")
@@ -65,11 +65,14 @@ def read_events(
     kept = counted & (item_of >= 0)
     problems[_OF_WEIGHT_ZERO] += int((complete & ~counted).sum())
     problems["unknown_item"] += int((counted & ~kept).sum())
-    problems["user_without_items"] += int(((users.counts(complete) > 0) & (users.counts(kept) == 0)).sum())
+    without = (users.counts(complete) > 0) & (users.counts(kept) == 0)
+    problems["user_without_items"] += int(without.sum())
     weights = None if weights is None else weights[kept]
     if weights is not None and (weights == 1.0).all():
         weights = None
-    return _grouped(users.ids, users.codes[kept], item_of[kept], times[kept], weights, content_rank, problems)
+    histories = _grouped(users.ids, users.codes[kept], item_of[kept], times[kept], weights, content_rank, problems)
+    histories.without_items = users.ids.filter(pa.array(without))
+    return histories
 
 
 def _ids(columns: Columns, field: str) -> Encoded:

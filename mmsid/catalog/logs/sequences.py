@@ -11,11 +11,11 @@ import pyarrow as pa
 from mmsid.catalog.columns import Columns
 from mmsid.catalog.config import CatalogConfig
 from mmsid.catalog.histories import Histories
-from mmsid.catalog.item_ids import Encoded, ItemIds, encode
-from mmsid.catalog.list_cells import Lists, best_separator, is_list, of_lists, of_scalars, of_texts
-from mmsid.catalog.log_columns import LogColumns
-from mmsid.catalog.log_hints import other_column
-from mmsid.catalog.times import Field, is_text, read_times
+from mmsid.catalog.logs.columns import LogColumns
+from mmsid.catalog.logs.hints import other_column
+from mmsid.catalog.logs.item_ids import Encoded, ItemIds, encode
+from mmsid.catalog.logs.list_cells import Lists, best_separator, is_list, of_lists, of_scalars, of_texts
+from mmsid.catalog.logs.times import Field, is_text, read_times
 from mmsid.errors import CatalogError
 
 _LARGEST = 2.0**63  # of a time; larger numbers do not fit into int64
@@ -62,7 +62,7 @@ def read_sequences(
     if problems["user_in_several_rows"]:
         order = "merged by time" if times is not None else "joined in the order of their content, because the table has no times"
         notes.append(f"{columns.path}: {problems['user_in_several_rows']:,} users have several rows; these are {order}")
-    problems["user_without_items"] += len(np.unique(users.codes)) - len(histories)
+    problems["user_without_items"] += len(histories.without_items)
     return histories
 
 
@@ -163,7 +163,9 @@ class _Parts:
         present, lengths = np.unique(user_of[order], return_counts=True)
         offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
         ids = users.ids.take(pa.array(present))
-        return Histories(ids, offsets, self.item_of[order], None if self.times is None else self.times[order])
+        found = Histories(ids, offsets, self.item_of[order], None if self.times is None else self.times[order])
+        found.without_items = users.ids.take(pa.array(np.setdiff1d(self.user_of, present)))
+        return found
 
     def _order_rows(self, place: np.ndarray, rows: np.ndarray) -> list[int]:
         """Number the rows of each user by their content, in `place`. -> rows that repeat another one of their user."""

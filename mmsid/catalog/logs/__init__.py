@@ -1,0 +1,1 @@
+"""User logs of any form, read into histories."""
