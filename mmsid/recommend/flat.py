@@ -8,7 +8,9 @@ mask over ancestors. The history is computed once per user, and no cache is copi
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from transformers import DynamicCache
@@ -88,8 +90,11 @@ class FlatSteps:
         self.model, self.network = model, model.language_model.base_model
         ids, real = model.sequences(histories)
         self.length = real.sum(1)
-        self.cache = DynamicCache(config=model.language_model.config)
-        hidden = self.network(ids, past_key_values=self.cache, use_cache=True).last_hidden_state
+        cache = DynamicCache(config=model.language_model.config)
+        # the argument was named past_key_values before transformers 5.20
+        name = "cache" if "cache" in inspect.signature(self.network.forward).parameters else "past_key_values"
+        self.decode = partial(self.network, **{name: cache}, use_cache=True)
+        hidden = self.decode(ids).last_hidden_state
         self.last = hidden[torch.arange(len(ids), device=ids.device), self.length - 1][:, None]
         self.history_mask = torch.zeros(real.shape, dtype=hidden.dtype, device=hidden.device).masked_fill_(~real, -torch.inf)
         self.ancestors: list[torch.Tensor] = []
@@ -109,11 +114,9 @@ class FlatSteps:
         for ancestor, block in zip(self.ancestors, self.blocks, strict=True):
             mask = self.history_mask.new_full((*ancestor.shape, block), -torch.inf)
             masks.append(mask.scatter_(2, ancestor[..., None], 0.0))
-        hidden = self.network(
+        hidden = self.decode(
             code + self.model.offsets[level - 1],
-            past_key_values=self.cache,
             attention_mask=torch.cat(masks, 2)[:, None],
             position_ids=(self.length + level - 1)[:, None].expand_as(code),
-            use_cache=True,
         ).last_hidden_state
         return hidden @ self.model.level_table(level).T
