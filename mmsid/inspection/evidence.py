@@ -10,8 +10,8 @@ import numpy as np
 import pyarrow as pa
 
 from mmsid.catalog import Catalog, CatalogConfig, Fields, adjacent_pairs, read_catalog, split_histories
+from mmsid.catalog.logs.read import read_histories
 from mmsid.catalog.sources.opened import open_table
-from mmsid.catalog.user_logs import read_histories
 from mmsid.catalog.vector_files import open_vectors
 from mmsid.errors import CatalogError
 from mmsid.sids.table import SidTable
