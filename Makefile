@@ -12,12 +12,15 @@ unexport PYTHONDONTWRITEBYTECODE
 demo: .venv/installed
 	$(BIN)/mmsid demo
 
+# two processes with one thread each; a file of tests runs in one of them
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 # slow tests, tests with several processes, tests on the data under MMSID_DATA, and tests with SmolLM2
 test-all: .venv/installed .venv/torchvision/installed
-	$(BIN)/python -m pytest -m "slow or real_data or real_model"
+	$(PYTEST) -m "slow or real_data or real_model"
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from mmsid.demo.facts import wilson
 from mmsid.errors import ArtifactError, ConfigError
 from mmsid.sids import SidTable
 
+ROOT = Path(__file__).parents[1]
 SMALL = [
     "train_tokenizer.steps=2",
     "train_tokenizer.decoder_steps=2",
@@ -97,10 +99,21 @@ def test_a_shipped_configuration_is_found_from_any_folder(tmp_path, monkeypatch)
             load_yaml(path)
 
 
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """A folder with the unpacked wheel, as an installation outside of the checkout has it."""
+    folder = tmp_path_factory.mktemp("installed")
+    wheel = ["wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(folder / "wheels"), str(ROOT)]
+    subprocess.run([sys.executable, "-m", "pip", *wheel], check=True, capture_output=True)
+    (found,) = (folder / "wheels").glob("mmsid-*.whl")
+    zipfile.ZipFile(found).extractall(folder / "site")
+    return folder / "site"
+
+
 @pytest.mark.slow
-def test_the_demo_tells_its_story_in_an_empty_folder(tmp_path):
+def test_the_demo_tells_its_story_in_an_empty_folder(installed, tmp_path):
     command = [sys.executable, "-m", "mmsid.cli", "demo", "--items", "160", "--users", "120"]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = os.environ | {"PYTHONPATH": str(installed)}
     done = subprocess.run([*command, *SMALL], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     chapters = re.findall(r"^(\d)/6  ", done.stdout, re.M)
@@ -118,3 +131,16 @@ def test_the_demo_tells_its_story_in_an_empty_folder(tmp_path):
     assert again.returncode == 0 and again.stderr.count("finished earlier, kept") >= 9 and text.strip() in again.stdout
     other = subprocess.run([*command[:-1], "100", *SMALL], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert other.returncode == 1 and "drawn with 120 users, not 100" in other.stderr
+    script = (
+        "import mmsid\n"
+        f"assert mmsid.__file__.startswith({str(installed)!r})\n"
+        "folder = mmsid.bundle('runs/demo/bundle', run='runs/demo')\n"
+        "bundle = mmsid.load_bundle(folder)\n"
+        "found = bundle.tokenizer.encode([{'title': 'Summer sandals', 'caption': 'a blue sandal by Velo'}])\n"
+        "assert len(bundle.neighbours(found.embedding, k=3)[0]) == 3\n"
+        "recommender = mmsid.Recommender.from_pretrained('runs/demo/train_recommender/recommender')\n"
+        "best = recommender.recommend([recommender.item_ids[:3], []], k=5)\n"
+        "assert [len(items) for items in best.item_ids] == [5, 5] and best.status == ['personal', 'empty_history']\n"
+    )
+    used = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert used.returncode == 0, used.stderr
