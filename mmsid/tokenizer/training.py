@@ -18,7 +18,7 @@ from mmsid.artifacts import Draft, read_tensors, write_json, write_tensors
 from mmsid.catalog import Catalog, Split, adjacent_pairs
 from mmsid.catalog.picture_opener import PictureOpener
 from mmsid.errors import ConfigError, MmsidError
-from mmsid.progress import track
+from mmsid.progress import done, track
 from mmsid.quantize import fuse
 from mmsid.sids import SidTable
 from mmsid.tokenizer import initialization
@@ -26,6 +26,7 @@ from mmsid.tokenizer.batches import PairPlan
 from mmsid.tokenizer.behaviour import BehaviourSettings
 from mmsid.tokenizer.behaviour_weight import WEIGHTS, choose_trust_and_weight
 from mmsid.tokenizer.code_renaming import check_sizes, rename_codes
+from mmsid.tokenizer.head_rate import head_rate_limit
 from mmsid.tokenizer.heads import ResidualHead
 from mmsid.tokenizer.inputs import FieldName, ItemInput, annotated_inputs, read_annotations, readable_fields
 from mmsid.tokenizer.model import ItemTokenizer, TokenizerSettings
@@ -173,14 +174,16 @@ class Training:
                 ).save_pretrained(folder / "decoder")
             pictures = initialization.start_pictures(self.tokenizer, self.inputs, config.seed)
             codes = torch.zeros(len(self.inputs), config.num_levels, dtype=torch.int64)
-            fused = torch.zeros(len(self.inputs), 0)
+            fused, rate_limit = torch.zeros(len(self.inputs), 0), math.inf
             if start.mode == "balanced":
                 content = initialization.read_states(self.tokenizer, self.inputs, config.batch_size, config.seed)
                 space = self._space(content, behaviour, start)
                 codes, fused = initialization.balanced_start(self.tokenizer, content, space, behaviour.items, config.seed)
+                if config.resolved_head() == "residual":
+                    rate_limit = head_rate_limit(content.states[:, :-1], space[:, : content.pooled.shape[1]])
             write_tensors(folder / "initial.safetensors", self.tokenizer.trained_state())
             weight = torch.ones(()) if self.tokenizer.behaviour is None else self.tokenizer.behaviour.value[0, 0].detach().clone()
-            start_tensors = {"codes": codes, "fused": fused, "behaviour_weight": weight}
+            start_tensors = {"codes": codes, "fused": fused, "behaviour_weight": weight, "head_rate_limit": torch.tensor(rate_limit)}
             if pictures is not None:
                 start_tensors["pictures"] = torch.tensor(list(pictures.values()))
             write_tensors(folder / "start.safetensors", start_tensors)
@@ -188,6 +191,13 @@ class Training:
         self.tokenizer.load_state_dict(read_tensors(folder / "initial.safetensors"), strict=False)
         started = read_tensors(folder / "start.safetensors")
         self.codes, self.fused, self.behaviour_weight = started["codes"], started["fused"], float(started["behaviour_weight"])
+        self.head_rate = min(config.head_learning_rate, float(started["head_rate_limit"]))
+        if self.head_rate < config.head_learning_rate:
+            self.draft.extra["head_learning_rate"] = self.head_rate
+            done(
+                f"train_tokenizer: head_learning_rate {config.head_learning_rate:g} would lose the codes in the first steps, because the "
+                f"states of {config.backbone.path!r} are long and alike; the heads learn with {self.head_rate:.2g}"
+            )
         if "pictures" in started:
             self.draft.extra["pictures"] = dict(zip(PICTURE_COUNTS, started["pictures"].tolist(), strict=True))
         if self.reconstruct == "off":
@@ -236,7 +246,7 @@ class Training:
         config, accelerator = self.config, self.accelerator
         head_weights = [p for n, p in self.objective.named_parameters() if p.requires_grad and "backbone." not in n]
         backbone_weights = [p for n, p in self.objective.named_parameters() if p.requires_grad and "backbone." in n]
-        groups = [(head_weights, config.head_learning_rate), (backbone_weights, config.learning_rate)]
+        groups = [(head_weights, self.head_rate), (backbone_weights, config.learning_rate)]
         self.optimizer = torch.optim.AdamW(
             [{"params": weights, "lr": rate, "base": rate} for weights, rate in groups if weights], weight_decay=0.0
         )
