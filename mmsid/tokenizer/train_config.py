@@ -48,7 +48,8 @@ class TrainTokenizerConfig(StageConfig):
         steps: optimiser steps; 0 keeps the initialization.
         batch_size: items per batch; one half are anchors, the other half their partners.
         accumulate: batches whose gradients are averaged for one optimiser step.
-        learning_rate, head_learning_rate: for the weights inside the backbone (query tokens, adapter), and for the heads.
+        learning_rate, head_learning_rate: for the weights inside the backbone (query tokens, adapter), and for the heads. The rate of the
+            heads is lowered where the states of the backbone are long and alike (`head_rate`).
         warmup: share of the steps over which the learning rates rise linearly.
         precision: number format of the forward pass; "auto" is bf16 where the hardware multiplies in bf16, else fp32.
         behaviour: what the tokenizer reads of an item's behaviour, beside its content: "coengagement" (factorised, from the train
