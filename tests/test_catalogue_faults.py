@@ -10,6 +10,7 @@ import unicodedata
 import uuid
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from drawn_shop import EVENTS, ITEMS, USERS, command, delimited, facts, problems, write
@@ -390,3 +391,19 @@ def test_14_seconds_and_milliseconds_in_one_column(drawn_shop, tmp_path):
 def test_14_the_version_is_told(capsys):
     main(["--version"])
     assert capsys.readouterr().out == f"mmsid {mmsid.__version__}\n"
+
+
+@pytest.mark.parametrize("format", ["feather", "stream"])
+def test_an_arrow_file_with_damaged_offsets_is_refused(tmp_path, format):
+    """Arrow does not check the offsets of a file, and reading past the end of a buffer would end the process."""
+    table, path = pa.table({"item_id": ["a", "b", "c"], "title": ["lamp", "chair", "table"]}), tmp_path / "items.arrow"
+    opened = pa.ipc.new_file if format == "feather" else pa.ipc.new_stream
+    with opened(path, table.schema) as file:
+        file.write_table(table)
+    offsets = np.array([0, 4, 9, 14], np.int32).tobytes()
+    damaged = np.array([0, 4, 2_000_000_000, 14], np.int32).tobytes()
+    data = path.read_bytes()
+    assert data.count(offsets) == 1
+    path.write_bytes(data.replace(offsets, damaged))
+    with pytest.raises(CatalogError, match=r"items\.arrow"):
+        mmsid.ingest(tmp_path / "ingest", {"items": path})

@@ -75,6 +75,7 @@ SMALL = {
     "bench --dataset demo": ["suite.schedule.epochs=1", "dataset.codebook_size=16"],
     "benchmarks/decoding.py": ["--items", "500", "--batch", "2", "--beam", "4", "--repeats", "1", "--out", "decoding.json"],
     "benchmarks/encoding.py": ["--items", "40", "--codes", "8", "--repeats", "1", "--out", "encoding.json"],
+    "benchmarks/serve_load.py": ["--seconds", "2", "--clients", "2", "--appends", "9", "--out", "serve_load.json"],
     "benchmarks/recommending.py": ["--items", "300", "--users", "3", "--out", "recommending.json"],
     "benchmarks/quantize_scale.py": ["--items", "2000", "--dim", "8", "--out", "quantize_scale.json"],
     "benchmarks/assignment.py": ["--rows", "1000", "--dim", "16", "--sizes", "1000", "--repeats", "1", "--out", "assignment.json"],

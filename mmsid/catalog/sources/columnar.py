@@ -73,11 +73,10 @@ class ArrowFile:
 
     def _record_batches(self, stream: pa.NativeFile, names: list[str]) -> Iterator[pa.RecordBatch]:
         reader = self._open(stream, names)
-        if self._is_file:
-            for at in range(reader.num_record_batches):
-                yield reader.get_batch(at)
-        else:
-            yield from reader
+        batches = map(reader.get_batch, range(reader.num_record_batches)) if self._is_file else reader
+        for batch in batches:
+            batch.validate(full=True)  # Arrow trusts the offsets in a file, and a damaged one would end the process
+            yield batch
 
 
 def batches_of(found: Iterator[pa.RecordBatch], kept: dict[str, str], path: Path, rows: int) -> Iterator[Batch]:
