@@ -259,7 +259,11 @@ def bundle(
 
     Args:
         run: folder of a run; its recommender decides which Semantic IDs are taken. Give it, or `tokenizer` and `sids`.
-        recommender, captions, interests: folders; by default those of the run that `sids` is in.
+        tokenizer: tokenizer folder of `sids`.
+        sids: SID folder.
+        recommender: folder of the recommender; by default that of the run that `sids` is in, if it fits.
+        captions: caption folder whose model and prompt are taken; by default that of the run.
+        interests: interests folder whose model and prompt are taken; by default that of the run.
 
     Raises:
         ArtifactError: another tokenizer assigned the Semantic IDs, the recommender does not fit them, or a file is missing.
