@@ -88,6 +88,11 @@ def ads_config(ads, out, **options):
     return caption_config(ads, out, **small | options)
 
 
+def approximately(rows: list[dict]) -> list[dict]:
+    """The rows, with log-probabilities up to the last stored digit: the sum of a batch depends on its other rows."""
+    return [row | {"log_probability": pytest.approx(row["log_probability"], abs=0.0011)} for row in rows]
+
+
 @pytest.fixture(scope="module")
 def local_rows(ads, tmp_path_factory):
     return rows_of(run(ads_config(ads, tmp_path_factory.mktemp("local") / "caption")))
@@ -108,11 +113,11 @@ def test_ray_gives_the_same_rows_when_an_actor_is_killed(ray, ads, local_rows, t
     config = ads_config(ads, tmp_path / "caption", cache=tmp_path / "answers.sqlite")
     out = run(config, KilledOnce(marker), engine="ray")
     assert marker.read_text() != str(os.getpid())
-    assert rows_of(out) == local_rows
+    assert rows_of(out) == approximately(local_rows)
     assert read_manifest(out)["counts"] == {"in": len(local_rows), "ok": len(local_rows), "quarantined": 0}
     # the cache holds the results of the actors, for every engine
     second = run(ads_config(ads, tmp_path / "second" / "caption", cache=tmp_path / "answers.sqlite"))
-    assert rows_of(second) == local_rows
+    assert rows_of(second) == approximately(local_rows)
     assert "generated" not in read_manifest(second)["extra"]["work"]
 
 
@@ -149,5 +154,5 @@ def test_accelerate_launch_distributes_the_shards(ads, local_rows, tmp_path):
     manifest = read_manifest(out)
     assert manifest["extra"]["processes"] == 2
     assert manifest["counts"]["in"] == manifest["extra"]["work"]["generated"] == len(local_rows)
-    assert rows_of(out) == local_rows
+    assert rows_of(out) == approximately(local_rows)
     assert not list(out.glob("rank-*"))

@@ -152,11 +152,11 @@ def test_commands_and_snippets_run(tmp_path):
     for command in ordered:
         if command.startswith((*NOT_RUN, "curl ")):
             continue
+        if not (tmp_path / "ad.jpg").exists() and (pictures := sorted((tmp_path / "demo" / "catalog" / "images").glob("*.jpg"))):
+            shutil.copyfile(pictures[0], tmp_path / "ad.jpg")
         if command.startswith("mmsid serve"):
             serve(shlex.split(command))
             continue
-        if "ad.jpg" in command and not (tmp_path / "ad.jpg").exists():
-            shutil.copyfile(sorted((tmp_path / "demo" / "catalog" / "images").glob("*.jpg"))[0], tmp_path / "ad.jpg")
         small = next((overrides for part, overrides in SMALL.items() if part in f"{command} "), [])
         call([*shlex.split(command.replace("/tmp/ads", str(tmp_path / "ads"))), *small], command)
     for snippet in blocks("python"):
