@@ -12,6 +12,7 @@ from chat_server import Batching, ChatServer
 
 from mmsid.annotate.caption import run
 from mmsid.annotate.huggingface import HuggingFaceGenerator
+from mmsid.annotate.records import Caption
 from mmsid.artifacts import read_manifest
 from mmsid.catalog import CatalogConfig
 from mmsid.catalog.demo import write_demo_catalog
@@ -63,7 +64,7 @@ class KilledOnce(HuggingFaceGenerator):
     """Kills its own process at the third batch, once. The file `marker` holds the id of the killed process."""
 
     def __init__(self, marker: Path) -> None:
-        super().__init__("demo", max_new_tokens=96)
+        super().__init__("demo", max_new_tokens=96, schema=Caption.model_json_schema())
         self.marker, self.batches = marker, 0
 
     def __reduce__(self):

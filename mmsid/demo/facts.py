@@ -27,7 +27,7 @@ _ROWS = {  # rows of the table, by the name of the method
     "balanced_rq": "clustering of content and behaviour",
     "popularity": "no Semantic IDs: popularity",
     "hybrid_knn": "no Semantic IDs: item-kNN and TF-IDF",
-    hybrid_name("ours_refined"): "hybrid recommender on the refined codes",
+    hybrid_name("ours_refined"): "hybrid recommender",
     "best achievable": "best achievable",
 }
 
@@ -108,7 +108,12 @@ def collect(configs: Mapping[str, StageConfig], new: Mapping[str, StageConfig], 
         moved_later=sum(_codes(after, item_id) != _codes(grown, item_id) for item_id in after.item_ids),
         accepted=gate["accepted"],
         reasons=gate["reasons"],
-        rows=[(_ROWS[row["arm"]], _figures(row)) for name in _ROWS for row in metrics["arms"] if row["arm"] == name],
+        rows=[
+            (_ROWS[name], _figures(row))
+            for name in _ROWS
+            for row in metrics["arms"]
+            if row["arm"] == name and (gate["accepted"] or name != "ours_refined")
+        ],
         seeds=max(len(row["seeds"]) for row in metrics["arms"]),
         asked=len(asked),
         answered=sum(row["item_id"] in best[row["user_id"]][:TOP] for row in asked),
