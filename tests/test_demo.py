@@ -123,9 +123,10 @@ def test_the_demo_tells_its_story_in_an_empty_folder(installed, tmp_path):
     grown, first = SidTable.load(tmp_path / "runs/demo_new_ads/assign"), SidTable.load(tmp_path / "runs/demo/refine/sids")
     new = set(grown.item_ids) - set(first.item_ids)
     assert len(grown) == 160 and f"{len(new)} ads got Semantic IDs" in text and "; 0 published codes moved" in text
-    assert {"random codes", "content alone", "refined on the logs", "best achievable"} <= set(
-        re.findall(r"^\| ([^|]+) \| \.?\d", text, re.M)
-    )
+    names = set(re.findall(r"^\| ([^|]+) \| \.?\d", text, re.M))
+    assert {"random codes", "content alone", "hybrid recommender", "best achievable"} <= names
+    accepted = "accepted the refined codes" in text
+    assert ("refined on the logs" in names) == accepted and accepted != ("refused the refined codes" in text)
     assert page.count('<img class="picture"') >= 3 and "<script" not in page and 'href="../runs/demo/report/report.html"' in page
     again = subprocess.run([*command, *SMALL], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert again.returncode == 0 and again.stderr.count("finished earlier, kept") >= 9 and text.strip() in again.stdout
