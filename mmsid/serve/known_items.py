@@ -150,7 +150,7 @@ class KnownItems:
 
 
 def _with_room(array: np.ndarray, used: int, more: int) -> np.ndarray:
-    """The array itself, or a larger copy if it has no room for `more` rows."""
+    """The array itself, or a larger copy if `more` rows do not fit into it."""
     if used + more <= len(array):
         return array
     grown = np.zeros((max(used + more, len(array) + len(array) // 4 + 64), *array.shape[1:]), array.dtype)
