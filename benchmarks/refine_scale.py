@@ -82,7 +82,7 @@ def measure(items: int, rounds: int) -> dict[str, Any]:
 
     def score(rows: np.ndarray, candidates: Codes, codes: Codes) -> dict[str, np.ndarray]:
         table = CodeTable(codes, CODES, neighbours, content)
-        parts, pieces = table.components(rows, candidates, reference.error_growth(rows, candidates), evidence), []
+        parts, pieces = table.components(rows, candidates, evidence), []
         for start in range(0, len(rows), PIECE):
             with torch.no_grad():
                 features = read_features(material, table, rows[start : start + PIECE], candidates[start : start + PIECE])

@@ -141,7 +141,7 @@ def figures_of(job: Job, reward: SidReward, table: SidTable, scales: dict[str, f
             behaviour, distance = reward.experts(features)
             parts = {"sid_reward": reward(features), "behaviour expert": behaviour, "distance expert": distance}
         growth = job.reference.error_growth(piece, paths)
-        parts |= {"unfitted distance": -growth} | index.components(piece, paths, growth, job.config.evidence)
+        parts |= {"unfitted distance": -growth} | index.components(piece, paths, job.config.evidence)
         for name, value in parts.items():
             totals.setdefault(name, []).append(np.asarray(value).ravel())
     figures = {name: float(np.concatenate(values).mean()) for name, values in totals.items()}

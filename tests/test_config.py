@@ -115,8 +115,6 @@ def test_old_names_are_refused_with_the_new_one(data, words):
         ("train_tokenizer.memory=false", "behaviour"),
         ("train_tokenizer.against=runs/old", "align_codes_to"),
         ("baselines.arms=[random]", "methods"),
-        ("refine.gate.rebuild=1", "reconstruction"),
-        ("refine.loop.weights={rebuild: 1.0}", "reconstruction"),
         ("train_recommender.floors=false", "classical_baselines"),
         ("train_recommender.truth=x.json", "best_achievable"),
         ("train_recommender.architecture=instrument", "sid_transformer"),

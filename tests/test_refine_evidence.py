@@ -31,7 +31,7 @@ def _clustered(rng: np.random.Generator, clusters: int = 8, per: int = 16, codeb
 def _mean_evidence(codes, neighbours, codebook, content=None):
     table = CodeTable(codes, codebook, neighbours, content)
     rows = np.arange(len(codes))
-    parts = table.components(rows, codes[:, None], np.zeros((len(codes), 1)), CONFIG)
+    parts = table.components(rows, codes[:, None], CONFIG)
     assert (parts["neighbours"] == table.neighbours(rows, codes[:, None], CONFIG)).all()
     return float((parts["neighbours"] + 0.05 * parts["crowding"]).mean())
 
@@ -93,7 +93,7 @@ def test_code_agreement_by_hand():
     third = ((3 - 1) - 3 * (3 / 5 - 1 / 5)) / 4  # items 1 and 2 hold third code 1, item 1 under the same prefix
     none = (0 - 3 * 1 / 5) / 4
     np.testing.assert_allclose(found[0], [[second, third], [none, none]], atol=1e-12)
-    parts = table.components(np.array([0]), np.array([[[0, 1, 1], [2, 0, 0]]]), np.zeros((1, 2)), EvidenceConfig(code_weights=(0.5, 0.25)))
+    parts = table.components(np.array([0]), np.array([[[0, 1, 1], [2, 0, 0]]]), EvidenceConfig(code_weights=(0.5, 0.25)))
     np.testing.assert_allclose(parts["codes"], [[0.5 * second + 0.25 * third, 0.75 * none]], atol=1e-12)
 
 
@@ -109,15 +109,14 @@ def test_crowding_counts_other_items_without_duplicates():
     table = CodeTable(codes, 2, _neighbours(4, []), content=np.array([0, 1, 2, 2]))
     others = table.others(np.arange(4), codes[:, None])
     assert others[:, 0].tolist() == [[2.0, 1.0], [2.0, 1.0], [2.0, 0.0], [2.0, 0.0]]
-    parts = table.components(np.array([0]), np.array([[[0, 0], [1, 0]]]), np.array([[0.0, 0.5]]), CONFIG)
+    parts = table.components(np.array([0]), np.array([[[0, 0], [1, 0]]]), CONFIG)
     assert parts["crowding"].tolist() == [[-(1.0 + 1.0), 0.0]]
-    assert parts["reconstruction"].tolist() == [[0.0, -0.5]]
 
 
 def test_balance_by_hand():
     codes = np.array([[0, 0, 0], [0, 1, 0], [0, 0, 1], [1, 0, 0]])
     table = CodeTable(codes, 4, _neighbours(4, []))
-    parts = table.components(np.array([0, 3]), np.array([[[0, 0, 3], [1, 1, 3], [2, 0, 3]]] * 2), np.zeros((2, 3)), CONFIG)
+    parts = table.components(np.array([0, 3]), np.array([[[0, 0, 3], [1, 1, 3], [2, 0, 3]]] * 2), CONFIG)
     # a fair share is 1 item of 4 per code: of the first level item 0 would be the third of three, the second of two, or alone; of the
     # second one of three, two, three; of the third, whose code 3 no item holds, alone
     expected = -np.log([[3 * 3, 2 * 2, 1 * 3], [4 * 3, 1 * 2, 1 * 3]])

@@ -24,14 +24,14 @@ def _world(seed: int = 0, clusters: int = 8, per: int = 12, users: int = 60):
 
 def _judge(before, after, held_out, raw=None, **figures):
     content, config = np.arange(len(before)), GateConfig()
-    vectors = figures.get("vectors", np.eye(96)[after[:, 0]])
+    both = (before, before), (after, figures.get("as_new", after))
     rows = []
-    for codes, raw_codes in ((before, before), (after, after if raw is None else raw)):
-        rows.append(gate.measure(codes, raw_codes, 96, content, held_out, vectors, config.level_weights))
+    for (codes, as_new), raw_codes in zip(both, (before, after if raw is None else raw), strict=True):
+        rows.append(gate.measure(codes, raw_codes, 96, content, held_out, as_new, config.level_weights))
     if "quick" in figures:
         ranked, _ = gate.ranking_figures(lambda codes, seed: figures["quick"](codes), (before, after), [0])
         rows = [row | more for row, more in zip(rows, ranked, strict=True)]
-    share, _ = gate.bootstrap(before, after, 96, held_out, config, seed=0)
+    share, _ = gate.bootstrap(*both, 96, held_out, config, seed=0)
     return gate.decide(*rows, share, config)
 
 
@@ -40,7 +40,7 @@ def test_a_real_gain_is_accepted():
     verdict = _judge(blurred, good, held_out)
     assert verdict.accepted and not verdict.reasons and verdict.gain_share == 1.0
     assert {row.metric for row in verdict.rows} == {
-        *("target", "raw_collisions", "published_collisions", "least_perplexity", "lift", "reconstruction")
+        *("target", "raw_collisions", "published_collisions", "least_perplexity", "lift", "new_items")
     }
 
 
@@ -57,7 +57,7 @@ def test_total_collapse_is_refused_on_every_count():
     verdict = _judge(blurred, collapsed, held_out)
     assert gate.agreement(collapsed, 96, held_out, (0.6, 0.4)) == pytest.approx(0.0)
     failed = {row.metric for row in verdict.rows if not row.passed}
-    assert failed == {"target", "raw_collisions", "published_collisions", "least_perplexity", "lift"}
+    assert failed == {"target", "raw_collisions", "published_collisions", "least_perplexity", "lift", "new_items"}
 
 
 def test_unique_random_codes_are_refused():
@@ -74,12 +74,8 @@ def test_every_guard_can_refuse_a_better_target():
     crowded = good.copy()
     crowded[:30] = crowded[0]
     assert [reason.split()[0] for reason in _judge(blurred, good, held_out, raw=crowded).reasons] == ["raw_collisions"]
-    tight, start = np.minimum(good, 11), np.minimum(blurred, 11)  # no last code identifies an item
-    refused = [
-        {reason.split()[0] for reason in _judge(start, tight, held_out, vectors=np.eye(96)[codes[:, 0]]).reasons}
-        for codes in (start, tight)
-    ]
-    assert refused[0] - refused[1] == {"reconstruction"}, "refused if the start's codes explain the item vectors"
+    arbitrary = good[np.roll(np.arange(len(good)), 12)]
+    assert [reason.split()[0] for reason in _judge(blurred, good, held_out, as_new=arbitrary).reasons] == ["new_items"]
     thin = _judge(blurred, good, held_out, quick=lambda codes: {"NDCG@10": 0.3, "HR@50": 0.5 if codes is good else 0.6, "coverage@10": 0.9})
     assert [reason.split()[0] for reason in thin.reasons] == ["hit_rate"]
     narrow = _judge(
@@ -104,25 +100,15 @@ def test_figures_by_hand():
     assert gate.agreement(codes, 2, held_out, (1.0,), draws).tolist() == pytest.approx([1 / 2 - (9 + 1) / 16, 1 - 1])
 
 
-def test_unexplained_variance_by_hand():
-    codes = np.array([[0, 0], [0, 1], [1, 0], [1, 1]])
-    additive = np.array([[1.0], [3.0], [5.0], [7.0]])  # 4 x first + 2 x second + 1
-    assert gate.unexplained_variance(codes, additive) == pytest.approx(0.0)
-    # an interaction of the two codes is not additive: variance 1 beside 4 + 1
-    assert gate.unexplained_variance(codes, additive + np.array([[1.0], [-1.0], [-1.0], [1.0]])) == pytest.approx(1 / 6)
-    assert gate.unexplained_variance(np.zeros((4, 2), dtype=int), additive) == pytest.approx(1.0), "a collapsed table explains nothing"
-
-
-def test_correcting_wrong_codes_does_not_fail_the_reconstruction_guard():
-    good, blurred, held_out, rng = _world()
-    vectors = np.eye(8)[good[:, 0]] + 0.1 * rng.normal(size=(len(good), 8))
-    unexplained = {name: gate.unexplained_variance(codes[:, :2], vectors) for name, codes in (("good", good), ("blurred", blurred))}
-    assert unexplained["good"] < 0.2 < 0.5 < unexplained["blurred"]
-    again = good.copy()
-    again[:, 2] = np.arange(len(good)) % 4  # so that the last code does not identify items
-    start = blurred.copy()
-    start[:, 2] = again[:, 2]
-    assert {row.metric: row.passed for row in _judge(start, again, held_out, vectors=vectors).rows}["reconstruction"]
+def test_agreement_of_new_items_by_hand():
+    codes, as_new = np.array([[0], [0], [1]]), np.array([[0], [2], [1]])
+    held_out = HeldOutPairs.from_histories([np.array([0, 1]), np.array([1, 2, 1])])
+    # pairs (0, 1), (1, 2), (2, 1). New second end: 0 = 2, 0 = 1, 1 = 2; new first end: 0 = 0, 2 = 1, 1 = 0: one of six agrees.
+    # Ends: known codes 0, 1 are 4 and 2 of 6; new codes 0, 2, 1 are 1, 3 and 2 of 6
+    assert gate.agreement(codes, 3, held_out, (1.0,), as_new=as_new) == pytest.approx(1 / 6 - (4 * 1 + 2 * 2) / 36)
+    draws = np.array([[1, 0], [0, 1]])
+    assert gate.agreement(codes, 3, held_out, (1.0,), draws, as_new).tolist() == pytest.approx([1 / 2 - 2 / 4, 0 - (2 * 2) / 16])
+    assert gate.agreement(codes, 3, held_out, (1.0,), as_new=codes) == gate.agreement(codes, 3, held_out, (1.0,))
 
 
 def test_margins_grow_with_noise_and_name_their_source():
@@ -155,9 +141,9 @@ def test_noise_of_seeds_users_and_items_by_hand():
     assert figures == [{"flip_rate": 0.25}, {"flip_rate": 0.5}]
     assert noise["flip_rate"] == pytest.approx(np.std([0, 1, 0, 0], ddof=1) / 2)
     good, blurred, held_out, _ = _world()
-    drawn = gate.bootstrap(blurred, good, 96, held_out, GateConfig(draws=400), seed=0)
+    drawn = gate.bootstrap((blurred, blurred), (good, good), 96, held_out, GateConfig(draws=400), seed=0)
     assert 0 < drawn.noise["lift"] < gate.level_lift(good, held_out) / 4
-    assert gate.bootstrap(good, good, 96, held_out, GateConfig(), seed=0) == (0.0, {"lift": 0.0})
+    assert gate.bootstrap((good, good), (good, good), 96, held_out, GateConfig(), seed=0) == (0.0, {"lift": 0.0, "new_items": 0.0})
     ones = np.ones((2, int(held_out.users.max()) + 1), dtype=int)
     assert gate.level_lift(good, held_out, draws=ones).tolist() == pytest.approx([gate.level_lift(good, held_out)] * 2)
 

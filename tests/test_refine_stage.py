@@ -74,11 +74,11 @@ def _config(start, out, **changes):
 def test_refine_writes_a_whole_folder_and_improves(start, tmp_path):
     runs = []
     quick = lambda table, seed: runs.append(table) or {"NDCG@10": 0.3, "HR@50": 0.5, "coverage@10": 0.5}  # noqa: E731
-    loose = {"raw_collisions": 1.0, "least_perplexity": 1.0, "reconstruction": 10.0, "confidence": 0.5}
+    loose = {"raw_collisions": 1.0, "least_perplexity": 1.0, "new_items": 99.0, "confidence": 0.5}
     out = run(_config(start, tmp_path / "refine", gate=loose), quick_recommender=quick)
     verdict = read_json(out / "gate.json")
     assert verdict["accepted"], verdict
-    assert {"target", "lift", "reconstruction", "flip_rate", "ndcg", "hit_rate", "coverage"} <= {row["metric"] for row in verdict["rows"]}
+    assert {"target", "lift", "new_items", "flip_rate", "ndcg", "hit_rate", "coverage"} <= {row["metric"] for row in verdict["rows"]}
     assert all(row["source"] for row in verdict["rows"]) and len(runs) == 4, "two seeds for each of two tables"
     before, after = SidTable.load(start["sids"]), SidTable.load(out / "sids")
     moved = read_table(out / "moved.parquet").to_pylist()
@@ -113,7 +113,7 @@ def test_a_quick_recommender_that_refuses_runs_again_with_more_seeds(start, tmp_
         refined = table.codes.tolist() != before.align(table.item_ids).codes.tolist()
         return {"NDCG@10": 0.3, "HR@50": 0.5, "coverage@10": (0.40 if len(set(seeds)) <= 2 else 0.52) if refined else 0.5}
 
-    gate = {"raw_collisions": 1.0, "least_perplexity": 1.0, "reconstruction": 10.0, "confidence": 0.5, "flip_rate": 1.0, "more_seeds": more}
+    gate = {"raw_collisions": 1.0, "least_perplexity": 1.0, "new_items": 99.0, "confidence": 0.5, "flip_rate": 1.0, "more_seeds": more}
     out = run(_config(start, tmp_path / "refine", gate=gate), quick_recommender=quick)
     verdict = read_json(out / "gate.json")
     assert verdict["accepted"] is accepted and len(seeds) == runs, verdict["reasons"]
@@ -125,7 +125,7 @@ def test_items_of_text_quality_zero_do_not_move(start, tmp_path):
     items = [item.item_id for item in read_catalog(start["catalog"]).items]
     with writing(tmp_path / "quality", stage="text_quality", config={}) as draft:
         write_table(draft.path / "items.parquet", [{"item_id": item, "q": 0.0} for item in items])
-    loose = {"lift": 9.0, "raw_collisions": 1.0, "least_perplexity": 1.0, "reconstruction": 99.0, "confidence": -1.0}
+    loose = {"lift": 9.0, "raw_collisions": 1.0, "least_perplexity": 1.0, "new_items": 99.0, "confidence": -1.0}
     moved = {}
     for name, given in (("judged", {"text_quality": tmp_path / "quality"}), ("unjudged", {})):
         out = run(_config(start, tmp_path / name, rounds=3, gate=loose, **given))
@@ -202,7 +202,7 @@ def test_sids_of_another_tokenizer_are_refused(start, tmp_path):
 
 def test_all_trainable_moves_the_adapter_too_and_catalogue_order_does_not_matter(start, tmp_path):
     out = run(_config(start, tmp_path / "refine", trainable="all", rounds=1, gate={"confidence": -1.0, "lift": 9.0, "raw_collisions": 1.0,
-                      "least_perplexity": 1.0, "reconstruction": 99.0}))  # fmt: skip
+                      "least_perplexity": 1.0, "new_items": 99.0}))  # fmt: skip
     old, new = ItemTokenizer.from_pretrained(start["tokenizer"]), ItemTokenizer.from_pretrained(out / "tokenizer")
     if read_json(out / "gate.json")["accepted"]:
         assert not torch.equal(old.backbone.queries, new.backbone.queries)
@@ -226,7 +226,7 @@ def test_two_processes_end_with_the_codes_of_one(start, tmp_path):
         "lift": 9.0,
         "raw_collisions": 1.0,
         "least_perplexity": 1.0,
-        "reconstruction": 99.0,
+        "new_items": 99.0,
         "confidence": 0.0,
         "coverage": 9.0,
         "hit_rate": 9.0,

@@ -69,7 +69,7 @@ def test_t10_the_gate_refuses_a_hacked_reward(scorer, failed):
     cluster = np.arange(ITEMS) // PER
     histories = [rng.permutation(np.flatnonzero(cluster == rng.integers(CLUSTERS)))[:5] for _ in range(80)]
     held_out, config = HeldOutPairs.from_histories(histories), GateConfig()
-    vectors = np.eye(CLUSTERS)[cluster]
-    figures = [gate.measure(table, table, CODES, np.arange(ITEMS), held_out, vectors, config.level_weights) for table in (start, codes)]
-    verdict = gate.decide(*figures, gate.bootstrap(start, codes, CODES, held_out, config, seed=0).gain_share, config)
+    figures = [gate.measure(table, table, CODES, np.arange(ITEMS), held_out, table, config.level_weights) for table in (start, codes)]
+    share = gate.bootstrap((start, start), (codes, codes), CODES, held_out, config, seed=0).gain_share
+    verdict = gate.decide(*figures, share, config)
     assert not verdict.accepted and {row.metric for row in verdict.rows if not row.passed} >= failed

@@ -33,9 +33,9 @@ def test_codes_stay_and_behaviour_is_read(head, tmp_path):
         states = tokenizer.hidden(tokenizer.collate(inputs))[0]
     pairs = HeldOutPairs.from_histories(split.held_out_histories()).pairs
     added = add_behaviour(tokenizer, states, catalog, split, pairs, (), seed=0)
-    assert (added.items.interactions > 0).all() and added.fused.shape[0] == len(inputs)
+    assert (added.interactions > 0).all() and len(added.vectors) == len(inputs)
 
-    known = tokenizer.encode(added.items.added_to(inputs))
+    known = tokenizer.encode(added.added_to(inputs))
     assert torch.equal(tokenizer.encode(inputs).raw_codes, before.raw_codes) and torch.equal(known.raw_codes, before.raw_codes)
     assert not torch.allclose(known.scores, tokenizer.encode(inputs).scores), "ready to learn from behaviour"
     torch.testing.assert_close(known.embedding, before.embedding)
@@ -43,7 +43,7 @@ def test_codes_stay_and_behaviour_is_read(head, tmp_path):
     tokenizer.save_pretrained(tmp_path / "saved")
     again = ItemTokenizer.from_pretrained(tmp_path / "saved")
     read = behaviour_of_catalog(again.behaviour, catalog, split)
-    np.testing.assert_allclose(read.vectors, added.items.vectors, atol=1e-5)
+    np.testing.assert_allclose(read.vectors, added.vectors, atol=1e-5)
     torch.testing.assert_close(again.encode(read.added_to(inputs)).scores, known.scores, rtol=1e-4, atol=1e-4)
 
 
@@ -61,8 +61,8 @@ def test_weights_of_behaviour_move_codes_of_known_items_only(tmp_path):
     with torch.no_grad():
         tokenizer.head.projection.weight.zero_()
         tokenizer.head.bias.zero_()
-        tokenizer.head.vectors[0, 5] = 1000 * torch.from_numpy(added.items.vectors[0])
-    before, after = (tokenizer.encode(given).raw_codes for given in (inputs, added.items.added_to(inputs)))
+        tokenizer.head.vectors[0, 5] = 1000 * torch.from_numpy(added.vectors[0])
+    before, after = (tokenizer.encode(given).raw_codes for given in (inputs, added.added_to(inputs)))
     products = np.array([item.title.split()[1] for item in catalog.items])
     assert (after[products == products[0], 0] == 5).all(), "items of one product are engaged together"
     assert torch.equal(before[:, 1], after[:, 1]) and (after[:, 0] != before[:, 0]).any()

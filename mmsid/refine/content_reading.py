@@ -6,31 +6,40 @@ codes of known items stay.
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from mmsid.refine.evidence import Codes
 from mmsid.refine.item_states import ItemStates
+from mmsid.refine.policy import BATCH
 from mmsid.tokenizer.heads import CodeHead, ResidualHead
 from mmsid.tokenizer.losses import code_cross_entropy
 
 STEPS, BATCH_ITEMS = 400, 4096
 LEARNING_RATE = 0.001  # relative to the mean size of the weights
 HELD_OUT = 0.1  # share of the items that decides when to stop
+FOLDS = 2  # of `codes_as_new`
 EVERY, PATIENCE = 5, 5  # steps between evaluations, and evaluations without gain before the end
 
 
-def teach_content_reading(head: CodeHead, states: ItemStates, codes: Tensor, seed: int) -> dict[str, float]:
+def teach_content_reading(head: CodeHead, states: ItemStates, codes: Tensor, seed: int, among: Tensor | None = None) -> dict[str, float]:
     """Train the content reading on the codes (N, L) of items with behaviour, by cross-entropy; in place.
 
     Training ends when the cross-entropy of a tenth of these items, which are not trained on, no longer falls; their best weights are kept.
+
+    Args:
+        among: (N,) bool, the items that may be trained on; None: all.
 
     Returns:
         `before`, `after`: cross-entropy of the held-out items in nats per code; {} if the head reads no behaviour.
     """
     if getattr(head, "behaviour", None) is None:
         return {}
-    known = torch.nonzero(states.behaviour[:, -1] > 0).flatten()
+    known = states.behaviour[:, -1] > 0
+    known = torch.nonzero(known if among is None else known & among).flatten()
     if len(known) < 2 / HELD_OUT:
         return {}
     order = known[torch.from_numpy(np.random.default_rng([seed, 23]).permutation(len(known))).to(known.device)]
@@ -70,6 +79,27 @@ def teach_content_reading(head: CodeHead, states: ItemStates, codes: Tensor, see
     with torch.no_grad():
         head.projection.weight[span], head.bias[:, span] = kept
     return {"before": before, "after": best}
+
+
+@torch.no_grad()
+def codes_as_new(head: CodeHead, states: ItemStates, seed: int) -> Codes:
+    """Codes (N, L) that the items would have as new ones: read by content alone, which was taught the codes of other items only."""
+    codes = greedy_codes(head, states)
+    if getattr(head, "behaviour", None) is not None:
+        folds = torch.from_numpy(np.random.default_rng([seed, 29]).permutation(len(codes)) % FOLDS).to(codes.device)
+        nothing, own = ItemStates(states.content, torch.zeros_like(states.behaviour)), codes.clone()
+        for fold in range(FOLDS):
+            taught = copy.deepcopy(head)
+            with torch.enable_grad():
+                teach_content_reading(taught, states, own, seed, folds != fold)
+            codes[folds == fold] = greedy_codes(taught, nothing)[folds == fold]
+    return codes.cpu().numpy()
+
+
+@torch.no_grad()
+def greedy_codes(head: CodeHead, states: Tensor | ItemStates) -> Tensor:
+    """Argmax codes (N, L) of cached states."""
+    return torch.cat([head.greedy(head.project(piece)).codes for piece in states.split(BATCH)])
 
 
 def _filled(full: Tensor, part: Tensor, span: slice, axis: int) -> Tensor:

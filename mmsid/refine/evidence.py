@@ -183,7 +183,7 @@ class CodeTable:
             excess[..., level] = (under - degree * chance[..., level]) / (degree + self.prior)
         return excess, chance
 
-    def components(self, rows: NDArray, candidates: Codes, error_growth: Floats, config: EvidenceConfig) -> dict[str, Floats]:
+    def components(self, rows: NDArray, candidates: Codes, config: EvidenceConfig) -> dict[str, Floats]:
         """Reward components of candidates (R, P, L) of `rows` (R,), each (R, P), higher is better.
 
         - neighbours: prefix agreement beyond chance, weighted over levels (`agreement`).
@@ -192,7 +192,6 @@ class CodeTable:
         - crowding: minus 1 if another item holds the whole path, minus the filled share of the last-level group.
         - balance: minus the log of each code's use relative to a uniform share, in nats, summed over levels; without it the levels drift
           to a few codes.
-        - reconstruction: minus `error_growth` (R, P), the growth of the reconstruction error.
         """
         levels = candidates.shape[-1]
         excess, _ = self.agreement(rows, candidates)
@@ -203,7 +202,6 @@ class CodeTable:
             "codes": _weighted_sum(self.code_agreement(rows, candidates, excess), config.code_weights),
             "crowding": -(np.minimum(others[..., -1], 1.0) + np.minimum(fullness, 1.0)),
             "balance": self._balance(rows, candidates),
-            "reconstruction": -error_growth,
         }
 
     def neighbours(self, rows: NDArray, candidates: Codes, config: EvidenceConfig) -> Floats:

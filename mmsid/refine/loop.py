@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from numpy.typing import NDArray
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor
 
 from mmsid.config import Section
@@ -31,7 +31,6 @@ Scorer = Callable[[NDArray, Codes, Codes], dict[str, Floats]]
 Describe = Callable[[int, Codes], dict[str, Any]]  # round, raw codes (N, L) -> further figures for the log
 
 MOST_MOVING = 2048  # items per round: the target of the KL ends rounds of more items before all are read
-RENAMED_COMPONENTS = {"rebuild": "reconstruction"}
 
 
 class Policy(Protocol):
@@ -86,14 +85,6 @@ class LoopConfig(Section):
     patience: int = Field(20, ge=0)
     checkpoint_every: int = Field(5, ge=1)
     weights: dict[str, float] = Field(default={"sid_reward": 1.0, "neighbours": 1.0, "codes": 1.0, "balance": 1.5, "crowding": 0.7})
-
-    @field_validator("weights")
-    @classmethod
-    def _current_names(cls, weights: dict[str, float]) -> dict[str, float]:
-        for old, new in RENAMED_COMPONENTS.items():
-            if old in weights:
-                raise ValueError(f"the reward component {old} was renamed; write {new}")
-        return weights
 
 
 class Refinement:

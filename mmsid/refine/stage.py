@@ -24,19 +24,18 @@ from mmsid.catalog import Catalog, Split, co_engagement, read_catalog, split_his
 from mmsid.catalog.picture_opener import PictureOpener
 from mmsid.errors import ArtifactError
 from mmsid.progress import done
-from mmsid.quantize import fuse
 from mmsid.refine import gate
 from mmsid.refine.checkpoint import load_state, save_state
 from mmsid.refine.code_stability import changed_codes, noisy_sample
 from mmsid.refine.config import RefineConfig
-from mmsid.refine.content_reading import teach_content_reading
+from mmsid.refine.content_reading import codes_as_new, greedy_codes, teach_content_reading
 from mmsid.refine.early_stopping import next_item_information
 from mmsid.refine.evidence import Codes, CodeTable, Floats, NeighboursCodes
 from mmsid.refine.features import Material, read_features
 from mmsid.refine.item_states import ItemStates, hidden_states, read_states
 from mmsid.refine.loop import Policy, Refinement, Scorer
 from mmsid.refine.outputs import write_moved, write_near_ties, write_sids, write_tokenizer
-from mmsid.refine.policy import BATCH, ROUNDING, ROUNDING_16_BIT, HeadPolicy, Propose, Reference
+from mmsid.refine.policy import ROUNDING, ROUNDING_16_BIT, HeadPolicy, Propose, Reference
 from mmsid.refine.publish import make_table
 from mmsid.refine.reward import SidReward, train_reward
 from mmsid.refine.tracking import RunLog, check_tracker
@@ -44,9 +43,7 @@ from mmsid.sids.readings import Readings, load_readings
 from mmsid.sids.table import SidTable
 from mmsid.tokenizer.added_behaviour import add_behaviour
 from mmsid.tokenizer.behaviour import ItemBehaviour, behaviour_of_catalog
-from mmsid.tokenizer.behaviour_weight import choose_trust_and_weight
 from mmsid.tokenizer.further_readings import further_readings, shortened_behaviour
-from mmsid.tokenizer.initialization import unit_content
 from mmsid.tokenizer.inputs import ItemInput, load_inputs
 from mmsid.tokenizer.model import ItemTokenizer
 
@@ -112,12 +109,7 @@ class Job:
         _, self.content = np.unique(catalog.content_hashes, return_inverse=True)
         states, item_states = self._read_states(self.inputs)
         self.held_out_pairs = gate.HeldOutPairs.from_histories(self.held_out)
-        self.described = unit_content(states.content.mean(1).cpu().numpy(), centre=True)
-        if known is not None:
-            pairs = self.held_out_pairs.pairs
-            _, weight = choose_trust_and_weight(self.described, known, pairs, config.seed)
-            self.described = fuse(self.described, known.vectors, weight)
-        elif self.fit_histories and self.tokenizer.behaviour is None:
+        if known is None and self.fit_histories and self.tokenizer.behaviour is None:
             states = self._add_behaviour(states)
         self.neighbours = co_engagement(self.fit_histories, len(catalog.items), config.evidence.window, split.fit_weights())
         item_vectors = torch.nn.functional.normalize(item_states, dim=-1).cpu().numpy()
@@ -134,6 +126,8 @@ class Job:
         if report["usable"]:
             gained = self._refine(reward)
             states, item_states = (self.reference.states, None) if config.trainable == "heads" else self._read_states(self.inputs)
+            heads = (self.reference.head, self.reference.states), (self.tokenizer.head, states)
+            self.as_new = [codes_as_new(head, read, config.seed) for head, read in heads]
             if gained:
                 self._teach_content_reading(states)
             self.refined_embedding = self.embedding if item_states is None else self._embed(item_states)
@@ -181,8 +175,8 @@ class Job:
         added = add_behaviour(self.tokenizer, states.content, self.catalog, self.split, pairs, config.behaviour, config.seed)
         if added is None:
             return states
-        self.inputs, self.described = added.items.added_to(self.inputs), added.fused
-        return ItemStates(states.content, torch.from_numpy(added.items.rows()).to(states.content))
+        self.inputs = added.added_to(self.inputs)
+        return ItemStates(states.content, torch.from_numpy(added.rows()).to(states.content))
 
     def _quality_record(self) -> dict[str, float] | str:
         if self.quality is None:
@@ -224,8 +218,7 @@ class Job:
 
         def score(rows: np.ndarray, candidates: Codes, codes: Codes) -> dict[str, Floats]:
             table = self._table(codes)
-            growth = self.reference.error_growth(rows, candidates)
-            parts = table.components(rows, candidates, growth, self.config.evidence)
+            parts = table.components(rows, candidates, self.config.evidence)
             return parts | {"sid_reward": self._rewards(reward, table, rows, candidates)}
 
         return score
@@ -261,9 +254,7 @@ class Job:
 
     def _teach_content_reading(self, states: ItemStates) -> None:
         head = self.tokenizer.head
-        with torch.no_grad():
-            codes = torch.cat([head.greedy(head.project(piece)).codes for piece in states.split(BATCH)])
-        self.draft.extra["content_reading"] = teach_content_reading(head, states, codes, self.config.seed)
+        self.draft.extra["content_reading"] = teach_content_reading(head, states, greedy_codes(head, states), self.config.seed)
 
     def _describe(self, number: int, codes: Codes) -> dict[str, Any]:
         """Lift of a round's raw codes; every `checkpoint_every` rounds, with cached states, also after collision handling."""
@@ -308,19 +299,12 @@ class Job:
         """Apply the gate on every process. The quick recommender (several training runs) is used only if all cheaper guards pass."""
         config, tables = self.config.gate, (self.start, refined)
         size = self.tokenizer.codebook_size
+        both = [(table.codes, as_new) for table, as_new in zip(tables, self.as_new, strict=True)]
         figures = [
-            gate.measure(
-                table.codes,
-                table.raw_codes,
-                size,
-                self.content,
-                self.held_out_pairs,
-                self.described,
-                config.level_weights,
-            )
-            for table in tables
+            gate.measure(codes, table.raw_codes, size, self.content, self.held_out_pairs, as_new, config.level_weights)
+            for table, (codes, as_new) in zip(tables, both, strict=True)
         ]
-        share, noise = gate.bootstrap(self.start.codes, refined.codes, size, self.held_out_pairs, config, self.config.seed)
+        share, noise = gate.bootstrap(*both, size, self.held_out_pairs, config, self.config.seed)
         if changed is not None:
             figures, noise = _merged(figures, noise, *gate.flip_rate_figures(*changed))
         verdict = gate.decide(*figures, share, config, noise)

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mmsid.catalog import Catalog, Split
-from mmsid.quantize import fuse
 from mmsid.tokenizer.behaviour import BehaviourSettings, ItemBehaviour
 from mmsid.tokenizer.behaviour_weight import choose_trust_and_weight
 from mmsid.tokenizer.heads import CodeHead, ResidualHead, make_head
@@ -28,17 +26,10 @@ from mmsid.tokenizer.ridge import ridge
 SIZE = 16.0
 
 
-class Added(NamedTuple):
-    """Behaviour of N items, and content and behaviour in one space (N, D), weighted as suits the held-out users best."""
-
-    items: ItemBehaviour
-    fused: np.ndarray
-
-
 @torch.no_grad()
 def add_behaviour(
     tokenizer: ItemTokenizer, states: Tensor, catalog: Catalog, split: Split, pairs: np.ndarray, files: Sequence[Path], seed: int
-) -> Added | None:
+) -> ItemBehaviour | None:
     """Give `tokenizer`, which has no behaviour input, such an input in place. Its codes stay as they are.
 
     Args:
@@ -47,7 +38,7 @@ def add_behaviour(
         files: the user's own behaviour vectors; by default co-engagement of the fit users is factorised.
 
     Returns:
-        None, and an unchanged tokenizer, if there is no behaviour.
+        Behaviour of the items; None, and an unchanged tokenizer, if there is none.
 
     Raises:
         CatalogError: a file is unusable.
@@ -72,11 +63,10 @@ def add_behaviour(
         behaviour.log_share.copy_(torch.from_numpy(found.factors.log_share))
         behaviour.item_ids = catalog.item_ids
     content = unit_content(states.mean(1).cpu().numpy(), centre=True)
-    kappa, weight = choose_trust_and_weight(content, items, pairs, seed)
-    behaviour.kappa.fill_(kappa)
+    behaviour.kappa.fill_(choose_trust_and_weight(content, items, pairs, seed)[0])
     behaviour.value.copy_(size * torch.eye(settings.dim))
     _predict(tokenizer.head, states, size * torch.from_numpy(items.vectors), known, seed)
-    return Added(items, fuse(content, items.vectors, weight))
+    return items
 
 
 def _content_size(head: CodeHead, states: Tensor) -> float:
