@@ -1,0 +1,5 @@
+"""`python -m mmsid.cli`."""
+
+from mmsid.cli import main
+
+main()
