@@ -68,7 +68,7 @@ def path_log_prob(head: CodeHead, h: Tensor, paths: Tensor, branching: tuple[int
         prefixes = paths[:, ::left, :level]
         left //= children
         chosen = paths[:, ::left, level].reshape(batch, -1, children)
-        logits = head.tree_logits(s, prefixes)
+        logits = head.tree_logits(s, prefixes, branching[:level])
         scores = logits.gather(-1, chosen) - logits.logsumexp(-1, keepdim=True)
         joint = (joint[..., None] + scores).flatten(1)
     return (joint / temperature).log_softmax(-1)

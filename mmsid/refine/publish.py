@@ -23,16 +23,19 @@ ScoresOf = Callable[[np.ndarray], Tensor]
 
 
 @torch.no_grad()
-def raw_codes(tokenizer: ItemTokenizer, states: Tensor | ItemStates, inputs: Sequence[ItemInput]) -> tuple[Codes, np.ndarray, ScoresOf]:
+def raw_codes(
+    tokenizer: ItemTokenizer, states: Tensor | ItemStates, inputs: Sequence[ItemInput] | None
+) -> tuple[Codes, np.ndarray, ScoresOf]:
     """Argmax codes (N, L), margins (N,), and a function from rows (n,) to projected states (n, L, D), of cached states; on the CPU.
 
-    Items whose margin is within rounding error are encoded again by `ItemTokenizer.encode`, so that the codes equal its codes.
+    Items whose margin is within rounding error are encoded again by `ItemTokenizer.encode`, so that the codes equal its codes; without
+    `inputs`, they are not.
     """
     head = copy.deepcopy(tokenizer.head).eval()  # the tokenizer's own may be in training
     greedy = [head.greedy(head.project(piece)) for piece in states.split(BATCH)]
     codes, margin, relative = (torch.cat(column).cpu() for column in zip(*greedy, strict=True))
     again: dict[int, Tensor] = {}
-    for row in (relative < tokenizer.rounding_margin).nonzero().flatten().tolist():
+    for row in [] if inputs is None else (relative < tokenizer.rounding_margin).nonzero().flatten().tolist():
         encoded = tokenizer.encode([inputs[row]])
         codes[row], margin[row], again[row] = encoded.raw_codes[0], encoded.margin[0], encoded.scores[0]
 
@@ -59,7 +62,7 @@ def make_table(
 
     `moved` (N, L) replaces the tokenizer's own raw codes; the tokenizer still scores where collisions are relocated.
     """
-    codes, margin, scores_of = raw_codes(tokenizer, states, inputs)
+    codes, margin, scores_of = raw_codes(tokenizer, states, inputs if moved is None else None)
     if moved is not None:
         codes, margin = moved, np.full(len(moved), np.nan, np.float32)
     # a copy, because `HeadScores` moves its head to the CPU and this head may be in training

@@ -260,7 +260,7 @@ class Job:
         """Lift of a round's raw codes; every `checkpoint_every` rounds, with cached states, also after collision handling."""
         figures = {"lift": gate.level_lift(codes, self.held_out_pairs)}
         if number % self.config.loop.checkpoint_every == 0 and self.config.trainable == "heads":
-            table = make_table(self.tokenizer, self.reference.states, self.inputs, self.catalog, self.config.collisions)
+            table = make_table(self.tokenizer, self.reference.states, self.inputs, self.catalog, self.config.collisions, codes)
             figures |= {"raw_to_published": _relocated_share(table), "lift_published": gate.level_lift(table.codes, self.held_out_pairs)}
         return figures
 

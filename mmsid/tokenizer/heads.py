@@ -61,8 +61,12 @@ class CodeHead(nn.Module, ABC):
     def level_logits(self, s: Tensor, prefix: Tensor) -> Tensor:
         """Logits of the level after `prefix`: s (B, L, D), prefix (B, l) -> (B, K); prefix (B, M, l) -> (B, M, K)."""
 
-    def tree_logits(self, s: Tensor, prefixes: Tensor) -> Tensor:
-        """`level_logits` of many prefixes (B, M, l) up to a constant per row, (B, M, K), computed faster where the head can."""
+    def tree_logits(self, s: Tensor, prefixes: Tensor, branching: Sequence[int]) -> Tensor:
+        """`level_logits` of all prefixes (B, M, l) of a tree up to a constant per row, (B, M, K), computed faster where the head can.
+
+        Args:
+            branching: children per level; M is their product, and the prefixes are listed depth first.
+        """
         return self.level_logits(s, prefixes)
 
     def scale(self, s: Tensor, prefix: Tensor, logits: Tensor) -> Tensor:
@@ -121,7 +125,7 @@ class CodeHead(nn.Module, ABC):
         codes = torch.zeros(batch, 1, 0, dtype=torch.int64, device=s.device)
         joint = torch.zeros(batch, 1, dtype=s.dtype, device=s.device)
         for _ in range(self.num_levels):
-            scores = self.tree_logits(s, codes).log_softmax(-1)
+            scores = self.tree_logits(s, codes, (m,) * codes.shape[-1]).log_softmax(-1)
             order = _best(scores, m)
             if propose is not None:
                 order = _keep_proposed(scores.flatten(0, 1), order.flatten(0, 1), propose(codes).flatten(0, 1)).view_as(order)
@@ -153,7 +157,7 @@ def _keep_proposed(scores: Tensor, kept: Tensor, proposed: Tensor) -> Tensor:
     rank = torch.full_like(scores, -math.inf).scatter(1, kept, scores.gather(1, kept))
     is_proposed = scores.new_zeros(len(scores), scores.shape[1] + 1)  # the last column receives the -1
     rank = rank.masked_fill(is_proposed.scatter(1, proposed % is_proposed.shape[1], 1.0)[:, :-1] > 0, math.inf)
-    chosen = rank.sort(dim=1, descending=True, stable=True).indices[:, : kept.shape[1]]
+    chosen = rank.topk(kept.shape[1], dim=1).indices
     return chosen.gather(1, scores.gather(1, chosen).sort(dim=1, descending=True, stable=True).indices)
 
 
@@ -228,18 +232,19 @@ class ResidualHead(CodeHead):
         squared = r.square().sum(-1, keepdim=True) + vectors.square().sum(-1) - 2 * r @ vectors.T
         return -squared / self.log_temperature[prefix.shape[-1]].exp()
 
-    def tree_logits(self, s: Tensor, prefixes: Tensor) -> Tensor:
+    def tree_logits(self, s: Tensor, prefixes: Tensor, branching: Sequence[int]) -> Tensor:
         """(2 r.e - |e|^2) / t, that is `level_logits` without -|r|^2 / t, from inner products of code vectors.
 
-        The residuals (B, M, code_dim) are not built.
+        The residuals (B, M, code_dim) are not built, and a prefix is read once for all that continue it.
         """
         level = prefixes.shape[-1]
-        table = self.vectors[level]
-        inner = (s[:, level] @ table.T)[:, None]
-        for before in range(level):
-            inner = inner - F.embedding(prefixes[..., before], self.vectors[before] @ table.T)
-        logits = (2 * inner - table.square().sum(-1)) / self.log_temperature[level].exp()
-        return logits.expand(-1, prefixes.shape[1], -1)
+        table, below, scale = self.vectors[level], prefixes.shape[1], 2 / self.log_temperature[level].exp()
+        logits = ((s[:, level] @ table.T - table.square().sum(-1) / 2) * scale)[:, None]
+        for before, children in enumerate(branching):
+            below //= children
+            of_code = F.embedding(prefixes[:, ::below, before], self.vectors[before] @ table.T * scale)
+            logits = (logits[:, :, None] - of_code.unflatten(1, (-1, children))).flatten(1, 2)
+        return logits
 
     def scale(self, s: Tensor, prefix: Tensor, logits: Tensor) -> Tensor:
         """(|r|^2 + max |e|^2) / t of the level after `prefix`; the logits are small differences of terms of this size."""
