@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from mmsid import cli, stages
+from mmsid.artifacts import writing
 from mmsid.config import load_yaml
 from mmsid.errors import ConfigError
 
@@ -60,3 +61,12 @@ def test_every_stage_but_the_report_has_a_script():
     scripts = {path.stem for path in SCRIPTS.glob("*.py")}
     script_of = {"refine": "train_rl", "text_quality": "train_reward", "sid_reward": "train_reward"}
     assert {script_of.get(stage, stage) for stage in stages.STAGES} - {"report"} <= scripts
+
+
+@pytest.mark.parametrize("stage", ["assign", "baselines", "stability", "recommend", "report"])
+def test_stages_of_one_process_take_the_folder_of_rank_0_under_a_launcher(stage, tmp_path, monkeypatch):
+    with writing(tmp_path / "out", stage=stage, config={}):
+        pass
+    monkeypatch.setenv("RANK", "1")
+    config = stages.config_class(stage).model_construct(out=tmp_path / "out")
+    assert stages._run_function(stage, config)(config) == tmp_path / "out"

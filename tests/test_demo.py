@@ -124,7 +124,7 @@ def test_the_demo_tells_its_story_in_an_empty_folder(installed, tmp_path):
     new = set(grown.item_ids) - set(first.item_ids)
     assert len(grown) == 160 and f"{len(new)} ads got Semantic IDs" in text and "; 0 published codes moved" in text
     names = set(re.findall(r"^\| ([^|]+) \| \.?\d", text, re.M))
-    assert {"random codes", "content alone", "hybrid recommender", "best achievable"} <= names
+    assert {"clustering of content and behaviour", "content alone", "hybrid recommender", "best achievable"} <= names
     accepted = "accepted the refined codes" in text
     assert ("refined on the logs" in names) == accepted and accepted != ("refused the refined codes" in text)
     assert page.count('<img class="picture"') >= 3 and "<script" not in page and 'href="../runs/demo/report/report.html"' in page

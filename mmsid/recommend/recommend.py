@@ -16,7 +16,7 @@ from typing import NamedTuple
 import pyarrow as pa
 from pydantic import Field
 
-from mmsid.artifacts import CHECKSUMS, read_table, write_table, writing
+from mmsid.artifacts import CHECKSUMS, on_main_process, read_table, write_table, writing
 from mmsid.catalog import CatalogConfig, Item, read_catalog
 from mmsid.catalog.columns import read_columns
 from mmsid.catalog.logs.columns import sequence_fields
@@ -82,6 +82,7 @@ class RecommendConfig(StageConfig):
         return found | catalog.inputs() | named_files("users", self.users) | {"only": self.only}
 
 
+@on_main_process
 def run(config: RecommendConfig, engine: Engine = "local") -> Path:
     """Write `recommendations/part-NNNNN.parquet` and `problems.parquet` to `config.out`.
 

@@ -13,11 +13,11 @@ from typing import Any
 from rich.console import Console
 from rich.markdown import Markdown
 
-from mmsid.artifacts import is_complete, read_json, read_table, writing
+from mmsid.artifacts import is_complete, on_main_process, read_json, read_table, writing
 from mmsid.catalog import CatalogConfig, read_catalog
 from mmsid.config import StageConfig
 from mmsid.id_columns import with_text_ids
-from mmsid.progress import done, is_main_process, show
+from mmsid.progress import done, show
 from mmsid.report.charts import SINGLE_SEED_NOTE, seed_count
 from mmsid.report.explore import reward_parts
 from mmsid.report.page import write_run_page
@@ -47,6 +47,7 @@ class ReportConfig(StageConfig):
         return {**self.catalog.inputs(), **{stage: folder if is_complete(folder) else None for stage, folder in stages.items()}}
 
 
+@on_main_process
 def run(config: ReportConfig) -> Path:
     """Write report.html and summary.md into `config.out`, and print the summary.
 
@@ -71,10 +72,9 @@ def run(config: ReportConfig) -> Path:
         (draft.path / "summary.md").write_text(summary, encoding="utf-8")
         write_run_page(config.run, config.catalog, draft.path / "report.html")
         draft.counts["methods"] = len(folders)
-    if is_main_process():
-        console = Console()
-        # rich would truncate tables in a narrow terminal, so those get the raw Markdown
-        console.print(Markdown(summary)) if console.is_terminal and console.width >= 150 else show(summary)
+    console = Console()
+    # rich would truncate tables in a narrow terminal, so those get the raw Markdown
+    console.print(Markdown(summary)) if console.is_terminal and console.width >= 150 else show(summary)
     done(f"report: wrote {config.out / 'summary.md'}, and {config.out / 'report.html'} to open in a browser")
     return config.out
 

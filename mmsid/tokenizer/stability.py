@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 from pydantic import Field
 
-from mmsid.artifacts import manifest_folder, write_json, write_text, writing
+from mmsid.artifacts import manifest_folder, on_main_process, write_json, write_text, writing
 from mmsid.catalog import CatalogConfig, Fields, Item, load_picture, read_catalog
 from mmsid.config import StageConfig
 from mmsid.errors import ConfigError, PictureError
@@ -64,6 +64,7 @@ class StabilityConfig(StageConfig):
         return {**self.catalog.without_users().inputs(), **folders}
 
 
+@on_main_process
 def run(config: StabilityConfig, reannotate: Reannotate | None = None) -> Path:
     """Write `stability.json` and `stability.md` to `config.out`.
 
