@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from mmsid.refine.content_reading import teach_content_reading
+from mmsid.refine.content_reading import codes_as_new, teach_content_reading
 from mmsid.refine.item_states import ItemStates
 from mmsid.tokenizer.behaviour import BehaviourSettings
 from mmsid.tokenizer.heads import ParallelHead, ResidualHead
@@ -53,3 +53,26 @@ def test_nothing_is_trained_without_behaviour():
     assert teach_content_reading(head, nobody, codes, 0) == {}
     assert teach_content_reading(ParallelHead(HIDDEN, 1, CODES), ItemStates(states.content), codes, 0) == {}
     assert all(torch.equal(value, before[name]) for name, value in head.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["residual", "parallel"])
+def test_codes_as_new_are_learnt_from_other_items_only(kind):
+    head, states, codes = _planted(kind)
+    before = copy.deepcopy(head.state_dict())
+    found = torch.from_numpy(codes_as_new(head, states, seed=0))
+    untaught = head.greedy(head.content(states.content)).codes
+    assert (found == codes).float().mean() > (untaught == codes).float().mean() + 0.1
+    assert all(torch.equal(value, before[name]) for name, value in head.state_dict().items())
+    # codes that content does not determine cannot be learnt from others
+    shuffled = states.behaviour[torch.randperm(ITEMS, generator=torch.Generator().manual_seed(1))]
+    arbitrary = ItemStates(states.content, shuffled)
+    own = head.greedy(head.project(arbitrary[:])).codes
+    assert (torch.from_numpy(codes_as_new(head, arbitrary, seed=0)) == own).float().mean() < 0.4
+
+
+def test_without_behaviour_the_codes_of_an_item_are_those_that_it_would_have_as_a_new_one():
+    _, states, _ = _planted("residual")
+    plain = ParallelHead(HIDDEN, 1, CODES)
+    assert torch.equal(
+        torch.from_numpy(codes_as_new(plain, ItemStates(states.content), 0)), plain.greedy(plain.project(states.content)).codes
+    )
