@@ -43,7 +43,7 @@ class GateConfig(Section):
     """
 
     level_weights: tuple[float, ...] = (0.6, 0.4)
-    confidence: float = 0.8
+    confidence: float = 0.95
     draws: int = 500
     raw_collisions: float = 0.02
     published_collisions: float = 0.0
