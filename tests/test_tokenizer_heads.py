@@ -2,10 +2,12 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from mmsid.tokenizer.heads import ParallelHead, ResidualHead
+from mmsid.tokenizer.publish import HeadScores
 
 
 def one_dimensional() -> ResidualHead:
@@ -114,3 +116,24 @@ def test_parallel_levels_ignore_the_prefix() -> None:
     a = head.level_logits(s, torch.tensor([[0, 1], [2, 3]]))
     b = head.level_logits(s, torch.tensor([[3, 3], [0, 0]]))
     assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("head", [ResidualHead(8, 3, 20, 8), ParallelHead(8, 3, 20)], ids=["residual", "parallel"])
+def test_prefixes_of_many_items_at_once_are_those_of_one_at_a_time(head, monkeypatch):
+    torch.manual_seed(0)
+    with torch.no_grad():
+        s = head.project(torch.randn(30, 3, 8))
+    scores = HeadScores(head, lambda rows: s[torch.from_numpy(rows)])
+    for beam in (16, 300):
+        together = scores.prefix_beams(np.arange(30), beam)
+        monkeypatch.setattr("mmsid.tokenizer.publish._BEAM_BYTES", 2**14)
+        assert np.array_equal(scores.prefix_beams(np.arange(30), beam), together), "the size of the blocks changes nothing"
+    narrow = scores.prefix_beams(np.arange(30), 16)
+    for row in range(30):
+        alone = [prefix for (prefix, _), _ in zip(scores.prefix_candidates(row), range(16), strict=False)]
+        assert [tuple(prefix) for prefix in narrow[row].tolist()] == alone
+    # a beam that keeps all first codes finds the best of all 400 prefixes
+    every = torch.cartesian_prod(torch.arange(20), torch.arange(20))
+    exact = head.log_prob(s, torch.cat([every, torch.zeros(400, 1, dtype=torch.int64)], 1).expand(30, -1, -1))[..., :2].sum(-1)
+    best = exact.topk(300, dim=1).values
+    torch.testing.assert_close(exact.gather(1, torch.from_numpy(together @ np.array([20, 1]))).detach(), best.detach())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +21,31 @@ def best_first(values: torch.Tensor, count: int) -> torch.Tensor:
         indices = (values >= torch.topk(values, count, sorted=False).values.min()).nonzero().flatten()
         return indices[torch.argsort(values[indices], descending=True, stable=True)[:count]]
     return torch.argsort(values, descending=True, stable=True)
+
+
+class Beam(NamedTuple):
+    """Best prefixes of n items: `prefixes` (n, b, l), best first, their joint `log_prob` (n, b), and what the last step chose: `parent`
+    (n, b), the place of the prefix that was continued, and `code` (n, b)."""
+
+    prefixes: torch.Tensor
+    log_prob: torch.Tensor
+    parent: torch.Tensor | None = None
+    code: torch.Tensor | None = None
+
+    @classmethod
+    def start(cls, items: int) -> Beam:
+        """The empty prefix of every item."""
+        return cls(torch.zeros((items, 1, 0), dtype=torch.int64), torch.zeros((items, 1), dtype=torch.float64))
+
+    def continued(self, log_pi: torch.Tensor, width: int) -> Beam:
+        """The `width` best prefixes that are one code longer, by `log_pi` (n, b, K) of that code; of equal ones the lowest index first."""
+        joint, size = (self.log_prob[..., None] + log_pi).flatten(1), log_pi.shape[-1]
+        kept = torch.topk(joint, min(width, joint.shape[1]), dim=1, sorted=False).indices.sort(dim=1).values
+        log_prob, order = joint.gather(1, kept).sort(dim=1, descending=True, stable=True)
+        kept = kept.gather(1, order)
+        parent, code = kept // size, kept % size
+        longer = self.prefixes.gather(1, parent[..., None].expand(-1, -1, self.prefixes.shape[-1]))
+        return Beam(torch.cat([longer, code[..., None]], dim=2), log_prob, parent, code)
 
 
 class CodebookScores:
@@ -86,19 +112,13 @@ class CodebookScores:
         return torch.cat([self._beams(rows[part], beam) for part in row_blocks(len(rows), block)]).numpy()
 
     def _beams(self, rows: torch.Tensor, beam: int) -> torch.Tensor:
-        residual = self.x[rows][:, None].double()
-        prefixes, log_prob = torch.zeros((len(rows), 1, 0), dtype=torch.int64), torch.zeros((len(rows), 1), dtype=torch.float64)
-        size = self.codebooks.codebook_size
+        residual, found = self.x[rows][:, None].double(), Beam.start(len(rows))
         for level in range(self.codebooks.num_levels - 1):
-            joint = (log_prob[..., None] + self._log_pi(residual, level)).flatten(1)
-            kept = torch.topk(joint, min(beam, joint.shape[1]), dim=1, sorted=False).indices.sort(dim=1).values
-            log_prob, order = joint.gather(1, kept).sort(dim=1, descending=True, stable=True)  # equal values: lowest index first
-            kept = kept.gather(1, order)
-            parent, code = kept // size, kept % size
-            prefixes = torch.cat([prefixes.gather(1, parent[..., None].expand(-1, -1, level)), code[..., None]], dim=2)
+            found = found.continued(self._log_pi(residual, level), beam)
             if level < self.codebooks.num_levels - 2:
-                residual = residual.gather(1, parent[..., None].expand(-1, -1, residual.shape[2])) - self._vectors[level][code]
-        return prefixes
+                parents = found.parent[..., None].expand(-1, -1, residual.shape[2])
+                residual = residual.gather(1, parents) - self._vectors[level][found.code]
+        return found.prefixes
 
     def margin(self, codes: np.ndarray | torch.Tensor) -> np.ndarray:
         """Margin of (N, L) codes: the minimum over levels of log pi(code) - log pi(best other code), (N,) float32.

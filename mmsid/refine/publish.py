@@ -69,7 +69,7 @@ def make_table(
     head_scores = HeadScores(copy.deepcopy(tokenizer.head), scores_of)
     sizes = (tokenizer.codebook_size,) * tokenizer.num_levels
     hashes = catalog.content_hashes
-    resolution = resolve(policy, codes, hashes, sizes, head_scores.last_scores, head_scores.prefix_candidates)
+    resolution = resolve(policy, codes, hashes, sizes, head_scores.last_scores, head_scores.prefix_candidates, head_scores.prefix_beams)
     return SidTable(
         item_ids=catalog.item_ids,
         codes=resolution.codes,

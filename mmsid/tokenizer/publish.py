@@ -14,7 +14,7 @@ from mmsid.artifacts import write_tensors
 from mmsid.catalog import Catalog, Split, adjacent_pairs
 from mmsid.errors import MmsidError
 from mmsid.quantize import ResidualCodebooks
-from mmsid.quantize.scores import best_first
+from mmsid.quantize.scores import Beam, best_first
 from mmsid.sids import Resolution, SidTable, intrinsic_metrics, resolve, write_sid_folder
 from mmsid.sids.append import append_codes
 from mmsid.sids.collisions import Policy
@@ -23,6 +23,7 @@ from mmsid.tokenizer.heads import CodeHead, ResidualHead
 from mmsid.tokenizer.published_sids import RETIRED, Published
 
 _BEAMS = (16, 1024)  # widths of the prefix searches, tried in this order
+_BEAM_BYTES = 64 * 2**20  # float64 scores of one block of items in a search
 
 
 class Scores(Protocol):
@@ -70,6 +71,19 @@ class HeadScores:
                 if tuple(codes) not in seen:
                     seen.add(tuple(codes))
                     yield tuple(codes), value
+
+    @torch.no_grad()
+    def prefix_beams(self, rows: np.ndarray, beam: int) -> np.ndarray:
+        """Best prefixes of several items by one beam search: (n,) item rows -> (n, b, L-1) int64, best first, b <= beam."""
+        size, levels = self.head.codebook_size, self.head.num_levels
+        width = min(beam, size ** max(levels - 2, 0))
+        parts = []
+        for part in np.array_split(rows, max(1, -(-len(rows) * width * size * 8 // _BEAM_BYTES))):
+            s, found = self.scores(np.asarray(part, dtype=np.int64)), Beam.start(len(part))
+            for _ in range(levels - 1):
+                found = found.continued(self.head.level_logits(s, found.prefixes).double().log_softmax(-1), beam)
+            parts.append(found.prefixes.numpy())
+        return np.concatenate(parts)
 
 
 def publish(
