@@ -4,9 +4,10 @@ Metrics are of published codes on the held-out tenth of the train users. The tar
 random codes; the guards are collisions, least perplexity, lift, the target of items read as new ones, flip rate and a quick recommender on
 valid. A margin is the configured minimum or, where that is larger, a number of measured standard errors of the difference.
 
-The guards of collisions and perplexity are wide: they stop a collapse. Codes that follow unequal interests are used less evenly than those of
-a balanced start, and what that costs is measured by the recommender, on published codes. Nothing guards how well codes describe content: codes that say what users do must say less about content, and the embedding, which
-refinement leaves alone, still describes it. What content has to tell are the codes of new items, and that is measured on users.
+The guards of collisions and perplexity are wide: they stop a collapse. Codes that follow unequal interests are used less evenly than those
+of a balanced start, and what that costs is measured by the recommender, on published codes. Nothing guards how well codes describe content:
+codes that say what users do must say less about content, and the embedding, which refinement leaves alone, still describes it. What content
+has to tell are the codes of new items, and that is measured on users.
 """
 
 from __future__ import annotations
