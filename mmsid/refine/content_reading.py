@@ -18,7 +18,7 @@ from mmsid.refine.policy import BATCH
 from mmsid.tokenizer.heads import CodeHead, ResidualHead
 from mmsid.tokenizer.losses import code_cross_entropy
 
-STEPS, BATCH_ITEMS = 400, 4096
+STEPS, BATCH_ITEMS = 400, 1024
 LEARNING_RATE = 0.001  # relative to the mean size of the weights
 HELD_OUT = 0.1  # share of the items that decides when to stop
 FOLDS = 2  # of `codes_as_new`
