@@ -27,14 +27,13 @@ class EvidenceConfig(Section):
     """Weights of the levels and shrinkage of the co-engagement evidence.
 
     Attributes:
-        level_weights: weights of prefix agreement by prefix length; longer prefixes have weight 0. Items that are engaged together and share
-            two codes leave it to the third to tell them apart, so that only the first level is weighted by default.
+        level_weights: weights of prefix agreement by prefix length; longer prefixes have weight 0.
         code_weights: weights of code agreement at the second, third, ... level.
         prior: co-engagement weight at which an item's excess share counts half.
         window: largest distance of two interactions in a history that counts as co-engagement.
     """
 
-    level_weights: tuple[float, ...] = (1.0,)
+    level_weights: tuple[float, ...] = (0.6, 0.4)
     code_weights: tuple[float, ...] = (0.7, 0.3)
     prior: float = 1.0
     window: int = 3
