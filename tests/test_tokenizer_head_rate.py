@@ -51,7 +51,7 @@ def test_long_parallel_states_lower_the_rate_of_the_heads_and_keep_the_codes(wor
     monkeypatch.setattr("mmsid.tokenizer.training.head_rate_limit", lambda states, content: float("inf"))
     lost, extra = codes_loss(world, tmp_path / "free", world["long"])
     assert "head_learning_rate" not in extra
-    assert lost[-1] > 2 * lost[0] and max(lost) > 2 * max(losses)
+    assert np.mean(lost) > 2 * np.mean(losses) and max(lost) > 2 * max(losses)  # single steps differ between processors
 
 
 def test_ordinary_states_keep_the_configured_rate(world, tmp_path):
