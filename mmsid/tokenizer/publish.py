@@ -14,7 +14,7 @@ from mmsid.artifacts import write_tensors
 from mmsid.catalog import Catalog, Split, adjacent_pairs
 from mmsid.errors import MmsidError
 from mmsid.quantize import ResidualCodebooks
-from mmsid.quantize.scores import Beam, best_first
+from mmsid.quantize.scores import Beam
 from mmsid.sids import Resolution, SidTable, intrinsic_metrics, resolve, write_sid_folder
 from mmsid.sids.append import append_codes
 from mmsid.sids.collisions import Policy
@@ -60,14 +60,8 @@ class HeadScores:
         s = self.scores(np.array([row]))
         seen: set[tuple[int, ...]] = set()
         for beam in _BEAMS:
-            prefixes, joint = torch.zeros(1, 1, 0, dtype=torch.int64), torch.zeros(1, dtype=torch.float64)
-            for _ in range(self.head.num_levels - 1):
-                step = self.head.level_logits(s, prefixes)[0].double().log_softmax(-1)
-                total = (joint[:, None] + step).flatten()
-                kept = best_first(total, beam)
-                parent, code = kept // step.shape[1], kept % step.shape[1]
-                prefixes, joint = torch.cat([prefixes[0, parent], code[:, None]], 1)[None], total[kept]
-            for codes, value in zip(prefixes[0].tolist(), joint.tolist(), strict=True):
+            found = self._search(s, beam)
+            for codes, value in zip(found.prefixes[0].tolist(), found.log_prob[0].tolist(), strict=True):
                 if tuple(codes) not in seen:
                     seen.add(tuple(codes))
                     yield tuple(codes), value
@@ -79,11 +73,14 @@ class HeadScores:
         width = min(beam, size ** max(levels - 2, 0))
         parts = []
         for part in np.array_split(rows, max(1, -(-len(rows) * width * size * 8 // _BEAM_BYTES))):
-            s, found = self.scores(np.asarray(part, dtype=np.int64)), Beam.start(len(part))
-            for _ in range(levels - 1):
-                found = found.continued(self.head.level_logits(s, found.prefixes).double().log_softmax(-1), beam)
-            parts.append(found.prefixes.numpy())
+            parts.append(self._search(self.scores(np.asarray(part, dtype=np.int64)), beam).prefixes.numpy())
         return np.concatenate(parts)
+
+    def _search(self, s: Tensor, beam: int) -> Beam:
+        found = Beam.start(len(s))
+        for _ in range(self.head.num_levels - 1):
+            found = found.continued(self.head.level_logits(s, found.prefixes).double().log_softmax(-1), beam)
+        return found
 
 
 def publish(
