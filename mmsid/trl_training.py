@@ -13,6 +13,9 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 
 from mmsid.progress import is_main_process, track
 
+_FIELDS = TrainingArguments.__dataclass_fields__
+_CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in _FIELDS else "gradient_checkpointing"  # the old name warns
+
 
 def plain_arguments(scratch: Path, *, steps: int, lr: float, seed: int, log_every: int = 10) -> dict[str, Any]:
     """Keyword arguments for a TRL configuration: fp32, cosine schedule with 5 % warm-up, no checkpoints, no reports, no dropout.
@@ -31,7 +34,7 @@ def plain_arguments(scratch: Path, *, steps: int, lr: float, seed: int, log_ever
         "seed": seed,
         "bf16": False,
         "use_cpu": not torch.cuda.is_available(),
-        "gradient_checkpointing": False,
+        _CHECKPOINTING: False,
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,

@@ -219,7 +219,8 @@ def _encoded(engine: Engine, jobs: Sequence[Job]) -> dict[int, EncodedAd | Excep
     ads = [ad for job in jobs for ad in job.new_ads()]
     try:
         return {id(ad): one for ad, one in zip(ads, engine.encode(ads), strict=True)}
-    except Exception:
+    except Exception as failure:
+        _log.warning("a batch of %d ads could not be encoded (%s); each is tried alone", len(ads), failure)
         found: dict[int, EncodedAd | Exception] = {}
         for ad in ads:
             try:
