@@ -6,6 +6,7 @@ from scipy import sparse
 
 from mmsid.refine import evidence
 from mmsid.refine.evidence import CodeTable, EvidenceConfig, NeighboursCodes, prefix_keys, split_users
+from mmsid.refine.nearest_items import implied_neighbours
 
 CONFIG = EvidenceConfig()
 
@@ -172,3 +173,14 @@ def test_split_users_is_disjoint_whole_and_seeded():
     assert [[int(h[0]) for h in part] for part in split_users(histories, (0.4, 0.4, 0.2), seed=3)] == [
         [int(h[0]) for h in part] for part in parts
     ]
+
+
+def test_neighbours_implied_by_behaviour_vectors_by_hand():
+    vectors = np.array([[1.0, 0.0], [2.0, 0.0], [1.0, 1.0], [0.0, 0.0], [-1.0, -0.1]])
+    weight = implied_neighbours(vectors, count=1).toarray()
+    assert weight[0, 1] == pytest.approx(2.0), "each is nearest to the other, whatever the length of the vectors"
+    assert weight[2, 0] + weight[2, 1] == pytest.approx(np.sqrt(0.5)), "cosine of 45 degrees, from one side"
+    assert (weight == weight.T).all() and not weight.diagonal().any()
+    assert not weight[3].any(), "an item without behaviour"
+    assert not weight[4].any(), "its nearest item points elsewhere"
+    assert implied_neighbours(np.zeros((3, 0))).shape == (3, 3)

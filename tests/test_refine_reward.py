@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mmsid.errors import ArtifactError
-from mmsid.refine import features, reward
+from mmsid.refine import features, nearest_items, reward
 from mmsid.refine.evidence import EvidenceConfig
 from mmsid.refine.features import Material, feature_names, most_alike, read_features
 from mmsid.refine.policy import Reference
@@ -154,7 +154,7 @@ def test_a_large_catalogue_is_searched_by_an_inverted_file(monkeypatch):
     centres = rng.standard_normal((40, 16))
     vectors = np.repeat(centres, 60, axis=0) + 0.3 * rng.standard_normal((2400, 16))
     exact, _ = features.most_alike(vectors)
-    monkeypatch.setattr(features, "EXACT_UP_TO", 100)
+    monkeypatch.setattr(nearest_items, "EXACT_UP_TO", 100)
     near, approximate = features.most_alike(vectors)
     assert near.shape == exact.shape and (near != np.arange(len(near))[:, None]).all() and approximate.sum(1) == pytest.approx(1)
     same = np.mean([len(set(one) & set(other)) / near.shape[1] for one, other in zip(near, exact, strict=True)])

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-import faiss
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -14,12 +13,10 @@ from torch import Tensor
 
 from mmsid.catalog.coengagement import co_engagement
 from mmsid.refine.evidence import Codes, CodeTable, EvidenceConfig, Floats
-from mmsid.refine.policy import BATCH, Reference
+from mmsid.refine.nearest_items import nearest_items
+from mmsid.refine.policy import Reference
 
 ALIKE = 20  # nearest items by content whose codes are read
-EXACT_UP_TO = 50_000  # items: below, the search for nearest items compares all of them
-LISTS_PER_ROOT = 4  # above, an inverted file has 4 sqrt(N) lists, and a search reads a 64th of them, at least 8
-TRAINED_ON = 64  # vectors per list that its centroids are fitted on
 SHARPNESS = 10.0  # weight of a nearest item is exp(SHARPNESS * cosine)
 
 # groups of features by prefix of their names; the report has the accuracy that each group contributes
@@ -110,43 +107,9 @@ def most_alike(vectors: NDArray, count: int = ALIKE, sharpness: float = SHARPNES
 
     Weights are proportional to exp(sharpness * cosine) and sum to 1. Both (N, count), or (N, N - 1) in a smaller catalogue.
     """
-    unit = vectors - vectors.mean(axis=0, keepdims=True)
-    unit = (unit / np.maximum(np.linalg.norm(unit, axis=1, keepdims=True), 1e-9)).astype(np.float32)
-    count = min(count, len(unit) - 1)
-    if len(unit) > EXACT_UP_TO:
-        near, cosine = _search(unit, count)
-        weight = np.exp(sharpness * (cosine - 1.0))
-        return near, weight / np.maximum(weight.sum(axis=1, keepdims=True), 1e-12)
-    near, cosine = np.empty((len(unit), count), dtype=np.int64), np.empty((len(unit), count))
-    for start in range(0, len(unit), BATCH):
-        close = unit[start : start + BATCH] @ unit.T
-        close[np.arange(len(close)), np.arange(start, start + len(close))] = -np.inf
-        best = np.argpartition(-close, count - 1, axis=1)[:, :count]
-        best = np.take_along_axis(best, np.take_along_axis(-close, best, axis=1).argsort(axis=1, kind="stable"), axis=1)
-        near[start : start + BATCH], cosine[start : start + BATCH] = best, np.take_along_axis(close, best, axis=1)
+    near, cosine = nearest_items(vectors - vectors.mean(axis=0, keepdims=True), count)
     weight = np.exp(sharpness * (cosine - 1.0))
     return near, weight / np.maximum(weight.sum(axis=1, keepdims=True), 1e-12)
-
-
-def _search(unit: NDArray, count: int) -> tuple[NDArray[np.int64], Floats]:
-    """Approximate nearest other items by an inverted file (faiss), and their cosines: unit vectors (N, H) -> (N, count) each.
-
-    Where an item's lists hold fewer items, it is its own neighbour with a cosine of -1.
-    """
-    lists = round(LISTS_PER_ROOT * len(unit) ** 0.5)
-    index = faiss.index_factory(unit.shape[1], f"IVF{lists},SQfp16", faiss.METRIC_INNER_PRODUCT)
-    index.train(unit[:: max(1, len(unit) // (TRAINED_ON * lists))])
-    index.add(unit)
-    index.nprobe = max(8, lists // 64)
-    near, cosine = np.empty((len(unit), count), dtype=np.int64), np.empty((len(unit), count))
-    for start in range(0, len(unit), 16 * BATCH):
-        found, items = index.search(unit[start : start + 16 * BATCH], count + 1)
-        own = np.arange(start, start + len(items))[:, None]
-        found = np.where((items == own) | (items < 0), -1.0, found)
-        best = np.argsort(-found, axis=1, kind="stable")[:, :count]
-        near[start : start + len(items)] = np.take_along_axis(np.where(items < 0, own, items), best, axis=1)
-        cosine[start : start + len(items)] = np.take_along_axis(found, best, axis=1)
-    return near, cosine
 
 
 def exchanged(features: Tensor, names: Sequence[str], group: str, seed: int) -> Tensor:
