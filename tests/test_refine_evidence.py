@@ -6,7 +6,7 @@ from scipy import sparse
 
 from mmsid.refine import evidence
 from mmsid.refine.evidence import CodeTable, EvidenceConfig, NeighboursCodes, prefix_keys, split_users
-from mmsid.refine.nearest_items import implied_neighbours
+from mmsid.refine.nearest_items import implied_neighbours, supported
 
 CONFIG = EvidenceConfig()
 
@@ -184,3 +184,11 @@ def test_neighbours_implied_by_behaviour_vectors_by_hand():
     assert not weight[3].any(), "an item without behaviour"
     assert not weight[4].any(), "its nearest item points elsewhere"
     assert implied_neighbours(np.zeros((3, 0))).shape == (3, 3)
+
+
+def test_half_of_the_weight_comes_from_the_implied_neighbours():
+    vectors = np.array([[1.0, 0.0], [2.0, 0.0], [0.0, 1.0]])
+    counts = _neighbours(3, [(0, 2, 3.0)])
+    both = supported(counts, vectors).toarray()
+    assert both[0, 2] == pytest.approx(1.5) and both[0, 1] == pytest.approx(1.5), "the total weight stays"
+    assert (supported(counts, np.zeros((3, 2))) != counts).nnz == 0

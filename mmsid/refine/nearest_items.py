@@ -1,4 +1,4 @@
-"""Nearest items by vectors, and the co-engagement that behaviour vectors imply: the evidence of the reward."""
+"""Nearest items by vectors, and the co-engagement that behaviour vectors imply."""
 
 from __future__ import annotations
 
@@ -14,12 +14,22 @@ NEIGHBOURS = 20  # by behaviour
 _BLOCK = 512
 
 
+def supported(counts: sparse.spmatrix, vectors: NDArray) -> sparse.csr_matrix:
+    """Co-engagement (N, N), half of whose weight is replaced by that of the neighbours that behaviour vectors (N, M) imply.
+
+    Counts are noise for all but the most popular items, and vectors lose which items directly follow each other. Codes refined on both rank
+    better than on either (docs/experiments/refinement_content.md). The total weight stays.
+    """
+    implied = implied_neighbours(vectors)
+    if not implied.nnz:
+        return sparse.csr_matrix(counts)
+    return ((counts + implied * (counts.sum() / implied.sum())) / 2).tocsr()
+
+
 def implied_neighbours(vectors: NDArray, count: int = NEIGHBOURS) -> sparse.csr_matrix:
     """Symmetric weights (N, N) of each item and the `count` nearest to it by behaviour vectors (N, M): their cosine, if positive.
 
-    Counts of pairs are noise for all but the most popular items. Behaviour vectors share what the logs say over all items, so that codes
-    which agree with these neighbours rank better (docs/experiments/refinement_content.md). A pair in which each is near the other counts
-    twice. An item whose vector is zero has no neighbours.
+    A pair in which each is near the other counts twice. An item whose vector is zero has no neighbours.
     """
     known = np.flatnonzero(np.any(vectors, axis=1))
     total = sparse.csr_matrix((len(vectors), len(vectors)))

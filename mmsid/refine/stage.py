@@ -20,7 +20,7 @@ from torch import Tensor
 from mmsid.accelerator import make_accelerator
 from mmsid.annotate.readers import read_text_quality
 from mmsid.artifacts import Draft, write_json, writing
-from mmsid.catalog import Catalog, Split, read_catalog, split_histories
+from mmsid.catalog import Catalog, Split, co_engagement, read_catalog, split_histories
 from mmsid.catalog.picture_opener import PictureOpener
 from mmsid.errors import ArtifactError
 from mmsid.progress import done
@@ -34,7 +34,7 @@ from mmsid.refine.evidence import Codes, CodeTable, Floats, NeighboursCodes
 from mmsid.refine.features import Material, read_features
 from mmsid.refine.item_states import ItemStates, hidden_states, read_states
 from mmsid.refine.loop import Policy, Refinement, Scorer
-from mmsid.refine.nearest_items import implied_neighbours
+from mmsid.refine.nearest_items import supported
 from mmsid.refine.outputs import write_moved, write_near_ties, write_sids, write_tokenizer
 from mmsid.refine.policy import ROUNDING, ROUNDING_16_BIT, HeadPolicy, Propose, Reference
 from mmsid.refine.publish import make_table
@@ -112,8 +112,9 @@ class Job:
         self.held_out_pairs = gate.HeldOutPairs.from_histories(self.held_out)
         if known is None and self.fit_histories and self.tokenizer.behaviour is None:
             states = self._add_behaviour(states)
-        seen = np.zeros((len(catalog.items), 0)) if states.behaviour is None else states.behaviour[:, :-1].cpu().numpy()
-        self.neighbours = implied_neighbours(seen)
+        self.neighbours = co_engagement(self.fit_histories, len(catalog.items), config.evidence.window, split.fit_weights())
+        if states.behaviour is not None:
+            self.neighbours = supported(self.neighbours, states.behaviour[:, :-1].cpu().numpy())
         item_vectors = torch.nn.functional.normalize(item_states, dim=-1).cpu().numpy()
         self.reference = Reference(self.tokenizer.head, states, config.top_m, None, config.start_entropy, self._propose)
         self._check_start()

@@ -128,7 +128,7 @@ class Engine:
         if not ads:
             return []
         texts = self.annotator.annotate(ads) if self.annotator else [_given_texts(ad) for ad in ads]
-        records = [_record(ad, found) for ad, found in zip(ads, texts, strict=True)]
+        records = [_record(ad, found, self.tokenizer.reads_pictures) for ad, found in zip(ads, texts, strict=True)]
         encoded = self.tokenizer.encode(records)
         columns = (encoded.raw_codes.numpy(), encoded.margin.tolist(), encoded.embedding.numpy(), encoded.scores)
         return [EncodedAd(*parts) for parts in zip(ads, texts, *columns, strict=True)]
@@ -270,11 +270,15 @@ def _given_texts(ad: Ad) -> AdTexts:
     return AdTexts(ad.caption, tuple((name, 1.0) for name in ad.interests))
 
 
-def _record(ad: Ad, texts: AdTexts) -> dict[str, Any]:
-    """The ad as `ItemTokenizer.encode` reads it."""
+def _record(ad: Ad, texts: AdTexts, reads_pictures: bool) -> dict[str, Any]:
+    """The ad as `ItemTokenizer.encode` reads it; pictures that only the captioner reads are left out."""
     item = ad.item
     fields = {"title": item.title, "description": item.description, "categories": item.categories, "attributes": item.attributes}
-    return fields | {"caption": texts.caption, "interests": [name for name, _ in texts.interests], "images": ad.pictures}
+    return fields | {
+        "caption": texts.caption,
+        "interests": [name for name, _ in texts.interests],
+        "images": ad.pictures if reads_pictures else (),
+    }
 
 
 def _item(ad: Ad, item_id: str) -> Item:

@@ -137,6 +137,12 @@ class ItemTokenizer(nn.Module, ModelHubMixin, library_name="mmsid", tags=["seman
         return self.backbone.hidden_size + (0 if self.settings.pictures is None else self.settings.pictures.dim)
 
     @property
+    def reads_pictures(self) -> bool:
+        """Whether pictures are an input."""
+        fields = self.settings.use or ALL_FIELDS
+        return (self.settings.backbone.kind == "vlm" or self.pictures is not None) and "pictures" in fields
+
+    @property
     def behaviour(self) -> BehaviourInput | None:
         """The behaviour input of the head, if there is one."""
         return getattr(self.head, "behaviour", None)
@@ -211,8 +217,7 @@ class ItemTokenizer(nn.Module, ModelHubMixin, library_name="mmsid", tags=["seman
             MmsidError: the weights give NaN or infinite states.
         """
         fields = self.settings.use or ALL_FIELDS
-        reads_pictures = (self.settings.backbone.kind == "vlm" or self.pictures is not None) and "pictures" in fields
-        inputs = [record_input(item, fields, reads_pictures, f"item {row}") for row, item in enumerate(items)]
+        inputs = [record_input(item, fields, self.reads_pictures, f"item {row}") for row, item in enumerate(items)]
         if behaviour is not None:
             inputs = self._given_behaviour(behaviour, interactions, len(inputs)).added_to(inputs)
         parts = list(self.stream(inputs, batch_size))
