@@ -47,7 +47,7 @@ class GateConfig(Section):
     level_weights: tuple[float, ...] = (0.6, 0.4)
     confidence: float = 0.95
     draws: int = 500
-    raw_collisions: float = 0.25
+    raw_collisions: float = 0.5
     published_collisions: float = 0.0
     least_perplexity: float = 0.2
     lift: float = 0.03
