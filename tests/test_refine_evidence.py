@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from scipy import sparse
 
+from mmsid.quantize.nearest_items import implied_neighbours, supported
 from mmsid.refine import evidence
 from mmsid.refine.evidence import CodeTable, EvidenceConfig, NeighboursCodes, prefix_keys, split_users
-from mmsid.refine.nearest_items import implied_neighbours, supported
 
 CONFIG = EvidenceConfig()
 

@@ -72,7 +72,7 @@ def test_unique_random_codes_are_refused():
 def test_every_guard_can_refuse_a_better_target():
     good, blurred, held_out, _ = _world()
     crowded = good.copy()
-    crowded[:30] = crowded[0]
+    crowded[: round(0.7 * len(good))] = crowded[0]
     assert [reason.split()[0] for reason in _judge(blurred, good, held_out, raw=crowded).reasons] == ["raw_collisions"]
     arbitrary = good[np.roll(np.arange(len(good)), 12)]
     assert [reason.split()[0] for reason in _judge(blurred, good, held_out, as_new=arbitrary).reasons] == ["new_items"]

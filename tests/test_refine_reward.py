@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from mmsid.errors import ArtifactError
-from mmsid.refine import features, nearest_items, reward
+from mmsid.quantize import nearest_items
+from mmsid.refine import features, reward
 from mmsid.refine.evidence import EvidenceConfig
 from mmsid.refine.features import Material, feature_names, most_alike, read_features
 from mmsid.refine.policy import Reference

@@ -84,7 +84,8 @@ def with_train_histories(
     """
     targets = [-1] * len(histories) if valid is None else valid
     ends = [(history, history[-1] if target < 0 else target) for history, target in zip(histories, targets, strict=True) if len(history)]
-    rows = [[catalog.items[row].item_id for row in (*history, target, history[-1])] for history, target in ends]
+    item_ids = catalog.item_ids
+    rows = [[item_ids[row] for row in (*history, target, history[-1])] for history, target in ends]
     users = [f"user{number}" for number in range(len(rows))]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "sequences.parquet"

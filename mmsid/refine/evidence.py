@@ -75,8 +75,6 @@ class _Level:
     inverse: Codes  # (N,) group index of each item
     items: Floats  # (U,) number of items in the group, exact duplicates counted once
     weight: Floats  # (U,) co-engagement weight of the items in the group
-    pair_keys: Codes  # (E,) row * U + group index, ascending, of every item and group that holds a neighbour of it
-    pair_weight: Floats  # (E,)
 
 
 class CodeTable:
@@ -95,32 +93,26 @@ class CodeTable:
     ) -> None:
         self.codes, self.codebook_size, self.prior = np.asarray(codes, dtype=np.int64), codebook_size, prior
         self.keys = prefix_keys(self.codes, codebook_size)
-        edges = sparse.csr_matrix(neighbours, dtype=np.float64)
-        edges.setdiag(0)
-        edges.eliminate_zeros()
-        self.degree = np.asarray(edges.sum(axis=1)).ravel()
-        edges = edges.tocoo()
+        self.edges = sparse.csr_matrix(neighbours, dtype=np.float64)
+        if self.edges.diagonal().any():
+            self.edges = self.edges.copy()
+            self.edges.setdiag(0)
+            self.edges.eliminate_zeros()
+        self.degree = np.asarray(self.edges.sum(axis=1)).ravel()
         if content is None:
             share = np.ones(len(self.codes))
         else:
             _, which, sizes = np.unique(content, return_inverse=True, return_counts=True)
             share = 1.0 / sizes[which]
-        self.levels = [self._level(self.keys[:, level], share, edges) for level in range(self.codes.shape[1])]
+        self.levels = [self._level(self.keys[:, level], share) for level in range(self.codes.shape[1])]
         self._kept_totals: dict[int, tuple[NDArray, NDArray, NDArray]] = {}
-        self.single = [self._level(self.codes[:, level], share, edges) for level in range(1, self.codes.shape[1])]
+        self.single = [self._level(self.codes[:, level], share) for level in range(1, self.codes.shape[1])]
 
-    def _level(self, keys: Codes, share: Floats, edges: sparse.coo_matrix) -> _Level:
+    def _level(self, keys: Codes, share: Floats) -> _Level:
         unique, inverse = np.unique(keys, return_inverse=True)
         size = len(unique)
-        pair_keys, where = np.unique(edges.row.astype(np.int64) * size + inverse[edges.col], return_inverse=True)
-        return _Level(
-            keys=unique,
-            inverse=inverse,
-            items=np.bincount(inverse, weights=share, minlength=size),
-            weight=np.bincount(inverse, weights=self.degree, minlength=size),
-            pair_keys=pair_keys,
-            pair_weight=np.bincount(where, weights=edges.data, minlength=len(pair_keys)),
-        )
+        items, weight = (np.bincount(inverse, weights=of, minlength=size) for of in (share, self.degree))
+        return _Level(keys=unique, inverse=inverse, items=items, weight=weight)
 
     def others(self, rows: NDArray, candidates: Codes) -> Floats:
         """Number of other items under each prefix of candidates (R, P, L) of `rows` (R,), without the item's duplicates. -> (R, P, L)."""
@@ -172,14 +164,18 @@ class CodeTable:
     def _agreement(self, levels: Sequence[_Level], current: Codes, rows: NDArray, keys: Codes) -> tuple[Floats, Floats]:
         """Excess and chance of the groups `keys` (R, P, M); `current` (N, M) are the groups that each item is in."""
         excess, chance = np.zeros(keys.shape), np.zeros(keys.shape)
-        degree = self.degree[rows][:, None]
+        degree, place = self.degree[rows][:, None], np.arange(len(rows))[:, None]
         rest = np.maximum(self.degree.sum() - degree, 1e-12)
+        near = self.edges[rows].tocoo()
         for level, table in enumerate(levels):
             number, found = _look_up(table.keys, keys[..., level])
             own = keys[..., level] == current[rows, level][:, None]
             weight = np.where(found, table.weight[number], 0.0) - np.where(own, degree, 0.0)
-            pair, paired = _look_up(table.pair_keys, rows[:, None].astype(np.int64) * len(table.keys) + number)
-            under = np.where(found & paired, table.pair_weight[pair] if len(table.pair_weight) else 0.0, 0.0)
+            # weight of the neighbours of each row in each group that holds one of them
+            groups, of = np.unique(near.row.astype(np.int64) * len(table.keys) + table.inverse[near.col], return_inverse=True)
+            held = np.bincount(of, weights=near.data, minlength=len(groups))
+            pair, paired = _look_up(groups, place * len(table.keys) + number)
+            under = np.where(found & paired, held[pair] if len(held) else 0.0, 0.0)
             chance[..., level] = np.maximum(weight, 0.0) / rest
             excess[..., level] = (under - degree * chance[..., level]) / (degree + self.prior)
         return excess, chance

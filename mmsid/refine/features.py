@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mmsid.catalog.coengagement import co_engagement
+from mmsid.quantize.nearest_items import nearest_items
 from mmsid.refine.evidence import Codes, CodeTable, EvidenceConfig, Floats
-from mmsid.refine.nearest_items import nearest_items
 from mmsid.refine.policy import Reference
 
 ALIKE = 20  # nearest items by content whose codes are read

@@ -24,6 +24,7 @@ from mmsid.catalog import Catalog, Split, co_engagement, read_catalog, split_his
 from mmsid.catalog.picture_opener import PictureOpener
 from mmsid.errors import ArtifactError
 from mmsid.progress import done
+from mmsid.quantize.nearest_items import supported
 from mmsid.refine import gate
 from mmsid.refine.checkpoint import load_state, save_state
 from mmsid.refine.code_stability import changed_codes, noisy_sample
@@ -34,7 +35,6 @@ from mmsid.refine.evidence import Codes, CodeTable, Floats, NeighboursCodes
 from mmsid.refine.features import Material, read_features
 from mmsid.refine.item_states import ItemStates, hidden_states, read_states
 from mmsid.refine.loop import Policy, Refinement, Scorer
-from mmsid.refine.nearest_items import supported
 from mmsid.refine.outputs import write_moved, write_near_ties, write_sids, write_tokenizer
 from mmsid.refine.policy import ROUNDING, ROUNDING_16_BIT, HeadPolicy, Propose, Reference
 from mmsid.refine.publish import make_table

@@ -141,7 +141,7 @@ def run(config: AssignConfig, engine: Engine = "local") -> Path:
                 trained_annotations(config.tokenizer, fields),
                 {"captions": config.captions, "interests": config.interests},
                 annotations.coverage,
-                [catalog.items[row].item_id for row in encodings.fresh],
+                [catalog.item_ids[row] for row in encodings.fresh],
                 appending=published is not None,
             )
         items = known.added_to(items)
@@ -182,7 +182,7 @@ def run(config: AssignConfig, engine: Engine = "local") -> Path:
         tables = intrinsic_table({"ours": metrics}) + "\n" + retrieval_table({"ours": metrics})
         write_text(draft.path / "intrinsic.md", tables + warn_of_crowding("assign", {"ours": metrics}))
         if limited:
-            ids = [catalog.items[row].item_id for row in np.flatnonzero(encodings.overruled)]
+            ids = [catalog.item_ids[row] for row in np.flatnonzero(encodings.overruled)]
             write_table(draft.path / "overruled.parquet", pa.table({"item_id": id_array(ids, catalog.integer_ids)}))
             draft.counts["overruled"] = len(ids)
         draft.counts.update({"items": len(items), "read": len(encodings.fresh), "behaviour": int((table.source == BEHAVIOUR).sum())})
