@@ -29,6 +29,13 @@ def read_arrow(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
         return pa.ipc.open_file(source, options=pa.ipc.IpcReadOptions(included_fields=chosen)).read_all()
 
 
+def arrow_rows(path: Path) -> int:
+    """Number of rows of an Arrow IPC file."""
+    with pa.memory_map(str(path)) as source:
+        reader = pa.ipc.open_file(source)
+        return sum(reader.get_batch(number).num_rows for number in range(reader.num_record_batches))
+
+
 def reordered(files: Sequence[Path], position: np.ndarray, scratch: Path) -> Iterator[pa.Table]:
     """Rows of Arrow files in another order, in chunks of about `CHUNK_ROWS` rows.
 

@@ -66,7 +66,8 @@ def inspect_sids(
         logs = logs_of_catalog(catalog, found, table)
         rows = [found.row_of[item_id] for item_id in table.item_ids]
         hashes = [found.content_hashes[row] for row in rows]
-        categories = [found.items[row].categories for row in rows]
+        of_all = [item.categories for item in found.items]  # in order: items are read from the disk in blocks
+        categories = [of_all[row] for row in rows]
     elif histories is not None:
         logs = logs_of_file(Path(histories), table)
         notes += logs.notes

@@ -105,7 +105,7 @@ def _build(
     writer.write(reordered(parts, position, folder / SCRATCH), index.content_texts, order, in_order)
     writer.quarantine(index, unusable)
     writer.finish(histories, max_problems)
-    _warn_of_repeated_content(index.content[order], built)
+    _warn_of_repeated_content(index.content, order, built)
     for name in (PARTS, MERGED, SCRATCH):
         shutil.rmtree(folder / name, ignore_errors=True)
     return built
@@ -179,14 +179,17 @@ def _refuse_unusable_rows(files: list[Path], index: RowIndex, unusable: dict[int
     )
 
 
-def _warn_of_repeated_content(content: np.ndarray, built: Built) -> None:
-    """Warn if more than half of the items share one content. `content`: (N, 4), equal rows beside each other."""
-    starts = np.flatnonzero(np.concatenate([[True], (content[1:] != content[:-1]).any(axis=1)])) if len(content) else np.empty(0, np.int64)
-    largest = int(np.diff(np.append(starts, len(content))).max(initial=0))
-    if largest < 2 or largest <= _LARGEST_SHARE * len(content):
+def _warn_of_repeated_content(content: np.ndarray, order: np.ndarray, built: Built) -> None:
+    """Warn if more than half of the items share one content. `content`: (R, 4), equal rows beside each other in the order (N,)."""
+    begins = np.ones(len(order) + 1, dtype=bool)  # whether the content differs from the one before; the last entry is the end
+    for start in range(0, len(order), CHUNK_ROWS):
+        block = content[order[start : start + CHUNK_ROWS + 1]]
+        begins[start + 1 : start + len(block)] = (block[1:] != block[:-1]).any(axis=1)
+    largest = int(np.diff(np.flatnonzero(begins)).max(initial=0))
+    if largest < 2 or largest <= _LARGEST_SHARE * len(order):
         return
     note = (
-        f"{largest:,} of {len(content):,} items have the same text, pictures, categories and attributes, and will share one Semantic ID; "
+        f"{largest:,} of {len(order):,} items have the same text, pictures, categories and attributes, and will share one Semantic ID; "
         "correct catalog.fields if they should differ"
     )
     built.notes.append(note)

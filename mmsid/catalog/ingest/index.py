@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mmsid.catalog.arrow_files import read_arrow
+from mmsid.catalog.arrow_files import arrow_rows, read_arrow
 from mmsid.catalog.vectors import ItemVectors
 
 NO_ID, DUPLICATE_ID = "no_id", "duplicate_id"
@@ -36,27 +36,24 @@ class RowIndex:
 
     @classmethod
     def read(cls, parts: Sequence[Path]) -> RowIndex:
-        """Read the index of the rows of all parts."""
-        ids, content, file, row = [], [], [], []
+        """Read the index of the rows of all parts. The columns are filled in place: two copies of them would be the peak of ingest."""
+        total = sum(arrow_rows(path) for path in parts)
+        content, row = np.empty((total, 4), dtype=np.uint64), np.empty(total, dtype=np.int64)
+        file = np.empty(total, dtype=np.int32)
+        ids, start = [], 0
         for path in parts:
             part = read_arrow(path, ["item_id", "content_sha256", "file", "row"])
-            ids += part["item_id"].chunks
-            content.append(_numbers(part["content_sha256"].combine_chunks()))
-            file.append(part["file"].to_numpy())
-            row.append(part["row"].to_numpy())
+            here = slice(start, start := start + len(part))
+            of_part = part["item_id"].combine_chunks()
+            ids.append(pc.if_else(pc.equal(of_part, ""), pa.scalar(None, of_part.type), of_part))
+            content[here] = _numbers(part["content_sha256"].combine_chunks())
+            file[here], row[here] = part["file"].to_numpy(), part["row"].to_numpy()
         item_ids = pa.concat_arrays(ids) if ids else pa.array([], pa.large_string())
-        item_ids = pc.if_else(pc.equal(item_ids, ""), pa.scalar(None, pa.large_string()), item_ids)
-        by_id = np.asarray(pc.sort_indices(item_ids)).astype(np.int64)
+        ids.clear()
+        by_id = np.asarray(pc.sort_indices(item_ids)).view(np.int64)
         rank = np.empty_like(by_id)
         rank[by_id] = np.arange(len(by_id))
-        empty = np.empty(0, dtype=np.int64)
-        return cls(
-            item_ids,
-            rank,
-            np.concatenate(content) if content else np.empty((0, 4), dtype=np.uint64),
-            np.concatenate(file) if file else empty,
-            np.concatenate(row) if row else empty,
-        )
+        return cls(item_ids, rank, content, file, row)
 
     def __len__(self) -> int:
         return len(self.item_ids)
