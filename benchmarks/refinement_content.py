@@ -214,7 +214,8 @@ def page(written: dict[str, Any]) -> str:
             cells = [figures[g][m] for g in GROUPS for m in METRICS]
             shown = [f"{cell['mean']:.4f} ± {cell['sd']:.4f}" for cell in cells]
             accepted = f"{sum(figures['accepted'])} of {len(figures['accepted'])}" if "accepted" in figures else ""
-            lines.append(f"| {row} | {len(figures['seeds'])} | {' | '.join(shown)} | {figures['moved']:.0%} | {accepted} |")
+            as_of = f" ({figures['as_of']})" if "as_of" in figures else ""  # of an earlier day, and not measured again
+            lines.append(f"| {row}{as_of} | {len(figures['seeds'])} | {' | '.join(shown)} | {figures['moved']:.0%} | {accepted} |")
         lines += ["", "| refined minus | users | metric | difference | 95 % interval |", "|---|---|---|---|---|"]
         for one in found["differences"]:
             interval = f"{one['low']:+.4f} .. {one['high']:+.4f}"

@@ -17,8 +17,8 @@ _BLOCK = 512
 def supported(counts: sparse.spmatrix, vectors: NDArray) -> sparse.csr_matrix:
     """Co-engagement (N, N), half of whose weight is replaced by that of the neighbours that behaviour vectors (N, M) imply.
 
-    Counts are noise for all but the most popular items, and vectors lose which items directly follow each other. Codes refined on both rank
-    better than on either (docs/experiments/refinement_content.md). The total weight stays.
+    Counts are sparse for all but popular items, and vectors lose which items directly follow each other. At one seed, codes refined
+    on both ranked above those refined on either, on valid (docs/experiments/refinement_content.md). The total weight stays.
     """
     implied = implied_neighbours(vectors)
     if not implied.nnz:
