@@ -23,7 +23,7 @@ from accelerate import Accelerator
 
 from mmsid.artifacts import write_json
 from mmsid.catalog import co_engagement
-from mmsid.quantize.nearest_items import supported
+from mmsid.quantize.nearest_items import smoothed_co_engagement
 from mmsid.refine.evidence import Codes, CodeTable, EvidenceConfig, NeighboursCodes
 from mmsid.refine.features import Material, feature_names, read_features
 from mmsid.refine.item_states import ItemStates
@@ -69,7 +69,7 @@ def measure(items: int, rounds: int) -> dict[str, Any]:
     neighbours, evidence = co_engagement(histories, items), EvidenceConfig()
     timed("co_engagement", started)
     started = time.perf_counter()
-    neighbours = supported(neighbours, states.behaviour[:, :-1].numpy())
+    neighbours = smoothed_co_engagement(neighbours, states.behaviour[:, :-1].numpy())
     timed("nearest_by_behaviour", started)
     content = np.arange(items)
     started = time.perf_counter()

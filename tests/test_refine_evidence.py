@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from mmsid.quantize.nearest_items import implied_neighbours, supported
+from mmsid.quantize.nearest_items import implied_neighbours, smoothed_co_engagement
 from mmsid.refine import evidence
 from mmsid.refine.evidence import CodeTable, EvidenceConfig, NeighboursCodes, prefix_keys, split_users
 
@@ -189,6 +189,6 @@ def test_neighbours_implied_by_behaviour_vectors_by_hand():
 def test_half_of_the_weight_comes_from_the_implied_neighbours():
     vectors = np.array([[1.0, 0.0], [2.0, 0.0], [0.0, 1.0]])
     counts = _neighbours(3, [(0, 2, 3.0)])
-    both = supported(counts, vectors).toarray()
+    both = smoothed_co_engagement(counts, vectors).toarray()
     assert both[0, 2] == pytest.approx(1.5) and both[0, 1] == pytest.approx(1.5), "the total weight stays"
-    assert (supported(counts, np.zeros((3, 2))) != counts).nnz == 0
+    assert (smoothed_co_engagement(counts, np.zeros((3, 2))) != counts).nnz == 0

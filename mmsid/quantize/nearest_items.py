@@ -14,7 +14,7 @@ NEIGHBOURS = 20  # by behaviour
 _BLOCK = 512
 
 
-def supported(counts: sparse.spmatrix, vectors: NDArray) -> sparse.csr_matrix:
+def smoothed_co_engagement(counts: sparse.spmatrix, vectors: NDArray) -> sparse.csr_matrix:
     """Co-engagement (N, N), half of whose weight is replaced by that of the neighbours that behaviour vectors (N, M) imply.
 
     Counts are sparse for all but popular items, and vectors lose which items directly follow each other. At one seed, codes refined
@@ -38,7 +38,6 @@ def implied_neighbours(vectors: NDArray, count: int = NEIGHBOURS) -> sparse.csr_
         rows, weight = np.repeat(known, near.shape[1]), np.maximum(cosine, 0.0).ravel().astype(np.float64)
         half = sparse.csr_matrix((weight, (rows, known[near].ravel())), shape=total.shape)
         total = (half + half.T).tocsr()
-        total.setdiag(0)
         total.eliminate_zeros()
         total.sort_indices()
     return total

@@ -1,8 +1,8 @@
 """Reward components of a candidate code sequence, computed from each item's neighbours and from the codes of all other items.
 
 Every component is a difference term: the item itself is removed from the table first, so that two colliding items see each other but not
-themselves. Neighbours come from the histories of the fit users only: co-engagement, and items that are alike by behaviour vectors
-(`nearest_items.supported`; `sid_reward` reads and predicts co-engagement alone). The held-out users are reserved for the acceptance gate.
+themselves. Neighbours come from the histories of the fit users: co-engagement, and items alike by behaviour vectors (or by the user's own),
+see `smoothed_co_engagement`; `sid_reward` reads and predicts co-engagement alone. The held-out users are reserved for the acceptance gate.
 `CodeTable.components` lists the components.
 """
 

@@ -24,7 +24,7 @@ from mmsid.catalog import Catalog, Split, co_engagement, read_catalog, split_his
 from mmsid.catalog.picture_opener import PictureOpener
 from mmsid.errors import ArtifactError
 from mmsid.progress import done
-from mmsid.quantize.nearest_items import supported
+from mmsid.quantize.nearest_items import smoothed_co_engagement
 from mmsid.refine import gate
 from mmsid.refine.checkpoint import load_state, save_state
 from mmsid.refine.code_stability import changed_codes, noisy_sample
@@ -114,7 +114,7 @@ class Job:
             states = self._add_behaviour(states)
         self.neighbours = co_engagement(self.fit_histories, len(catalog.items), config.evidence.window, split.fit_weights())
         if states.behaviour is not None:
-            self.neighbours = supported(self.neighbours, states.behaviour[:, :-1].cpu().numpy())
+            self.neighbours = smoothed_co_engagement(self.neighbours, states.behaviour[:, :-1].cpu().numpy())
         item_vectors = torch.nn.functional.normalize(item_states, dim=-1).cpu().numpy()
         self.reference = Reference(self.tokenizer.head, states, config.top_m, None, config.start_entropy, self._propose)
         self._check_start()
